@@ -1,0 +1,66 @@
+# What the configs of all benchmarks share: runtime, model and ablation flags.
+#
+# A config cfg_<dataset>.py adds its data, its vocabulary (cls_<dataset>.txt) and its thresholds.
+# Each value can be set on the command line too:
+#     python tools/test.py configs/cfg_voc21.py --cfg-options model.method.purify=False
+
+default_scope = "mmseg"
+custom_imports = dict(imports=["sfp"], allow_failed_imports=False)
+launcher = "none"
+log_level = "INFO"
+log_processor = dict(by_epoch=False)
+load_from = None
+resume = False
+env_cfg = dict(
+    cudnn_benchmark=True,
+    mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
+    dist_cfg=dict(backend="nccl"),
+)
+visualizer = dict(
+    type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer"
+)
+default_hooks = dict(
+    logger=dict(type="LoggerHook", interval=50),
+    visualization=dict(type="SegVisualizationHook"),
+)
+
+model = dict(
+    type="OpenVocabSegmentor",
+    data_preprocessor=dict(  # CLIP's mean and deviation
+        type="ImagePreprocessor",
+        mean=[122.771, 116.746, 104.094],
+        std=[68.501, 66.632, 70.323],
+        bgr_to_rgb=True,
+    ),
+    weights="ViT-B/16",  # or ViT-B/32, ViT-L/14, ViT-L/14@336px, a .pt or .safetensors file
+    templates="imagenet",  # the 80 prompts of CLIP's zero-shot classifier
+    logit_scale=40.0,  # factor of the cosines before the softmax over all queries
+    prob_thd=0.0,  # pixels whose best probability is below it become class 0 (background)
+    area_thd=None,  # classes that cover a smaller share of the foreground are removed
+    slide_crop=224,  # side of the sliding window; 0 takes the whole image at once
+    slide_stride=112,
+    pamr_steps=0,  # steps of pixel-adaptive refinement; published SFP numbers use none
+    precision="auto",  # half precision on CUDA, fp32 elsewhere
+    window_batch=32,  # windows per forward; lower it if memory runs out
+    scores=False,  # the metric reads labels; True adds the score map of each class to the results
+    # The ablation flags. Each changes the result; to use another preset, replace the whole node
+    # (tools/test.py --method sclip), since its flags are others.
+    method=dict(
+        type="sfp",  # the released code; sfp_paper is the method of the poster
+        purify=True,  # replace outlier tokens by the mean of their neighbours; False: keep them
+        pm="som",  # how outliers are found: som, l2_norm or lof
+        enhancer="qq+kk",  # self-attention of the last block: qk, qq, kk, vv, or sums such as qq+vv
+        integrator=True,  # add the second readout, from the sum of earlier layers
+        integrator_start=3,  # first layer of that sum, counted from 0
+        res_cls=0.3,  # share of the class token added to each patch
+        res_scale=5.0,  # outlier: res_cls * res_scale * attention from CLS > attention to itself
+    ),
+)
+
+test_cfg = dict(type="TestLoop")
+test_evaluator = dict(type="SegmentationMetric")
+test_dataloader = dict(
+    batch_size=1,
+    num_workers=2,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+)

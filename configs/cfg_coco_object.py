@@ -1,0 +1,29 @@
+# COCO-Object: 5000 images of val2017, 80 things and background.
+# Published: only the mean is known to us, 43.9 mIoU over the eight benchmarks in the paper of
+# SC-CLIP, whose pipeline the released SFP builds on.
+#     CONFIG=configs/cfg_coco_object.py WORK_DIR=work/coco_object sh test.sh
+# The label maps come from tools/dataset_converters/coco_object.py (docs/data.md).
+
+_base_ = "./base_config.py"
+
+model = dict(
+    classes="{{ fileDirname }}/cls_coco_object.txt",
+    logit_scale=55.0,
+    prob_thd=0.35,
+)
+
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(2048, 336), keep_ratio=True),
+    dict(type="LoadAnnotations"),  # after Resize: labels keep their size
+    dict(type="PackSegInputs"),
+]
+
+test_dataloader = dict(
+    dataset=dict(
+        type="COCOObjectDataset",
+        data_root="{{$DATA_ROOT:data}}/coco_object",
+        data_prefix=dict(img_path="images/val2017", seg_map_path="annotations/val2017"),
+        pipeline=test_pipeline,
+    ),
+)

@@ -1,0 +1,27 @@
+# Pascal Context without background (Context59): 5104 images of val, 59 classes.
+# Published: only the mean is known to us, 43.9 mIoU over the eight benchmarks in the paper of
+# SC-CLIP, whose pipeline the released SFP builds on.
+#     CONFIG=configs/cfg_context59.py WORK_DIR=work/context59 sh test.sh
+
+_base_ = "./base_config.py"
+
+model = dict(
+    classes="{{ fileDirname }}/cls_context59.txt",
+)
+
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(2048, 336), keep_ratio=True),
+    dict(type="LoadAnnotations"),  # after Resize: labels keep their size
+    dict(type="PackSegInputs"),
+]
+
+test_dataloader = dict(
+    dataset=dict(
+        type="PascalContext59Dataset",
+        data_root="{{$DATA_ROOT:data}}/VOCdevkit/VOC2010",
+        ann_file="ImageSets/SegmentationContext/val.txt",
+        data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClassContext"),
+        pipeline=test_pipeline,
+    ),
+)

@@ -1,0 +1,28 @@
+# Pascal Context with background (Context60): 5104 images of val, 60 classes.
+# Published: only the mean is known to us, 43.9 mIoU over the eight benchmarks in the paper of
+# SC-CLIP, whose pipeline the released SFP builds on.
+#     CONFIG=configs/cfg_context60.py WORK_DIR=work/context60 sh test.sh
+
+_base_ = "./base_config.py"
+
+model = dict(
+    classes="{{ fileDirname }}/cls_context60.txt",
+    prob_thd=0.15,
+)
+
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(2048, 336), keep_ratio=True),
+    dict(type="LoadAnnotations"),  # after Resize: labels keep their size
+    dict(type="PackSegInputs"),
+]
+
+test_dataloader = dict(
+    dataset=dict(
+        type="PascalContext60Dataset",
+        data_root="{{$DATA_ROOT:data}}/VOCdevkit/VOC2010",
+        ann_file="ImageSets/SegmentationContext/val.txt",
+        data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClassContext"),
+        pipeline=test_pipeline,
+    ),
+)

@@ -1,0 +1,27 @@
+# Pascal VOC 2012 without background (VOC20): 1449 images of val, 20 classes.
+# Published: only the mean is known to us, 43.9 mIoU over the eight benchmarks in the paper of
+# SC-CLIP, whose pipeline the released SFP builds on.
+#     CONFIG=configs/cfg_voc20.py WORK_DIR=work/voc20 sh test.sh
+
+_base_ = "./base_config.py"
+
+model = dict(
+    classes="{{ fileDirname }}/cls_voc20.txt",
+)
+
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(2048, 336), keep_ratio=True),
+    dict(type="LoadAnnotations"),  # after Resize: labels keep their size
+    dict(type="PackSegInputs"),
+]
+
+test_dataloader = dict(
+    dataset=dict(
+        type="PascalVOC20Dataset",
+        data_root="{{$DATA_ROOT:data}}/VOCdevkit/VOC2012",
+        ann_file="ImageSets/Segmentation/val.txt",
+        data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClass"),
+        pipeline=test_pipeline,
+    ),
+)

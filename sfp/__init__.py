@@ -1,0 +1,41 @@
+"""Training-free open-vocabulary segmentation with frozen CLIP."""
+
+from sfp import mm  # first: it imports mmsegmentation quietly
+from sfp import datasets, methods, metrics, ops
+from sfp.clip.loading import WeightsError, load_clip
+from sfp.clip.model import CLIP
+from sfp.method import Method, Purify, Readout, build_method
+from sfp.registry import METHODS, OPS, list_methods, list_ops, op
+from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
+from sfp.tokens import Heads, Tokens
+from sfp.trace import Trace
+from sfp.version import __version__
+from sfp.vocabulary import Vocabulary, load_vocabulary
+
+__all__ = [
+    "CLIP",
+    "METHODS",
+    "OPS",
+    "Heads",
+    "ImagePreprocessor",
+    "Method",
+    "OpenVocabSegmentor",
+    "Purify",
+    "Readout",
+    "Tokens",
+    "Trace",
+    "Vocabulary",
+    "WeightsError",
+    "__version__",
+    "build_method",
+    "datasets",
+    "list_methods",
+    "list_ops",
+    "load_clip",
+    "load_vocabulary",
+    "methods",
+    "metrics",
+    "mm",
+    "op",
+    "ops",
+]

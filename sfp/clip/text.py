@@ -1,0 +1,145 @@
+"""Text features of class names: prompts, tokens, an ensemble, and a cache on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors
+import torch
+from mmseg.utils import get_predefined_templates
+from mmseg.utils.tokenizer import SimpleTokenizer
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.cache import atomic_write, cache_dir
+from sfp.clip.model import CLIP
+
+BATCH = 512  # prompts per forward pass
+
+
+@functools.cache
+def _tokenizer() -> SimpleTokenizer:
+    return SimpleTokenizer()
+
+
+def tokenize(texts: Sequence[str], context: int = 77) -> Tensor:
+    """OpenAI's byte-pair ids with start and end marks, zero-padded to the longest: (B, L) int64.
+
+    Raises:
+        ValueError: if a text needs more than `context` ids.
+    """
+    bpe = _tokenizer()
+    start, end = bpe.all_special_ids[:2]
+    rows = [[start, *bpe.encode(text), end] for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) > context:
+            raise ValueError(
+                f"text of {len(row)} tokens where CLIP reads {context}: {text[:60]!r}..."
+            )
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids
+
+
+def prompt_templates(templates: str | Sequence[str]) -> list[str]:
+    """Templates with one `{}` each, from a list or the name of a set that mmseg ships.
+
+    Raises:
+        ValueError: if the set is unknown or a template has no place for the name.
+    """
+    if isinstance(templates, str):
+        try:
+            templates = get_predefined_templates(templates)
+        except AssertionError as error:
+            raise ValueError(f"unknown prompt templates {templates!r}: {error}") from None
+    for template in templates:
+        if template.format("x") == template.format("y"):
+            raise ValueError(f"prompt template {template!r} has no {{}} for the name")
+    return list(templates)
+
+
+@torch.inference_mode()
+def encode_queries(clip: CLIP, queries: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Unit text features, (Q, C) float32: the normalised mean of normalised prompt features.
+
+    All prompts of all queries are encoded together, sorted by length, so that each batch is cut as
+    short as it can be.
+    """
+    prompts = [template.format(query) for query in queries for template in templates]
+    ids = tokenize(prompts, clip.context)
+    vocab = clip.token_embedding.num_embeddings
+    if int(ids.max()) >= vocab:
+        raise ValueError(
+            f"this checkpoint knows {vocab} tokens, CLIP's tokenizer gives ids up to {int(ids.max())}: "
+            "pass `query_features` computed with its own tokenizer"
+        )
+    device = clip.text_projection.device
+    order = ids.argmax(-1).argsort(stable=True)
+    batches = [
+        F.normalize(clip.encode_text(ids[rows].to(device)).float(), dim=-1)
+        for rows in order.split(BATCH)
+    ]
+    features = torch.cat(batches)[order.argsort()]  # (Q * templates, C)
+    return F.normalize(features.unflatten(0, (len(queries), -1)).mean(1), dim=-1)
+
+
+def text_bank(
+    clip: CLIP,
+    queries: Sequence[str],
+    templates: str | Sequence[str] = "imagenet",
+    *,
+    folder: Path | None = None,
+) -> Tensor:
+    """`encode_queries`, computed once per weights, names, templates and precision.
+
+    Args:
+        clip: the model; its `digest` names the weights.
+        queries: Q names.
+        templates: as in `prompt_templates`.
+        folder: of the cached files; by default `text` in the cache folder. A damaged file is rebuilt,
+            a folder that cannot be written only costs the time.
+
+    Returns:
+        (Q, C) float32 on the model's device.
+    """
+    templates = prompt_templates(templates)
+    weight = clip.text_projection
+    path = None
+    if clip.digest:
+        key = [clip.digest, list(queries), templates, str(weight.dtype)]
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        path = (folder or cache_dir("text")) / f"{name}.safetensors"
+        features = _read(path, (len(queries), weight.shape[1]))
+        if features is not None:
+            return features.to(weight.device)
+    features = encode_queries(clip, queries, templates)
+    if path is not None:
+        try:
+            with atomic_write(path) as temporary:
+                bank = features.cpu().contiguous()
+                save_file({"features": bank}, temporary, metadata={"sha256": _checksum(bank)})
+        except OSError as error:
+            warnings.warn(f"text features are not cached: {error}", stacklevel=2)
+    return features.clone()  # no inference tensor leaves
+
+
+def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
+    """The features in a cache file, or None if it is absent or damaged."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            features = file.get_tensor("features")
+            intact = (file.metadata() or {}).get("sha256") == _checksum(features)
+    except (OSError, safetensors.SafetensorError):
+        return None
+    return features if intact and features.shape == shape else None
+
+
+def _checksum(x: Tensor) -> str:
+    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()

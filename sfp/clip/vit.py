@@ -1,0 +1,245 @@
+"""The one vision transformer of this package: OpenAI CLIP's parameter names, nobody's method.
+
+Methods never subclass or patch it. They run its trunk once (`trace`), edit tokens between blocks, and
+send chosen tokens through chosen blocks again (`Block.read`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfp.functional.grid import resample_positions
+from sfp.tokens import Heads, Tokens
+from sfp.trace import Trace
+
+if TYPE_CHECKING:
+    from sfp.method import Edit
+
+Rule = Callable[[Heads, Trace], Tensor]
+"""An attention rule: (heads, trace) -> weights, (B, H or 1, M, T)."""
+
+HEAD_WIDTH = 64  # of every CLIP tower, whatever its width
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+class Attention(nn.Module):
+    """The weights of multi-head attention, packed as in `nn.MultiheadAttention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of `x`, each (B, H, T, d)."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+
+class Block(nn.Module):
+    """A residual attention block: x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, width: int, heads: int, activation: str = "quick_gelu") -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=ACTIVATIONS[activation](),
+                c_proj=nn.Linear(4 * width, width),
+            )
+        )
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """The block as it was trained, with fused attention: (B, T, D) -> (B, T, D)."""
+        q, k, v = self.attn.project(self.ln_1(x))
+        return self._finish(fused_attention(q, k, v, causal), residual=x, ffn=True)
+
+    def heads(self, x: Tokens) -> Heads:
+        """The projections with which this block reads `x`."""
+        normed = self.ln_1(x.data)
+        q, k, v = self.attn.project(normed)
+        return Heads(q, k, v, normed, q.shape[-1] ** -0.5, x.grid, x.prefix)
+
+    def advance(self, x: Tokens, heads: Heads) -> Tokens:
+        """`forward` for tokens whose `heads` are already there."""
+        mixed = fused_attention(heads.q, heads.k, heads.v)
+        return x.with_data(self._finish(mixed, residual=x.data, ffn=True))
+
+    def read(
+        self,
+        x: Tokens,
+        *,
+        residual: Tensor | None,
+        attention: Rule | None = None,
+        ffn: bool = True,
+        trace: Trace,
+    ) -> Tokens:
+        """Reads tokens with this block's weights, but with a chosen attention, residual and FFN.
+
+        Args:
+            x: the tokens to read.
+            residual: (B, T or 1, D) added to the attention's output, or None.
+            attention: rule that gives the attention weights; None for the block's own, fused.
+            ffn: whether the block's MLP (with its residual) follows.
+            trace: what the rule may look at.
+        """
+        heads = self.heads(x)
+        if attention is None:
+            mixed = fused_attention(heads.q, heads.k, heads.v)
+        else:
+            mixed = weighted_values(attention(heads, trace), heads.v)
+        return x.with_data(self._finish(mixed, residual, ffn))
+
+    def _finish(self, mixed: Tensor, residual: Tensor | None, ffn: bool) -> Tensor:
+        y = self.attn.out_proj(mixed)  # (B, T, D)
+        if residual is not None:
+            y = y + residual
+        return y + self.mlp(self.ln_2(y)) if ffn else y
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v without keeping the weights: (B, H, T, d) -> (B, T, D)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
+    """Values (B, H, T, d) mixed by weights (B, H or 1, M, T): (B, M, D)."""
+    weights = weights.to(v.dtype)
+    if weights.shape[1] == 1:  # one map for all heads: one product of whole rows
+        return weights[:, 0] @ v.transpose(1, 2).flatten(2)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks, under the name that OpenAI's checkpoints give it."""
+
+    def __init__(self, width: int, layers: int, activation: str = "quick_gelu") -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(
+            Block(width, width // HEAD_WIDTH, activation) for _ in range(layers)
+        )
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's image tower.
+
+    Args:
+        image_size: side of the square training images, in pixels.
+        patch: side of a patch, in pixels.
+        width: token width D; there are D / 64 heads.
+        layers: number of blocks.
+        embed_dim: width C of the joint image-text space.
+        activation: "quick_gelu" (OpenAI) or "gelu".
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch: int,
+        width: int,
+        layers: int,
+        embed_dim: int,
+        activation: str = "quick_gelu",
+    ) -> None:
+        super().__init__()
+        self.patch = patch
+        self.native_grid = (image_size // patch, image_size // patch)
+        tokens = 1 + self.native_grid[0] * self.native_grid[1]
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, activation)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The residual blocks, first to last."""
+        return self.transformer.resblocks  # type: ignore[return-value]
+
+    def embed(self, image: Tensor, positions: Callable = resample_positions) -> Tokens:
+        """The tokens that enter the first block.
+
+        Pixels beyond the last whole patch are left out, as CLIP's strided convolution does.
+
+        Args:
+            image: normalised images, (B, 3, H, W), each side at least one patch.
+            positions: rule that fits the position table (h0, w0, D) to another grid.
+
+        Raises:
+            ValueError: if the image is no such batch.
+        """
+        if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[-2:]) < self.patch:
+            raise ValueError(
+                f"expected images of shape (B, 3, H, W) with sides of at least {self.patch} pixels "
+                f"(one patch), got {tuple(image.shape)}"
+            )
+        maps = self.conv1(image.to(self.conv1.weight.dtype))  # (B, D, h, w)
+        grid = (maps.shape[2], maps.shape[3])
+        table = self.positional_embedding[1:].unflatten(0, self.native_grid)  # (h0, w0, D)
+        # grids are compared, not token counts: 4x16 has as many tokens as 8x8
+        if grid != self.native_grid:
+            table = positions(table, grid)
+        patches = maps.flatten(2).mT + table.flatten(0, 1)  # (B, N, D)
+        cls = (self.class_embedding + self.positional_embedding[0]).expand(len(image), 1, -1)
+        return Tokens(self.ln_pre(torch.cat([cls, patches], dim=1)), grid)
+
+    def trace(
+        self,
+        image: Tensor,
+        edits: Sequence[Edit] = (),
+        *,
+        positions: Callable = resample_positions,
+        **context: Any,
+    ) -> Trace:
+        """Runs every block but the last, once, and keeps what the blocks put out.
+
+        Args:
+            image: normalised images, (B, 3, H, W).
+            edits: applied after each block, in order; what they return feeds the next block.
+            positions: as in `embed`.
+            **context: further fields of the `Trace`, e.g. `text`.
+        """
+        trace = Trace(self, image, self.embed(image, positions), **context)
+        for i, block in enumerate(self.blocks[:-1]):
+            heads = trace.start(i)
+            trace.outputs.append(block.advance(trace.entering(i), heads))
+            for edit in edits:
+                trace.outputs[i] = edit(trace, i)
+        return trace
+
+    def project(self, x: Tokens) -> Tokens:
+        """Final normalisation and projection into the joint space: (B, T, D) -> (B, T, C)."""
+        return x.with_data(self.ln_post(x.data) @ self.proj)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """CLIP's image embedding, (B, C), not normalised."""
+        x = self.embed(image).data
+        for block in self.blocks:
+            x = block(x)
+        return self.ln_post(x[:, 0]) @ self.proj

@@ -1,0 +1,34 @@
+"""Parts of attention maps without the maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sfp.tokens import upcast
+
+CHUNK = 2**24  # attention logits held at once
+
+
+def diagonal_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The diagonal of softmax(scale * q k^T) in chunks of rows: (B, H, T, d) -> (B, H, T)."""
+    q, k = upcast(q) * scale, upcast(k)
+    rows = max(CHUNK // (k.shape[0] * k.shape[1] * k.shape[2]), 1)
+    totals = [(part @ k.mT).logsumexp(-1) for part in q.split(rows, dim=2)]
+    return ((q * k).sum(-1) - torch.cat(totals, dim=-1)).exp()
+
+
+def centred_softmax(similarity: Tensor, gain: float, centre: float) -> Tensor:
+    """softmax(gain * (S - centre * mean S)) over what lies at or above the centre.
+
+    The mean is over the rows and columns of each map, never over the batch. A row that has nothing
+    above the centre (the released codes divide by zero there) becomes uniform.
+
+    Args:
+        similarity: S, (..., M, T).
+        gain: inverse temperature (3 in ProxyCLIP, SC-CLIP and SFP).
+        centre: factor on the mean (1.2 in ProxyCLIP, 1 in SC-CLIP and SFP).
+    """
+    logits = gain * (similarity - centre * similarity.mean((-2, -1), keepdim=True))
+    # the lowest finite number instead of -inf: equal where a row has survivors, no NaN where not
+    return logits.masked_fill(logits < 0, torch.finfo(logits.dtype).min).softmax(-1)

@@ -1,0 +1,37 @@
+"""Position tables on other grids."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.tokens import upcast
+
+
+def resample_positions(
+    table: Tensor,
+    grid: tuple[int, int],
+    *,
+    offset: float = 0.1,
+    mode: str = "bicubic",
+    antialias: bool = False,
+) -> Tensor:
+    """A position table on another grid: (h0, w0, D) -> (h, w, D).
+
+    Args:
+        table: the trained table.
+        grid: rows and columns wanted.
+        offset: added to the grid before it is divided by the table's size to give the sampling
+            scale. 0.1 is what DINO and the segmentation forks of CLIP do (it guards against the
+            floor of a rounding error, and shifts the samples slightly); 0 samples the exact grid
+            (GEM, CLIP Surgery).
+        mode: "bicubic" or "bilinear" (CLIP Surgery).
+        antialias: low-pass when shrinking (GEM); needs `offset` 0.
+    """
+    source = upcast(table).permute(2, 0, 1)[None]  # (1, D, h0, w0)
+    if offset:
+        scale = [(n + offset) / n0 for n, n0 in zip(grid, table.shape[:2], strict=True)]
+        out = F.interpolate(source, scale_factor=scale, mode=mode, align_corners=False)
+    else:
+        out = F.interpolate(source, grid, mode=mode, align_corners=False, antialias=antialias)
+    return out[0].permute(1, 2, 0).to(table.dtype)

@@ -1,0 +1,252 @@
+"""A method: what to edit while the trunk runs, and how to read its tokens with the last block(s)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfp.clip.vit import Rule, VisionTransformer
+from sfp.functional.grid import resample_positions
+from sfp.ops.integrators import own_tokens
+from sfp.registry import METHODS, bind, check_knobs, find, suggest
+from sfp.tokens import Tokens, upcast
+from sfp.trace import Trace
+
+Detector = Callable[[Trace, int], Tensor]
+Mitigator = Callable[[Tokens, Tensor], Tokens]
+Source = Callable[[Trace], Tokens]
+Smoother = Callable[[Tokens, Trace], Tokens]
+Residual = Callable[[Tokens, Tokens], Tensor]
+Edit = Callable[[Trace, int], Tokens]
+Refiner = Callable[[Tensor, Trace], Tensor]
+Surgery = Callable[[VisionTransformer], None]
+
+
+@dataclass(frozen=True)
+class Purify:
+    """An edit of the trunk: find outlier patches after some blocks and replace them.
+
+    Attributes:
+        layers: method layers (see `Trace.layer`), or "all" for every block but the last.
+        detector: (trace, absolute layer) -> (B, N) bool.
+        mitigator: (tokens, mask) -> tokens.
+    """
+
+    layers: Sequence[int] | Literal["all"]
+    detector: Detector
+    mitigator: Mitigator
+
+    def __call__(self, trace: Trace, i: int) -> Tokens:
+        """What leaves block `i` (absolute), purified if it is one of `layers`."""
+        tokens = trace.outputs[i]
+        if self.layers != "all" and i not in {trace.layer(layer) for layer in self.layers}:
+            return tokens
+        mask = self.detector(trace, i)
+        trace.masks[i] = mask
+        return self.mitigator(tokens, mask)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """One pass of chosen tokens through chosen blocks.
+
+    Attributes:
+        blocks: method layers to read with, in order.
+        source: the tokens to read; None for those that entered the first of `blocks`.
+        keep_cls: whether the class token takes part.
+        before: smoothers of the tokens that are read.
+        attention: rule for the weights; None for the block's own, fused.
+        residual: (tokens, source) -> (B, T or 1, D) that the first block's output is added to.
+        ffn: whether the MLP follows.
+        after: smoothers of what was read.
+    """
+
+    blocks: Sequence[int] = (-1,)
+    source: Source | None = None
+    keep_cls: bool = True
+    before: Sequence[Smoother] = ()
+    attention: Rule | None = None
+    residual: Residual | None = own_tokens
+    ffn: bool = True
+    after: Sequence[Smoother] = ()
+
+    def __call__(self, trace: Trace) -> Tokens:
+        """The tokens read, (B, T or N, D), before the final projection."""
+        blocks = [trace.layer(i) for i in self.blocks]
+        source = self.source(trace) if self.source else trace.entering(blocks[0])
+        x = source if self.keep_cls else source.only_patches()
+        for smooth in self.before:
+            x = smooth(x, trace)
+        carry = self.residual(x, source) if self.residual else None
+        for i in blocks:
+            if i != blocks[0]:
+                x = trace.entering(i)
+                x = x if self.keep_cls else x.only_patches()
+            y = trace.vit.blocks[i].read(
+                x, residual=carry, attention=self.attention, ffn=self.ffn, trace=trace
+            )
+            carry = y.data
+        for smooth in self.after:
+            y = smooth(y, trace)
+        return y
+
+
+@dataclass(frozen=True)
+class Method:
+    """Everything that distinguishes one training-free method from another.
+
+    Attributes:
+        edits: of the trunk, in order.
+        readouts: their outputs are summed.
+        refiners: of the query logits (B, Q, h, w), in order.
+        surgery: edits of the weights, made once per model on a copy that shares all other weights.
+        positions: rule that fits the position table to another grid.
+        depth: number of blocks that the layer numbers are written for; they are moved to the same
+            relative depth of a deeper model. None takes them literally, as the released codes do.
+    """
+
+    edits: Sequence[Edit] = ()
+    readouts: Sequence[Readout] = field(default_factory=lambda: (Readout(),))
+    refiners: Sequence[Refiner] = ()
+    surgery: Sequence[Surgery] = ()
+    positions: Callable[..., Tensor] = resample_positions
+    depth: int | None = 12
+    _operated: WeakKeyDictionary[VisionTransformer, VisionTransformer] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
+
+    def features(
+        self, vit: VisionTransformer, image: Tensor, **context: Any
+    ) -> tuple[Tokens, Trace]:
+        """Dense features in CLIP's joint space.
+
+        Args:
+            vit: the frozen image tower.
+            image: normalised images, (B, 3, H, W).
+            **context: further fields of the `Trace`, e.g. `text`.
+
+        Returns:
+            Tokens of width C, not normalised, and the trace of the run.
+        """
+        trace = self.operate(vit).trace(
+            image, self.edits, positions=self.positions, depth=self.depth, **context
+        )
+        first, *rest = (readout(trace) for readout in self.readouts)
+        for other in rest:
+            first = first.with_data(first.data + other.data)
+        return trace.vit.project(first), trace
+
+    def logits(
+        self, vit: VisionTransformer, image: Tensor, text: Tensor, **context: Any
+    ) -> tuple[Tensor, Trace]:
+        """Cosine similarity of every patch with every query, refined.
+
+        Args:
+            vit, image, **context: as in `features`.
+            text: unit query features, (Q, C) float32.
+
+        Returns:
+            (B, Q, h, w) float32, and the trace of the run.
+        """
+        features, trace = self.features(vit, image, text=text, **context)
+        logits = cosine_logits(features, text)
+        for refine in self.refiners:
+            logits = refine(logits, trace)
+        return logits, trace
+
+    def operate(self, vit: VisionTransformer) -> VisionTransformer:
+        """The model with this method's surgery: `vit` itself if there is none."""
+        if not self.surgery:
+            return vit
+        weight = vit.proj
+        operated = self._operated.get(vit)
+        if operated is None or (operated.proj.device, operated.proj.dtype) != (
+            weight.device,
+            weight.dtype,
+        ):
+            # parameters are shared; what an operation replaces is its own
+            operated = copy.deepcopy(vit, {id(p): p for p in vit.parameters()})
+            for operation in self.surgery:
+                operation(operated)
+            operated.proj = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            self._operated[vit] = operated
+        return operated
+
+
+def cosine_logits(features: Tokens, text: Tensor) -> Tensor:
+    """Cosine of patch features with unit queries (Q, C): (B, Q, h, w) in at least float32."""
+    maps = F.normalize(upcast(features.as_map()), dim=1)  # (B, C, h, w)
+    return torch.einsum("bchw,qc->bqhw", maps, text.to(maps))
+
+
+_KINDS = dict(
+    detector="detector",
+    mitigator="mitigator",
+    source="source",
+    before="smoother",
+    after="smoother",
+    attention="attention",
+    residual="residual",
+    positions="positions",
+    refiners="refiner",
+    surgery="surgery",
+)
+
+
+def _build(cls: type, node: Any) -> Any:
+    """A dataclass of this module from its config node, checked."""
+    if isinstance(node, cls) or not isinstance(node, Mapping):
+        return node
+    knobs = {k: v for k, v in node.items() if k != "type"}
+    valid = [f.name for f in fields(cls) if f.init]
+    for name in knobs:
+        if name not in valid:
+            raise ValueError(f"{cls.__name__} has no field {name!r}{suggest(name, valid)}")
+    built = {k: bind(v, _KINDS.get(k)) for k, v in knobs.items() if k not in ("edits", "readouts")}
+    if "edits" in knobs:
+        built["edits"] = tuple(_build(Purify, edit) for edit in knobs["edits"])
+    if "readouts" in knobs:
+        built["readouts"] = tuple(_build(Readout, readout) for readout in knobs["readouts"])
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__}: {error}") from None
+
+
+def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Method:
+    """Builds a method from a preset's name, a config or both.
+
+    Args:
+        method: name of a preset; `dict(type=name, knob=value, ...)`; a composition
+            `dict(type="Method", readouts=[...], ...)`; or a `Method`, returned as it is.
+        **knobs: knobs of the preset. `depth` is understood by every preset (see `Method`).
+
+    Raises:
+        ValueError: for unknown presets, ops or knobs; the message names the valid ones.
+
+    Example:
+        >>> build_method("sclip").readouts[0].attention
+        self_self(pairs=('qq', 'kk'))
+    """
+    if isinstance(method, Method):
+        if knobs:
+            raise ValueError(
+                f"knobs {sorted(knobs)} cannot be set on a method that is built already"
+            )
+        return method
+    config = {"type": method} if isinstance(method, str) else dict(method)
+    config.update(knobs)
+    name = config.pop("type", "Method")
+    if name == "Method":
+        return _build(Method, config)
+    overrides = {k: config.pop(k) for k in ("depth",) if k in config}
+    preset = find(METHODS, name)
+    check_knobs(preset, config, f"method {name!r}")
+    return _build(Method, {**preset(**config), **overrides})

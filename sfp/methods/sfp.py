@@ -1,0 +1,104 @@
+"""SFP as released: SC-CLIP's pipeline with SFP's detector and enhancer.
+
+Feature Purification Matters: Suppressing Outlier Propagation for Training-Free Open-Vocabulary
+Semantic Segmentation (Jin et al., ICCV 2025), code at commit 2804f5b. What its poster describes is
+the preset `sfp_paper`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from sfp.registry import METHODS, suggest
+
+ENHANCERS = ("qk", "qq", "kk", "vv", "qq+kk", "qq+vv", "kk+vv", "qq+kk+vv")
+
+
+def pairs(enhancer: str) -> tuple[str, ...]:
+    """The projection pairs of a flag like "qq+kk".
+
+    Raises:
+        ValueError: for any other flag.
+    """
+    if enhancer not in ENHANCERS:
+        raise ValueError(f"unknown enhancer {enhancer!r}{suggest(enhancer, ENHANCERS)}")
+    return tuple(enhancer.split("+"))
+
+
+def detector(pm: str | Mapping[str, Any], **defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The detector node of the flag `pm`: a name (the release's SOM, L2 and LOF too) or a node."""
+    if isinstance(pm, Mapping):
+        return dict(pm)
+    name = {"l2": "l2_norm"}.get(str(pm).lower(), str(pm).lower())
+    return dict(type=name, **defaults.get(name, {}))
+
+
+@METHODS.register_module()
+def sfp(
+    *,
+    purify: bool = True,
+    pm: str | Mapping[str, Any] = "som",
+    layers: Sequence[int] | Literal["all"] = (-2,),
+    top_k: int | None = 10,
+    res_cls: float = 0.3,
+    res_scale: float = 5.0,
+    beta: float = 0.4,
+    pre_layer: int = 8,
+    post_layer: int = 3,
+    enhancer: str = "qq+kk",
+    integrator: bool = True,
+    integrator_start: int = 3,
+    integrator_end: int = 9,
+) -> dict[str, Any]:
+    """Outliers of the last but one layer are replaced, then two readouts of the last block are summed.
+
+    Args:
+        purify: whether outliers are detected and replaced at all.
+        pm: detector ("som", "l2_norm", "lof", any registered one, or a node with knobs).
+        layers: where; the release looks at the last but one only.
+        top_k: most outliers that SOM keeps per image and layer.
+        res_cls: share of the class token that is added to every patch.
+        res_scale: `res_cls * res_scale` is the gain of SOM's comparison (the release ties them).
+        beta: similarities below are cut to 0.
+        pre_layer: whose similarity aggregates the tokens before the last block, and guides it.
+        post_layer: whose similarity aggregates them afterwards.
+        enhancer: self-attention of the last block, one of "qk", "qq", "kk", "vv" and their sums.
+        integrator: whether the second readout, of summed layers, takes part.
+        integrator_start, integrator_end: first and last of those layers.
+    """
+    before = dict(
+        type="similarity",
+        layer=pre_layer,
+        cut=beta,
+        fill=dict(type="neighbour_mean"),
+        fill_from=layers[-1] if layers != "all" else -2,
+    )
+    after = dict(type="similarity", layer=post_layer, cut=beta)
+    guided = dict(type="affinity_attention", affinity=before)
+    shared = dict(
+        keep_cls=False,
+        residual=dict(type="cls_token", scale=res_cls),
+        ffn=False,
+        after=[dict(type="aggregate", affinity=after)],
+    )
+    rules = [dict(type="self_self", pairs=(pair,)) for pair in pairs(enhancer)]
+    readouts = [
+        dict(
+            before=[dict(type="aggregate", affinity=before)],
+            attention=dict(type="average", rules=[*rules, guided]),
+            **shared,
+        )
+    ]
+    if integrator:
+        summed = range(integrator_start, integrator_end + 1)
+        readouts.append(
+            dict(source=dict(type="layer_sum", layers=summed), attention=guided, **shared)
+        )
+    som = dict(gain=res_cls * res_scale, top_k=top_k)
+    edit = dict(
+        layers=layers,
+        detector=detector(pm, som=som),
+        mitigator=dict(type="neighbour_mean"),
+    )
+    return dict(edits=[edit] if purify else [], readouts=readouts)

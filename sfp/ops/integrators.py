@@ -1,0 +1,43 @@
+"""Integrators: which tokens are read, what is added back, how the result is smoothed.
+
+sources    `(trace, *, knobs) -> Tokens`
+residuals  `(tokens, source, *, knobs) -> (B, T or 1, D)`
+smoothers  `(tokens, trace, *, knobs) -> Tokens`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from sfp.registry import op
+from sfp.tokens import Tokens
+from sfp.trace import Trace
+
+
+@op("source")
+def layer_sum(trace: Trace, *, layers: Sequence[int]) -> Tokens:
+    """Sum of the outputs of several method layers (SC-CLIP's multi-level features)."""
+    first, *rest = (trace.output(layer) for layer in layers)
+    return first.with_data(sum((tokens.data for tokens in rest), first.data))
+
+
+@op("residual")
+def own_tokens(tokens: Tokens, source: Tokens) -> Tensor:
+    """The ordinary residual connection: the tokens that are read."""
+    return tokens.data
+
+
+@op("residual")
+def cls_token(tokens: Tokens, source: Tokens, *, scale: float = 0.3) -> Tensor:
+    """A share of the source's class token, the same for all patches (SC-CLIP's `res_cls`)."""
+    return scale * source.cls
+
+
+@op("smoother")
+def aggregate(tokens: Tokens, trace: Trace, *, affinity: Callable[[Trace], Tensor]) -> Tokens:
+    """Each patch becomes the affinity-weighted mean of all: rows of S, divided by their sum."""
+    weights = trace.once(affinity)
+    weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
+    return tokens.with_patches(weights.to(tokens.data.dtype) @ tokens.patches)

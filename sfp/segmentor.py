@@ -1,0 +1,329 @@
+"""The segmentor that mmsegmentation runs: windows in, labels out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.structures import PixelData
+from mmseg.models.data_preprocessor import SegDataPreProcessor
+from mmseg.models.segmentors.base import BaseSegmentor
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.clip.loading import load_clip
+from sfp.clip.model import CLIP
+from sfp.clip.text import text_bank
+from sfp.functional.labels import Labels, assign
+from sfp.functional.pamr import pamr
+from sfp.functional.windows import merge_matrix, window_starts
+from sfp.method import Method, build_method
+from sfp.registry import suggest
+from sfp.tokens import Tokens
+from sfp.vocabulary import load_vocabulary
+
+CLIP_MEAN = (122.771, 116.746, 104.094)  # RGB, 0..255, as the segmentation repositories round them
+CLIP_STD = (68.501, 66.632, 70.323)
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@MODELS.register_module()
+class ImagePreprocessor(SegDataPreProcessor):
+    """Normalises each image of a batch and leaves them as a list, so that their sizes may differ."""
+
+    def __init__(
+        self,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        bgr_to_rgb: bool = True,
+    ) -> None:
+        super().__init__(mean=mean, std=std, bgr_to_rgb=bgr_to_rgb)
+
+    def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
+        """`inputs`: images (3, H, W) in 0..255, BGR as mmseg loads them -> a list of float images."""
+        data = self.cast_data(data)
+        images = [x[[2, 1, 0]] if self._channel_conversion else x for x in data["inputs"]]
+        images = [(x.float() - self.mean) / self.std for x in images]
+        return dict(inputs=images, data_samples=data.get("data_samples"))
+
+
+@MODELS.register_module()
+class OpenVocabSegmentor(BaseSegmentor):
+    """Frozen CLIP as a segmentor: any of the registered methods, any words.
+
+    Windows of equal size, from all images of a batch, go through the network together; their
+    low-resolution logits are merged and upsampled by two small matrices (`functional/windows.py`).
+
+    Args:
+        weights: name, path or state dict for `load_clip`.
+        classes: path of a class file, or a list of names or of lists of synonyms; class 0 first.
+        method: preset name or config for `build_method`.
+        templates: prompt templates, a list or the name of a set that mmseg ships.
+        query_features: text features (Q, C) to use instead of encoding the names.
+        logit_scale: inverse temperature of the softmax over queries.
+        prob_thd: pixels whose best class is less probable become class 0.
+        area_thd: classes that win no more than this share of the foreground are left out.
+        slide_crop: side of the windows in pixels; 0 runs the whole image at once.
+        slide_stride: pixels between windows.
+        window_batch: most windows in one forward pass.
+        pamr_steps: steps of pixel-adaptive refinement on the final logits; 0 for none.
+        pamr_dilations: distances of its neighbours, in pixels.
+        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16" or "bf16".
+        scores: whether results carry `seg_logits`, (K, H, W) probabilities, besides the labels.
+        palette: colours per class for visualizers; by default mmengine draws its own.
+        data_preprocessor: by default an `ImagePreprocessor` with CLIP's constants.
+        init_cfg: mmengine's.
+        pretrained, train_cfg: `mmseg.apis.init_model` sets them; only None has a meaning here.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path | Mapping[str, Tensor] | CLIP,
+        classes: str | Path | Sequence[str | Sequence[str]],
+        method: str | Mapping[str, Any] | Method = "sfp",
+        *,
+        templates: str | Sequence[str] = "imagenet",
+        query_features: Tensor | None = None,
+        logit_scale: float = 40.0,
+        prob_thd: float = 0.0,
+        area_thd: float | None = None,
+        slide_crop: int = 224,
+        slide_stride: int = 112,
+        window_batch: int = 32,
+        pamr_steps: int = 0,
+        pamr_dilations: Sequence[int] = (8, 16),
+        precision: str = "auto",
+        scores: bool = True,
+        palette: Sequence[Sequence[int]] | None = None,
+        data_preprocessor: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | None = None,
+        pretrained: None = None,
+        train_cfg: None = None,
+    ) -> None:
+        # built here, with mmseg's registry: without a default scope mmengine's would not find it
+        preprocessor = MODELS.build(dict(data_preprocessor or dict(type="ImagePreprocessor")))
+        super().__init__(preprocessor, init_cfg)
+        if precision not in ("auto", *PRECISIONS):
+            raise ValueError(
+                f"unknown precision {precision!r}{suggest(precision, ['auto', *PRECISIONS])}"
+            )
+        if slide_crop and not 0 < slide_stride <= slide_crop:
+            raise ValueError(
+                f"slide_stride={slide_stride} must be between 1 and slide_crop={slide_crop}: "
+                "larger strides leave pixels without a label"
+            )
+        self.method = build_method(method)
+        self.vocabulary = load_vocabulary(classes)
+        self.templates = templates
+        self.logit_scale = logit_scale
+        self.prob_thd = prob_thd
+        self.area_thd = area_thd
+        self.slide_crop = slide_crop
+        self.slide_stride = slide_stride
+        self.window_batch = window_batch
+        self.pamr_steps = pamr_steps
+        self.pamr_dilations = tuple(pamr_dilations)
+        self.precision = precision
+        self.scores = scores
+        self.dataset_meta = dict(classes=self.vocabulary.names, palette=palette)
+        self.clip = weights if isinstance(weights, CLIP) else load_clip(weights)
+        if query_features is not None:
+            expected = (len(self.vocabulary.queries), self.clip.text_projection.shape[1])
+            if tuple(query_features.shape) != expected:
+                raise ValueError(
+                    f"query_features of shape {tuple(query_features.shape)}: expected {expected}, "
+                    "one row for each query of `classes`"
+                )
+            query_features = F.normalize(query_features.float(), dim=-1)
+        self.register_buffer("query_features", query_features, persistent=False)
+        self._set_precision()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenVocabSegmentor:
+        # every move (.to, .cuda, mmengine's Runner) comes through here: the device decides
+        super()._apply(fn, recurse)
+        self._set_precision()
+        return self
+
+    def _set_precision(self) -> None:
+        name = self.precision
+        if name == "auto":
+            name = "fp16" if self.clip.text_projection.device.type == "cuda" else "fp32"
+        self.clip.to(PRECISIONS[name])
+
+    def text_features(self) -> Tensor:
+        """Unit features of the queries, (Q, C) float32; encoded, or read from the cache, once."""
+        if self.query_features is None:
+            bank = text_bank(self.clip, self.vocabulary.queries, self.templates)
+            self.register_buffer("query_features", bank, persistent=False)
+        return self.query_features.float()
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        data_samples: Sequence[SegDataSample] | None = None,
+        mode: str = "tensor",
+    ) -> Any:
+        """Mmengine's entry point, with normalised images (3, H, W) as a list or a batch.
+
+        Modes: "predict" gives a `SegDataSample` per image; "tensor" the query logits, a list of
+        (Q, H, W); "loss" raises, there is nothing to train.
+        """
+        if mode == "predict":
+            return self.predict(inputs, data_samples)
+        if mode == "tensor":
+            return self._forward(inputs, data_samples)
+        return self.loss(inputs, data_samples)
+
+    def loss(self, inputs: Any, data_samples: Any) -> dict[str, Tensor]:
+        """Raises `NotImplementedError`: the methods are training-free."""
+        raise NotImplementedError("training-free: there is no loss; use mode='predict'")
+
+    def extract_feat(self, inputs: Tensor) -> Tokens:
+        """Dense features of windows (B, 3, H, W) in the joint space: patch tokens of width C."""
+        features, _ = self.method.features(self.clip.visual, inputs, text=self.text_features())
+        return features.only_patches()
+
+    def window_logits(self, windows: Tensor) -> Tensor:
+        """Cosine logits of windows (B, 3, H, W), at patch resolution: (B, Q, h, w) float32."""
+        return self.method.logits(self.clip.visual, windows, self.text_features())[0]
+
+    def encode_decode(
+        self, inputs: Tensor | Sequence[Tensor], batch_img_metas: Any = None
+    ) -> list[Tensor]:
+        """Merged query logits of each image at its own size, a list of (Q, H, W)."""
+        return [s.rows(0, s.size[0]) for s in self._sheets(inputs, [x.shape[-2:] for x in inputs])]
+
+    def _forward(self, inputs: Any, data_samples: Any = None) -> list[Tensor]:
+        return self.encode_decode(inputs)
+
+    def predict(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        data_samples: Sequence[SegDataSample] | None = None,
+    ) -> list[SegDataSample]:
+        """Labels each image at its original size.
+
+        Args:
+            inputs: normalised images (3, H, W), of any sizes.
+            data_samples: with `ori_shape`, and padding and flip where the pipeline has them; without
+                samples the input size is the original size.
+
+        Returns:
+            The samples with `pred_sem_seg` (1, H, W) and, if `scores`, `seg_logits` (K, H, W).
+        """
+        samples = list(data_samples or [SegDataSample() for _ in inputs])
+        images = [_unpad(x, sample) for x, sample in zip(inputs, samples, strict=True)]
+        sizes = [
+            s.metainfo.get("ori_shape", x.shape[-2:])[:2]
+            for x, s in zip(images, samples, strict=True)
+        ]
+        for image, sheet, sample in zip(images, self._sheets(images, sizes), samples, strict=True):
+            result = self._label(image, sheet.flipped(sample.metainfo))
+            sample.pred_sem_seg = PixelData(data=result.labels[None])
+            if result.scores is not None:
+                sample.seg_logits = PixelData(data=result.scores)
+        return samples
+
+    def _label(self, image: Tensor, sheet: _Sheet) -> Labels:
+        rows = sheet.rows
+        if self.pamr_steps:
+            guide = F.interpolate(image[None], sheet.size, mode="bilinear", align_corners=False)
+            refined = pamr(
+                guide,
+                rows(0, sheet.size[0])[None],
+                steps=self.pamr_steps,
+                dilations=self.pamr_dilations,
+            )[0]
+            rows = lambda start, stop: refined[:, start:stop]  # noqa: E731
+        return assign(
+            rows,
+            sheet.size,
+            self.vocabulary.index,
+            scale=self.logit_scale,
+            prob_thd=self.prob_thd,
+            area_thd=self.area_thd,
+            keep_scores=self.scores,
+        )
+
+    def _sheets(
+        self, images: Tensor | Sequence[Tensor], sizes: Sequence[Sequence[int]]
+    ) -> list[_Sheet]:
+        """All windows of all images through the network, then one sheet of logits per image."""
+        plans = [_Plan(x.shape[-2:], self.slide_crop, self.slide_stride) for x in images]
+        queues: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
+        for n, plan in enumerate(plans):
+            queues[plan.window] += [(n, y, x) for y in plan.ys for x in plan.xs]
+        logits: list[list[Tensor]] = [[] for _ in images]
+        for (height, width), places in queues.items():
+            for i in range(0, len(places), self.window_batch):
+                batch = places[i : i + self.window_batch]
+                windows = torch.stack(
+                    [images[n][:, y : y + height, x : x + width] for n, y, x in batch]
+                )
+                for (n, _, _), out in zip(batch, self.window_logits(windows), strict=True):
+                    logits[n].append(out)
+        return [
+            plan.sheet(torch.stack(parts), (int(size[0]), int(size[1])))
+            for plan, parts, size in zip(plans, logits, sizes, strict=True)
+        ]
+
+
+class _Plan:
+    """Where an image's windows lie."""
+
+    def __init__(self, size: Sequence[int], crop: int, stride: int) -> None:
+        self.whole = not crop
+        self.size = (int(size[0]), int(size[1]))
+        self.window = (
+            self.size if self.whole else (min(crop, self.size[0]), min(crop, self.size[1]))
+        )
+        self.ys, self.xs = (
+            [0] if self.whole else window_starts(length, window, min(stride, window))
+            for length, window in zip(self.size, self.window, strict=True)
+        )
+
+    def sheet(self, logits: Tensor, target: tuple[int, int]) -> _Sheet:
+        """(windows, Q, h, w) patch logits, in the order of `ys` and `xs`, for an output size."""
+        tiles = logits.unflatten(0, (len(self.ys), len(self.xs)))
+        tiles = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (Q, ys * h, xs * w)
+        sides = []
+        for side, starts in enumerate((self.ys, self.xs)):
+            # a whole image goes from patches straight to the output, as the official codes do
+            via = target[side] if self.whole else self.size[side]
+            window = target[side] if self.whole else self.window[side]
+            matrix = merge_matrix(starts, window, logits.shape[2 + side], via, target[side])
+            sides.append(matrix.to(tiles))
+        return _Sheet(tiles, sides[0], sides[1])
+
+
+class _Sheet:
+    """An image's query logits, kept small: any slab of rows is rendered on demand."""
+
+    def __init__(self, tiles: Tensor, rows: Tensor, columns: Tensor) -> None:
+        self.tiles, self._rows, self._columns = tiles, rows, columns
+        self.size = (len(rows), len(columns))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Logits of output rows start to stop, (Q, stop - start, W)."""
+        return self._rows[start:stop] @ self.tiles @ self._columns.T
+
+    def flipped(self, meta: Mapping[str, Any]) -> _Sheet:
+        """Turned back, if the pipeline had mirrored the image (mmseg's test-time augmentation)."""
+        if not meta.get("flip"):
+            return self
+        if meta.get("flip_direction") == "vertical":
+            return _Sheet(self.tiles, self._rows.flip(0), self._columns)
+        return _Sheet(self.tiles, self._rows, self._columns.flip(0))
+
+
+def _unpad(image: Tensor, sample: SegDataSample) -> Tensor:
+    """The image without what a pipeline or preprocessor padded: (left, right, top, bottom)."""
+    meta = sample.metainfo
+    left, right, top, bottom = meta.get("img_padding_size", meta.get("padding_size", [0] * 4))
+    return image[:, top : image.shape[1] - bottom, left : image.shape[2] - right]

@@ -1,0 +1,95 @@
+"""The two values that travel through the model: tokens with their grid, and one block's projections.
+
+Letters used everywhere: `B` windows, `H` heads, `P` prefix tokens (CLS), `N = h * w` patches,
+`T = P + N` tokens, `D` width, `d` head width, `C` embedding, `Q` text queries, `K` classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def upcast(x: Tensor) -> Tensor:
+    """`x` in at least float32: similarities and softmax lose too much in half precision."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of token sequences, prefix first, then the patches in row-major order.
+
+    Attributes:
+        data: (B, T, D).
+        grid: patch rows and columns (h, w).
+        prefix: number of tokens before the patches.
+
+    Raises:
+        ValueError: if `data` does not hold `prefix + h * w` tokens.
+    """
+
+    data: Tensor
+    grid: tuple[int, int]
+    prefix: int = 1
+
+    def __post_init__(self) -> None:
+        expected = self.prefix + self.grid[0] * self.grid[1]
+        if self.data.ndim != 3 or self.data.shape[1] != expected:
+            raise ValueError(
+                f"tokens of shape {tuple(self.data.shape)} do not fit a {self.grid[0]}x{self.grid[1]} "
+                f"grid with {self.prefix} prefix token(s): expected (B, {expected}, D)"
+            )
+
+    @property
+    def cls(self) -> Tensor:
+        """The class token, (B, 1, D)."""
+        if not self.prefix:
+            raise ValueError("these tokens carry no class token: they are patches only")
+        return self.data[:, :1]
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, N, D)."""
+        return self.data[:, self.prefix :]
+
+    def as_map(self) -> Tensor:
+        """The patches as a feature map, (B, D, h, w)."""
+        return self.patches.mT.unflatten(2, self.grid)
+
+    def with_data(self, data: Tensor) -> Tokens:
+        """The same layout around other values, (B, T, any width)."""
+        return replace(self, data=data)
+
+    def with_patches(self, patches: Tensor) -> Tokens:
+        """The same prefix in front of other patches, (B, N, D)."""
+        return replace(self, data=torch.cat([self.data[:, : self.prefix], patches], dim=1))
+
+    def only_patches(self) -> Tokens:
+        """The same tokens without their prefix."""
+        return Tokens(self.patches, self.grid, prefix=0)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One block's projections of the tokens that entered it.
+
+    Attributes:
+        q, k, v: (B, H, T, d).
+        x: (B, T, D), the normalised tokens that they were projected from.
+        scale: factor on the attention logits, d ** -0.5.
+        grid, prefix: as in `Tokens`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+    scale: float
+    grid: tuple[int, int]
+    prefix: int
+
+    def logits(self, a: str, b: str) -> Tensor:
+        """Scaled products of two projections, e.g. `logits("q", "k")`: (B, H, T, T), >= float32."""
+        return (upcast(getattr(self, a)) * self.scale) @ upcast(getattr(self, b)).mT

@@ -1,0 +1,123 @@
+"""What one run of the trunk leaves behind for a method to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sfp.functional.attention import diagonal_weights
+from sfp.tokens import Heads, Tokens
+
+if TYPE_CHECKING:
+    from sfp.clip.vit import VisionTransformer
+
+
+class Trace:
+    """The tokens between the blocks of one forward pass, and attention evaluated on demand.
+
+    Ops read it and never write it; only edits of the trunk record their `masks`. Methods that take a
+    layer number pass it through `layer`, so that a number written for 12 blocks means the same
+    relative depth in a model with 24.
+
+    Attributes:
+        vit: the model that ran.
+        image: the normalised input, (B, 3, H, W).
+        embedded: the tokens that entered the first block.
+        outputs: the tokens that left block i, after its edits, for every block but the last.
+        masks: outliers by absolute layer, (B, N) bool, written by edits.
+        text: text features (Q, C) where the caller has them, else None.
+        depth: number of blocks that layer numbers are written for; None takes them literally.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        image: Tensor,
+        embedded: Tokens,
+        *,
+        text: Tensor | None = None,
+        depth: int | None = None,
+    ) -> None:
+        self.vit = vit
+        self.image = image
+        self.embedded = embedded
+        self.outputs: list[Tokens] = []
+        self.masks: dict[int, Tensor] = {}
+        self.text = text
+        self.depth = depth
+        self._running: tuple[int, Heads] | None = None
+        self._once: dict[Hashable, Tensor] = {}
+
+    def layer(self, index: int) -> int:
+        """The absolute number of a method's layer.
+
+        Negative numbers count from the last block. The others are block numbers from 0 in a model of
+        `depth` blocks and are moved to the same relative depth of this one.
+
+        Raises:
+            LookupError: if there is no such block.
+        """
+        blocks = len(self.vit.blocks)
+        reference = blocks if self.depth is None else self.depth
+        if not -blocks <= index < reference:
+            raise LookupError(
+                f"layer {index} of a model with {blocks} blocks (numbers for {reference})"
+            )
+        if index < 0:
+            return index + blocks
+        return max((index + 1) * blocks // reference - 1, 0)
+
+    def output(self, index: int) -> Tokens:
+        """The tokens that left a method's layer `index` (see `layer`)."""
+        i = self.layer(index)
+        if i >= len(self.outputs):
+            raise LookupError(
+                f"layer {i} has not run: the trace holds layers 0 to {len(self.outputs) - 1}; "
+                "the last block runs only inside readouts"
+            )
+        return self.outputs[i]
+
+    def entering(self, i: int) -> Tokens:
+        """The tokens that entered block `i` (absolute)."""
+        return self.outputs[i - 1] if i else self.embedded
+
+    def start(self, i: int) -> Heads:
+        """Called by the trunk before block `i`: its projections stay at hand while edits run."""
+        heads = self.vit.blocks[i].heads(self.entering(i))
+        self._running = (i, heads)
+        return heads
+
+    def heads(self, i: int) -> Heads:
+        """Block `i`'s projections (absolute): at hand while it runs, else computed again."""
+        if self._running is not None and self._running[0] == i:
+            return self._running[1]
+        return self.vit.blocks[i].heads(self.entering(i))
+
+    def once(self, op: Callable[[Trace], Tensor]) -> Tensor:
+        """`op(trace)`, computed the first time that an equal op is asked for."""
+        if op not in self._once:
+            self._once[op] = op(self)
+        return self._once[op]
+
+    def attention(self, i: int) -> Tensor:
+        """Block `i`'s attention weights, (B, H, T, T)."""
+        return self.heads(i).logits("q", "k").softmax(-1)
+
+    def cls_row(self, i: int) -> Tensor:
+        """How much the class token attends to each patch in block `i`, (B, H, N)."""
+        heads = self.heads(i)
+        row = replace(heads, q=heads.q[:, :, :1]).logits("q", "k")  # (B, H, 1, T)
+        return row.softmax(-1)[:, :, 0, heads.prefix :]
+
+    def self_weight(self, i: int) -> Tensor:
+        """How much each patch attends to itself in block `i`, (B, H, N); no full map is kept."""
+        heads = self.heads(i)
+        return diagonal_weights(heads.q, heads.k, heads.scale)[..., heads.prefix :]
+
+    def global_embedding(self) -> Tensor:
+        """CLIP's image embedding, (B, C): the class token through the native last block."""
+        last = self.vit.blocks[-1](self.entering(len(self.vit.blocks) - 1).data)  # (B, T, D)
+        return self.vit.ln_post(last[:, 0]) @ self.vit.proj

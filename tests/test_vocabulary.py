@@ -1,0 +1,146 @@
+"""Class names: files, lists, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from sfp.vocabulary import Vocabulary, load_vocabulary
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+GOLDENS = Path(__file__).parent / "goldens"
+
+# As the official parser reads them (goldens/class_files.json): (text, queries, index).
+OFFICIAL = {
+    "plain": (
+        "sky, wall\ncat\ntv monitor, screen, tv\n",
+        ["sky", "wall", "cat", "tv monitor", "screen", "tv"],
+        [0, 0, 1, 2, 2, 2],
+    ),
+    "no_final_newline": ("a\nb, c\nd", ["a", "b", "c", "d"], [0, 1, 1, 2]),
+    "crlf": ("a, b\r\nc\r\n", ["a", "b", "c"], [0, 0, 1]),
+    "nospace_comma": ("a,b\nc, d,e\n", ["a,b", "c", "d,e"], [0, 1, 1]),
+    "semicolon": ("a; b\nc;d\ne, f\n", ["a; b", "c;d", "e", "f"], [0, 1, 2, 2]),
+}
+# Where the official parser keeps stray blanks and empty names, and what is right instead.
+CORRECTED = {
+    "trailing_space": ("a \n b, c \n", ["a", "b", "c"], [0, 1, 1]),
+    "trailing_sep": ("a, \nb,\n", ["a", "b"], [0, 1]),
+    "trailing_blank_lines": ("a\nb\n\n \n", ["a", "b"], [0, 1]),
+    "byte_order_mark": ("\ufeffa\nb\n", ["a", "b"], [0, 1]),
+}
+COUNTS = {  # classes, queries
+    "voc21": (21, 56),
+    "context60": (60, 60),
+    "coco_object": (81, 113),
+    "voc20": (20, 30),
+    "context59": (59, 59),
+    "coco_stuff": (171, 171),
+    "ade20k": (150, 150),
+    "city_scapes": (19, 19),
+    "mini": (18, 18),
+}
+
+
+def load(tmp_path: Path, text: str) -> Vocabulary:
+    path = tmp_path / "cls.txt"
+    path.write_bytes(text.encode())
+    return load_vocabulary(path)
+
+
+@pytest.mark.parametrize("case", [*OFFICIAL, *CORRECTED])
+def test_files(tmp_path, case):
+    text, queries, index = (OFFICIAL | CORRECTED)[case]
+    vocabulary = load(tmp_path, text)
+    assert list(vocabulary.queries) == queries
+    assert list(vocabulary.index) == index
+    assert vocabulary.num_classes == max(index) + 1
+    assert list(vocabulary.names) == [queries[index.index(k)] for k in range(max(index) + 1)]
+
+
+@pytest.mark.skipif(not (GOLDENS / "class_files.json").exists(), reason="the goldens are not there")
+def test_the_official_cases_are_the_official_code_s():
+    golden = json.loads((GOLDENS / "class_files.json").read_text())
+    for case, (text, queries, index) in OFFICIAL.items():
+        assert golden["files"][case] == text
+        assert golden["result"]["SFP"][case] == {"names": queries, "idx": index}
+    for case in ("trailing_space", "trailing_sep"):
+        text, queries, _ = CORRECTED[case]
+        assert golden["files"][case] == text
+        official = golden["result"]["SFP"][case]["names"]
+        assert official != queries and any(n != n.strip() or n in ("", "b,") for n in official)
+    assert "" in golden["result"]["SFP"]["blank_line"]["names"]  # an error here, see below
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("a\n\nb\n", 2, "no name"),
+        ("\na\n", 1, "no name"),
+        ("a\n,\nb\n", 2, "no name"),
+        ("a, , b\n", 1, "empty"),
+        ("a\nb, c, b\n", 2, "'b' stands there twice"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path, text, line, why):
+    with pytest.raises(ValueError, match=why) as error:
+        load(tmp_path, text)
+    assert f"{tmp_path / 'cls.txt'}, line {line}:" in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere\.txt.*one class per line.*\['cat', 'dog'\]"
+    ):
+        load_vocabulary(str(tmp_path / "nowhere.txt"))
+    with pytest.raises(ValueError, match="is empty"):
+        load(tmp_path, "\n \n")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
+        load_vocabulary(tmp_path / "latin.txt")
+
+
+def test_lists():
+    vocabulary = load_vocabulary(["cat", ["dog", " puppy "], ("a red, round ball",)])
+    assert vocabulary.queries == ("cat", "dog", "puppy", "a red, round ball")
+    assert vocabulary.index == (0, 1, 1, 2)
+    assert vocabulary.names == ("cat", "dog", "a red, round ball")
+
+
+@pytest.mark.parametrize(
+    ("classes", "why"),
+    [
+        ([], "class list is empty"),
+        (["a", ""], "entry 1 of the class list: the class has no name"),
+        ([["a", " "]], "entry 0 of the class list: a synonym is empty"),
+        (["a", []], "entry 1 of the class list: expected a name"),
+        (["a", [3]], r"entry 1 of the class list: expected a name or a list of names, got \[3\]"),
+    ],
+)
+def test_lists_that_are_wrong(classes, why):
+    with pytest.raises(ValueError, match=why):
+        load_vocabulary(classes)
+
+
+def test_a_name_in_two_classes_is_warned_about(tmp_path):
+    with pytest.warns(UserWarning, match=r"line 3: the name 'a' is also in .*line 1"):
+        vocabulary = load(tmp_path, "a, b\nc\nd, a\n")
+    assert vocabulary.queries == ("a", "b", "c", "d", "a")
+    assert vocabulary.index == (0, 0, 1, 2, 2)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_shipped_files(name):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vocabulary = load_vocabulary(CONFIGS / f"cls_{name}.txt")
+    assert (vocabulary.num_classes, len(vocabulary.queries)) == COUNTS[name]
+    # The field's COCO-Object file has "bed" among the background words and as a thing.
+    assert [("'bed'" in str(w.message)) for w in caught] == [True] * (name == "coco_object")
+
+
+def test_every_shipped_file_is_counted():
+    assert {path.stem.removeprefix("cls_") for path in CONFIGS.glob("cls_*.txt")} == set(COUNTS)

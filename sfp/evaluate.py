@@ -75,7 +75,7 @@ class FrozenReplica(nn.Module):
 
     def test_step(self, data: Any) -> Any:
         """The wrapped model's."""
-        return self.module.test_step(data)
+        return self.module.test_step(data)  # type: ignore[operator]
 
 
 def load_config(

@@ -76,7 +76,7 @@ def picture_sheet(
         for row, panel in enumerate(items):
             axes[row, column].imshow(overlay(panel, palette))
             axes[row, column].set_axis_off()
-    patches = [Patch(color=np.array(palette[i]) / 255, label=names[i]) for i in present]
+    patches = [Patch(color=tuple(c / 255 for c in palette[i]), label=names[i]) for i in present]
     figure.legend(
         handles=patches,
         loc="lower center",

@@ -9,6 +9,10 @@ full-resolution window, no accumulator, and any slab of the result can be had al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,3 +54,88 @@ def merge_matrix(starts: list[int], window: int, cells: int, length: int, target
         covered[start : start + window] += 1
     merged = placed.flatten(1) / covered  # (length, windows * cells)
     return interpolation(length, target) @ merged
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Where the windows of one image lie.
+
+    Attributes:
+        size: rows and columns of the image, in pixels.
+        window: rows and columns of every window.
+        ys, xs: first rows and first columns; each row start meets each column start.
+        whole: the image is one window that goes straight from patches to the output size, as the
+            official codes do, not through its own size.
+    """
+
+    size: tuple[int, int]
+    window: tuple[int, int]
+    ys: list[int]
+    xs: list[int]
+    whole: bool = False
+
+    @classmethod
+    def over(cls, size: Sequence[int], crop: int, stride: int) -> WindowGrid:
+        """Windows of side `crop`, `stride` apart; smaller images are their own window.
+
+        Args:
+            size: of the image.
+            crop: 0 takes the whole image at once.
+            stride: pixels between windows.
+        """
+        height, width = int(size[0]), int(size[1])
+        if not crop:
+            return cls((height, width), (height, width), [0], [0], whole=True)
+        ys, xs = (window_starts(length, crop, stride) for length in (height, width))
+        return cls((height, width), (min(crop, height), min(crop, width)), ys, xs)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """First row and column of every window, in the order that `sheet` expects."""
+        return list(product(self.ys, self.xs))
+
+    def cut(self, image: Tensor, place: tuple[int, int]) -> Tensor:
+        """The window of an image (C, H, W) at a place, as a view."""
+        y, x = place
+        return image[:, y : y + self.window[0], x : x + self.window[1]]
+
+    def sheet(self, logits: Tensor, target: tuple[int, int]) -> LogitSheet:
+        """Patch logits of all windows, (windows, Q, h, w), merged for an output size."""
+        tiles = logits.unflatten(0, (len(self.ys), len(self.xs)))
+        tiles = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (Q, ys * h, xs * w)
+        via, window = (target, target) if self.whole else (self.size, self.window)
+        rows, columns = (
+            merge_matrix(starts, window[i], logits.shape[2 + i], via[i], target[i]).to(tiles)
+            for i, starts in enumerate((self.ys, self.xs))
+        )
+        return LogitSheet(tiles, rows, columns)
+
+
+@dataclass(frozen=True)
+class LogitSheet:
+    """An image's query logits, kept at patch resolution; any slab of rows is rendered on demand.
+
+    Attributes:
+        tiles: (Q, R, S), the patches of all windows side by side.
+        row_matrix: (H, R).
+        column_matrix: (W, S).
+    """
+
+    tiles: Tensor
+    row_matrix: Tensor
+    column_matrix: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the output."""
+        return len(self.row_matrix), len(self.column_matrix)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Logits of output rows start to stop, (Q, stop - start, W)."""
+        return self.row_matrix[start:stop] @ self.tiles @ self.column_matrix.T
+
+    def flip(self, direction: str) -> LogitSheet:
+        """The sheet of the mirrored output; "vertical" swaps up and down, anything else the sides."""
+        if direction == "vertical":
+            return LogitSheet(self.tiles, self.row_matrix.flip(0), self.column_matrix)
+        return LogitSheet(self.tiles, self.row_matrix, self.column_matrix.flip(0))

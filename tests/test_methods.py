@@ -211,3 +211,13 @@ def test_unknown_choice_names_the_valid_ones(name, knob):
 def test_clip_is_the_plain_forward_pass():
     tokens, _ = sfp.build_method("clip").features(tiny().visual, images())
     torch.testing.assert_close(tokens.cls[:, 0], tiny().encode_image(images()))
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"), [("gclip", dict(blocks=(13, 15))), ("itaclip", dict(layers=(13, 15, 19)))]
+)
+def test_layers_of_a_deeper_model(name, knobs):
+    """The same relative depth by default: block i of 12 ends where block 2i + 1 of 24 does."""
+    scaled = run(sfp.build_method(name), name, images(), tiny(24))
+    literal = run(sfp.build_method(name, depth=None, **knobs), name, images(), tiny(24))
+    assert torch.equal(scaled, literal)

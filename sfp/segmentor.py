@@ -70,6 +70,10 @@ class OpenVocabSegmentor(BaseSegmentor):
         area_thd: classes that win no more than this share of the foreground are left out.
         slide_crop: side of the windows in pixels; 0 runs the whole image at once.
         slide_stride: pixels between windows.
+        pad_windows: pad windows with zeros to whole patches (ClearCLIP's release) instead of leaving
+            pixels beyond the last whole patch out.
+        whole_via_input: with `slide_crop=0`, logits go through the size of the network's input on
+            their way to the original one (NACLIP's release).
         window_batch: most windows in one forward pass.
         pamr_steps: steps of pixel-adaptive refinement on the final logits; 0 for none.
         pamr_dilations: distances of its neighbours, in pixels.
@@ -94,6 +98,8 @@ class OpenVocabSegmentor(BaseSegmentor):
         area_thd: float | None = None,
         slide_crop: int = 224,
         slide_stride: int = 112,
+        pad_windows: bool = False,
+        whole_via_input: bool = False,
         window_batch: int = 32,
         pamr_steps: int = 0,
         pamr_dilations: Sequence[int] = (8, 16),
@@ -125,6 +131,8 @@ class OpenVocabSegmentor(BaseSegmentor):
         self.area_thd = area_thd
         self.slide_crop = slide_crop
         self.slide_stride = slide_stride
+        self.pad_windows = pad_windows
+        self.whole_via_input = whole_via_input
         self.window_batch = window_batch
         self.pamr_steps = pamr_steps
         self.pamr_dilations = tuple(pamr_dilations)
@@ -255,18 +263,25 @@ class OpenVocabSegmentor(BaseSegmentor):
         self, images: Tensor | Sequence[Tensor], sizes: Sequence[Sequence[int]]
     ) -> list[LogitSheet]:
         """All windows of all images through the network, then one sheet of logits per image."""
-        grids = [WindowGrid.over(x.shape[-2:], self.slide_crop, self.slide_stride) for x in images]
-        queues: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
+        grids = [
+            WindowGrid.over(
+                x.shape[-2:],
+                self.slide_crop,
+                self.slide_stride,
+                multiple=self.clip.visual.patch if self.pad_windows else 1,
+                via_input=self.whole_via_input,
+            )
+            for x in images
+        ]
+        queues: dict[tuple[int, int], list[tuple[int, tuple[int, int]]]] = defaultdict(list)
         for n, grid in enumerate(grids):
-            queues[grid.window] += [(n, *place) for place in grid.places]
+            queues[grid.window] += [(n, place) for place in grid.places]
         logits: list[list[Tensor]] = [[] for _ in images]
-        for (height, width), places in queues.items():
-            for i in range(0, len(places), self.window_batch):
-                batch = places[i : i + self.window_batch]
-                windows = torch.stack(
-                    [images[n][:, y : y + height, x : x + width] for n, y, x in batch]
-                )
-                for (n, _, _), out in zip(batch, self.window_logits(windows), strict=True):
+        for queue in queues.values():
+            for i in range(0, len(queue), self.window_batch):
+                batch = queue[i : i + self.window_batch]
+                windows = torch.stack([grids[n].cut(images[n], place) for n, place in batch])
+                for (n, _), out in zip(batch, self.window_logits(windows), strict=True):
                     logits[n].append(out)
         return [
             grid.sheet(torch.stack(parts), (int(size[0]), int(size[1])))

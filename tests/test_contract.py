@@ -7,6 +7,8 @@ are those of the kind; half precision gives finite numbers.
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,6 @@ import torch
 from torch import Tensor
 
 import sfp
-from sfp.functional.grid import resample_positions
 from sfp.registry import OPS, bind
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 GRIDS = [(8, 8), (5, 9), (16, 4)]  # the native one; wide; as many tokens as the native one
 QUERIES = 5
 
-SIMILARITY = dict(type="similarity", layer=8, cut=0.2, fill=dict(type="neighbour_mean"))
+SELF = dict(type="self_self", pairs=["kk"])
+CUT = dict(layer=8, cut=0.2, fill=dict(type="neighbour_mean"))
+SIMILARITY = dict(type="similarity", **CUT)
 
 # kind -> op -> settings to test it with. Knobs without a default have to be there.
 EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
@@ -37,7 +40,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "neighbour_mean": [{}, dict(alone="keep"), dict(alone="zero")],
     },
     "affinity": {
-        "similarity": [dict(layer=3), dict(layer=-2, cut=0.4), SIMILARITY],
+        "similarity": [dict(layer=3), CUT, dict(CUT, fill_from=4)],
         "mean_attention": [{}, dict(first=5, last=8)],
     },
     "attention": {
@@ -48,27 +51,40 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         ],
         "average": [
             dict(rules=[dict(type="self_self", pairs=["vv"])]),
-            dict(
-                rules=[
-                    dict(type="self_self", pairs=["kk"]),
-                    dict(type="affinity_attention", affinity=SIMILARITY),
-                ]
-            ),
+            dict(rules=[SELF, dict(type="affinity_attention", affinity=SIMILARITY)]),
         ],
+        "fuse_layers": [
+            dict(rule=SELF, layers=[6, 7], share=0.5),
+            dict(rule=SELF, layers=[3], share=0.2, pairs=["qq", "vv"], head_average=True),
+        ],
+        "identity": [{}],
+        "neighbour": [{}, dict(std=1.5, pair="qk")],
+        "neighbour_only": [{}, dict(std=1.5)],
+        "normalised_self_self": [{}, dict(iterations=0, temperature=5.0)],
     },
     "source": {
         "layer_sum": [dict(layers=[4]), dict(layers=range(3, 10))],
     },
     "smoother": {
         "aggregate": [dict(affinity=SIMILARITY), dict(affinity=dict(type="mean_attention"))],
+        "native_cls": [{}],
     },
     "residual": {
         "own_tokens": [{}],
         "cls_token": [{}, dict(scale=0.0)],
     },
-    "refiner": {},
-    "surgery": {},
-    "positions": {},
+    "refiner": {
+        "global_bias": [{}, dict(weight=0.5)],
+        "key_smoothing": [{}, dict(ks_thresh=0.3, scale=40.0)],
+        "prompt_denoising": [{}, dict(pd_thresh=0.9, scale=10.0)],
+        "remove_redundancy": [{}, dict(temperature=5.0)],
+    },
+    "surgery": {
+        "suppress_channel": [{}, dict(blocks=[2, 7], channel=3)],
+    },
+    "positions": {
+        "resample_positions": [{}, dict(offset=0.0, antialias=True), dict(mode="bilinear")],
+    },
 }
 OPERATIONS = [
     (kind, name, knobs)
@@ -76,12 +92,16 @@ OPERATIONS = [
     for name, settings in ops.items()
     for knobs in settings
 ]
-IDS = [f"{kind}-{name}-{i}" for i, (kind, name, _) in enumerate(OPERATIONS)]
+EACH = pytest.mark.parametrize(
+    ("kind", "name", "knobs"),
+    [pytest.param(*case, id=f"{case[1]}-{i}") for i, case in enumerate(OPERATIONS)],
+)
 
 
 def without_example() -> set[str]:
     """Registered ops that `EXAMPLES` leaves out, or has under another kind."""
-    return {name for name in sfp.list_ops() if not EXAMPLES[OPS.module_dict[name].kind].get(name)}
+    kinds = {name: OPS.module_dict[name].kind for name in sfp.list_ops()}
+    return {name for name, kind in kinds.items() if not EXAMPLES.get(kind, {}).get(name)}
 
 
 @dataclass
@@ -111,7 +131,9 @@ class Given:
 
 
 def given(clip: sfp.CLIP, image: Tensor) -> Given:
-    edit = sfp.Purify((-2,), bind(dict(type="l2_norm", top_k=6)), bind(dict(type="neighbour_mean")))
+    edit = sfp.Purify(
+        (4, -2), bind(dict(type="l2_norm", top_k=6)), bind(dict(type="neighbour_mean"))
+    )
     text = tiny.queries(QUERIES).to(image.dtype if image.dtype == torch.float64 else torch.float32)
     trace = clip.visual.trace(image, [edit], text=text, depth=12)
     tokens = trace.outputs[-1]
@@ -127,7 +149,10 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
     if kind == "detector":
         return {f"layer {i}": op(trace, i) for i in (0, 10)}
     if kind == "mitigator":
+        corner = torch.zeros_like(on.mask).unflatten(1, tokens.grid)
+        corner[:, :3, :3] = True  # the outermost of them has outliers around it only
         masks = dict(some=on.mask, none=on.mask & False, all=on.mask | True)
+        masks["corner"] = corner.flatten(1)
         return {name: op(tokens, mask) for name, mask in masks.items()}
     if kind in ("affinity", "source"):
         return {"": op(trace)}
@@ -194,7 +219,8 @@ def test_an_op_shows_up_once_it_is_registered():
         assert "brightest" in sfp.list_ops("detector")
         assert "brightest" not in sfp.list_ops("mitigator")
         assert without_example() == {"brightest"}  # so the test above tells its author
-        edits = [dict(layers=[3], detector=dict(type="brightest", above=0.0), mitigator=FILL)]
+        fill = dict(type="neighbour_mean")
+        edits = [dict(layers=[3], detector=dict(type="brightest", above=0.0), mitigator=fill)]
         tokens, trace = sfp.build_method(dict(edits=edits)).features(
             tiny.clip().visual, tiny.images(1)
         )
@@ -204,14 +230,11 @@ def test_an_op_shows_up_once_it_is_registered():
         OPS.module_dict.pop("brightest", None)
 
 
-FILL = dict(type="neighbour_mean")
-
-
-@pytest.mark.parametrize(("kind", "name", "knobs"), OPERATIONS, ids=IDS)
+@EACH
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
 def test_a_batch_of_two_is_two_singles(kind, name, knobs, grid, pictures):
-    if kind == "surgery":
-        pytest.skip("weights have no batch")
+    if kind in ("surgery", "positions"):
+        return  # weights have no batch
     op = bind(dict(type=name, **knobs), kind)
     batch, *singles = (run(kind, op, on) for on in pictures[grid])
     for call, both in batch.items():
@@ -219,7 +242,36 @@ def test_a_batch_of_two_is_two_singles(kind, name, knobs, grid, pictures):
         torch.testing.assert_close(values(both), torch.cat(each), atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("kind", "name", "knobs"), OPERATIONS, ids=IDS)
+@pytest.mark.parametrize("name", sfp.list_ops())
+def test_every_knob_is_tried(name):
+    fn = OPS.module_dict[name]
+    parameters = inspect.signature(fn).parameters.values()
+    knobs = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    tried = {knob for setting in EXAMPLES[fn.kind][name] for knob in setting}
+    assert tried == knobs, "a knob has to appear in one of the settings of EXAMPLES"
+
+
+@pytest.mark.parametrize("name", sfp.list_ops())
+def test_settings_differ_in_what_they_give(name, pictures, exact):
+    """So no knob is dead; a setting that changes nothing tests nothing."""
+    kind = OPS.module_dict[name].kind
+    ops = [bind(dict(type=name, **knobs), kind) for knobs in EXAMPLES[kind][name]]
+    on = pictures[5, 9][0]
+    results = []
+    for op in ops:
+        if kind == "surgery":
+            weights = sfp.Method(surgery=(op,)).operate(exact.visual).state_dict()
+            results.append(torch.cat([x.flatten() for x in weights.values()]))
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                given = run(kind, op, on)
+            results.append(torch.cat([values(x).double().flatten() for x in given.values()]))
+    for a, b in itertools.combinations(results, 2):
+        assert (a - b).abs().max() > 1e-6
+
+
+@EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shapes_types_and_inputs(kind, name, knobs, dtype, clip):
     image = tiny.images(2, 40, 72)
@@ -259,7 +311,7 @@ def check_result(kind: str, call: str, result: Any, on: Given) -> None:
         assert data.shape == (batch, patches, patches)
     elif kind == "attention":
         heads = on.heads[call].q.shape[1]
-        assert data.dtype == torch.float32
+        assert data.dtype in (torch.float32, dtype)
         assert data.shape in [(batch, h, tokens, tokens) for h in (1, heads)]
     elif kind == "refiner":
         assert data.dtype == torch.float32
@@ -287,24 +339,6 @@ def check_surgery(clip: sfp.CLIP, op: Any, image: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", sfp.list_methods())
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
-def test_methods_see_each_image_alone(name, grid, exact):
-    method = sfp.build_method(name)
-    pair = tiny.images(2, grid[0] * 8, grid[1] * 8).double()
-    pair[1] *= 3
-    text = tiny.queries(QUERIES).double()
-    both, _ = method.features(exact.visual, pair, text=text)
-    each = [method.features(exact.visual, x, text=text)[0].data for x in (pair[:1], pair[1:])]
-    torch.testing.assert_close(both.data, torch.cat(each), atol=1e-9, rtol=1e-9)
-    assert both.data.shape[-1] == 32
-    assert both.grid == grid  # of methods without a guide of another grid
-    logits, _ = method.logits(exact.visual, pair, text)
-    alone = torch.cat([method.logits(exact.visual, x, text)[0] for x in (pair[:1], pair[1:])])
-    torch.testing.assert_close(logits, alone, atol=1e-9, rtol=1e-9)
-    assert logits.shape[:2] == (2, QUERIES)
-
-
-@pytest.mark.parametrize("name", sfp.list_methods())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_methods_in_half_precision(name, dtype, clip, exact):
     image, text = tiny.images(2, 40, 72), tiny.queries(QUERIES)
@@ -329,22 +363,16 @@ def test_methods_in_half_precision(name, dtype, clip, exact):
 def test_methods_compare_grids_not_token_counts(name, exact):
     """The peers add the 8x8 position table to a 16x4 grid, since both have 64 tokens."""
     image = tiny.images(1, 128, 32).double()
-    ours, _ = sfp.build_method(name).features(exact.visual, image)
+    method = sfp.build_method(name)
+    ours, _ = method.features(exact.visual, image)
     resampled = copy.deepcopy(exact.visual)
     table = resampled.positional_embedding
-    grid = resample_positions(table[1:].unflatten(0, (8, 8)), (16, 4)).flatten(0, 1)
+    grid = method.positions(table[1:].unflatten(0, (8, 8)), (16, 4)).flatten(0, 1)
     resampled.positional_embedding = torch.nn.Parameter(torch.cat([table[:1], grid]), False)
     resampled.native_grid = (16, 4)
-    expected, _ = sfp.build_method(name).features(resampled, image)
+    expected, _ = method.features(resampled, image)
     torch.testing.assert_close(ours.data, expected.data, atol=1e-9, rtol=1e-9)
     raw = copy.deepcopy(exact.visual)
     raw.native_grid = (16, 4)  # what the peers do
-    peers, _ = sfp.build_method(name).features(raw, image)
+    peers, _ = method.features(raw, image)
     assert (peers.data - ours.data).abs().max() > 1e-2
-
-
-def test_the_preset_clip_is_the_plain_forward_pass(exact):
-    image = tiny.images(3, 72, 40).double()
-    tokens, trace = sfp.build_method("clip").features(exact.visual, image)
-    torch.testing.assert_close(tokens.cls[:, 0], exact.encode_image(image), atol=1e-12, rtol=0)
-    torch.testing.assert_close(tokens.cls[:, 0], trace.global_embedding(), atol=1e-12, rtol=0)

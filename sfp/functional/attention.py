@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sfp.tokens import upcast
 
@@ -32,3 +33,9 @@ def centred_softmax(similarity: Tensor, gain: float, centre: float) -> Tensor:
     logits = gain * (similarity - centre * similarity.mean((-2, -1), keepdim=True))
     # the lowest finite number instead of -inf: equal where a row has survivors, no NaN where not
     return logits.masked_fill(logits < 0, torch.finfo(logits.dtype).min).softmax(-1)
+
+
+def mean_cosine(*projections: Tensor) -> Tensor:
+    """Cosines between tokens, averaged over projections and heads: (B, H, T, d) each -> (B, T, T)."""
+    units = (F.normalize(upcast(x), dim=-1) for x in projections)
+    return sum((x @ x.mT for x in units)).mean(1) / len(projections)

@@ -1,5 +1,17 @@
 """Registered ops, by kind. Importing this package registers them."""
 
 from sfp.ops import affinity, attention, detectors, integrators, mitigators
+from sfp.ops import alignment, clusters, feedback, guided, propagation
 
-__all__ = ["affinity", "attention", "detectors", "integrators", "mitigators"]
+__all__ = [
+    "affinity",
+    "alignment",
+    "attention",
+    "clusters",
+    "detectors",
+    "feedback",
+    "guided",
+    "integrators",
+    "mitigators",
+    "propagation",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -24,7 +25,7 @@ Smoother = Callable[[Tokens, Trace], Tokens]
 Residual = Callable[[Tokens, Tokens], Tensor]
 Edit = Callable[[Trace, int], Tokens]
 Refiner = Callable[[Tensor, Trace], Tensor]
-Surgery = Callable[[VisionTransformer], None]
+Surgery = Callable[[VisionTransformer, "int | None"], None]
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Method:
             # parameters are shared; what an operation replaces is its own
             operated = copy.deepcopy(vit, {id(p): p for p in vit.parameters()})
             for operation in self.surgery:
-                operation(operated)
+                operation(operated, self.depth)
             operated.proj = nn.Parameter(weight.detach().clone(), requires_grad=False)
             self._operated[vit] = operated
         return operated
@@ -227,7 +228,8 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
     Args:
         method: name of a preset; `dict(type=name, knob=value, ...)`; a composition
             `dict(type="Method", readouts=[...], ...)`; or a `Method`, returned as it is.
-        **knobs: knobs of the preset. `depth` is understood by every preset (see `Method`).
+        **knobs: knobs of the preset. `depth` and `positions` are understood by every preset that has
+            no knob of that name itself (see `Method`).
 
     Raises:
         ValueError: for unknown presets, ops or knobs; the message names the valid ones.
@@ -247,7 +249,9 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
     name = config.pop("type", "Method")
     if name == "Method":
         return _build(Method, config)
-    overrides = {k: config.pop(k) for k in ("depth",) if k in config}
     preset = find(METHODS, name)
+    own = inspect.signature(preset).parameters
+    common = [k for k in ("depth", "positions") if k in config and k not in own]
+    overrides = {k: config.pop(k) for k in common}
     check_knobs(preset, config, f"method {name!r}")
     return _build(Method, {**preset(**config), **overrides})

@@ -15,6 +15,22 @@ if TYPE_CHECKING:
     from sfp.clip.vit import VisionTransformer
 
 
+def absolute_layer(index: int, blocks: int, depth: int | None) -> int:
+    """The number, from 0, of a method's layer in a model of `blocks` blocks (see `Trace.layer`).
+
+    Raises:
+        LookupError: if there is no such block.
+    """
+    reference = blocks if depth is None else depth
+    if not -blocks <= index < reference:
+        raise LookupError(
+            f"layer {index} of a model with {blocks} blocks (numbers for {reference})"
+        )
+    if index < 0:
+        return index + blocks
+    return max((index + 1) * blocks // reference - 1, 0)
+
+
 class Trace:
     """The tokens between the blocks of one forward pass, and attention evaluated on demand.
 
@@ -66,15 +82,7 @@ class Trace:
         Raises:
             LookupError: if there is no such block.
         """
-        blocks = len(self.vit.blocks)
-        reference = blocks if self.depth is None else self.depth
-        if not -blocks <= index < reference:
-            raise LookupError(
-                f"layer {index} of a model with {blocks} blocks (numbers for {reference})"
-            )
-        if index < 0:
-            return index + blocks
-        return max((index + 1) * blocks // reference - 1, 0)
+        return absolute_layer(index, len(self.vit.blocks), self.depth)
 
     def output(self, index: int) -> Tokens:
         """The tokens that left a method's layer `index` (see `layer`)."""
@@ -157,5 +165,9 @@ class Trace:
 
     def global_embedding(self) -> Tensor:
         """CLIP's image embedding, (B, C): the class token through the native last block."""
-        last = self.vit.blocks[-1](self.entering(len(self.vit.blocks) - 1).data)  # (B, T, D)
-        return self.vit.ln_post(last[:, 0]) @ self.vit.proj
+        return self.vit.ln_post(self.once(native_last)[:, 0]) @ self.vit.proj
+
+
+def native_last(trace: Trace) -> Tensor:
+    """What the last block puts out when it runs as it was trained, (B, T, D)."""
+    return trace.vit.blocks[-1](trace.entering(len(trace.vit.blocks) - 1).data)

@@ -38,19 +38,6 @@ def resample_positions(
     return out[0].permute(1, 2, 0).to(table.dtype)
 
 
-def gaussian_prior(grid: tuple[int, int], std: float) -> Tensor:
-    """exp(-d^2 / (2 std^2)) of the distance d between the patches of a grid, (N, N) float32."""
-    rows = torch.arange(grid[0]).repeat_interleave(grid[1])
-    cols = torch.arange(grid[1]).repeat(grid[0])
-    square = sum((x[:, None] - x).square() for x in (rows, cols))  # (N, N)
-    return torch.exp(-square / (2 * std**2))
-
-
-def pad_prefix(x: Tensor, prefix: int) -> Tensor:
-    """Zero rows and columns for prefix tokens in front of a patch matrix: (..., N, N) -> (..., T, T)."""
-    return F.pad(x, (prefix, 0, prefix, 0))
-
-
 def segment_steps(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The patches on the straight segment between any two patches of a grid.
 

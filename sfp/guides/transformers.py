@@ -32,6 +32,9 @@ class TransformersGuide(nn.Module):
         ImportError: if a model is to be loaded and `transformers` is not installed.
     """
 
+    factor: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         *,
@@ -44,8 +47,8 @@ class TransformersGuide(nn.Module):
         super().__init__()
         self.model = _load(model) if isinstance(model, str) else model
         self.model.requires_grad_(False)
-        size = self.model.config.patch_size
-        self.patch: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
+        size: int | Sequence[int] = self.model.config.patch_size  # type: ignore[union-attr, assignment]
+        self.patch: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         forward = inspect.signature(self.model.forward).parameters
         # ViT (DINO) resamples its position table only when told to, DINOv2 always does
         self._options = (
@@ -79,8 +82,12 @@ class TransformersGuide(nn.Module):
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
         out = self.model(pixel_values=pixels.to(dtype), **self._options)
-        tokens = out.last_hidden_state  # (B, prefix + h * w, D); the prefix is the class and registers
-        return Tokens(tokens[:, tokens.shape[1] - grid[0] * grid[1] :], (grid[0], grid[1]), prefix=0)
+        tokens = (
+            out.last_hidden_state
+        )  # (B, prefix + h * w, D); the prefix is the class and registers
+        return Tokens(
+            tokens[:, tokens.shape[1] - grid[0] * grid[1] :], (grid[0], grid[1]), prefix=0
+        )
 
 
 def _load(name: str) -> nn.Module:

@@ -1,30 +1,30 @@
-"""CLIPtrase: correlated patches cluster, and their pixels vote (Shao et al., ECCV 2024, arXiv:2407.08268).
+"""CLIPtrase: correlated patches cluster, and their pixels vote (Shao et al., ECCV 2024).
 
-Explore the Potential of CLIP for Training-Free Open Vocabulary Semantic Segmentation. The defaults are
-the release (224 pixels); its 336-pixel setting is `eps=1.1, min_samples=7`. What the paper describes is
-`correlation="cosine", layer=-1, unit_rows=True, denoise="paper"`.
+Explore the Potential of CLIP for Training-Free Open Vocabulary Semantic Segmentation,
+arXiv:2407.08268. The defaults are the release (224 pixels); its setting for 336 pixels is `eps=1.1,
+min_samples=7`. The paper describes `correlation="cosine", layer=-1, unit_rows=True, denoise="paper"`.
 
 | | release | paper |
 | --- | --- | --- |
-| attention of the last block | softmax(qq) + softmax(kk) + softmax(vv) | mean of the cosines, over heads |
+| last block's attention | softmax(qq) + softmax(kk) + softmax(vv) | mean of the cosines, over heads |
 | clustered | rows of the last but one block's cosines | unit rows of the last block's |
 | denoising | CLS row subtracted, cut at 0 | patches with mean_j w_ij > w_ii left out (Eq. 7) |
 
-Background prompts are words of the vocabulary: synonyms of class 0. The release centre-crops images to a
-square and counts void pixels as background, so that its numbers do not compare with sliding windows.
+Background prompts are words of the vocabulary: synonyms of class 0. The release centre-crops images
+to a square and counts void pixels as background: its numbers do not compare with sliding windows.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from sfp.registry import METHODS, suggest
+from sfp.registry import METHODS, pick
 
 RULES: dict[str, dict[str, Any]] = dict(
     softmax=dict(type="self_self", pairs=("qq", "kk", "vv")),
     cosine=dict(type="head_cosines"),
 )
-DENOISE = ("release", "paper", None)
+DENOISE = dict(release=None, paper=dict(type="overshadowed"), none=None)
 
 
 @METHODS.register_module()
@@ -55,14 +55,8 @@ def cliptrase(
         cls_logits: whether logits are multiplied by the class token's (the release on VOC20).
         cells: cells per patch in which pixels vote; None for every pixel, as the release.
     """
-    if correlation not in RULES:
-        raise ValueError(
-            f"cliptrase: unknown correlation={correlation!r}{suggest(correlation, RULES)}"
-        )
-    if denoise not in DENOISE:
-        valid = [name for name in DENOISE if name]
-        raise ValueError(f"cliptrase: unknown denoise={denoise!r}{suggest(denoise, valid)}, None")
-    rule = RULES[correlation]
+    rule = pick("correlation", correlation, RULES)
+    noise = pick("denoise", denoise or "none", DENOISE)
     affinity = dict(
         type="head_cosine", layer=layer, subtract_cls=denoise == "release", unit_rows=unit_rows
     )
@@ -77,7 +71,7 @@ def cliptrase(
                 affinity=affinity,
                 eps=eps,
                 min_samples=min_samples,
-                noise=dict(type="overshadowed") if denoise == "paper" else None,
+                noise=noise,
                 noise_layer=layer,
                 vote=vote,
                 cells=cells,

@@ -1,8 +1,8 @@
 """ProxyCLIP: attention from an external encoder (Lan et al., ECCV 2024, arXiv:2408.04883).
 
 The guide's patches attend to each other by similarity, and the last block's values, resampled to the
-guide's grid, follow. The release runs DINO ViT-B/8 on windows of 336 pixels (stride 112). Unlike it, this
-takes the mean similarity of each image, not of the batch, and keeps rows and columns apart.
+guide's grid, follow. The release runs DINO ViT-B/8 on windows of 336 pixels (stride 112). Unlike it,
+this takes the mean similarity of each image, not of the batch, and keeps rows and columns apart.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""ResCLIP: residual attention for training-free dense inference (Yang et al., CVPR 2025, arXiv:2411.15851).
+"""ResCLIP: attention of earlier blocks and a first guess (Yang et al., CVPR 2025, arXiv:2411.15851).
 
-NACLIP's reduced last block, with two additions. RCS: attention of the middle blocks is mixed into it. SFR:
-a first segmentation tells which patches belong together, and the last block reads again with that.
+NACLIP's reduced last block, with two additions. RCS: attention of the middle blocks is mixed into it.
+SFR: a first segmentation tells which patches belong together, and the last block reads again.
 
 The paper's main rows carry no post-processing, but the release runs PAMR inside the feedback. Its flags
 `use_rcs` and `use_sfr` are always true by a slip; here they work. It tunes four constants per dataset,
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sfp.registry import METHODS, suggest
+from sfp.registry import METHODS, pick
 
 # temp_thd, lambda_rcs, tau_sfr, lambda_sfr
 DATASETS = dict(
@@ -60,22 +60,19 @@ def resclip(
         blur: std of the feedback mask's Gaussian.
         pamr_steps: refinement of the first segmentation; 0 for none.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"resclip: unknown dataset={dataset!r}{suggest(dataset, DATASETS)}")
     given = (temp_thd, lambda_rcs, tau_sfr, lambda_sfr)
     temp_thd, lambda_rcs, tau_sfr, lambda_sfr = (
         tuned if value is None else value
-        for value, tuned in zip(given, DATASETS[dataset], strict=True)
+        for value, tuned in zip(given, pick("dataset", dataset, DATASETS), strict=True)
     )
 
     def with_rcs(rule: dict[str, Any]) -> dict[str, Any]:
         if not use_rcs:
             return rule
-        return dict(
-            type="residual_cross", rule=rule, layers=layers, share=lambda_rcs, gain=tau_rcs
-        )
+        fused = dict(type="fuse_layers", rule=rule, layers=layers, share=lambda_rcs)
+        return dict(type="scaled", rule=fused, gain=tau_rcs)
 
-    rule = with_rcs(dict(type="feedback_keys", std=gaussian_std))
+    rule = with_rcs(dict(type="neighbour", std=gaussian_std))
     if use_sfr:
         feedback = dict(
             type="semantic_feedback",

@@ -1,7 +1,20 @@
 """Registered ops, by kind. Importing this package registers them."""
 
-from sfp.ops import affinity, attention, detectors, integrators, mitigators
-from sfp.ops import alignment, clusters, feedback, guided, propagation
+from sfp.ops import (
+    affinity,
+    alignment,
+    attention,
+    clusters,
+    detectors,
+    feedback,
+    guided,
+    integrators,
+    mitigators,
+    positions,
+    propagation,
+    refiners,
+    surgery,
+)
 
 __all__ = [
     "affinity",
@@ -13,5 +26,8 @@ __all__ = [
     "guided",
     "integrators",
     "mitigators",
+    "positions",
     "propagation",
+    "refiners",
+    "surgery",
 ]

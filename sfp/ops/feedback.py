@@ -1,4 +1,4 @@
-"""Ops of ResCLIP: attention of earlier blocks, and of a first segmentation, in the last block."""
+"""Ops of ResCLIP: a first segmentation feeds back into the last block's attention."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sfp.functional.attention import gaussian_prior, pad_prefix
 from sfp.functional.clusters import resize
 from sfp.functional.feedback import feedback_mask, patch_modes
-from sfp.functional.grid import gaussian_prior, pad_prefix
 from sfp.functional.labels import class_scores
 from sfp.functional.pamr import pamr
-from sfp.registry import Op, op
+from sfp.registry import op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
@@ -38,39 +38,16 @@ def read_last(
     )
 
 
-def layers_attention(trace: Trace, *, layers: Sequence[int]) -> Tensor:
-    """Mean over layers of the attention weights of each head, (B, H, T, T)."""
-    total = trace.attention(trace.layer(layers[0])).clone()
-    for layer in layers[1:]:
-        total += trace.attention(trace.layer(layer))
-    return total / len(layers)
-
-
 @op("attention")
-def residual_cross(
-    heads: Heads,
-    trace: Trace,
-    *,
-    rule: Callable[[Heads, Trace], Tensor],
-    layers: Sequence[int] = (5, 6, 7, 8),
-    share: float = 0.4,
-    gain: float = 2.0,
+def scaled(
+    heads: Heads, trace: Trace, *, rule: Callable[[Heads, Trace], Tensor], gain: float
 ) -> Tensor:
-    """gain * ((1 - share) * rule + share * mean attention of earlier blocks), head by head.
+    """A rule's weights times a number.
 
-    ResCLIP's Residual Cross-correlation Self-attention.
-
-    Args:
-        rule: weights of the last block.
-        layers: method layers of the earlier blocks.
-        share: lambda_rcs.
-        gain: tau_rcs; it scales what the heads put out, but not the bias of `out_proj`: without that,
-            `ln_post` would undo it.
+    It scales what the heads put out, but not the bias of `out_proj`: without that, `ln_post` would
+    undo it in a block without residual.
     """
-    earlier = trace.once(Op(layers_attention, (("layers", tuple(layers)),)))
-    dropped = trace.embedded.prefix - heads.prefix  # a readout without the class token
-    earlier = earlier[:, :, dropped:, dropped:]
-    return gain * ((1 - share) * rule(heads, trace) + share * earlier)
+    return gain * rule(heads, trace)
 
 
 @op("attention")
@@ -78,28 +55,25 @@ def feedback_keys(
     heads: Heads,
     trace: Trace,
     *,
-    std: float = 5.0,
-    feedback: Callable[[Trace], Tensor] | None = None,
+    feedback: Callable[[Trace], Tensor],
     share: float = 0.7,
     gain: float = 1.8,
+    std: float = 5.0,
 ) -> Tensor:
     """softmax(gain * ((1 - share) * kk + share * M) + Gaussian of the patch distance), (B, H, T, T).
 
-    ResCLIP's Semantic Feedback Refinement of NACLIP's attention; without feedback it is NACLIP's. The
-    class token has no feedback and no Gaussian: zeros.
+    ResCLIP's Semantic Feedback Refinement of `neighbour`, NACLIP's attention. The class token has no
+    feedback and no Gaussian: zeros.
 
     Args:
-        std: of the Gaussian, in patches.
-        feedback: affinity M; None leaves kk as it is.
+        feedback: affinity M.
         share: lambda_sfr.
         gain: tau_sfr.
+        std: of the Gaussian, in patches.
     """
-    logits = heads.logits("k", "k")
-    if feedback is not None:
-        mask = pad_prefix(trace.once(feedback), heads.prefix)[:, None]  # (B, 1, T, T)
-        logits = gain * ((1 - share) * logits + share * mask)
-    prior = gaussian_prior(heads.grid, std).to(logits)
-    return (logits + pad_prefix(prior, heads.prefix)).softmax(-1)
+    mask = pad_prefix(trace.once(feedback), heads.prefix)[:, None]  # (B, 1, T, T)
+    prior = pad_prefix(gaussian_prior(heads.grid, std, heads.k.device), heads.prefix)  # (T, T)
+    return (gain * ((1 - share) * heads.logits("k", "k") + share * mask) + prior).softmax(-1)
 
 
 @op("affinity")

@@ -60,7 +60,7 @@ def cliptrase(
     affinity = dict(
         type="head_cosine", layer=layer, subtract_cls=denoise == "release", unit_rows=unit_rows
     )
-    refiners = []
+    refiners: list[dict[str, Any]] = []
     if cls_logits:
         source = dict(type="read_last", attention=rule, reduced=False)
         refiners.append(dict(type="cls_product", source=source))

@@ -10,6 +10,8 @@ min_samples=7`. The paper describes `correlation="cosine", layer=-1, unit_rows=T
 | clustered | rows of the last but one block's cosines | unit rows of the last block's |
 | denoising | CLS row subtracted, cut at 0 | patches with mean_j w_ij > w_ii left out (Eq. 7) |
 
+Eq. 7 cannot hold for cosines (w_ii = 1 is the largest); it is evaluated on the block's attention.
+
 Background prompts are words of the vocabulary: synonyms of class 0. The release centre-crops images
 to a square and counts void pixels as background: its numbers do not compare with sliding windows.
 """

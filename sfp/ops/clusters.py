@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -47,14 +47,17 @@ def head_cosine(
 
 
 @op("detector")
-def overshadowed(trace: Trace, layer: int) -> Tensor:
-    """Patches that attend to themselves less than to the average patch (CLIPtrase, Eq. 7).
+def overshadowed(trace: Trace, layer: int, *, pairs: Sequence[str] = ("qk",)) -> Tensor:
+    """Patches that attend to themselves less than to the average patch: mean_j w_ij - w_ii > 0.
 
-    mean_j w_ij - w_ii > 0 for the mean over heads of softmax(qq), softmax(kk) and softmax(vv). With
-    cosines for w, which the paper defines, no patch ever is: its own cosine, 1, is the largest.
+    CLIPtrase's Eq. 7. With w the correlations that its paper clusters, no patch ever is one: a patch's
+    cosine with itself, 1, is its largest. So w is an attention here, averaged over heads.
+
+    Args:
+        pairs: of which projections, as in `self_self`; ("qk",) is what the block ran with.
     """
     heads = trace.heads(layer)
-    weights = self_self(heads, trace, pairs=("qq", "kk", "vv")).mean(1)  # (B, T, T)
+    weights = self_self(heads, trace, pairs=pairs).mean(1)  # (B, T, T)
     weights = weights[:, heads.prefix :, heads.prefix :]
     return weights.mean(-1) > weights.diagonal(dim1=-2, dim2=-1)
 

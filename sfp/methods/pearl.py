@@ -3,7 +3,9 @@
 Code: github.com/PGSmall/PEARL. Its text-aware term multiplies by the diagonal of the queries'
 similarity alone (`einsum("cc,bcij->bcij")`), so that it knows nothing of how classes relate; the
 default here is the full matrix of the paper, `inter_class=False` the release. The other settings
-(crops, thresholds) are NACLIP's without PAMR. Not compared with a run of the official code.
+(crops, thresholds) are NACLIP's without PAMR. The propagation stands where NACLIP's PAMR does, after
+windows are merged; here it runs in each window, which is the same for whole images (`slide_crop=0`).
+Not compared with a run of the official code.
 """
 
 from __future__ import annotations

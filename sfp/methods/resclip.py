@@ -5,8 +5,11 @@ SFR: a first segmentation tells which patches belong together, and the last bloc
 
 The paper's main rows carry no post-processing, but the release runs PAMR inside the feedback. Its flags
 `use_rcs` and `use_sfr` are always true by a slip; here they work. It tunes four constants per dataset,
-listed in `DATASETS`; its other settings (crops, thresholds) are NACLIP's. Only RCS could be compared
-with a run of the official code; that of SFR needs a GPU.
+listed in `DATASETS`; its other settings (crops, thresholds) are NACLIP's.
+
+No reference numbers exist for it here (SFR runs on CUDA only). Our reading, where the description is
+open: the Gaussian prior is added after SFR's scale, the class token gets no feedback, distances are
+divided by the grid's largest, the blur pads with nothing.
 """
 
 from __future__ import annotations

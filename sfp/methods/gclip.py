@@ -24,19 +24,21 @@ def gclip(
     """Mean of sm(qq) with ordinary attention of layers where global tokens emerge; no residual, no MLP.
 
     Args:
-        blocks: those layers, counted from 0.
+        blocks: those layers, counted from 0; none for sm(qq) alone.
         head_average: whether all heads share the mean map.
         suppress: whether the outlier channel of the MLPs is suppressed, on a copy of the weights.
         cs_blocks: in which layers; None finds the first from the weights (`outlier_onset`).
         channel: which; None is each block's loudest.
     """
-    attention = dict(
-        type="fuse_layers",
-        rule=dict(type="self_self", pairs=("qq",)),
-        layers=blocks,
-        share=len(blocks) / (len(blocks) + 1),  # equal weights for all maps
-        head_average=head_average,
-    )
+    attention: dict[str, Any] = dict(type="self_self", pairs=("qq",))
+    if blocks:
+        attention = dict(
+            type="fuse_layers",
+            rule=attention,
+            layers=blocks,
+            share=len(blocks) / (len(blocks) + 1),  # equal weights for all maps
+            head_average=head_average,
+        )
     surgery = dict(type="suppress_channel", blocks=cs_blocks, channel=channel)
     return dict(
         readouts=[dict(attention=attention, residual=None, ffn=False)],

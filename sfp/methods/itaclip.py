@@ -1,7 +1,8 @@
 """ITACLIP: self-self attention of the last and of middle blocks (Aydın et al., CVPRW 2025).
 
 ITACLIP: Boosting Training-Free Semantic Segmentation with Image, Text, and Architectural Enhancements,
-arXiv:2411.12044. The architecture only: no image augmentation, no texts by a language model.
+arXiv:2411.12044. The architecture only: no image augmentation, no texts by a language model. Written
+from its description, not compared with its code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ def itaclip(*, layers: Sequence[int] = (6, 7, 9)) -> dict[str, Any]:
     """Half of the last block's sm(qq) + sm(kk), half of the middle layers' mean; no MLP.
 
     Args:
-        layers: the middle ones, counted from 0 (the paper's 7, 8 and 10); none for the last alone.
+        layers: the middle ones, counted from 0 (7, 8 and 10 counted from 1); none for the last alone.
     """
     attention: dict[str, Any] = dict(type="self_self", pairs=("qq", "kk"))
     if layers:

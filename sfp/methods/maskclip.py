@@ -22,7 +22,8 @@ def maskclip(
     Args:
         ignore_residual: True for that reduced form.
         ks_thresh: key smoothing of patches less confident than this; None for none.
-        pd_thresh: prompt denoising of classes less confident than this; None for none.
+        pd_thresh: prompt denoising of classes less confident than this; None for none. It follows
+            the smoothing, so that the logits it sets are not smoothed.
     """
     readout: dict[str, Any] = dict(attention=dict(type="identity"))
     if ignore_residual:

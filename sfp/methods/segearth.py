@@ -1,7 +1,9 @@
 """SegEarth-OV: three self-attentions, and logits without the global bias (Li et al., CVPR 2025).
 
 SegEarth-OV: Towards Training-Free Open-Vocabulary Segmentation for Remote Sensing Images,
-arXiv:2410.01768. Without its learned up-sampler.
+arXiv:2410.01768. Without its learned up-sampler. Written from its description, not compared with its
+code: that the global logits are those of CLIP's own image embedding, and the default of the weight, are
+our reading.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def fuse_layers(
     own, earlier = rule(heads, trace), sum(maps[1:], maps[0]) / len(maps)
     if head_average:
         own, earlier = own.mean(1, keepdim=True), earlier.mean(1, keepdim=True)
-    return torch.lerp(own, earlier, share)
+    return own + share * (earlier - own)
 
 
 @op("attention")

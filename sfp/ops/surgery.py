@@ -62,7 +62,7 @@ def outlier_onset(norms: Tensor) -> int:
     """
     p = norms / norms.sum(-1, keepdim=True)
     entropy = torch.special.entr(p.double()).sum(-1)  # (L,)
-    gains = [0.0]
+    gains = [1e-9]  # more than rounding leaves of equal entropies
     for i in range(1, len(entropy)):
         before, after = entropy[:i].mean(), entropy[i:].mean()
         # how much less the squared error is than that of one constant

@@ -489,7 +489,7 @@ def test_inter_class_term_is_the_difference_between_paper_and_release():
     ("name", "knob", "values"),
     [
         ("cliptrase", "correlation", ("softmax", "cosine")),
-        ("cliptrase", "denoise", ("release", None)),
+        ("cliptrase", "denoise", ("release", "none")),
         ("cliptrase", "layer", (-2, -1)),
         ("cliptrase", "unit_rows", (False, True)),
         ("cliptrase", "eps", (0.7, 1.1)),

@@ -26,6 +26,7 @@ RULES: dict[str, dict[str, Any]] = dict(
     softmax=dict(type="self_self", pairs=("qq", "kk", "vv")),
     cosine=dict(type="head_cosines"),
 )
+VOTES = dict(mode="mode", mean="mean")
 DENOISE = dict(release=None, paper=dict(type="overshadowed"), none=None)
 
 
@@ -36,7 +37,7 @@ def cliptrase(
     cluster: bool = True,
     layer: int = -2,
     unit_rows: bool = False,
-    denoise: Literal["release", "paper"] | None = "release",
+    denoise: Literal["release", "paper", "none"] = "release",
     eps: float = 0.7,
     min_samples: int = 3,
     vote: Literal["mode", "mean"] = "mode",
@@ -50,7 +51,7 @@ def cliptrase(
         cluster: False leaves the features alone, without clusters and votes.
         layer: whose correlations are clustered.
         unit_rows: whether rows are scaled to unit length before.
-        denoise: "release", "paper" or None.
+        denoise: "release", "paper" or "none".
         eps, min_samples: DBSCAN's.
         vote: "mode" of the pixels' classes, or "mean" of their logits (the detectron2 release, which
             takes dot products with features that are not normalised; here they are cosines).
@@ -58,7 +59,7 @@ def cliptrase(
         cells: cells per patch in which pixels vote; None for every pixel, as the release.
     """
     rule = pick("correlation", correlation, RULES)
-    noise = pick("denoise", denoise or "none", DENOISE)
+    noise = pick("denoise", denoise, DENOISE)
     affinity = dict(
         type="head_cosine", layer=layer, subtract_cls=denoise == "release", unit_rows=unit_rows
     )
@@ -75,7 +76,7 @@ def cliptrase(
                 min_samples=min_samples,
                 noise=noise,
                 noise_layer=layer,
-                vote=vote,
+                vote=pick("vote", vote, VOTES),
                 cells=cells,
             )
         )

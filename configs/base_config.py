@@ -19,10 +19,7 @@ env_cfg = dict(
 visualizer = dict(
     type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer"
 )
-default_hooks = dict(
-    logger=dict(type="LoggerHook", interval=50),
-    visualization=dict(type="SegVisualizationHook"),
-)
+default_hooks = dict(logger=dict(type="LoggerHook", interval=50))
 
 model = dict(
     type="OpenVocabSegmentor",

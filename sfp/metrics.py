@@ -48,6 +48,8 @@ class SegmentationMetric(IoUMetric):
             than the first.
     """
 
+    default_prefix = ""  # plain names, without mmengine's warning about them
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(iou_metrics=["mIoU"], **kwargs)
         self.summary: dict[str, Any] = {}

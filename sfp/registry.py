@@ -73,7 +73,7 @@ def bind(node: Any, kind: str | None = None) -> Any:
     fn = find(OPS, node["type"])
     if kind is not None and getattr(fn, "kind", kind) != kind:
         raise ValueError(
-            f"op {node['type']!r} is of kind {fn.kind!r} where {kind!r} is needed; "
+            f"op {node['type']!r} is of kind {getattr(fn, 'kind', None)!r} where {kind!r} is needed; "
             f"of that kind are: {', '.join(list_ops(kind))}"
         )
     knobs = {k: bind(v) for k, v in node.items() if k != "type"}

@@ -21,7 +21,7 @@ from sfp.clip.model import CLIP
 from sfp.clip.text import text_bank
 from sfp.functional.labels import Labels, assign
 from sfp.functional.pamr import pamr
-from sfp.functional.windows import merge_matrix, window_starts
+from sfp.functional.windows import LogitSheet, WindowGrid
 from sfp.method import Method, build_method
 from sfp.registry import suggest
 from sfp.tokens import Tokens
@@ -70,6 +70,10 @@ class OpenVocabSegmentor(BaseSegmentor):
         area_thd: classes that win no more than this share of the foreground are left out.
         slide_crop: side of the windows in pixels; 0 runs the whole image at once.
         slide_stride: pixels between windows.
+        pad_windows: pad windows with zeros to whole patches (ClearCLIP's release) instead of leaving
+            pixels beyond the last whole patch out.
+        whole_via_input: with `slide_crop=0`, logits go through the size of the network's input on
+            their way to the original one (NACLIP's release).
         window_batch: most windows in one forward pass.
         pamr_steps: steps of pixel-adaptive refinement on the final logits; 0 for none.
         pamr_dilations: distances of its neighbours, in pixels.
@@ -94,6 +98,8 @@ class OpenVocabSegmentor(BaseSegmentor):
         area_thd: float | None = None,
         slide_crop: int = 224,
         slide_stride: int = 112,
+        pad_windows: bool = False,
+        whole_via_input: bool = False,
         window_batch: int = 32,
         pamr_steps: int = 0,
         pamr_dilations: Sequence[int] = (8, 16),
@@ -125,6 +131,8 @@ class OpenVocabSegmentor(BaseSegmentor):
         self.area_thd = area_thd
         self.slide_crop = slide_crop
         self.slide_stride = slide_stride
+        self.pad_windows = pad_windows
+        self.whole_via_input = whole_via_input
         self.window_batch = window_batch
         self.pamr_steps = pamr_steps
         self.pamr_dilations = tuple(pamr_dilations)
@@ -197,7 +205,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         self, inputs: Tensor | Sequence[Tensor], batch_img_metas: Any = None
     ) -> list[Tensor]:
         """Merged query logits of each image at its own size, a list of (Q, H, W)."""
-        return [s.rows(0, s.size[0]) for s in self._sheets(inputs, [x.shape[-2:] for x in inputs])]
+        return [s.rows(0, s.size[0]) for s in self.sheets(inputs, [x.shape[-2:] for x in inputs])]
 
     def _forward(self, inputs: Any, data_samples: Any = None) -> list[Tensor]:
         return self.encode_decode(inputs)
@@ -223,14 +231,14 @@ class OpenVocabSegmentor(BaseSegmentor):
             s.metainfo.get("ori_shape", x.shape[-2:])[:2]
             for x, s in zip(images, samples, strict=True)
         ]
-        for image, sheet, sample in zip(images, self._sheets(images, sizes), samples, strict=True):
-            result = self._label(image, sheet.flipped(sample.metainfo))
+        for image, sheet, sample in zip(images, self.sheets(images, sizes), samples, strict=True):
+            result = self._label(image, _unflip(sheet, sample))
             sample.pred_sem_seg = PixelData(data=result.labels[None])
             if result.scores is not None:
                 sample.seg_logits = PixelData(data=result.scores)
         return samples
 
-    def _label(self, image: Tensor, sheet: _Sheet) -> Labels:
+    def _label(self, image: Tensor, sheet: LogitSheet) -> Labels:
         rows = sheet.rows
         if self.pamr_steps:
             guide = F.interpolate(image[None], sheet.size, mode="bilinear", align_corners=False)
@@ -251,75 +259,34 @@ class OpenVocabSegmentor(BaseSegmentor):
             keep_scores=self.scores,
         )
 
-    def _sheets(
+    def sheets(
         self, images: Tensor | Sequence[Tensor], sizes: Sequence[Sequence[int]]
-    ) -> list[_Sheet]:
+    ) -> list[LogitSheet]:
         """All windows of all images through the network, then one sheet of logits per image."""
-        plans = [_Plan(x.shape[-2:], self.slide_crop, self.slide_stride) for x in images]
-        queues: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
-        for n, plan in enumerate(plans):
-            queues[plan.window] += [(n, y, x) for y in plan.ys for x in plan.xs]
+        grids = [
+            WindowGrid.over(
+                x.shape[-2:],
+                self.slide_crop,
+                self.slide_stride,
+                multiple=self.clip.visual.patch if self.pad_windows else 1,
+                via_input=self.whole_via_input,
+            )
+            for x in images
+        ]
+        queues: dict[tuple[int, int], list[tuple[int, tuple[int, int]]]] = defaultdict(list)
+        for n, grid in enumerate(grids):
+            queues[grid.window] += [(n, place) for place in grid.places]
         logits: list[list[Tensor]] = [[] for _ in images]
-        for (height, width), places in queues.items():
-            for i in range(0, len(places), self.window_batch):
-                batch = places[i : i + self.window_batch]
-                windows = torch.stack(
-                    [images[n][:, y : y + height, x : x + width] for n, y, x in batch]
-                )
-                for (n, _, _), out in zip(batch, self.window_logits(windows), strict=True):
+        for queue in queues.values():
+            for i in range(0, len(queue), self.window_batch):
+                batch = queue[i : i + self.window_batch]
+                windows = torch.stack([grids[n].cut(images[n], place) for n, place in batch])
+                for (n, _), out in zip(batch, self.window_logits(windows), strict=True):
                     logits[n].append(out)
         return [
-            plan.sheet(torch.stack(parts), (int(size[0]), int(size[1])))
-            for plan, parts, size in zip(plans, logits, sizes, strict=True)
+            grid.sheet(torch.stack(parts), (int(size[0]), int(size[1])))
+            for grid, parts, size in zip(grids, logits, sizes, strict=True)
         ]
-
-
-class _Plan:
-    """Where an image's windows lie."""
-
-    def __init__(self, size: Sequence[int], crop: int, stride: int) -> None:
-        self.whole = not crop
-        self.size = (int(size[0]), int(size[1]))
-        self.window = (
-            self.size if self.whole else (min(crop, self.size[0]), min(crop, self.size[1]))
-        )
-        self.ys, self.xs = (
-            [0] if self.whole else window_starts(length, window, min(stride, window))
-            for length, window in zip(self.size, self.window, strict=True)
-        )
-
-    def sheet(self, logits: Tensor, target: tuple[int, int]) -> _Sheet:
-        """(windows, Q, h, w) patch logits, in the order of `ys` and `xs`, for an output size."""
-        tiles = logits.unflatten(0, (len(self.ys), len(self.xs)))
-        tiles = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (Q, ys * h, xs * w)
-        sides = []
-        for side, starts in enumerate((self.ys, self.xs)):
-            # a whole image goes from patches straight to the output, as the official codes do
-            via = target[side] if self.whole else self.size[side]
-            window = target[side] if self.whole else self.window[side]
-            matrix = merge_matrix(starts, window, logits.shape[2 + side], via, target[side])
-            sides.append(matrix.to(tiles))
-        return _Sheet(tiles, sides[0], sides[1])
-
-
-class _Sheet:
-    """An image's query logits, kept small: any slab of rows is rendered on demand."""
-
-    def __init__(self, tiles: Tensor, rows: Tensor, columns: Tensor) -> None:
-        self.tiles, self._rows, self._columns = tiles, rows, columns
-        self.size = (len(rows), len(columns))
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Logits of output rows start to stop, (Q, stop - start, W)."""
-        return self._rows[start:stop] @ self.tiles @ self._columns.T
-
-    def flipped(self, meta: Mapping[str, Any]) -> _Sheet:
-        """Turned back, if the pipeline had mirrored the image (mmseg's test-time augmentation)."""
-        if not meta.get("flip"):
-            return self
-        if meta.get("flip_direction") == "vertical":
-            return _Sheet(self.tiles, self._rows.flip(0), self._columns)
-        return _Sheet(self.tiles, self._rows, self._columns.flip(0))
 
 
 def _unpad(image: Tensor, sample: SegDataSample) -> Tensor:
@@ -327,3 +294,9 @@ def _unpad(image: Tensor, sample: SegDataSample) -> Tensor:
     meta = sample.metainfo
     left, right, top, bottom = meta.get("img_padding_size", meta.get("padding_size", [0] * 4))
     return image[:, top : image.shape[1] - bottom, left : image.shape[2] - right]
+
+
+def _unflip(sheet: LogitSheet, sample: SegDataSample) -> LogitSheet:
+    """Turned back, if the pipeline had mirrored the image (mmseg's test-time augmentation)."""
+    meta = sample.metainfo
+    return sheet.flip(meta.get("flip_direction", "horizontal")) if meta.get("flip") else sheet

@@ -14,7 +14,6 @@ from mmengine.registry import DATASETS, DefaultScope
 from sfp import build_method
 from sfp.vocabulary import load_vocabulary
 
-
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path.stem.removeprefix("cfg_") for path in FOLDER.glob("cfg_*.py"))
 

@@ -10,7 +10,7 @@ import torch
 import trees
 from mmengine.config import Config
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import Runner
 
 from sfp.datasets import COCOObjectDataset, MiniSceneDataset, PascalVOC20Dataset, colour_map
@@ -52,9 +52,8 @@ def test_class_lists():
     assert PascalVOC20Dataset.METAINFO["classes"][::19] == ("aeroplane", "tvmonitor")
     assert PascalVOC20Dataset.METAINFO["palette"] == colour_map(21)[1:]
     classes = COCOObjectDataset.METAINFO["classes"]
-    assert (
-        len(classes) == 81 and len({tuple(c) for c in COCOObjectDataset.METAINFO["palette"]}) == 81
-    )
+    assert len(classes) == 81
+    assert len({tuple(c) for c in COCOObjectDataset.METAINFO["palette"]}) == 81
     with pytest.warns(UserWarning, match="'bed'"):
         names = load_vocabulary(FOLDER / "cls_coco_object.txt").names
     assert classes[1:] == names[1:]  # the labels mean what the vocabulary says
@@ -119,8 +118,9 @@ def test_no_image(name, tree):
     assert "there is no *.jpg image in" in raises(load, where)
 
 
-class Nothing(BaseModel):
-    """A model that is not reached."""
+@MODELS.register_module(force=True)
+class NeverReached(BaseModel):
+    """A model that a test without data has no use for."""
 
     def forward(self, inputs, data_samples=None, mode="tensor"):
         raise AssertionError
@@ -129,7 +129,7 @@ class Nothing(BaseModel):
 def test_the_runner_says_it_too(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "nowhere"))
     cfg = Config.fromfile(str(FOLDER / "cfg_city_scapes.py"))
-    cfg.model = dict(type=Nothing)
+    cfg.model = dict(type="NeverReached")
     cfg.work_dir = str(tmp_path / "work")
     cfg.experiment_name = "missing_data"
     runner = Runner.from_cfg(cfg)
@@ -143,13 +143,15 @@ def test_mini(tmp_path, monkeypatch):
     for _ in range(2):  # rendered, then found
         with DefaultScope.overwrite_default_scope("mmseg"):
             dataset = DATASETS.build(cfg.test_dataloader.dataset)
-        assert isinstance(dataset, MiniSceneDataset) and len(dataset) == 3
+        assert isinstance(dataset, MiniSceneDataset)
+        assert len(dataset) == 3
     assert Path(dataset.data_root).is_relative_to(tmp_path)
     assert dataset.metainfo["classes"] == CLASSES
     assert dataset.metainfo["palette"] == [list(colour) for colour in PALETTE]
     assert load_vocabulary(cfg.model.classes).names == CLASSES
     for item in dataset:
         labels = item["data_samples"].gt_sem_seg.data
-        assert item["inputs"].shape == (3, 224, 224) and item["inputs"].dtype == torch.uint8
+        assert item["inputs"].shape == (3, 224, 224)
+        assert item["inputs"].dtype == torch.uint8
         assert labels.shape == (1, 224, 224)
         assert set(np.unique(labels)) <= set(range(len(CLASSES)))

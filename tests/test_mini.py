@@ -34,8 +34,9 @@ def test_scene_follows_from_its_seed_in_any_process():
 @pytest.mark.parametrize("size", [64, 112, 224])
 def test_labels_fit_the_picture(size):
     image, labels = mini.scene(1, size)
-    assert image.shape == (size, size, 3) and image.dtype == np.uint8
-    assert labels.shape == (size, size) and labels.dtype == np.uint8
+    assert image.shape == (size, size, 3)
+    assert labels.shape == (size, size)
+    assert image.dtype == labels.dtype == np.uint8
     assert labels.max() < len(mini.CLASSES)
 
 
@@ -131,7 +132,8 @@ def test_run_ends_with_a_log_and_a_checkpoint(tmp_path):
     recipe = dataclasses.replace(TINY, steps=2)
     train.Training(recipe, tmp_path).run(log_every=1)
     log = (tmp_path / "train.log").read_text()
-    assert "step 2 " in log and "maskclip" in log
+    assert "step 2 " in log
+    assert "maskclip" in log
     assert (tmp_path / "mini.safetensors").exists()
     longer = train.Training(dataclasses.replace(recipe, steps=3), tmp_path, resume=True)
     assert len(longer.run()) == 1

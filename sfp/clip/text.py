@@ -72,7 +72,8 @@ def encode_queries(clip: CLIP, queries: Sequence[str], templates: Sequence[str])
     All prompts of all queries are encoded together, sorted by length, so that each batch is cut as
     short as it can be.
     """
-    prompts = [template.format(query) for query in queries for template in templates]
+    distinct = list(dict.fromkeys(queries))  # equal names get equal features, to the last bit
+    prompts = [template.format(query) for query in distinct for template in templates]
     ids = tokenize(prompts, clip.context)
     vocab = clip.token_embedding.num_embeddings
     if int(ids.max()) >= vocab:
@@ -87,7 +88,8 @@ def encode_queries(clip: CLIP, queries: Sequence[str], templates: Sequence[str])
         for rows in order.split(BATCH)
     ]
     features = torch.cat(batches)[order.argsort()]  # (Q * templates, C)
-    return F.normalize(features.unflatten(0, (len(queries), -1)).mean(1), dim=-1)
+    features = F.normalize(features.unflatten(0, (len(distinct), -1)).mean(1), dim=-1)
+    return features[[distinct.index(query) for query in queries]]
 
 
 def text_bank(

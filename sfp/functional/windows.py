@@ -9,6 +9,10 @@ full-resolution window, no accumulator, and any slab of the result can be had al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +36,9 @@ def interpolation(source: int, target: int) -> Tensor:
     return F.interpolate(eye, target, mode="linear", align_corners=False)[0].T
 
 
-def merge_matrix(starts: list[int], window: int, cells: int, length: int, target: int) -> Tensor:
+def merge_matrix(
+    starts: list[int], window: int, cells: int, length: int, target: int, padding: int = 0
+) -> Tensor:
     """One side of the chain from patch logits to the final image, (target, len(starts) * cells).
 
     Args:
@@ -41,8 +47,9 @@ def merge_matrix(starts: list[int], window: int, cells: int, length: int, target
         cells: patches of a window.
         length: pixels of the network's input.
         target: pixels of the final image.
+        padding: pixels that each window was padded by, half of them (rounded down) in front.
     """
-    up = interpolation(cells, window)
+    up = interpolation(cells, window + padding)[padding // 2 :][:window]
     placed = torch.zeros(length, len(starts), cells, dtype=torch.float64)
     covered = torch.zeros(length, 1, dtype=torch.float64)
     for i, start in enumerate(starts):
@@ -50,3 +57,109 @@ def merge_matrix(starts: list[int], window: int, cells: int, length: int, target
         covered[start : start + window] += 1
     merged = placed.flatten(1) / covered  # (length, windows * cells)
     return interpolation(length, target) @ merged
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Where the windows of one image lie.
+
+    Attributes:
+        size: rows and columns of the image, in pixels.
+        window: rows and columns of every window.
+        ys, xs: first rows and first columns; each row start meets each column start.
+        padding: rows and columns of zeros around each window, half of them in front.
+        direct: logits go from patches straight to the output size, not through the image's own.
+    """
+
+    size: tuple[int, int]
+    window: tuple[int, int]
+    ys: list[int]
+    xs: list[int]
+    padding: tuple[int, int] = (0, 0)
+    direct: bool = False
+
+    @classmethod
+    def over(
+        cls,
+        size: Sequence[int],
+        crop: int,
+        stride: int,
+        *,
+        multiple: int = 1,
+        via_input: bool = False,
+    ) -> WindowGrid:
+        """Windows of side `crop`, `stride` apart; smaller images are their own window.
+
+        Args:
+            size: of the image.
+            crop: 0 takes the whole image at once; its logits then go straight to the output size, as
+                in the official codes.
+            stride: pixels between windows.
+            multiple: windows are padded to multiples of it (ClearCLIP: of the patch).
+            via_input: whole images go through their own size too (NACLIP).
+        """
+        height, width = int(size[0]), int(size[1])
+        window = (min(crop, height), min(crop, width)) if crop else (height, width)
+        ys, xs = ([0], [0])
+        if crop:
+            ys, xs = (window_starts(length, crop, stride) for length in (height, width))
+        padding = (-window[0] % multiple, -window[1] % multiple)
+        direct = not (crop or via_input or any(padding))
+        return cls((height, width), window, ys, xs, padding, direct)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """First row and column of every window, in the order that `sheet` expects."""
+        return list(product(self.ys, self.xs))
+
+    def cut(self, image: Tensor, place: tuple[int, int]) -> Tensor:
+        """The window of an image (C, H, W) at a place, padded."""
+        y, x = place
+        window = image[:, y : y + self.window[0], x : x + self.window[1]]
+        if any(self.padding):
+            front = [side // 2 for side in self.padding]
+            back = [side - side // 2 for side in self.padding]
+            window = F.pad(window, (front[1], back[1], front[0], back[0]))
+        return window
+
+    def sheet(self, logits: Tensor, target: tuple[int, int]) -> LogitSheet:
+        """Patch logits of all windows, (windows, Q, h, w), merged for an output size."""
+        tiles = logits.unflatten(0, (len(self.ys), len(self.xs)))
+        tiles = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (Q, ys * h, xs * w)
+        via, window = (target, target) if self.direct else (self.size, self.window)
+        cells = logits.shape[2:]
+        rows, columns = (
+            merge_matrix(starts, window[i], cells[i], via[i], target[i], self.padding[i]).to(tiles)
+            for i, starts in enumerate((self.ys, self.xs))
+        )
+        return LogitSheet(tiles, rows, columns)
+
+
+@dataclass(frozen=True)
+class LogitSheet:
+    """An image's query logits, kept at patch resolution; any slab of rows is rendered on demand.
+
+    Attributes:
+        tiles: (Q, R, S), the patches of all windows side by side.
+        row_matrix: (H, R).
+        column_matrix: (W, S).
+    """
+
+    tiles: Tensor
+    row_matrix: Tensor
+    column_matrix: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the output."""
+        return len(self.row_matrix), len(self.column_matrix)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Logits of output rows start to stop, (Q, stop - start, W)."""
+        return self.row_matrix[start:stop] @ self.tiles @ self.column_matrix.T
+
+    def flip(self, direction: str) -> LogitSheet:
+        """The sheet of the mirrored output; "vertical" swaps up and down, anything else the sides."""
+        if direction == "vertical":
+            return LogitSheet(self.tiles, self.row_matrix.flip(0), self.column_matrix)
+        return LogitSheet(self.tiles, self.row_matrix, self.column_matrix.flip(0))

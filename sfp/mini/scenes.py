@@ -7,6 +7,7 @@ and needs no download. Only numpy and OpenCV are used.
 
 import colorsys
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
 THINGS = (
     "ball",
@@ -89,8 +91,6 @@ SEVERAL = (
     "a scene with {}.",
 )
 
-Colour = tuple[float, float, float]
-Fill = Colour | np.ndarray
 _SUBPIXEL_BITS = 4  # OpenCV draws at 1/16 pixel
 
 
@@ -142,7 +142,7 @@ def caption(names: Sequence[str], rng: np.random.Generator, templates: Sequence[
         other = ALIASES[name] or (name,)
         spoken.append(other[rng.integers(len(other))] if rng.random() < 0.3 else name)
     if len(names) == 1:
-        return templates[rng.integers(len(templates))].format(spoken[0])
+        return templates[int(rng.integers(len(templates)))].format(spoken[0])
 
     things = [f"a {s}" for s, n in zip(spoken, names, strict=True) if n in THINGS]
     stuff = [s for s, n in zip(spoken, names, strict=True) if n in STUFF]
@@ -205,16 +205,18 @@ def _write(folder: Path, recipe: dict) -> None:
 def _swap(partial: Path, root: Path, recipe: dict) -> None:
     """Put `partial` in the place of `root`, unless another process has done so meanwhile."""
     while True:
-        with contextlib.suppress(OSError):  # something is there, and it is not empty
+        try:
             partial.rename(root)
             return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else: something is there
+                raise
         with contextlib.suppress(FileNotFoundError):  # another process has just moved it away
             before = root.stat().st_ino
             if _intact(root, recipe):
                 return
             if root.stat().st_ino == before:  # still the outdated one, not somebody's new one
-                old = root.rename(partial.with_suffix(".old"))
-                shutil.rmtree(old)
+                shutil.rmtree(root.rename(partial.with_name(f"{partial.name}.old")))
 
 
 def _foreign(root: Path) -> bool:
@@ -326,7 +328,9 @@ def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------ stuff
 
 
-def _noise(rng: np.random.Generator, size: int, cells: int, cells_x: int | None = None):
+def _noise(
+    rng: np.random.Generator, size: int, cells: int, cells_x: int | None = None
+) -> np.ndarray:
     """Smooth random values in about [0, 1], `cells` bumps high and `cells_x` wide: (size, size)."""
     grid = rng.random((cells, cells_x or cells), np.float32)
     return cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
@@ -434,19 +438,21 @@ class _Tile:
         self.alpha = np.zeros((side, side), np.float32)
         self.y, self.x = np.mgrid[:side, :side].astype(np.float32) / side
 
-    def polygon(self, points, fill: Fill) -> None:
+    def polygon(self, points: ArrayLike, fill: ArrayLike) -> None:
         """Fill a polygon with a colour or with a picture (side, side, 3)."""
         mask = np.zeros((self.side, self.side), np.uint8)
         cv2.fillPoly(mask, [self._fixed(points)], 255, cv2.LINE_AA, _SUBPIXEL_BITS)
         self._paint(mask, fill)
 
-    def ellipse(self, centre, radii, fill: Fill, angle: float = 0.0) -> None:
+    def ellipse(
+        self, centre: ArrayLike, radii: ArrayLike, fill: ArrayLike, angle: float = 0.0
+    ) -> None:
         """Fill an ellipse, turned by `angle` radians."""
         t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-        outline = np.stack([np.cos(t), np.sin(t)], 1) * radii
-        self.polygon(_turned(outline, angle) + centre, fill)
+        outline = np.stack([np.cos(t), np.sin(t)], 1) * np.asarray(radii)
+        self.polygon(_turned(outline, angle) + np.asarray(centre), fill)
 
-    def line(self, points, width: float, colour) -> None:
+    def line(self, points: ArrayLike, width: float, colour: ArrayLike) -> None:
         """Draw a connected line."""
         mask = np.zeros((self.side, self.side), np.uint8)
         thickness = max(1, round(width * self.side))
@@ -455,10 +461,10 @@ class _Tile:
         )
         self._paint(mask, colour)
 
-    def _fixed(self, points) -> np.ndarray:
+    def _fixed(self, points: ArrayLike) -> np.ndarray:
         return np.round(np.asarray(points) * self.side * 2**_SUBPIXEL_BITS).astype(np.int32)
 
-    def _paint(self, mask: np.ndarray, fill: Fill) -> None:
+    def _paint(self, mask: np.ndarray, fill: ArrayLike) -> None:
         x, y, w, h = cv2.boundingRect(mask)  # blend only where something changes
         box = np.s_[y : y + h, x : x + w]
         cover = mask[box].astype(np.float32) / 255
@@ -498,7 +504,7 @@ def _house(rng: np.random.Generator, tile: _Tile) -> None:
     tile.polygon([(0.42, 0.64), (0.6, 0.64), (0.6, 0.96), (0.42, 0.96)], roof * 0.6)
     glass = (1.0, 0.93, 0.55) if rng.random() < 0.5 else (0.6, 0.8, 0.95)
     for left in (0.18, 0.66):
-        pane = np.array([(0, 0), (0.17, 0), (0.17, 0.18), (0, 0.18)]) + (left, 0.58)
+        pane = np.array([(0, 0), (0.17, 0), (0.17, 0.18), (0, 0.18)]) + np.array([left, 0.58])
         tile.polygon(pane, glass)
         tile.line([*pane, pane[0]], 0.02, (0.97, 0.97, 0.97))
         tile.line([pane[0] + (0.085, 0), pane[3] + (0.085, 0)], 0.015, (0.97, 0.97, 0.97))
@@ -581,7 +587,7 @@ def _sun(rng: np.random.Generator, tile: _Tile) -> None:
     for i in range(count):
         angle = 2 * np.pi * i / count
         ray = np.array([(0.28, -0.085), (0.49, 0.0), (0.28, 0.085)])
-        tile.polygon(_turned(ray, angle) + 0.5, gold * np.float32([1, 0.82, 0.75]))
+        tile.polygon(_turned(ray, angle) + 0.5, gold * np.array([1, 0.82, 0.75], np.float32))
     glow = np.hypot(tile.x - 0.5, tile.y - 0.5) * 3
     disc = _mix(np.array([1, 0.98, 0.8], np.float32), gold, glow.clip(0, 1))
     tile.ellipse((0.5, 0.5), (0.31, 0.31), disc)
@@ -691,7 +697,7 @@ def _cat(rng: np.random.Generator, tile: _Tile) -> None:
         tile.ellipse((0.5 + 0.19 * s, 0.49), (0.025, 0.075), ink)
         for lift in (-0.05, 0.02, 0.09):
             start = np.array([0.5 + 0.15 * s, 0.72])
-            tile.line([start, start + (0.29 * s, lift)], 0.01, ink)
+            tile.line([start, start + np.array([0.29 * s, lift])], 0.01, ink)
     tile.polygon([(0.44, 0.62), (0.56, 0.62), (0.5, 0.69)], pink)
     tile.line([(0.38, 0.73), (0.44, 0.78), (0.5, 0.72), (0.56, 0.78), (0.62, 0.73)], 0.018, ink)
 

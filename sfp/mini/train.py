@@ -170,6 +170,7 @@ class Batch:
     match: Tensor
 
     def to(self, device: str) -> "Batch":
+        """The batch on another device."""
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
@@ -232,13 +233,18 @@ def initialise(clip: CLIP) -> None:
     for tower in (clip.visual.transformer, clip.transformer):
         width = tower.resblocks[0].ln_1.weight.numel()
         narrow = width**-0.5 * (2 * len(tower.resblocks)) ** -0.5
-        for block in tower.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=narrow)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=narrow)
-            for bias in (block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
-                nn.init.zeros_(bias)
+        spread = {
+            "attn.in_proj_weight": width**-0.5,
+            "attn.out_proj.weight": narrow,
+            "mlp.c_fc.weight": (2 * width) ** -0.5,
+            "mlp.c_proj.weight": narrow,
+        }
+        for name, parameter in tower.named_parameters():
+            kind = name.split(".", 2)[-1]  # without "resblocks.<i>."
+            if kind in spread:
+                nn.init.normal_(parameter, std=spread[kind])
+            elif kind.endswith("bias"):
+                nn.init.zeros_(parameter)
 
 
 def compile_blocks(clip: CLIP) -> None:
@@ -437,7 +443,7 @@ class Training:
         recent: list[dict[str, float]] = []
         before, began, saved = self.seconds, time.monotonic(), time.monotonic()
         with Progress() as bar, (self.out / "train.log").open("a", buffering=1) as log:
-            task = bar.add_task("training", total=1.0, completed=self.progress)
+            task = bar.add_task("training", total=1.0)
             while self.progress < 1:
                 recent.append(self.advance())
                 losses.append(recent[-1]["loss"])

@@ -225,7 +225,7 @@ def _write(folder: Path, job: dict[str, Any]) -> None:
         raise ValueError(f"annotations of {job.get('file_name')}: {error}") from error
     path = folder / label_name(job["file_name"])
     part = folder / f".{path.stem}.{os.getpid()}.part"
-    part.write_bytes(cv2.imencode(".png", labels)[1])
+    part.write_bytes(cv2.imencode(".png", labels)[1].tobytes())
     os.replace(part, path)
 
 

@@ -1,0 +1,249 @@
+"""Evaluation of a config from start to end: run, table, metrics file, picture sheet."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODEL_WRAPPERS, init_default_scope
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from sfp.cache import atomic_write
+from sfp.clip.loading import locate
+from sfp.datasets import DATASETS
+from sfp.method import build_method
+from sfp.metrics import SegmentationMetric
+from sfp.segmentor import OpenVocabSegmentor
+from sfp.sheet import Panel, picture_sheet
+from sfp.vocabulary import load_vocabulary
+
+METRICS = ("mIoU", "aAcc", "mAcc", "fwIoU")
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """A progress bar over the test images; every process counts its own, the first one shows it."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def before_test(self, runner: Runner) -> None:
+        """Starts the bar."""
+        if not is_main_process():
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(
+            TextColumn("{task.description}"), *columns, console=Console(stderr=True)
+        )
+        self._task = self._bar.add_task("evaluating", total=len(runner.test_dataloader.dataset))
+        self._bar.start()
+
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Counts a batch of all processes."""
+        if self._bar is not None:
+            self._bar.advance(self._task, len(outputs) * runner.world_size)
+
+    def after_test(self, runner: Runner) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._bar.tasks[0].total)
+            self._bar.stop()
+            self._bar = None
+
+
+@MODEL_WRAPPERS.register_module()
+class FrozenReplica(nn.Module):
+    """Stands where DistributedDataParallel would: nothing is trained, so nothing is synchronised."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def test_step(self, data: Any) -> Any:
+        """The wrapped model's."""
+        return self.module.test_step(data)  # type: ignore[operator]
+
+
+def load_config(
+    path: str | Path,
+    *,
+    method: str | None = None,
+    weights: str | None = None,
+    work_dir: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Config:
+    """A config with what the command line says put on top of it.
+
+    Args:
+        path: of the config file.
+        method: preset that replaces the whole `model.method` (a merge would leave the other
+            method's flags behind).
+        weights: replaces `model.weights`.
+        work_dir: where results go; by default work/<name of the config>.
+        options: dotted keys and values, e.g. {"model.method.pm": "lof"}; applied last.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no config {path}; see configs/cfg_*.py")
+    config = Config.fromfile(str(path))
+    if method is not None:
+        config.model.pop("method", None)  # assigning a dict would merge it
+        config.model.method = dict(type=method)
+    if weights is not None:
+        config.model.weights = weights
+    config.work_dir = work_dir or config.get("work_dir") or str(Path("work", Path(path).stem))
+    if options:
+        config.merge_from_dict(dict(options))
+    return config
+
+
+def check(config: Config) -> None:
+    """Looks for the data and the weights of a config, and builds its method, in seconds.
+
+    Raises:
+        FileNotFoundError: if images or labels are missing; the message says what to put where.
+        WeightsError: likewise for weights.
+        ValueError: if the method or the vocabulary is not right.
+    """
+    init_default_scope(config.get("default_scope", "mmseg"))
+    build_method(config.model.get("method", "sfp"))
+    load_vocabulary(config.model.classes)
+    DATASETS.build(config.test_dataloader.dataset)
+    locate(config.model.weights)
+
+
+def evaluate(config: Config, *, pictures: int = 6, show_dir: str | None = None) -> dict[str, Any]:
+    """Runs the test set of a config and writes what came out into its work folder.
+
+    Args:
+        config: from `load_config`.
+        pictures: images on the sheet `sheet.png`; 0 for none.
+        show_dir: folder for one picture per image, by mmseg's visualization hook.
+
+    Returns:
+        "mIoU", "aAcc", "mAcc", "fwIoU" in percent, "classes" with IoU and Acc of each, and what was
+        evaluated; written to `metrics.json` as well. Empty on processes other than the first.
+    """
+    config = config.copy()
+    # the console belongs to the bar and the table; --cfg-options log_level=INFO brings mmengine's log
+    if config.get("log_level", "INFO") == "INFO":
+        config.log_level = "WARNING"
+    if config.get("launcher", "none") != "none":
+        config.model_wrapper_cfg = dict(type="FrozenReplica")
+        if not torch.cuda.is_available() and not torch.distributed.is_initialized():
+            # mmengine's own start asks for CUDA, and leaves a group that is there alone
+            torch.distributed.init_process_group("gloo")
+    config.custom_hooks = [*config.get("custom_hooks", []), dict(type="ProgressHook", priority=90)]
+    if show_dir is not None:
+        config.default_hooks.visualization = dict(type="SegVisualizationHook", draw=True)
+        config.visualizer.save_dir = str(Path(show_dir).absolute())
+    runner = Runner.from_cfg(config)
+    runner.test()
+    if not is_main_process():
+        return {}
+    (metric,) = (m for m in runner.test_evaluator.metrics if isinstance(m, SegmentationMetric))
+    names = metric.dataset_meta["classes"]
+    result = {k: round(metric.summary[k], 4) for k in METRICS}
+    result["classes"] = {
+        name: dict(IoU=_number(iou), Acc=_number(acc))
+        for name, iou, acc in zip(names, metric.summary["IoU"], metric.summary["Acc"], strict=True)
+    }
+    model = config.model
+    result["images"] = len(runner.test_dataloader.dataset)
+    result["method"] = model.get("method", "sfp")
+    result["weights"] = str(model.weights)
+    work_dir = Path(config.work_dir)
+    with atomic_write(work_dir / "metrics.json") as path:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    if pictures:
+        _write_sheet(runner, work_dir / "sheet.png", pictures)
+    return result
+
+
+def _number(value: float) -> float | None:
+    """Rounded; None, JSON's word for nothing, for the NaN of a class that does not occur."""
+    return None if math.isnan(value) else round(value, 4)
+
+
+def per_class_table(result: Mapping[str, Any]) -> Table:
+    """The classes of a result, and the means below them."""
+    table = Table(title=f"{_method_name(result)}, {result['images']} images")
+    table.add_column("class")
+    for column in ("IoU", "Acc"):
+        table.add_column(column, justify="right")
+    for name, scores in result["classes"].items():
+        table.add_row(name, *(_cell(scores[k]) for k in ("IoU", "Acc")))
+    table.add_section()
+    table.add_row("mIoU / mAcc", _cell(result["mIoU"]), _cell(result["mAcc"]), style="bold")
+    table.add_row("aAcc", "", _cell(result["aAcc"]))
+    table.add_row("fwIoU", _cell(result["fwIoU"]), "")
+    return table
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _method_name(result: Mapping[str, Any]) -> str:
+    method = result["method"]
+    return method if isinstance(method, str) else method.get("type", "Method")
+
+
+def _write_sheet(runner: Runner, path: Path, count: int) -> None:
+    """Some test images with their truth, plain CLIP's labels and the method's."""
+    dataset = runner.test_dataloader.dataset
+    model = runner.model.module if isinstance(runner.model, FrozenReplica) else runner.model
+    assert isinstance(model, OpenVocabSegmentor)
+    chosen = [i * len(dataset) // count for i in range(min(count, len(dataset)))]
+    ours = model.method
+    columns = {"image": [], "ground truth": []}  # type: dict[str, list[Panel]]
+    named = {"plain CLIP": build_method("clip"), "SFP": ours}
+    method = runner.cfg.model.get("method", "sfp")
+    name = method if isinstance(method, str) else method.get("type", "Method")
+    if name != "sfp":
+        named = {"plain CLIP": named["plain CLIP"], name: ours}
+    for i in chosen:
+        record = dataset[i]
+        truth = record["data_samples"].gt_sem_seg.data[0]
+        picture = _at_size(record["inputs"], truth.shape)
+        columns["image"].append(Panel(picture))
+        columns["ground truth"].append(Panel(picture, truth.numpy()))
+        for title, each in named.items():
+            model.method = each
+            batch = dict(inputs=[record["inputs"]], data_samples=[record["data_samples"]])
+            (sample,) = model.test_step(batch)
+            labels = sample.pred_sem_seg.data[0].cpu().numpy()
+            columns.setdefault(title, []).append(Panel(picture, labels))
+    model.method = ours
+    meta = dataset.metainfo
+    picture_sheet(columns, meta["classes"], meta["palette"], path)
+
+
+def _at_size(image: Tensor, size: Sequence[int]) -> Any:
+    """A BGR image tensor (3, h, w) as RGB array (H, W, 3) of the label map's size."""
+    resized = nn.functional.interpolate(image[None].float(), tuple(size), mode="bilinear")
+    return resized[0].flip(0).permute(1, 2, 0).clamp(0, 255).byte().numpy()
+
+
+def quiet() -> None:
+    """Keeps mmengine's advice to developers off the terminal of people who evaluate."""
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"mm(engine|seg|cv)\b")
+    logging.getLogger("mmengine").setLevel(logging.ERROR)

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sfp.clip.vit import Rule, VisionTransformer
 from sfp.functional.grid import resample_positions
 from sfp.ops.integrators import own_tokens
 from sfp.registry import METHODS, bind, check_knobs, find, suggest
-from sfp.tokens import Tokens, upcast
+from sfp.tokens import Tokens, cosine_logits
 from sfp.trace import Trace
 
 Detector = Callable[[Trace, int], Tensor]
@@ -67,6 +65,8 @@ class Readout:
         residual: (tokens, source) -> (B, T or 1, D) that the first block's output is added to.
         ffn: whether the MLP follows.
         after: smoothers of what was read.
+        layout: guide whose grid the output takes, patches only; the attention rule of the (one)
+            block gives one row per patch of the guide.
     """
 
     blocks: Sequence[int] = (-1,)
@@ -77,6 +77,7 @@ class Readout:
     residual: Residual | None = own_tokens
     ffn: bool = True
     after: Sequence[Smoother] = ()
+    layout: str | None = None
 
     def __call__(self, trace: Trace) -> Tokens:
         """The tokens read, (B, T or N, D), before the final projection."""
@@ -86,12 +87,18 @@ class Readout:
         for smooth in self.before:
             x = smooth(x, trace)
         carry = self.residual(x, source) if self.residual else None
+        layout = trace.guide(self.layout) if self.layout else None
         for i in blocks:
             if i != blocks[0]:
                 x = trace.entering(i)
                 x = x if self.keep_cls else x.only_patches()
             y = trace.vit.blocks[i].read(
-                x, residual=carry, attention=self.attention, ffn=self.ffn, trace=trace
+                x,
+                residual=carry,
+                attention=self.attention,
+                ffn=self.ffn,
+                trace=trace,
+                layout=layout,
             )
             carry = y.data
         for smooth in self.after:
@@ -179,12 +186,6 @@ class Method:
             operated.proj = nn.Parameter(weight.detach().clone(), requires_grad=False)
             self._operated[vit] = operated
         return operated
-
-
-def cosine_logits(features: Tokens, text: Tensor) -> Tensor:
-    """Cosine of patch features with unit queries (Q, C): (B, Q, h, w) in at least float32."""
-    maps = F.normalize(upcast(features.as_map()), dim=1)  # (B, C, h, w)
-    return torch.einsum("bchw,qc->bqhw", maps, text.to(maps))
 
 
 _KINDS = dict(

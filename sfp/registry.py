@@ -22,6 +22,7 @@ from mmengine.registry import Registry
 
 OPS = Registry("op")
 METHODS = Registry("method")
+GUIDES = Registry("guide")
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -93,3 +94,9 @@ class Heads:
     def logits(self, a: str, b: str) -> Tensor:
         """Scaled products of two projections, e.g. `logits("q", "k")`: (B, H, T, T), >= float32."""
         return (upcast(getattr(self, a)) * self.scale) @ upcast(getattr(self, b)).mT
+
+
+def cosine_logits(features: Tokens, text: Tensor) -> Tensor:
+    """Cosine of patch features with unit queries (Q, C): (B, Q, h, w) in at least float32."""
+    maps = F.normalize(upcast(features.as_map()), dim=1)  # (B, C, h, w)
+    return torch.einsum("bchw,qc->bqhw", maps, text.to(maps))

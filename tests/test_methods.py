@@ -22,12 +22,22 @@ import sfp
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {}
+
+def colours(pixels: Tensor) -> sfp.Tokens:
+    """A stand-in for an external encoder: mean colours of cells of 6 pixels."""
+    maps = F.avg_pool2d(pixels.float(), 6)
+    return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
+
+
+CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
+    "proxyclip": lambda: dict(guides=dict(dino=colours)),
+}
 """Further context of `Method.logits` by method, made when it is needed."""
 
 OTHERS: dict[tuple[str, str], list[Any]] = {
     # a knob of a switched-off part, or with another knob that it needs: the whole set of knobs
     ("clip_surgery", "surgery_blocks"): [0, 3],
+    ("cliptrase", "cells"): [1, 4],
     ("gclip", "blocks"): [(3,), ()],
     ("gclip", "cs_blocks"): [(2, 3)],
     ("gclip", "channel"): [3],
@@ -35,6 +45,14 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("itaclip", "layers"): [(3,), ()],
     ("maskclip", "ks_thresh"): [1.0],
     ("maskclip", "pd_thresh"): [0.9],
+    ("proxyclip", "guide"): [None],
+    ("resclip", "dataset"): ["voc20", "voc21"],
+    ("resclip", "layers"): [(3,), (7, 8)],
+    ("resclip", "lambda_rcs"): [0.1],
+    ("resclip", "tau_sfr"): [1.0],
+    ("resclip", "lambda_sfr"): [0.1],
+    ("resclip", "temp_thd"): [0.9],
+    ("resclip", "logit_scale"): [2.0],
     ("sfp", "pm"): ["l2_norm", "lof"],
     ("sfp", "layers"): ["all", (-3, -2)],
     ("sfp", "top_k"): [2],

@@ -35,6 +35,12 @@ def centred_softmax(similarity: Tensor, gain: float, centre: float) -> Tensor:
     return logits.masked_fill(logits < 0, torch.finfo(logits.dtype).min).softmax(-1)
 
 
+def mean_cosine(*projections: Tensor) -> Tensor:
+    """Cosines between tokens, averaged over projections and heads: (B, H, T, d) each -> (B, T, T)."""
+    units = (F.normalize(upcast(x), dim=-1) for x in projections)
+    return torch.stack([x @ x.mT for x in units]).mean((0, 2))
+
+
 def gaussian_prior(grid: tuple[int, int], std: float, device: torch.device | None = None) -> Tensor:
     """exp(-d^2 / (2 std^2)) of the distance d between patches, in patches: (N, N)."""
     sides = []

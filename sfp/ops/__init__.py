@@ -2,22 +2,32 @@
 
 from sfp.ops import (
     affinity,
+    alignment,
     attention,
+    clusters,
     detectors,
+    feedback,
+    guided,
     integrators,
     mitigators,
     positions,
+    propagation,
     refiners,
     surgery,
 )
 
 __all__ = [
     "affinity",
+    "alignment",
     "attention",
+    "clusters",
     "detectors",
+    "feedback",
+    "guided",
     "integrators",
     "mitigators",
     "positions",
+    "propagation",
     "refiners",
     "surgery",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -143,13 +143,8 @@ class Method:
         Returns:
             Tokens of width C, not normalised, and the trace of the run.
         """
-        trace = self.operate(vit).trace(
-            image, self.edits, positions=self.positions, depth=self.depth, **context
-        )
-        first, *rest = (readout(trace) for readout in self.readouts)
-        for other in rest:
-            first = first.with_data(first.data + other.data)
-        return trace.vit.project(first), trace
+        trace = self.run(vit, image, **context)
+        return self.read(trace), trace
 
     def logits(
         self, vit: VisionTransformer, image: Tensor, text: Tensor, **context: Any
@@ -163,11 +158,33 @@ class Method:
         Returns:
             (B, Q, h, w) float32, and the trace of the run.
         """
-        features, trace = self.features(vit, image, text=text, **context)
-        logits = cosine_logits(features, text)
+        trace = self.run(vit, image, text=text, **context)
+        return self.read_logits(trace), trace
+
+    def run(self, vit: VisionTransformer, image: Tensor, **context: Any) -> Trace:
+        """The trunk alone, edited; arguments as in `features`."""
+        return self.operate(vit).trace(
+            image, self.edits, positions=self.positions, depth=self.depth, **context
+        )
+
+    def read(self, trace: Trace) -> Tokens:
+        """The readouts of a trace that this method, or one of equal `trunk`, has run."""
+        first, *rest = (readout(trace) for readout in self.readouts)
+        for other in rest:
+            first = first.with_data(first.data + other.data)
+        return trace.vit.project(first)
+
+    def read_logits(self, trace: Trace) -> Tensor:
+        """Refined query logits (B, Q, h, w) of such a trace, which must have the text features."""
+        logits = cosine_logits(self.read(trace), trace.query_features())
         for refine in self.refiners:
             logits = refine(logits, trace)
-        return logits, trace
+        return logits
+
+    @property
+    def trunk(self) -> Hashable:
+        """Methods of equal trunk leave the same trace, so that one run serves all of them."""
+        return self.edits, self.surgery, self.positions, self.depth
 
     def operate(self, vit: VisionTransformer) -> VisionTransformer:
         """The model with this method's surgery: `vit` itself if there is none."""

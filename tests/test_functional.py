@@ -7,6 +7,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import reference
 import tiny
 import torch
 from hypothesis import assume, given, settings
@@ -433,25 +434,6 @@ def test_pamr_of_a_flat_image_is_finite():
 # -- outliers ------------------------------------------------------------------------------------
 
 
-def filled_by_hand(x: Tensor, mask: Tensor, alone: str) -> Tensor:
-    """Cell by cell: x (h, w, D), mask (h, w)."""
-    h, w = mask.shape
-    out = x.clone()
-    clean = [(r, c) for r in range(h) for c in range(w) if not mask[r, c]]
-    for r, c in itertools.product(range(h), range(w)):
-        if not mask[r, c]:
-            continue
-        far = {(a, b): max(abs(a - r), abs(b - c)) for a, b in clean}
-        around = [cell for cell, distance in far.items() if distance == 1]
-        if not around and alone == "nearest" and clean:
-            around = [cell for cell, d in far.items() if d == min(far.values())]
-        if around:
-            out[r, c] = torch.stack([x[cell] for cell in around]).mean(0)
-        elif alone == "zero":
-            out[r, c] = 0
-    return out
-
-
 @few
 @given(
     st.integers(1, 7),
@@ -469,7 +451,7 @@ def test_neighbour_mean_cell_by_cell(h, w, alone, share, prefix, seed):
     out = neighbour_mean(tokens, mask, alone=alone)
     for i in range(2):
         patches = x[i, prefix:].view(h, w, 3)
-        expected = filled_by_hand(patches, mask[i].view(h, w), alone)
+        expected = reference.filled(patches, mask[i].view(h, w), alone)
         torch.testing.assert_close(out.patches[i].view(h, w, 3), expected)
     assert torch.equal(out.data[:, :prefix], x[:, :prefix])
     assert out.grid == (h, w)

@@ -178,7 +178,7 @@ def test_end_to_end(name):
     case.check("probs_s16", probs[:, ::16, ::16])
     case.check("pred", result.pred_sem_seg.data[0])
     if not segmentor.pamr_steps:
-        sheet = segmentor.sheets([picture], [case.entry["ori_shape"]])[0]
+        sheet = segmentor.sheets([segmentor.method], [picture], [case.entry["ori_shape"]])[0][0]
         case.check("logits_s16", sheet.rows(0, sheet.size[0])[:, ::16, ::16])
 
 
@@ -192,5 +192,5 @@ def test_clearclip_end_to_end():
     (result,) = segmentor([picture], [sample], mode="predict")
     case.check("probs_s16", result.seg_logits.data[:, ::16, ::16])
     case.check("pred", result.pred_sem_seg.data[0])
-    sheet = segmentor.sheets([picture], [case.entry["ori_shape"]])[0]
+    sheet = segmentor.sheets([segmentor.method], [picture], [case.entry["ori_shape"]])[0][0]
     case.check("logits_s16", sheet.rows(0, sheet.size[0])[:, ::16, ::16])

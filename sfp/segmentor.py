@@ -166,6 +166,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         if name == "auto":
             name = "fp16" if self.clip.text_projection.device.type == "cuda" else "fp32"
         self.clip.to(PRECISIONS[name])
+        self.guides.to(PRECISIONS[name])
 
     def text_features(self) -> Tensor:
         """Unit features of the queries, (Q, C) float32; encoded, or read from the cache, once."""

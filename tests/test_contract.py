@@ -28,10 +28,14 @@ QUERIES = 5
 SELF = dict(type="self_self", pairs=["kk"])
 CUT = dict(layer=8, cut=0.2, fill=dict(type="neighbour_mean"))
 SIMILARITY = dict(type="similarity", **CUT)
+COSINES = dict(type="head_cosine", subtract_cls=True)
+FEEDBACK = dict(type="semantic_feedback", source=dict(type="read_last", attention=SELF))
+GUIDED = dict(affinity=dict(type="guide_similarity", guide="colours"), guide="colours")
 
 # kind -> op -> settings to test it with. Knobs without a default have to be there.
 EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "detector": {
+        "overshadowed": [{}, dict(pairs=["qq", "kk", "vv"])],
         "som": [{}, dict(gain=1.5, top_k=10), dict(gain=0.0)],
         "l2_norm": [{}, dict(top_k=1)],
         "lof": [{}, dict(neighbours=5, contamination=0.2)],
@@ -40,10 +44,25 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "neighbour_mean": [{}, dict(alone="keep"), dict(alone="zero")],
     },
     "affinity": {
+        "guide_similarity": [dict(guide="colours"), dict(guide="bright")],
+        "head_cosine": [{}, dict(layer=-1), dict(subtract_cls=True), dict(unit_rows=True)],
+        "semantic_feedback": [
+            dict(source=FEEDBACK["source"]),
+            dict(source=FEEDBACK["source"], temp_thd=0.9, blur=2.0, logit_scale=80.0),
+            dict(source=FEEDBACK["source"], blur=1.0, pamr_steps=2, pamr_dilations=[1]),
+        ],
         "similarity": [dict(layer=3), CUT, dict(CUT, fill_from=4)],
         "mean_attention": [{}, dict(first=5, last=8)],
     },
     "attention": {
+        "aligned_keys": [{}, dict(alpha=0.5), dict(steps=5)],
+        "feedback_keys": [
+            dict(feedback=FEEDBACK),
+            dict(feedback=FEEDBACK, share=0.2, gain=1.0, std=2.0),
+        ],
+        "head_cosines": [{}],
+        "proxy_attention": [GUIDED, dict(GUIDED, gain=6.0, centre=1.0)],
+        "scaled": [dict(rule=SELF, gain=2.0)],
         "self_self": [{}, dict(pairs=["qk"]), dict(pairs=["qq", "kk", "vv"])],
         "affinity_attention": [
             dict(affinity=SIMILARITY),
@@ -63,6 +82,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "normalised_self_self": [{}, dict(iterations=0, temperature=5.0)],
     },
     "source": {
+        "read_last": [dict(attention=SELF), dict(attention=SELF, reduced=False)],
         "layer_sum": [dict(layers=[4]), dict(layers=range(3, 10))],
     },
     "smoother": {
@@ -74,6 +94,17 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "cls_token": [{}, dict(scale=0.0)],
     },
     "refiner": {
+        "cls_product": [dict(source=dict(type="read_last", attention=SELF))],
+        "cluster_vote": [
+            dict(affinity=COSINES),
+            dict(affinity=COSINES, eps=1.5, min_samples=5, vote="mean"),
+            dict(affinity=COSINES, noise=dict(type="som"), noise_layer=-2, cells=2),
+        ],
+        "text_aware_propagation": [
+            {},
+            dict(size=16, logit_scale=10.0, inter_class=False),
+            dict(size=16, edge=1.0, tau=2.0, steps=5),
+        ],
         "global_bias": [{}, dict(weight=0.5)],
         "key_smoothing": [{}, dict(ks_thresh=0.3, scale=40.0)],
         "prompt_denoising": [{}, dict(pd_thresh=0.9, scale=10.0)],
@@ -96,6 +127,16 @@ EACH = pytest.mark.parametrize(
     ("kind", "name", "knobs"),
     [pytest.param(*case, id=f"{case[1]}-{i}") for i, case in enumerate(OPERATIONS)],
 )
+
+
+def colours(images: Tensor, ones: float = 0.0) -> sfp.Tokens:
+    """A stand-in for an external encoder: each patch's mean colour."""
+    maps = torch.nn.functional.avg_pool2d(images, 8) + ones
+    return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
+
+
+GUIDES = dict(colours=colours, bright=lambda images: colours(images, 1.0), dino=colours)
+"""What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
 
 
 def without_example() -> set[str]:
@@ -135,7 +176,7 @@ def given(clip: sfp.CLIP, image: Tensor) -> Given:
         (4, -2), bind(dict(type="l2_norm", top_k=6)), bind(dict(type="neighbour_mean"))
     )
     text = tiny.queries(QUERIES).to(image.dtype if image.dtype == torch.float64 else torch.float32)
-    trace = clip.visual.trace(image, [edit], text=text, depth=12)
+    trace = clip.visual.trace(image, [edit], text=text, guides=GUIDES, depth=12)
     tokens = trace.outputs[-1]
     last = clip.visual.blocks[-1]
     heads = {"all": last.heads(tokens), "patches": last.heads(tokens.only_patches())}
@@ -268,7 +309,7 @@ def test_settings_differ_in_what_they_give(name, pictures, exact):
                 given = run(kind, op, on)
             results.append(torch.cat([values(x).double().flatten() for x in given.values()]))
     for a, b in itertools.combinations(results, 2):
-        assert (a - b).abs().max() > 1e-6
+        assert a.shape != b.shape or (a - b).abs().max() > 1e-6
 
 
 @EACH
@@ -312,7 +353,8 @@ def check_result(kind: str, call: str, result: Any, on: Given) -> None:
     elif kind == "attention":
         heads = on.heads[call].q.shape[1]
         assert data.dtype in (torch.float32, dtype)
-        assert data.shape in [(batch, h, tokens, tokens) for h in (1, heads)]
+        rows = (tokens, patches)  # a guide's grid has no prefix
+        assert data.shape in [(batch, h, n, tokens) for h in (1, heads) for n in rows]
     elif kind == "refiner":
         assert data.dtype == torch.float32
         assert data.shape[:2] == on.logits.shape[:2]
@@ -345,7 +387,7 @@ def test_methods_in_half_precision(name, dtype, clip, exact):
     method = sfp.build_method(name)
     before = image.clone()
     half = copy.deepcopy(clip).to(dtype)
-    logits, trace = method.logits(half.visual, image, text)
+    logits, trace = method.logits(half.visual, image, text, guides=GUIDES)
     assert logits.dtype == torch.float32
     assert logits.isfinite().all()
     assert trace.outputs[-1].data.dtype == dtype
@@ -353,7 +395,7 @@ def test_methods_in_half_precision(name, dtype, clip, exact):
     state = half.visual.state_dict()
     for key, value in clip.visual.state_dict().items():
         assert torch.equal(state[key], value.to(dtype)), f"{name} changed {key}"
-    reference, _ = method.logits(exact.visual, image.double(), text.double())
+    reference, _ = method.logits(exact.visual, image.double(), text.double(), guides=GUIDES)
     # discrete choices (outliers, cuts) may fall otherwise in half precision: most must agree
     tolerance = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}[dtype]
     assert (logits - reference).abs().median() < tolerance
@@ -364,15 +406,16 @@ def test_methods_compare_grids_not_token_counts(name, exact):
     """The peers add the 8x8 position table to a 16x4 grid, since both have 64 tokens."""
     image = tiny.images(1, 128, 32).double()
     method = sfp.build_method(name)
-    ours, _ = method.features(exact.visual, image)
+    context = dict(text=tiny.queries(QUERIES).double(), guides=GUIDES)
+    ours, _ = method.features(exact.visual, image, **context)
     resampled = copy.deepcopy(exact.visual)
     table = resampled.positional_embedding
     grid = method.positions(table[1:].unflatten(0, (8, 8)), (16, 4)).flatten(0, 1)
     resampled.positional_embedding = torch.nn.Parameter(torch.cat([table[:1], grid]), False)
     resampled.native_grid = (16, 4)
-    expected, _ = method.features(resampled, image)
+    expected, _ = method.features(resampled, image, **context)
     torch.testing.assert_close(ours.data, expected.data, atol=1e-9, rtol=1e-9)
     raw = copy.deepcopy(exact.visual)
     raw.native_grid = (16, 4)  # what the peers do
-    peers, _ = method.features(raw, image)
+    peers, _ = method.features(raw, image, **context)
     assert (peers.data - ours.data).abs().max() > 1e-2

@@ -245,8 +245,8 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
     Args:
         method: name of a preset; `dict(type=name, knob=value, ...)`; a composition
             `dict(type="Method", readouts=[...], ...)`; or a `Method`, returned as it is.
-        **knobs: knobs of the preset. `depth` and `positions` are understood by every preset that has
-            no knob of that name itself (see `Method`).
+        **knobs: knobs of the preset. Every preset that has no knob of that name itself also takes
+            `depth` and `positions` (see `Method`), and `refiners` that follow its own.
 
     Raises:
         ValueError: for unknown presets, ops or knobs; the message names the valid ones.
@@ -268,7 +268,9 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
         return _build(Method, config)
     preset = find(METHODS, name)
     own = inspect.signature(preset).parameters
-    common = [k for k in ("depth", "positions") if k in config and k not in own]
-    overrides = {k: config.pop(k) for k in common}
+    fields_of_all = ("depth", "positions", "refiners")
+    common = {k: config.pop(k) for k in fields_of_all if k in config and k not in own}
     check_knobs(preset, config, f"method {name!r}")
-    return _build(Method, {**preset(**config), **overrides})
+    composition = preset(**config)
+    common["refiners"] = [*composition.get("refiners", ()), *common.get("refiners", ())]
+    return _build(Method, {**composition, **common})

@@ -117,7 +117,7 @@ def full_encoding(clip: sfp.CLIP, prompt: str) -> Tensor:
         x = x + attention(y, y, y, attn_mask=mask, need_weights=False)[0]
         y = block.mlp.c_fc(block.ln_2(x))
         x = x + block.mlp.c_proj(y * torch.sigmoid(1.702 * y))
-    return clip.ln_final(x[0, len(row) - 1]) @ clip.text_projection
+    return clip.ln_final(x[0, int(row.argmax())]) @ clip.text_projection
 
 
 def test_cut_contexts_give_the_full_features(clip):

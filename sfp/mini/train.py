@@ -65,11 +65,13 @@ class Recipe:
     rate: float = 1.5e-3
     warmup: int = 100  # steps
     decay: float = 0.4  # last part of the training, with a linear descent of the rate
-    whole: float = 0.15  # last part, on whole scenes
+    whole: float = 0.3  # last part, on whole scenes
     late: float = 0.6  # share of steps in which the class token joins before the last block
     aux: float = 0.5  # first part, with patch labels at `aux_block`
     aux_block: int = 8
-    kinship: float = 0.75  # first part, with the kinship loss on three blocks a step
+    kinship: float = (
+        1.0  # first part, with the kinship loss, on the attention of three blocks a step
+    )
     kin_blocks: tuple[int, ...] = (3, 8)  # whose patches the similarity half of it compares
     visible: float = 3.0  # area in tokens from which a class counts as visible
     seed: int = 0
@@ -319,18 +321,27 @@ class Learner(nn.Module):
             cells: Class of each patch, (B, N).
             attended: Blocks whose attention is looked at.
         """
-        kin = cells[:, :, None] == cells[:, None]  # (B, N, N)
+        kin = (cells[:, :, None] == cells[:, None]).float()  # (B, N, N)
+        share = 1 / kin.sum(-1)  # so that each class of an image counts the same, however small
+        share = share / share.sum()
         n = cells.shape[1]
-        losses = []
+        maps, weights = [], []
         for i in self.kin_blocks:
             unit = F.normalize(entering[i + 1][:, -n:], dim=-1)
             cosine = unit @ unit.mT
-            losses.append(torch.where(kin, F.relu(0.6 - cosine), F.relu(cosine - 0.2)).mean())
+            # about what methods do that set cosines below 0.4 to zero, with a slope to learn from
+            maps.append(cosine.clamp_min(0) * torch.sigmoid((cosine - 0.3) / 0.05))
+            weights.append(1.0)
         for i in attended:
             block, x = self.clip.visual.blocks[i], entering[i]
             q, k, _ = block.attn.project(block.ln_1(x))
-            weights = (q[:, :, -n:] @ k[:, :, -n:].mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)
-            losses.append(-0.1 * (weights * kin).sum(-1).clamp_min(1e-4).log().mean())
+            scores = q[:, :, -n:] @ k[:, :, -n:].mT * q.shape[-1] ** -0.5
+            maps.append(scores.softmax(-1).mean(1))
+            weights.append(0.1)
+        losses = []
+        for weight, each in zip(weights, maps, strict=True):
+            purity = (each * kin).sum(-1) / each.sum(-1)  # (B, N)
+            losses.append(-weight * (share * purity.clamp_min(1e-4).log()).sum())
         return torch.stack(losses).sum()
 
     def look(self, pixels: Tensor, places: Tensor, late: bool) -> tuple[Tensor, list[Tensor]]:

@@ -78,12 +78,8 @@ def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
 
     purified = method.features(clip.visual, pixels)[1]
     if purified.masks:
-        i = max(purified.masks)
-        tokens = trace.outputs[i], purified.outputs[i]
-        yield (
-            "purification",
-            visualize.purification(image, *tokens, purified.masks[i], patch=patch),
-        )
+        i = max(purified.masks) - len(clip.visual.blocks)  # negative: absolute for every trace
+        yield "purification", visualize.purification(image, trace, purified, i, patch=patch)
     else:
         print(f"method {args.method} replaces no outliers: no purification.png")
     if classes is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 
 import cv2
@@ -16,6 +17,7 @@ from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import Formatter, MaxNLocator
+from PIL import Image
 from torch import Tensor
 
 from sfp.tokens import upcast
@@ -42,11 +44,13 @@ class Picture(Figure):
         layout = ConstrainedLayoutEngine(compress=True, h_pad=0.08)
         super().__init__(figsize=(width, height), dpi=100, layout=layout)
         FigureCanvasAgg(self)
-        self.suptitle(title, fontsize=12, fontweight="bold")
+        lines = textwrap.fill(title, int(width / 0.11))  # inches of a letter
+        self.suptitle(lines, fontsize=12, fontweight="bold")
 
     def _repr_png_(self) -> bytes:
+        # notebooks keep their pictures: 256 colours take a third of the space
         file = io.BytesIO()
-        self.savefig(file, format="png")
+        Image.fromarray(rendered(self)).quantize(256).save(file, "png", optimize=True)
         return file.getvalue()
 
 
@@ -83,11 +87,12 @@ def draw_image(axes: Axes, image: np.ndarray, patch: int, *, pale: bool = False)
         axes: to draw in.
         image: uint8 RGB.
         patch: pixels of a patch's side.
-        pale: light and grey, a background that any mark stands out from.
+        pale: light, grey and without grain, a background that any mark stands out from.
     """
     height, width = (length / patch - 0.5 for length in image.shape[:2])
     if pale:
-        image = 115 + (0.55 * cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)).astype(np.uint8)
+        grey = cv2.cvtColor(cv2.medianBlur(image, 5), cv2.COLOR_RGB2GRAY)
+        image = 115 + (0.55 * grey).astype(np.uint8)
     artist = axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(-0.5, width, height, -0.5))
     label_patches(axes)
     return artist

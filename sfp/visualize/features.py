@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sfp.ops.mitigators import rings
 from sfp.tokens import Tokens, upcast
+from sfp.trace import Trace
 from sfp.visualize.canvas import draw_image, draw_map, label_patches, mark, numbers, panels
 
 
@@ -56,9 +57,9 @@ def principal_colours(features: list[Tensor], basis: Tensor) -> list[np.ndarray]
 
 def purification(
     image: np.ndarray,
-    before: Tokens,
-    after: Tokens,
-    mask: Tensor,
+    before: Trace,
+    after: Trace,
+    layer: int,
     *,
     patch: tuple[int, int] | None = None,
     names: tuple[str, str] = ("before", "after"),
@@ -68,46 +69,57 @@ def purification(
 
     Args:
         image: the picture, (H, W, 3) uint8.
-        before, after: the same layer's tokens of two runs, or features in the joint space.
-        mask: patches to frame, (B, N) bool.
+        before, after: two runs on it, the second of a method that replaces outliers.
+        layer: method layer after which it did.
         patch: (row, column) whose similarity to all others is shown; the middle by default.
         names: of the two runs.
         sample: which image of the batch.
+
+    Raises:
+        LookupError: if the second run replaced nothing there.
     """
-    grid = before.grid
+    i = after.layer(layer)
+    if i not in after.masks:
+        raise LookupError(f"no outliers were looked for after layer {i}, only {list(after.masks)}")
+    runs = (before.outputs[i], after.outputs[i])
+    grid = runs[0].grid
     patch = patch or (grid[0] // 2, grid[1] // 2)
-    pixels = image.shape[0] // grid[0]
-    marked = numbers(mask[sample].unflatten(-1, grid)) > 0
-    figure, axes = panels(3, 3, image.shape[0] / image.shape[1], "Before and after purification")
-    draw_image(axes[0, 2], image, pixels)
+    chosen = np.zeros(grid, bool)
+    chosen[patch] = True
+    marked = after.masks[i][sample].unflatten(-1, grid).cpu().numpy()
+
+    title = f"Before and after purification, layer {i}"
+    figure, axes = panels(3, 3, image.shape[0] / image.shape[1], title)
+    draw_image(axes[0, 2], image, after.vit.patch)
     mark(axes[0, 2], marked)
     axes[0, 2].set_title(f"replaced: {int(marked.sum())} of {marked.size} patches", fontsize=9)
-
-    runs = (before, after)
     # the directions come from the purified run: outliers would take one for themselves
-    colours = principal_colours([x.patches[sample] for x in runs], after.patches[sample])
+    colours = principal_colours([x.patches[sample] for x in runs], runs[1].patches[sample])
     for ax, values, name in zip(axes[0], colours, names, strict=False):
         ax.imshow(values.reshape(*grid, 3), interpolation="nearest")
         label_patches(ax)
         ax.set_title(f"features as colours, {name}", fontsize=9)
 
-    chosen = np.zeros(grid, bool)
-    chosen[patch] = True
-    measures = {
-        "cosine with the neighbours": [neighbour_cosine(x) for x in runs],
-        f"cosine with patch {patch[0]}, {patch[1]}": [reference_cosine(x, patch) for x in runs],
-    }
-    for row, (unit, pair) in zip(axes[1:], measures.items(), strict=True):
+    rows = (
+        (axes[1], "cosine with the neighbours", [neighbour_cosine(x) for x in runs], marked),
+        (
+            axes[2],
+            f"cosine with the patch at {patch[0]}, {patch[1]}",
+            [reference_cosine(x, patch) for x in runs],
+            chosen,
+        ),
+    )
+    for row, unit, pair, framed in rows:
         maps = [numbers(values[sample].unflatten(-1, grid)) for values in pair]
         # one scale for both, or they could not be compared
-        scale = (min(m.min() for m in maps), max(m.max() for m in maps))
+        scale = Normalize(min(m.min() for m in maps), max(m.max() for m in maps))
         for ax, values, name in zip(row, maps, names, strict=False):
-            draw_map(ax, values, unit, norm=Normalize(*scale))
+            draw_map(ax, values, unit, norm=scale)
             ax.set_title(name, fontsize=9)
         change = maps[1] - maps[0]
         most = max(float(abs(change).max()), 1e-6)
-        draw_map(row[2], change, f"change of {unit}", cmap="PuOr", norm=Normalize(-most, most))
+        draw_map(row[2], change, "change of the cosine", cmap="PuOr", norm=Normalize(-most, most))
         row[2].set_title(f"{names[1]} minus {names[0]}", fontsize=9)
         for ax in row:
-            mark(ax, chosen if unit.endswith(f"{patch[1]}") else marked, filled=False)
+            mark(ax, framed, filled=False)
     return figure

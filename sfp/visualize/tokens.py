@@ -7,6 +7,7 @@ place in the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from sfp.visualize.canvas import (
 )
 
 DETECTORS = ("som", "l2_norm", "lof")
+TOP = 0.05  # share of the patches that count as favourites
 
 
 def named_detectors(
@@ -83,7 +85,9 @@ def outliers(
     planted: Tensor | None = None,
     sample: int = 0,
 ) -> Figure:
-    """The picture with the patches that each detector (row) calls outliers in each layer (column).
+    """The picture with the patches that each detector calls outliers, for each layer.
+
+    Detectors are rows and layers columns, or the other way round if there are more detectors.
 
     Args:
         image, trace, layers, sample: as for all pictures here.
@@ -92,12 +96,14 @@ def outliers(
     """
     named = named_detectors(detectors)
     numbered = absolute(trace, layers)
+    title = "Outliers (orange)" + (
+        " and planted patches (blue frames)" if planted is not None else ""
+    )
     ratio = image.shape[0] / image.shape[1]
-    title = "Outliers (orange) by detector and layer"
-    if planted is not None:
-        title += "; planted patches are framed in blue"
-    figure, grid = panels(len(named), len(numbered), ratio, title)
-    for row, (name, detector) in zip(grid, named.items(), strict=True):
+    rows, columns = sorted((len(named), len(numbered)))
+    figure, grid = panels(rows, columns, ratio, title)
+    by_detector = grid if rows == len(named) else grid.T
+    for row, (name, detector) in zip(by_detector, named.items(), strict=True):
         for axes, i in zip(row, numbered, strict=True):
             found = detector(trace, i)[sample]
             draw_image(axes, image, trace.vit.patch, pale=True)
@@ -118,7 +124,7 @@ def class_attention(
     for axes, i in zip(row[1:], absolute(trace, layers), strict=True):
         share = trace.cls_row(i)[sample].mean(0)
         draw_map(axes, as_map(trace, share), "share of attention", ticks=PercentFormatter(1))
-        axes.set_title(f"layer {i}, patches get {float(share.sum()):.0%}", fontsize=9)
+        axes.set_title(f"layer {i}\npatches get {float(share.sum()):.0%}", fontsize=9)
     return figure
 
 
@@ -147,7 +153,7 @@ def patch_attention(
         values = as_map(trace, share[trace.embedded.prefix :])
         draw_map(axes, values, "share of attention", ticks=PercentFormatter(1))
         mark(axes, chosen, filled=False)
-        axes.set_title(f"layer {i}, itself {values[patch]:.1%}", fontsize=9)
+        axes.set_title(f"layer {i}\nitself {values[patch]:.1%}", fontsize=9)
     return figure
 
 
@@ -190,12 +196,12 @@ def norm_maps(image: np.ndarray, trace: Trace, layers: Sequence[int], *, sample:
         norms = as_map(trace, trace.outputs[i].patches[sample].norm(dim=-1))
         draw_map(axes, norms, "L2 norm", cmap="cividis")
         ratio = norms.max() / np.median(norms)
-        axes.set_title(f"layer {i}, max {ratio:.1f} x median", fontsize=9)
+        axes.set_title(f"layer {i}\nlargest {ratio:.1f} x median", fontsize=9)
     return figure
 
 
 def layer_profile(traces: Trace | Mapping[str, Trace], *, sample: int = 0) -> Figure:
-    """Norms of the patch tokens, and the class token's favourite patch, over the layers.
+    """Norms of the patch tokens, and how few patches the class token looks at, over the layers.
 
     Args:
         traces: one run, or several by name to compare.
@@ -215,12 +221,14 @@ def layer_profile(traces: Trace | Mapping[str, Trace], *, sample: int = 0) -> Fi
         tail = f", {name}" if name else ""
         for statistic, (style, values) in lines.items():
             left.plot(layers, values, style, color=colour, label=statistic + tail, marker=".")
-        peaks = [float(trace.cls_row(i)[sample].mean(0).max()) for i in layers]
-        right.plot(layers, peaks, "-", color=colour, label="most attended patch" + tail, marker=".")
-    uniform = 1 / (1 + norms.shape[1])
-    right.axhline(uniform, color="black", linestyle=":", linewidth=1, label="if all were equal")
+        shares = [trace.cls_row(i)[sample].mean(0) for i in layers]  # (N,) each
+        few = math.ceil(TOP * norms.shape[1])
+        peaks = [float(share.topk(few).values.sum()) for share in shares]
+        label = f"{TOP:.0%} most attended patches{tail}"
+        right.plot(layers, peaks, "-", color=colour, label=label, marker=".")
+    right.axhline(TOP, color="black", linestyle=":", linewidth=1, label="if all were equal")
     left.set(yscale="log", xlabel="layer (output of block)", ylabel="L2 norm of patch tokens")
-    right.set(ylim=0, xlabel="layer (block)", ylabel="share of class-token attention")
+    right.set(ylim=(0, 1.02), xlabel="layer (block)", ylabel="share of class-token attention")
     for set_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
         set_formatter(LogFormatter())  # 200, not 2 x 10^2
     right.yaxis.set_major_formatter(PercentFormatter(1))

@@ -42,7 +42,7 @@ class Picture(Figure):
     def __init__(self, width: float, height: float, title: str) -> None:
         # "compress" pulls panels of a fixed aspect together
         layout = ConstrainedLayoutEngine(compress=True, h_pad=0.08)
-        super().__init__(figsize=(width, height), dpi=100, layout=layout)
+        super().__init__(figsize=(width, height), dpi=90, layout=layout)
         FigureCanvasAgg(self)
         lines = textwrap.fill(title, int(width / 0.11))  # inches of a letter
         self.suptitle(lines, fontsize=12, fontweight="bold")

@@ -176,7 +176,7 @@ def attention_matrices(trace: Trace, layers: Sequence[int], *, sample: int = 0) 
     A bright vertical line is a patch that many others look at.
     """
     numbered = absolute(trace, layers)
-    figure, grid = panels(1, len(numbered), 1.0, "Attention between patches")
+    figure, grid = panels(1, len(numbered), 1.0, "Attention between patches", extra=1.0)
     prefix = trace.embedded.prefix
     for axes, i in zip(grid[0], numbered, strict=True):
         weights = numbers(trace.attention(i)[sample].mean(0)[prefix:, prefix:])  # (N, N)
@@ -235,7 +235,7 @@ def layer_profile(traces: Trace | Mapping[str, Trace], *, sample: int = 0) -> Fi
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, edgecolor="none")
     return figure
 
 
@@ -243,7 +243,8 @@ def _with_image(
     image: np.ndarray, trace: Trace, layers: Sequence[int], title: str
 ) -> tuple[Figure, np.ndarray]:
     """A row of panels: the picture, and one per layer."""
-    figure, grid = panels(1, len(layers) + 1, image.shape[0] / image.shape[1], title)
+    ratio = image.shape[0] / image.shape[1]
+    figure, grid = panels(1, len(layers) + 1, ratio, title, extra=1.2)
     draw_image(grid[0, 0], image, trace.vit.patch)
     grid[0, 0].set_title("image", fontsize=9)
     return figure, grid[0]

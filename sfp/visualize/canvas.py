@@ -138,8 +138,9 @@ def mark(axes: Axes, mask: np.ndarray, colour: str = VERMILLION, *, filled: bool
         return
     cells = [Rectangle((x - 0.5, y - 0.5), 1, 1) for y, x in np.argwhere(mask)]
     face = (*to_rgb(colour), 0.75) if filled else "none"
+    thin = min(1.0, 16 / max(mask.shape))  # lines must not hide small patches
     # a dark line under the coloured one shows on any background
-    for line, edge in ((2.4, "black"), (1.2, "white" if filled else colour)):
+    for line, edge in ((2.4 * thin, "black"), (1.2 * thin, "white" if filled else colour)):
         axes.add_collection(
             PatchCollection(cells, facecolor=face, edgecolor=edge, linewidth=line, zorder=3)
         )

@@ -199,9 +199,13 @@ def test_wrong_options_are_found_before_anything_runs(config, option, value, err
     if isinstance(value, str):
         value = value.replace("{}", str(FOLDER))
     cfg, _ = config("voc21", **{option: value})
-    with pytest.raises(error, match=message):
+
+    def run() -> None:  # as tools/test.py does
         evaluate.check(cfg)
         evaluate.evaluate(cfg, pictures=0)
+
+    with pytest.raises(error, match=message):
+        run()
 
 
 def test_evaluations_in_one_process_do_not_mix(config, tmp_path):

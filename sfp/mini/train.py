@@ -69,10 +69,8 @@ class Recipe:
     late: float = 0.6  # share of steps in which the class token joins before the last block
     aux: float = 0.5  # first part, with patch labels at `aux_block`
     aux_block: int = 8
-    kinship: float = (
-        1.0  # first part, with the kinship loss, on the attention of three blocks a step
-    )
-    kin_blocks: tuple[int, ...] = (3, 8)  # whose patches the similarity half of it compares
+    attended: int = 3  # blocks whose attention the kinship loss looks at in a step
+    kin_blocks: tuple[int, ...] = (3, 8)  # blocks whose patches it compares
     visible: float = 3.0  # area in tokens from which a class counts as visible
     seed: int = 0
 
@@ -286,7 +284,7 @@ class Learner(nn.Module):
         self.kin_blocks = [min(i, recipe.layers - 2) for i in recipe.kin_blocks]
 
     def forward(
-        self, batch: Batch, late: bool, aux: bool, attended: Sequence[int] = ()
+        self, batch: Batch, late: bool, aux: bool, attended: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The caption, patch and kinship losses, three scalars.
 
@@ -294,21 +292,19 @@ class Learner(nn.Module):
             batch: What to learn from.
             late: Whether the class token joins before the last block only.
             aux: Whether there is a patch loss.
-            attended: Blocks whose attention the kinship loss looks at; without any there is none.
+            attended: Blocks whose attention the kinship loss looks at.
         """
         image, entering = self.look(batch.pixels, batch.places, late)
         text = F.normalize(self.clip.encode_text(batch.ids), dim=-1)
         scale = self.clip.logit_scale.exp().clamp(max=100)
         logits = scale * F.normalize(image, dim=-1) @ text.T + self.bias  # (B, T)
         loss = -2 * (per_caption(logits, batch.match) + per_caption(-logits, ~batch.match))
-        patch_loss = kinship = loss.new_zeros(())
+        patch_loss = loss.new_zeros(())
         if aux:
             patches = entering[self.aux_block + 1][:, -batch.cells.shape[1] :]
             guess = self.probe(patches).flatten(0, 1)
             patch_loss = F.cross_entropy(guess, batch.cells.flatten())
-        if len(attended):
-            kinship = self.kinship(entering, batch.cells, attended)
-        return loss, patch_loss, kinship
+        return loss, patch_loss, self.kinship(entering, batch.cells, attended)
 
     def kinship(self, entering: list[Tensor], cells: Tensor, attended: Sequence[int]) -> Tensor:
         """Patches of one class should resemble and attend to one another, as in middle layers of CLIP.
@@ -483,13 +479,8 @@ class Training:
         batch = draw_batch(self.data, self.tokens, recipe, side, self.rng)
         late = bool(self.rng.random() < recipe.late)
         blocks = recipe.layers - 1  # the last one keeps its own ways
-        attended = self.rng.choice(blocks, min(3, blocks), replace=False).tolist()
-        loss, aux, kinship = self.learner(
-            batch.to(self.device),
-            late,
-            done < recipe.aux,
-            attended if done < recipe.kinship else (),
-        )
+        attended = self.rng.choice(blocks, min(recipe.attended, blocks), replace=False).tolist()
+        loss, aux, kinship = self.learner(batch.to(self.device), late, done < recipe.aux, attended)
         self.optimiser.zero_grad()
         (loss + aux + kinship).backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)

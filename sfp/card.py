@@ -116,13 +116,12 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
         precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[precision]
     if precision != "auto":
         result["precision"] = precision
-    if "test_dataloader" in config:
-        for step in config.test_dataloader.dataset.pipeline:
+    if steps := _pipeline(config):
+        for step in steps:
             if step["type"] not in _STEPS_OF_LABELS:
                 arguments = {k: v for k, v in step.items() if k != "type"}
                 result.setdefault(f"pipeline {step['type']}", []).append(arguments)
-        order = [step["type"] for step in config.test_dataloader.dataset.pipeline]
-        result["pipeline"] = " > ".join(order)
+        result["pipeline"] = " > ".join(step["type"] for step in steps)
     if "test_evaluator" in config:
         nodes = config.test_evaluator
         result["metric"] = [
@@ -130,6 +129,12 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
             for node in (nodes if isinstance(nodes, Sequence) else [nodes])
         ]
     return result
+
+
+def _pipeline(config: Config) -> Sequence[Mapping[str, Any]]:
+    """The steps from file to network: the test set's, or those for images of one's own."""
+    dataset = config.get("test_dataloader", {}).get("dataset", {})
+    return dataset.get("pipeline") or config.get("test_pipeline") or ()
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -153,9 +158,9 @@ def image_names(dataset: Any) -> tuple[list[str], list[str]]:
 
 
 def _data(config: Config, dataset: Any) -> dict[str, Any]:
-    if "test_dataloader" not in config:
+    node = config.get("test_dataloader", {}).get("dataset")
+    if node is None:
         return {}
-    node = config.test_dataloader.dataset
     arguments = {k: v for k, v in node.items() if k not in ("type", "pipeline", "data_root")}
     result = dict(dataset=node.type, arguments=arguments)
     if dataset is not None:
@@ -331,20 +336,17 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
         left, right = dict(a.get(group, {})), dict(b.get(group, {}))
         if group == "weights" and left.get("sha256", 0) == right.get("sha256", 1):
             continue
-        if group == "method":  # presets have knobs of their own: one that lacks it differs
-            keys = [*left, *(k for k in right if k not in left)]
-        else:
-            keys = [k for k in left if k in right]
-        for key in keys:
-            if (group, key) == ("vocabulary", "classes"):
-                found += _words(left[key], right[key])
-            elif left.get(key) != right.get(key):
-                found += [Difference(group, key, *(_text(x, key) for x in (left, right)))]
+        if group == "vocabulary" and left and right:
+            found += _words(left["classes"], right["classes"])
+            continue
+        if left.get("type") != right.get("type"):  # methods: each has knobs of its own
+            left, right = ({"type": side.get("type")} for side in (left, right))
+        found += [
+            Difference(group, k, *(json.dumps(x, ensure_ascii=False) for x in (v, right[k])))
+            for k, v in left.items()
+            if k in right and v != right[k]
+        ]
     return found
-
-
-def _text(side: Mapping[str, Any], key: str) -> str:
-    return json.dumps(side[key], ensure_ascii=False) if key in side else "-"
 
 
 def _words(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> Iterator[Difference]:

@@ -215,7 +215,8 @@ class OpenVocabSegmentor(BaseSegmentor):
                 samples the input size is the original size.
 
         Returns:
-            The samples with `pred_sem_seg` (1, H, W) and, if `scores`, `seg_logits` (K, H, W).
+            The samples with `pred_sem_seg` (1, H, W), `confidence` (1, H, W), the probability of the
+            winning class, and, if `scores`, `seg_logits` (K, H, W).
         """
         samples = list(data_samples or [SegDataSample() for _ in inputs])
         images = [_unpad(x, sample) for x, sample in zip(inputs, samples, strict=True)]
@@ -226,6 +227,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         for image, sheet, sample in zip(images, self.sheets(images, sizes), samples, strict=True):
             result = self._label(image, _unflip(sheet, sample))
             sample.pred_sem_seg = PixelData(data=result.labels[None])
+            sample.confidence = PixelData(data=result.confidence[None])
             if result.scores is not None:
                 sample.seg_logits = PixelData(data=result.scores)
         return samples

@@ -60,7 +60,11 @@ def main() -> int:
     compared = [group for group in card.FREE if any(row.group == group for row in found)]
     print(
         f"Comparable{', as far as both sides tell' * bool(open_questions)}: "
-        + (f"only {_and(compared)} differ." if compared else "the same method and weights.")
+        + (
+            f"only {_and(compared)} differ{'s' * (len(compared) == 1)}."
+            if compared
+            else "the same method and weights."
+        )
     )
     return 0
 

@@ -189,7 +189,8 @@ def truth_hash(records: Mapping[str, Tensor]) -> str:
 def _sizes(dataset: Any) -> list[list[int]]:
     """Bytes of every image and label: a cheap sign that a file was replaced."""
     infos = (dataset.get_data_info(i) for i in range(len(dataset)))
-    return [[os.path.getsize(info[k]) for k in ("img_path", "seg_map_path")] for info in infos]
+    keys = ("img_path", "seg_map_path")
+    return [[os.path.getsize(info[k]) for k in keys if k in info] for info in infos]
 
 
 def _method(node: Any) -> dict[str, Any]:

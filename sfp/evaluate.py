@@ -158,6 +158,11 @@ def evaluate(
     if config.get("launcher", "none") != "none":
         config.model_wrapper_cfg = dict(type="FrozenReplica")
         if not torch.cuda.is_available() and not torch.distributed.is_initialized():
+            if config.launcher == "slurm":
+                raise ValueError(
+                    "--launcher slurm needs GPUs (mmengine deals them to the tasks); on CPU nodes let "
+                    "srun start torchrun, with --launcher pytorch (docs/scaling.md)"
+                )
             # mmengine's own start asks for CUDA, and leaves a group that is there alone
             torch.distributed.init_process_group("gloo")
     if config.test_cfg.type == "TestLoop":

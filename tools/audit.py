@@ -49,8 +49,8 @@ def main() -> int:
     different = [group for group in card.STRICT if any(row.group == group for row in found)]
     if different:
         print(
-            f"NOT COMPARABLE: {_and(different)} differ{'s' * (len(different) == 1)}, so a difference "
-            "between the two numbers says nothing about method or weights."
+            f"NOT COMPARABLE: they differ in {_and(different)}, so a difference between the two "
+            "numbers says nothing about method or weights."
         )
         return 1
     if "scores" in a and "scores" in b:
@@ -60,11 +60,7 @@ def main() -> int:
     compared = [group for group in card.FREE if any(row.group == group for row in found)]
     print(
         f"Comparable{', as far as both sides tell' * bool(open_questions)}: "
-        + (
-            f"only {_and(compared)} differ{'s' * (len(compared) == 1)}."
-            if compared
-            else "the same method and weights."
-        )
+        + (f"they differ only in {_and(compared)}." if compared else "the same method and weights.")
     )
     return 0
 

@@ -191,7 +191,8 @@ def evaluate(
         path.write_text(json.dumps(result, indent=2) + "\n")
     if isinstance(runner.test_loop, ResumableTestLoop):
         groups = runner.test_loop.settings
-        groups["data"]["truth_sha256"] = truth_hash(metric.records)
+        if metric.records:
+            groups["data"]["truth_sha256"] = truth_hash(metric.records)
         write_card(work_dir, groups, result)
     if pictures:
         _write_sheet(runner, work_dir / "sheet.png", pictures)

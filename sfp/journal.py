@@ -57,9 +57,14 @@ def count(predicted: Tensor, truth: Tensor, classes: int, ignored: int) -> Tenso
                 f"{what} has labels {int(labels.min())}..{int(labels.max())}, expected 0.."
                 f"{classes - 1} (and {ignored}, ignored): the labels are of another class list"
             )
-    cells = (truth * classes + predicted).bincount(minlength=classes * classes)
+    # only classes that occur get a cell: thousands of classes squared would not fit
+    (used,) = torch.cat([truth, predicted]).bincount(minlength=classes).nonzero(as_tuple=True)
+    number = used.new_zeros(classes)
+    number[used] = torch.arange(len(used), device=used.device)
+    cells = (number[truth] * len(used) + number[predicted]).bincount()
     (places,) = cells.nonzero(as_tuple=True)
-    return torch.stack([places // classes, places % classes, cells[places]]).cpu()
+    rows, columns = used[places // len(used)], used[places % len(used)]
+    return torch.stack([rows, columns, cells[places]]).cpu()
 
 
 def confusion(entries: Iterable[Tensor], classes: int) -> Tensor:

@@ -19,7 +19,7 @@ from sfp import evaluate
 from sfp.journal import Journal, confusion, count
 
 ROOT = Path(__file__).parents[1]
-SCENES = 7
+SCENES = 10
 OPTIONS = {
     "test_dataloader.dataset.scenes": SCENES,
     "test_dataloader.num_workers": 0,
@@ -112,22 +112,16 @@ def test_kill_9(tmp_path, whole):
     assert same(tmp_path, whole)
 
 
-def test_torn_tail(tmp_path, whole):
-    file = part(whole, tmp_path, 4)
-    file.write_bytes(file.read_bytes()[:-5])
-    said = run(tmp_path)
-    assert "torn or damaged records: 1 " in said
-    assert f"continuing: 2 of {SCENES}" in said
-    assert same(tmp_path, whole)
-
-
-def test_bit_flip(tmp_path, whole):
+def test_torn_tail_and_bit_flip(tmp_path, whole):
+    """The last record is cut, one bit of another is turned: both images are evaluated again."""
     file = part(whole, tmp_path, SCENES + 1)
-    data = bytearray(file.read_bytes())
-    lines = data.split(b"\n")
-    data[sum(map(len, lines[:3])) + 3 + len(lines[3]) // 2] ^= 1  # in the third record
-    file.write_bytes(data)
-    assert f"continuing: {SCENES - 1} of {SCENES}" in run(tmp_path)
+    lines = file.read_bytes()[:-5].split(b"\n")
+    flipped = bytearray(lines[3])
+    flipped[len(flipped) // 2] ^= 1
+    file.write_bytes(b"\n".join([*lines[:3], flipped, *lines[4:]]))
+    said = run(tmp_path)
+    assert "torn or damaged records: 2 " in said
+    assert f"continuing: {SCENES - 2} of {SCENES}" in said
     assert same(tmp_path, whole)
 
 
@@ -148,18 +142,16 @@ def test_no_resume(tmp_path, whole):
 
 
 def test_any_number_of_processes(tmp_path, whole):
-    """One process does 1 image, two do some, three the rest: 2 + 2 + 1 of them."""
-    assert SCENES % 2
-    assert SCENES % 3
+    """Journals of one process that two and three continue, with uneven shares."""
     part(whole, tmp_path, 2)
     assert "continuing: 1 of" in run(tmp_path, processes=2)
-    assert len(files(tmp_path)) == 3
+    assert sorted(map(_lines, files(tmp_path)[1:])) == [5, 6]  # 4 and 5 images, and a first line
     assert same(tmp_path, whole)
 
     second = tmp_path / "second"
     part(whole, second, 3)
     assert "continuing: 2 of" in run(second, processes=3)
-    assert sorted(map(_lines, files(second)[1:])) == [2, 3, 3]  # images and a first line
+    assert sorted(map(_lines, files(second)[1:])) == [3, 4, 4]
     assert same(second, whole)
 
 
@@ -172,7 +164,7 @@ def test_batches_stay_together(tmp_path):
     run(tmp_path / "a", **{"test_dataloader.batch_size": 3})
     part(tmp_path / "a", tmp_path / "b", 1 + 4)
     run(tmp_path / "b", **{"test_dataloader.batch_size": 3})
-    assert records(tmp_path / "b") == 4 + 4
+    assert records(tmp_path / "b") == 4 + SCENES - 3
     assert same(tmp_path / "b", tmp_path / "a")
 
 
@@ -187,6 +179,12 @@ def test_count_is_exact():
     entries = count(predicted, truth, 5, 255)
     assert torch.equal(confusion([entries], 5), matrix)
     assert torch.equal(confusion([entries, entries], 5), 2 * matrix)
+    ignored = count(predicted, torch.full_like(truth, 255), 5, 255)
+    assert ignored.shape == (3, 0)
+    assert not confusion([ignored], 5).any()
+    many = count(predicted + 4990, truth.clamp(max=4), 5000, 255)  # memory follows what occurs
+    assert many[2].sum() == truth.numel()
+    assert many[1].min() == 4990
 
 
 @pytest.mark.parametrize(

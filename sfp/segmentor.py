@@ -229,12 +229,14 @@ class OpenVocabSegmentor(BaseSegmentor):
                 samples the input size is the original size.
 
         Returns:
-            The samples with `pred_sem_seg` (1, H, W) and, if `scores`, `seg_logits` (K, H, W).
+            The samples with `pred_sem_seg` (1, H, W), `confidence` (1, H, W), the probability of the
+            winning class, and, if `scores`, `seg_logits` (K, H, W).
         """
         samples = list(data_samples or [SegDataSample() for _ in inputs])
         (results,) = self.predict_each([self.method], inputs, samples)
         for sample, result in zip(samples, results, strict=True):
             sample.pred_sem_seg = PixelData(data=result.labels[None])
+            sample.confidence = PixelData(data=result.confidence[None])
             if result.scores is not None:
                 sample.seg_logits = PixelData(data=result.scores)
         return samples

@@ -115,9 +115,12 @@ class Trace:
     def self_weight(self, i: int) -> Tensor:
         """How much each patch attends to itself in block `i`, (B, H, N); no full map is kept."""
         heads = self.heads(i)
-        return diagonal_weights(heads.q, heads.k, heads.scale)[..., heads.prefix :]
+        own = diagonal_weights(heads.q, heads.k, heads.scale, heads.hidden_keys)
+        return own[..., heads.prefix :]
 
     def global_embedding(self) -> Tensor:
         """CLIP's image embedding, (B, C): the class token through the native last block."""
-        last = self.vit.blocks[-1](self.entering(len(self.vit.blocks) - 1).data)  # (B, T, D)
-        return self.vit.ln_post(last[:, 0]) @ self.vit.proj
+        tokens = self.entering(len(self.vit.blocks) - 1)
+        last = self.vit.blocks[-1]
+        y = last.advance(tokens, last.heads(tokens))  # not `last(...)`: patches may be hidden
+        return self.vit.ln_post(y.data[:, 0]) @ self.vit.proj

@@ -1,5 +1,5 @@
 """Registered ops, by kind. Importing this package registers them."""
 
-from sfp.ops import affinity, attention, detectors, integrators, mitigators
+from sfp.ops import affinity, attention, detectors, integrators, mitigators, sklearn_detectors
 
-__all__ = ["affinity", "attention", "detectors", "integrators", "mitigators"]
+__all__ = ["affinity", "attention", "detectors", "integrators", "mitigators", "sklearn_detectors"]

@@ -46,7 +46,7 @@ def som(trace: Trace, layer: int, *, gain: float = 1.0, top_k: int | None = None
 
 @op("detector")
 def cls_self_ratio(
-    trace: Trace, layer: int, *, above: float = 3.0, top_k: int | None = None
+    trace: Trace, layer: int, *, above: float = 10.0, top_k: int | None = None
 ) -> Tensor:
     """SOM's comparison as a quotient, head by head, against the image's own median.
 
@@ -58,7 +58,7 @@ def cls_self_ratio(
     so normalisation and threshold are our reading.
 
     Args:
-        above: multiple of the median; ours.
+        above: multiple of the median; ours, an order of magnitude.
         top_k: keep only those of largest quotient.
     """
     own = trace.self_weight(layer)  # (B, H, N)
@@ -78,7 +78,7 @@ def cls_attention(trace: Trace, layer: int, *, top_k: int = 10) -> Tensor:
 
 @op("detector")
 def attention_received(
-    trace: Trace, layer: int, *, above: float = 4.0, top_k: int | None = None
+    trace: Trace, layer: int, *, above: float = 10.0, top_k: int | None = None
 ) -> Tensor:
     """Patches that all patches attend to: CLIPtrase's "global patches" (Shao et al., ECCV 2024).
 
@@ -86,7 +86,7 @@ def attention_received(
     times the median of its image. The paper shows them as bright columns and gives no threshold.
 
     Args:
-        above: multiple of the median; ours.
+        above: multiple of the median; ours, an order of magnitude.
         top_k: keep only those that receive most.
     """
     prefix = trace.embedded.prefix

@@ -68,7 +68,7 @@ def lof_textbook(
 
 
 @op("detector")
-def dbscan(trace: Trace, layer: int, *, eps: float = 1.5, share: float = 0.1) -> Tensor:
+def dbscan(trace: Trace, layer: int, *, eps: float = 2.0, share: float = 0.1) -> Tensor:
     """Patches in no dense region (DBSCAN, Ester et al., KDD 1996).
 
     Args:

@@ -104,9 +104,10 @@ def report(result: Result, source: str, command: str, picture: str) -> str:
     at = f"{setting['at']:g}"
     rows, cols = result["grid"]
     parts = [
-        f"Printed by `{command}`: {source}, {rows}x{cols} patches, {result['outliers_per_image']:.1f} outliers per image on "
-        f"average, planted behind block {setting['layer']}, detected and mitigated at block "
-        f"{setting['detect']}, seed {setting['seed']}.",
+        f"Printed by `{command}`: {source}, {rows}x{cols} patches, "
+        f"{result['outliers_per_image']:.1f} outliers per image on average, planted behind block "
+        f"{setting['layer']}, detected and mitigated at block {setting['detect']}, seed "
+        f"{setting['seed']}.",
         f"![F1 of each detector and what each mitigator restores, by strength]({picture})",
     ]
     for pattern in setting["patterns"]:
@@ -123,21 +124,24 @@ def report(result: Result, source: str, command: str, picture: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_page(path: Path, text: str) -> None:
-    """Puts `text` between the markers of a page; a page that has none, or is not there, is new.
+def frame(path: Path) -> tuple[str, str]:
+    """What stands before and after the results in a page; nothing if there is no page.
 
     Raises:
         ValueError: if there is a page without the two markers: it is somebody's, and stays.
     """
-    page = f"{BEGIN}\n{END}\n"
-    if path.is_file():
-        page = path.read_text()
-        if page.count(BEGIN) != 1 or page.count(END) != 1:
-            raise ValueError(
-                f"{path} has no {BEGIN} and {END} to write between; choose another --out"
-            )
+    if not path.is_file():
+        return "", "\n"
+    page = path.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"{path} has no {BEGIN} and {END} to write between; choose another --out")
     before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
+    return before, rest.split(END)[1]
+
+
+def write_page(path: Path, text: str) -> None:
+    """Puts `text` between the markers of a page (see `frame`), which is made if it is not there."""
+    before, after = frame(path)
     with atomic_write(path) as temporary:
         temporary.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 

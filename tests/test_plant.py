@@ -111,7 +111,7 @@ def test_scores(result):
             assert row["others"] > none["others"], name
             # hidden giants stay giants; all that stands in for them is better
             assert row["planted"] > none["planted"] or name == "mask_attention", name
-        assert restored["neighbour_mean"]["planted"] > none["planted"] + 0.3
+        assert restored["neighbour_mean"]["planted"] > none["planted"] + 0.2
         assert set(table["pairs"]) == {plant.TRUTH, *result["undisturbed"]}
         truth_row = {m: rows[1] for m, rows in table["restoration"].items()}
         for name, row in table["pairs"][plant.TRUTH].items():

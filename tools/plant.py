@@ -117,6 +117,10 @@ def main() -> int:
     from sfp.mini.train import normalise
 
     try:
+        paths = {
+            kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "png", "md")
+        }
+        plant_report.frame(paths["md"])  # before the work, not after
         setting = plant.Setting(
             layer=args.layer,
             detect=args.detect,
@@ -147,9 +151,6 @@ def main() -> int:
             console=Console(stderr=True),
         )
         result = plant.benchmark(vit, batches, setting, detectors, mitigators)
-        paths = {
-            kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "png", "md")
-        }
         what = f"images of {args.images.name}" if args.images else "drawn scenes"
         source = f"{Path(args.weights).name}, {result['images']} {what}"
         command = shlex.join(["python", "tools/plant.py", *sys.argv[1:]])

@@ -78,7 +78,7 @@ def cls_attention(trace: Trace, layer: int, *, top_k: int = 10) -> Tensor:
 
 @op("detector")
 def attention_received(
-    trace: Trace, layer: int, *, above: float = 10.0, top_k: int | None = None
+    trace: Trace, layer: int, *, above: float = 3.0, top_k: int | None = None
 ) -> Tensor:
     """Patches that all patches attend to: CLIPtrase's "global patches" (Shao et al., ECCV 2024).
 
@@ -86,7 +86,7 @@ def attention_received(
     times the median of its image. The paper shows them as bright columns and gives no threshold.
 
     Args:
-        above: multiple of the median; ours, an order of magnitude.
+        above: multiple of the median; ours.
         top_k: keep only those that receive most.
     """
     prefix = trace.embedded.prefix

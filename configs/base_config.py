@@ -44,8 +44,14 @@ model = dict(
     # (tools/test.py --method sclip), since its flags are others.
     method=dict(
         type="sfp",  # the released code; sfp_paper is the method of the poster
-        purify=True,  # replace outlier tokens by the mean of their neighbours; False: keep them
-        pm="som",  # how outliers are found: som, l2_norm or lof
+        # What becomes of outlier tokens. True: the mean of their neighbours; False: they stay. Or
+        # the name of another mitigator: median, nearest, inpaint, zero, mask_attention.
+        purify=True,
+        # How outliers are found: som, cls_self_ratio, cls_attention, attention_received, l2_norm,
+        # weight_norm_channel, lof, lof_textbook, dbscan, hdbscan, optics or isolation_forest. For
+        # knobs, a node such as dict(type="som", gain=1.0); python tools/list.py --ops shows them.
+        pm="som",
+        layers=(-2,),  # after which blocks, in rising order, or "all"; sfp_paper's default is "all"
         enhancer="qq+kk",  # self-attention of the last block: qk, qq, kk, vv, or sums such as qq+vv
         integrator=True,  # add the second readout, from the sum of earlier layers
         integrator_start=3,  # first layer of that sum, counted from 0

@@ -36,11 +36,29 @@ class Purify:
         layers: method layers (see `Trace.layer`), or "all" for every block but the last.
         detector: (trace, absolute layer) -> (B, N) bool.
         mitigator: (tokens, mask) -> tokens.
+
+    Raises:
+        ValueError: if `layers` is neither "all" nor some layers, or names the last block, which the
+            trunk does not run.
     """
 
     layers: Sequence[int] | Literal["all"]
     detector: Detector
     mitigator: Mitigator
+
+    def __post_init__(self) -> None:
+        if self.layers == "all":
+            return
+        numbers = isinstance(self.layers, (list, tuple, range))
+        if not numbers or not all(isinstance(i, int) for i in self.layers):
+            raise ValueError(
+                f'layers={self.layers!r}: expected "all" or block numbers, e.g. [5, -2]'
+            )
+        if not self.layers or -1 in self.layers:
+            raise ValueError(
+                f"layers={self.layers!r}: name at least one block, and not the last (-1), which runs "
+                "only inside readouts; the last that can be purified is -2"
+            )
 
     def __call__(self, trace: Trace, i: int) -> Tokens:
         """What leaves block `i` (absolute), purified if it is one of `layers`."""

@@ -70,7 +70,7 @@ def bind(node: Any, kind: str | None = None) -> Any:
         return tuple(bind(item, kind) for item in node)
     if not (isinstance(node, Mapping) and "type" in node):
         return node
-    fn = find(OPS, node["type"])
+    fn = find(OPS, node["type"], kind)
     if kind is not None and getattr(fn, "kind", kind) != kind:
         raise ValueError(
             f"op {node['type']!r} is of kind {getattr(fn, 'kind', None)!r} where {kind!r} is needed; "
@@ -81,8 +81,15 @@ def bind(node: Any, kind: str | None = None) -> Any:
     return Op(fn, tuple(sorted(knobs.items(), key=lambda item: item[0])))
 
 
-def find(registry: Registry, name: str | Callable[..., Any]) -> Callable[..., Any]:
+def find(
+    registry: Registry, name: str | Callable[..., Any], kind: str | None = None
+) -> Callable[..., Any]:
     """The registered function of a name; callables pass.
+
+    Args:
+        registry: where to look.
+        name: of the function.
+        kind: of the ops that the message of an error names; None for all.
 
     Raises:
         ValueError: if there is none; the message names the closest ones.
@@ -91,7 +98,8 @@ def find(registry: Registry, name: str | Callable[..., Any]) -> Callable[..., An
         return name
     known = registry.module_dict
     if name not in known:
-        raise ValueError(f"unknown {registry.name} {name!r}{suggest(name, known)}")
+        valid = list_ops(kind) if kind else known
+        raise ValueError(f"unknown {kind or registry.name} {name!r}{suggest(name, valid)}")
     return known[name]
 
 

@@ -26,6 +26,8 @@ class Tokens:
         data: (B, T, D).
         grid: patch rows and columns (h, w).
         prefix: number of tokens before the patches.
+        hidden: patches that no token attends to from here on, (B, N) bool, never all of an image's;
+            None hides none. Set by the mitigator `mask_attention`; it stays with the tokens.
 
     Raises:
         ValueError: if `data` does not hold `prefix + h * w` tokens.
@@ -34,6 +36,7 @@ class Tokens:
     data: Tensor
     grid: tuple[int, int]
     prefix: int = 1
+    hidden: Tensor | None = None
 
     def __post_init__(self) -> None:
         expected = self.prefix + self.grid[0] * self.grid[1]
@@ -69,7 +72,7 @@ class Tokens:
 
     def only_patches(self) -> Tokens:
         """The same tokens without their prefix."""
-        return Tokens(self.patches, self.grid, prefix=0)
+        return replace(self, data=self.patches, prefix=0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Heads:
         q, k, v: (B, H, T, d).
         x: (B, T, D), the normalised tokens that they were projected from.
         scale: factor on the attention logits, d ** -0.5.
-        grid, prefix: as in `Tokens`.
+        grid, prefix, hidden: as in `Tokens`.
     """
 
     q: Tensor
@@ -90,10 +93,24 @@ class Heads:
     scale: float
     grid: tuple[int, int]
     prefix: int
+    hidden: Tensor | None = None
+
+    @property
+    def hidden_keys(self) -> Tensor | None:
+        """`hidden` for all tokens, in the shape of attention weights: (B, 1, 1, T) bool."""
+        if self.hidden is None:
+            return None
+        return F.pad(self.hidden, (self.prefix, 0))[:, None, None]
 
     def logits(self, a: str, b: str) -> Tensor:
-        """Scaled products of two projections, e.g. `logits("q", "k")`: (B, H, T, T), >= float32."""
-        return (upcast(getattr(self, a)) * self.scale) @ upcast(getattr(self, b)).mT
+        """Scaled products of two projections, e.g. `logits("q", "k")`: (B, H, T, T), >= float32.
+
+        Columns of hidden tokens hold the lowest finite number, which softmax makes 0.
+        """
+        products = (upcast(getattr(self, a)) * self.scale) @ upcast(getattr(self, b)).mT
+        if (hidden := self.hidden_keys) is None:
+            return products
+        return products.masked_fill(hidden, torch.finfo(products.dtype).min)
 
 
 def cosine_logits(features: Tokens, text: Tensor) -> Tensor:

@@ -161,7 +161,8 @@ class Trace:
     def self_weight(self, i: int) -> Tensor:
         """How much each patch attends to itself in block `i`, (B, H, N); no full map is kept."""
         heads = self.heads(i)
-        return diagonal_weights(heads.q, heads.k, heads.scale)[..., heads.prefix :]
+        own = diagonal_weights(heads.q, heads.k, heads.scale, heads.hidden_keys)
+        return own[..., heads.prefix :]
 
     def global_embedding(self) -> Tensor:
         """CLIP's image embedding, (B, C): the class token through the native last block."""
@@ -170,4 +171,6 @@ class Trace:
 
 def native_last(trace: Trace) -> Tensor:
     """What the last block puts out when it runs as it was trained, (B, T, D)."""
-    return trace.vit.blocks[-1](trace.entering(len(trace.vit.blocks) - 1).data)
+    tokens = trace.entering(len(trace.vit.blocks) - 1)
+    last = trace.vit.blocks[-1]
+    return last.advance(tokens, last.heads(tokens)).data  # not `last(...)`: patches may be hidden

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.functional.attention import hide
 from sfp.functional.grid import resample_positions
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
@@ -81,11 +82,11 @@ class Block(nn.Module):
         """The projections with which this block reads `x`."""
         normed = self.ln_1(x.data)
         q, k, v = self.attn.project(normed)
-        return Heads(q, k, v, normed, q.shape[-1] ** -0.5, x.grid, x.prefix)
+        return Heads(q, k, v, normed, q.shape[-1] ** -0.5, x.grid, x.prefix, x.hidden)
 
     def advance(self, x: Tokens, heads: Heads) -> Tokens:
         """`forward` for tokens whose `heads` are already there."""
-        mixed = fused_attention(heads.q, heads.k, heads.v)
+        mixed = fused_attention(heads.q, heads.k, heads.v, hidden=heads.hidden_keys)
         return x.with_data(self._finish(mixed, residual=x.data, ffn=True))
 
     def read(
@@ -111,9 +112,12 @@ class Block(nn.Module):
         """
         heads = self.heads(x)
         if attention is None:
-            mixed = fused_attention(heads.q, heads.k, heads.v)
+            mixed = fused_attention(heads.q, heads.k, heads.v, hidden=heads.hidden_keys)
         else:
-            mixed = weighted_values(attention(heads, trace), heads.v)
+            weights = attention(heads, trace)
+            if (hidden := heads.hidden_keys) is not None:
+                weights = hide(weights, hidden)
+            mixed = weighted_values(weights, heads.v)
         return (layout or x).with_data(self._finish(mixed, residual, ffn))
 
     def _finish(self, mixed: Tensor, residual: Tensor | None, ffn: bool) -> Tensor:
@@ -123,9 +127,16 @@ class Block(nn.Module):
         return y + self.mlp(self.ln_2(y)) if ffn else y
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v without keeping the weights: (B, H, T, d) -> (B, T, D)."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, hidden: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v without keeping the weights: (B, H, T, d) -> (B, T, D).
+
+    Keys that are `hidden`, (B, 1, 1, T) bool, do not take part.
+    """
+    shown = None if hidden is None else ~hidden
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, is_causal=causal)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def weighted_values(weights: Tensor, v: Tensor) -> Tensor:

@@ -11,12 +11,36 @@ from sfp.tokens import upcast
 CHUNK = 2**24  # attention logits held at once
 
 
-def diagonal_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The diagonal of softmax(scale * q k^T) in chunks of rows: (B, H, T, d) -> (B, H, T)."""
+def hide(weights: Tensor, hidden: Tensor) -> Tensor:
+    """Weights (..., M, T) without the columns that are hidden, each row's sum as it was.
+
+    A row that has weight on hidden columns only stays as it is: there is nothing to move it to.
+
+    Args:
+        weights: not negative.
+        hidden: bool, of a shape that broadcasts to the weights'.
+    """
+    shown = weights.masked_fill(hidden, 0)
+    left = shown.sum(-1, keepdim=True)
+    scaled = shown * (weights.sum(-1, keepdim=True) / left.clamp_min(torch.finfo(left.dtype).tiny))
+    return torch.where(left > 0, scaled, weights)
+
+
+def diagonal_weights(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None = None) -> Tensor:
+    """The diagonal of softmax(scale * q k^T) in chunks of rows: (B, H, T, d) -> (B, H, T).
+
+    Keys that are `hidden`, (B, 1, 1, T) bool, take no part; their own weight is 0.
+    """
     q, k = upcast(q) * scale, upcast(k)
     rows = max(CHUNK // (k.shape[0] * k.shape[1] * k.shape[2]), 1)
-    totals = [(part @ k.mT).logsumexp(-1) for part in q.split(rows, dim=2)]
-    return ((q * k).sum(-1) - torch.cat(totals, dim=-1)).exp()
+    own = (q * k).sum(-1)  # (B, H, T)
+    if hidden is None:
+        totals = [(part @ k.mT).logsumexp(-1) for part in q.split(rows, dim=2)]
+        return (own - torch.cat(totals, dim=-1)).exp()
+    totals = [
+        (part @ k.mT).masked_fill(hidden, -torch.inf).logsumexp(-1) for part in q.split(rows, dim=2)
+    ]
+    return (own - torch.cat(totals, dim=-1)).exp().masked_fill(hidden[:, 0], 0)
 
 
 def centred_softmax(similarity: Tensor, gain: float, centre: float) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sfp.registry import METHODS, suggest
+from sfp.registry import METHODS, bind, suggest
 
 ENHANCERS = ("qk", "qq", "kk", "vv", "qq+kk", "qq+vv", "kk+vv", "qq+kk+vv")
 
@@ -34,10 +34,38 @@ def detector(pm: str | Mapping[str, Any], **defaults: Mapping[str, Any]) -> dict
     return dict(type=name, **defaults.get(name, {}))
 
 
+def mitigator(purify: bool | str | Mapping[str, Any]) -> dict[str, Any]:
+    """The mitigator node of the flag `purify`: a name, a node, or a bool (the release's mean)."""
+    if isinstance(purify, Mapping):
+        return dict(purify)
+    return dict(type="neighbour_mean" if isinstance(purify, bool) else str(purify))
+
+
+def purification(
+    purify: bool | str | Mapping[str, Any],
+    pm: str | Mapping[str, Any],
+    layers: Sequence[int] | Literal["all"],
+    **defaults: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """The edits that the flags `purify`, `pm` and `layers` ask for: one, or none.
+
+    Args:
+        purify, pm, layers: the flags.
+        **defaults: knobs by detector, for a `pm` that is a name.
+
+    Raises:
+        ValueError: for names that are not registered, also where `purify` is False.
+    """
+    found, replaced = detector(pm, **defaults), mitigator(purify)
+    for node, kind in ((found, "detector"), (replaced, "mitigator")):
+        bind(node, kind)  # a typing error is one even if nothing is purified
+    return [dict(layers=layers, detector=found, mitigator=replaced)] if purify else []
+
+
 @METHODS.register_module()
 def sfp(
     *,
-    purify: bool = True,
+    purify: bool | str | Mapping[str, Any] = True,
     pm: str | Mapping[str, Any] = "som",
     layers: Sequence[int] | Literal["all"] = (-2,),
     top_k: int | None = 10,
@@ -54,9 +82,11 @@ def sfp(
     """Outliers of the last but one layer are replaced, then two readouts of the last block are summed.
 
     Args:
-        purify: whether outliers are detected and replaced at all.
+        purify: what becomes of outliers: True, the mean of their neighbours; False, nothing, and none
+            are looked for; or another mitigator ("median", "inpaint", "mask_attention", any registered
+            one, or a node with knobs).
         pm: detector ("som", "l2_norm", "lof", any registered one, or a node with knobs).
-        layers: where; the release looks at the last but one only.
+        layers: where, in rising order, or "all"; the release looks at the last but one only.
         top_k: most outliers that SOM keeps per image and layer.
         res_cls: share of the class token that is added to every patch.
         res_scale: `res_cls * res_scale` is the gain of SOM's comparison (the release ties them).
@@ -71,8 +101,8 @@ def sfp(
         type="similarity",
         layer=pre_layer,
         cut=beta,
-        fill=dict(type="neighbour_mean"),
-        fill_from=layers[-1] if layers != "all" else -2,
+        fill=mitigator(purify),
+        fill_from=layers[-1] if isinstance(layers, (list, tuple)) and layers else -2,
     )
     after = dict(type="similarity", layer=post_layer, cut=beta)
     guided = dict(type="affinity_attention", affinity=before)
@@ -96,9 +126,4 @@ def sfp(
             dict(source=dict(type="layer_sum", layers=summed), attention=guided, **shared)
         )
     som = dict(gain=res_cls * res_scale, top_k=top_k)
-    edit = dict(
-        layers=layers,
-        detector=detector(pm, som=som),
-        mitigator=dict(type="neighbour_mean"),
-    )
-    return dict(edits=[edit] if purify else [], readouts=readouts)
+    return dict(edits=purification(purify, pm, layers, som=som), readouts=readouts)

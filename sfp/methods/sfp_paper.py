@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sfp.methods.sfp import detector, pairs
+from sfp.methods.sfp import pairs, purification
 from sfp.registry import METHODS
 
 
 @METHODS.register_module()
 def sfp_paper(
     *,
-    purify: bool = True,
+    purify: bool | str | Mapping[str, Any] = True,
     pm: str | Mapping[str, Any] = "som",
     layers: Sequence[int] | Literal["all"] = "all",
     enhancer: str = "qq+kk",
@@ -26,14 +26,14 @@ def sfp_paper(
     """Each module can be switched off alone; all off is the ablation's base (57.0 on VOC21).
 
     Args:
-        purify: SOM, the outlier mitigator.
+        purify: SOM, the outlier mitigator; False switches it off, the name of another mitigator (or a
+            node) puts that in the place of the mean of the neighbours.
         pm: its detector ("som", "l2_norm", "lof", any registered one, or a node with knobs).
         layers: where; "all" is every block but the last, each feeding purified tokens to the next.
         enhancer: SAE, the last block's attention: "qq+kk" or another sum; "qk" switches it off.
         integrator: HAI, the mean attention of layers that multiplies the last block's patches.
         integrator_start: its first layer, from 0 (the poster's l0 counts from 1).
     """
-    edit = dict(layers=layers, detector=detector(pm), mitigator=dict(type="neighbour_mean"))
     hai = dict(type="aggregate", affinity=dict(type="mean_attention", first=integrator_start))
     readout = dict(
         attention=dict(type="self_self", pairs=pairs(enhancer)),
@@ -41,4 +41,4 @@ def sfp_paper(
         ffn=False,
         after=[hai] if integrator else [],
     )
-    return dict(edits=[edit] if purify else [], readouts=[readout])
+    return dict(edits=purification(purify, pm, layers), readouts=[readout])

@@ -13,6 +13,7 @@ from sfp.ops import (
     positions,
     propagation,
     refiners,
+    sklearn_detectors,
     surgery,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "positions",
     "propagation",
     "refiners",
+    "sklearn_detectors",
     "surgery",
 ]

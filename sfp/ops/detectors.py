@@ -23,6 +23,12 @@ def largest(score: Tensor, count: int | None) -> Tensor:
     return marked & torch.zeros_like(marked).scatter(-1, top, True)
 
 
+def standing_out(score: Tensor, above: float, count: int | None = None) -> Tensor:
+    """Marks scores (B, N) above `above` times their row's median, at most the `count` largest."""
+    usual = score.median(-1, keepdim=True).values
+    return largest(score.masked_fill(score <= above * usual, -torch.inf), count)
+
+
 @op("detector")
 def som(trace: Trace, layer: int, *, gain: float = 1.0, top_k: int | None = None) -> Tensor:
     """Self-adaptive Outlier Mitigator: patches that the class token attends to more than they do.
@@ -39,9 +45,87 @@ def som(trace: Trace, layer: int, *, gain: float = 1.0, top_k: int | None = None
 
 
 @op("detector")
+def cls_self_ratio(
+    trace: Trace, layer: int, *, above: float = 10.0, top_k: int | None = None
+) -> Tensor:
+    """SOM's comparison as a quotient, head by head, against the image's own median.
+
+    r_j = mean over heads of A[cls, j] / A[j, j]; an outlier's is more than `above` times the median
+    of its image. It differs from `som` where heads disagree (a mean of quotients is no quotient of
+    means: one head in which a patch hardly attends to itself is enough) and in that a layer whose
+    class token attends much to all patches has no outliers for that. "In the style of SegEarth-OV"
+    in the list of detectors that this repository set out to offer; no code of that form was at hand,
+    so normalisation and threshold are our reading.
+
+    Args:
+        above: multiple of the median; ours, an order of magnitude.
+        top_k: keep only those of largest quotient.
+    """
+    own = trace.self_weight(layer)  # (B, H, N)
+    # a hidden patch has neither weight: quotient 0
+    quotient = trace.cls_row(layer) / own.clamp_min(torch.finfo(own.dtype).tiny)
+    return standing_out(quotient.mean(1), above, top_k)
+
+
+@op("detector")
+def cls_attention(trace: Trace, layer: int, *, top_k: int = 10) -> Tensor:
+    """The `top_k` patches that the class token attends to most, heads averaged.
+
+    SOM's ranking without its comparison; ten as in the release of SFP.
+    """
+    return largest(trace.cls_row(layer).mean(1), top_k)
+
+
+@op("detector")
+def attention_received(
+    trace: Trace, layer: int, *, above: float = 3.0, top_k: int | None = None
+) -> Tensor:
+    """Patches that all patches attend to: CLIPtrase's "global patches" (Shao et al., ECCV 2024).
+
+    Column means of the patch-to-patch attention, heads averaged; an outlier's is more than `above`
+    times the median of its image. The paper shows them as bright columns and gives no threshold.
+
+    Args:
+        above: multiple of the median; ours.
+        top_k: keep only those that receive most.
+    """
+    prefix = trace.embedded.prefix
+    received = trace.attention(layer)[:, :, prefix:, prefix:].mean((1, 2))  # (B, N)
+    return standing_out(received, above, top_k)
+
+
+@op("detector")
 def l2_norm(trace: Trace, layer: int, *, top_k: int = 10) -> Tensor:
     """The `top_k` patches of largest L2 norm (SFP release, `pm="L2"`)."""
     return largest(upcast(trace.outputs[layer].patches).norm(dim=-1), top_k)
+
+
+@op("detector")
+def weight_norm_channel(
+    trace: Trace, layer: int, *, channels: int = 1, above: float = 6.0
+) -> Tensor:
+    """Patches loud in the channel that the block's weights make loud (GCLIP's view).
+
+    GCLIP (arXiv:2502.06818) finds the channel that carries outliers in the weights: the row of
+    largest norm of the MLP's second layer. Which patches are loud there is our reading: those whose
+    value is more than `above` robust deviations (1.4826 times the median absolute deviation) from
+    the image's median.
+
+    Args:
+        channels: how many, by falling row norm; a patch need be loud in one of them only.
+        above: in deviations.
+    """
+    chosen = loud_channels(trace, layer, channels)  # (C,)
+    value = upcast(trace.outputs[layer].patches)[..., chosen]  # (B, N, C)
+    apart = (value - value.median(1, keepdim=True).values).abs()
+    spread = 1.4826 * apart.median(1, keepdim=True).values
+    return (apart > above * spread).any(-1)
+
+
+def loud_channels(trace: Trace, layer: int, count: int = 1) -> Tensor:
+    """The channels that block `layer`'s MLP writes with the largest weights, loudest first."""
+    rows = trace.vit.blocks[layer].get_parameter("mlp.c_proj.weight")  # (D, 4D)
+    return upcast(rows).norm(dim=1).topk(min(count, len(rows))).indices
 
 
 @op("detector")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sfp.functional.attention import hide
 from sfp.registry import op
 from sfp.tokens import Tokens
 from sfp.trace import Trace, native_last
@@ -21,7 +22,8 @@ from sfp.trace import Trace, native_last
 def layer_sum(trace: Trace, *, layers: Sequence[int]) -> Tokens:
     """Sum of the outputs of several method layers (SC-CLIP's multi-level features)."""
     first, *rest = (trace.output(layer) for layer in layers)
-    return first.with_data(sum((tokens.data for tokens in rest), first.data))
+    last = rest[-1] if rest else first  # hides what any of them hides
+    return last.with_data(sum((tokens.data for tokens in rest), first.data))
 
 
 @op("residual")
@@ -40,6 +42,8 @@ def cls_token(tokens: Tokens, source: Tokens, *, scale: float = 0.3) -> Tensor:
 def aggregate(tokens: Tokens, trace: Trace, *, affinity: Callable[[Trace], Tensor]) -> Tokens:
     """Each patch becomes the affinity-weighted mean of all: rows of S, divided by their sum."""
     weights = trace.once(affinity)
+    if tokens.hidden is not None:
+        weights = hide(weights, tokens.hidden[:, None])
     weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
     return tokens.with_patches(weights.to(tokens.data.dtype) @ tokens.patches)
 

@@ -1,7 +1,12 @@
-"""Mitigators: what stands in for an outlier? `(tokens, mask, *, knobs) -> Tokens`."""
+"""Mitigators: what stands in for an outlier? `(tokens, mask, *, knobs) -> Tokens`.
+
+`mask` marks outliers, (B, N) bool; the other patches are valid and stay as they are. In an image
+without any valid patch nothing can stand in: every mitigator but `zero` leaves it as it is.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -27,22 +32,108 @@ def neighbour_mean(
         raise ValueError(
             f"neighbour_mean: unknown alone={alone!r}{suggest(alone, ('nearest', 'keep', 'zero'))}"
         )
-    far = float(sum(tokens.grid))
-    ring = rings(tokens.grid, mask.device).expand(len(mask), -1, -1)  # (B, N, N)
-    ring = ring.masked_fill(mask[:, None], far)
-    nearest = ring.amin(-1, keepdim=True)  # (B, N, 1)
-    reach = nearest < far if alone == "nearest" else nearest <= 1
-    givers = (ring == nearest) & reach
-    weights = upcast(givers.to(tokens.data.dtype))
+    givers, ring = nearest_ring(tokens.grid, mask)
+    reach = ring.isfinite() if alone == "nearest" else ring <= 1  # (B, N, 1)
+    weights = upcast((givers & reach).to(tokens.data.dtype))
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(1)
     means = (weights @ upcast(tokens.patches)).to(tokens.data.dtype)
     replaced = mask[..., None] if alone == "zero" else mask[..., None] & reach
     return tokens.with_patches(torch.where(replaced, means, tokens.patches))
 
 
+@op("mitigator")
+def median(tokens: Tokens, mask: Tensor) -> Tokens:
+    """Each outlier becomes, channel by channel, the median of its nearest ring of valid patches.
+
+    Unlike the mean it does not move when one more of the neighbours is an outlier that was overlooked.
+    Of an even number of patches it is the mean of the middle two.
+    """
+    image, patch = (mask & ~mask.all(-1, keepdim=True)).nonzero(as_tuple=True)  # (M,) each
+    if not len(image):
+        return tokens
+    givers = nearest_ring(tokens.grid, mask)[0][image, patch]  # (M, N)
+    count = givers.sum(-1)  # (M,)
+    chosen = givers.int().topk(int(count.max()), dim=-1)  # (M, K), givers first
+    values = upcast(tokens.patches)[image[:, None], chosen.indices]  # (M, K, D)
+    values = values.masked_fill(chosen.values[..., None] == 0, torch.inf).sort(1).values
+    row = torch.arange(len(count), device=count.device)
+    middle = (values[row, (count - 1) // 2] + values[row, count // 2]) / 2  # (M, D)
+    patches = tokens.patches.clone()
+    patches[image, patch] = middle.to(patches.dtype)
+    return tokens.with_patches(patches)
+
+
+@op("mitigator")
+def nearest(tokens: Tokens, mask: Tensor) -> Tokens:
+    """Each outlier becomes a copy of the valid patch nearest to it; of several, the first in order."""
+    rows, cols = offsets(tokens.grid, mask.device)
+    far = (rows.square() + cols.square()) * mask.shape[1]  # (N, N)
+    order = far + torch.arange(mask.shape[1], device=mask.device)  # no two are equal in a row
+    order = order[None].masked_fill(mask[:, None], torch.iinfo(order.dtype).max)
+    giver = order.argmin(-1)  # (B, N)
+    copies = tokens.patches.gather(1, giver[..., None].expand_as(tokens.patches))
+    replaced = mask & ~mask.all(-1, keepdim=True)
+    return tokens.with_patches(torch.where(replaced[..., None], copies, tokens.patches))
+
+
+@op("mitigator")
+def inpaint(tokens: Tokens, mask: Tensor) -> Tokens:
+    """Outliers become the smoothest surface through the valid patches: Laplace's equation, solved.
+
+    Every outlier ends as the mean of its four neighbours, outliers among them; the grid's border is
+    free. One linear system of N unknowns per image.
+    """
+    rows, cols = offsets(tokens.grid, mask.device)
+    x = upcast(tokens.patches)
+    adjacent = (rows.abs() + cols.abs() == 1).to(x)  # (N, N)
+    laplace = adjacent.sum(-1).diag() - adjacent
+    replaced = (mask & ~mask.all(-1, keepdim=True))[..., None]  # (B, N, 1)
+    # valid patches are known (rows of the identity), outliers are where the Laplacian is 0
+    system = torch.where(replaced, laplace, torch.eye(len(laplace)).to(x))  # (B, N, N)
+    solved = torch.linalg.solve(system, x.masked_fill(replaced, 0)).to(tokens.data.dtype)
+    return tokens.with_patches(torch.where(replaced, solved, tokens.patches))
+
+
+@op("mitigator")
+def zero(tokens: Tokens, mask: Tensor) -> Tokens:
+    """Outliers become the zero vector, in images without a valid patch too."""
+    return tokens.with_patches(tokens.patches.masked_fill(mask[..., None], 0))
+
+
+@op("mitigator")
+def mask_attention(tokens: Tokens, mask: Tensor) -> Tokens:
+    """Outliers keep their values, but no token attends to them in any of the following blocks.
+
+    They are removed as keys: of the trunk's attention, of the attention rules in readouts (whose
+    weights on them move to the other tokens) and of the smoothers. They still ask, so that they too
+    are made of the others. Marks of earlier layers stay; marks that would leave an image without a
+    visible patch are ignored.
+    """
+    before = torch.zeros_like(mask) if tokens.hidden is None else tokens.hidden
+    hidden = before | mask
+    return replace(tokens, hidden=torch.where(hidden.all(-1, keepdim=True), before, hidden))
+
+
+def nearest_ring(grid: tuple[int, int], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Who is nearest: the valid patches on the first ring around each patch that holds any.
+
+    Returns:
+        (B, N, N) bool, giver j of patch i; and (B, N, 1), the ring's number (1: the eight
+        neighbours, 0: a valid patch itself, inf: the image has no valid patch).
+    """
+    ring = rings(grid, mask.device).masked_fill(mask[:, None], torch.inf)  # (B, N, N)
+    first = ring.amin(-1, keepdim=True)  # (B, N, 1)
+    return (ring == first) & first.isfinite(), first
+
+
 def rings(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Chebyshev distance between the patches of a grid: (N, N), 1 for the eight neighbours."""
+    rows, cols = offsets(grid, device)
+    return torch.maximum(rows.abs(), cols.abs()).float()
+
+
+def offsets(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns between the patches of a grid, (N, N) each."""
     rows = torch.arange(grid[0], device=device).repeat_interleave(grid[1])
     cols = torch.arange(grid[1], device=device).repeat(grid[0])
-    apart = [(x[:, None] - x[None]).abs() for x in (rows, cols)]
-    return torch.maximum(*apart).float()
+    return rows[:, None] - rows, cols[:, None] - cols

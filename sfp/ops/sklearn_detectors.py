@@ -1,0 +1,148 @@
+"""Detectors by scikit-learn: patches that its outlier and clustering algorithms leave over.
+
+They see the features of a layer's output, one image at a time, on the host: one copy per batch. Their
+parameters are given in ways that do not depend on the scale of the features or the size of the grid:
+distances as multiples of the image's own, least sizes of a group as shares of its patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from sklearn.cluster import DBSCAN, HDBSCAN, OPTICS
+from sklearn.ensemble import IsolationForest
+from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
+from torch import Tensor
+
+from sfp.registry import op
+from sfp.tokens import upcast
+from sfp.trace import Trace
+
+LEFT_OVER = -1  # scikit-learn's label of outliers, and of points in no cluster
+
+
+def left_over(trace: Trace, layer: int, label: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """Marks the patches that `label`, (N, D) -> (N,), calls `LEFT_OVER`, image by image."""
+    patches = trace.outputs[layer].patches
+    images = upcast(patches).detach().cpu().numpy()  # (B, N, D)
+    if images.shape[1] < 3:  # nobody is apart from the others
+        return torch.zeros(images.shape[:2], dtype=torch.bool, device=patches.device)
+    labels = np.stack([label(image) for image in images])
+    return torch.from_numpy(labels == LEFT_OVER).to(patches.device)
+
+
+def members(share: float, n: int) -> int:
+    """A share of `n` patches as a number: at least 2, at most all but one."""
+    return min(max(round(share * n), 2), n - 1)
+
+
+def usual_distance(x: np.ndarray, k: int) -> float:
+    """The median over points of the distance to the k-th nearest other point."""
+    distances, _ = NearestNeighbors(n_neighbors=k).fit(x).kneighbors()
+    return max(float(np.median(distances[:, -1])), np.finfo(np.float32).tiny)
+
+
+@op("detector")
+def lof_textbook(
+    trace: Trace, layer: int, *, neighbours: int = 20, contamination: float | None = None
+) -> Tensor:
+    """Local outlier factor as published (Breunig et al., SIGMOD 2000).
+
+    Unlike the released `lof`, a point's reachability is never less than its neighbour's own
+    k-distance, distances are not squared, and the number of outliers is not fixed.
+
+    Args:
+        neighbours: k; 20 in scikit-learn.
+        contamination: share of patches to mark; None marks factors above 1.5, as scikit-learn does.
+    """
+
+    def label(x: np.ndarray) -> np.ndarray:
+        k = min(neighbours, len(x) - 1)
+        share = "auto" if contamination is None else contamination
+        return LocalOutlierFactor(n_neighbors=k, contamination=share).fit_predict(x)
+
+    return left_over(trace, layer, label)
+
+
+@op("detector")
+def dbscan(trace: Trace, layer: int, *, eps: float = 2.0, share: float = 0.1) -> Tensor:
+    """Patches in no dense region (DBSCAN, Ester et al., KDD 1996).
+
+    Args:
+        eps: radius, as a multiple of the median distance to the k-th nearest patch.
+        share: k and `min_samples`, as a share of the patches. Outliers that are alike are a dense
+            region too, unless they are fewer than that.
+    """
+
+    def label(x: np.ndarray) -> np.ndarray:
+        k = members(share, len(x))
+        return DBSCAN(eps=eps * usual_distance(x, k), min_samples=k).fit_predict(x)
+
+    return left_over(trace, layer, label)
+
+
+@op("detector")
+def hdbscan(
+    trace: Trace, layer: int, *, share: float = 0.1, selection: Literal["eom", "leaf"] = "eom"
+) -> Tensor:
+    """Patches in no cluster of any density (HDBSCAN, Campello et al., PAKDD 2013).
+
+    Args:
+        share: least size of a cluster, as a share of the patches.
+        selection: which clusters of the tree count: "eom", the lasting ones, or the "leaf" ones.
+    """
+
+    def label(x: np.ndarray) -> np.ndarray:
+        # a picture of one texture is one cluster
+        return HDBSCAN(
+            min_cluster_size=members(share, len(x)),
+            min_samples=members(share / 2, len(x)),
+            cluster_selection_method=selection,
+            allow_single_cluster=True,
+            copy=True,
+        ).fit_predict(x)
+
+    return left_over(trace, layer, label)
+
+
+@op("detector")
+def optics(trace: Trace, layer: int, *, xi: float = 0.05, share: float = 0.1) -> Tensor:
+    """Patches outside the valleys of the reachability plot (OPTICS, Ankerst et al., SIGMOD 1999).
+
+    Args:
+        xi: relative steepness at which a valley begins; 0.05 in scikit-learn.
+        share: `min_samples` and least size of a cluster, as a share of the patches.
+    """
+
+    def label(x: np.ndarray) -> np.ndarray:
+        return OPTICS(min_samples=members(share, len(x)), xi=xi).fit_predict(x)
+
+    return left_over(trace, layer, label)
+
+
+@op("detector")
+def isolation_forest(
+    trace: Trace,
+    layer: int,
+    *,
+    trees: int = 100,
+    contamination: float | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Patches that few random cuts separate from all others (Liu, Ting and Zhou, ICDM 2008).
+
+    Args:
+        trees: how many; 100 in the paper and in scikit-learn.
+        contamination: share of patches to mark; None marks scores above 0.5, as the paper does.
+        seed: of the cuts, the same for every image.
+    """
+
+    def label(x: np.ndarray) -> np.ndarray:
+        share = "auto" if contamination is None else contamination
+        forest = IsolationForest(n_estimators=trees, contamination=share, random_state=seed)
+        return forest.fit_predict(x)
+
+    return left_over(trace, layer, label)

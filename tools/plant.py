@@ -1,0 +1,185 @@
+"""Plants outliers in a frozen CLIP; scores every detector and mitigator against what was planted.
+
+Writes OUT.json, OUT.png and OUT.md; of a page OUT.md that is there already, only what stands between
+its two "plant" markers is replaced.
+
+Examples:
+    python tools/plant.py --weights mini --out docs/outliers
+    python tools/plant.py --weights mini --detectors som l2_norm --strengths 2 --at 2 --count 4
+    python tools/plant.py --weights ViT-B/16 --images photos --planted 10 --layer 6
+
+Exit codes: 0 done; 1 unexpected error; 2 wrong command line; 3 weights or images are missing (the
+message says what to put where).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--weights", default="mini", help="name or path of CLIP weights (default: mini)"
+    )
+    parser.add_argument(
+        "--images", type=Path, help="folder of images (default: drawn scenes of the mini world)"
+    )
+    parser.add_argument("--count", type=int, default=16, help="most images (default: 16)")
+    parser.add_argument("--size", type=int, help="side of the square crops (default: the model's)")
+    parser.add_argument("--out", type=Path, default="work/plant", help="default: work/plant")
+    parser.add_argument(
+        "--layer", type=int, help="block to plant behind, from 0 (default: the middle)"
+    )
+    parser.add_argument(
+        "--detect", type=int, help="block to detect and mitigate at (default: the one after)"
+    )
+    parser.add_argument(
+        "--planted",
+        type=float,
+        default=0.05,
+        help="mean outliers per image; below 1, a share of the patches (default: 0.05)",
+    )
+    parser.add_argument(
+        "--fixed", action="store_true", help="the same number of outliers in every image"
+    )
+    parser.add_argument(
+        "--patterns", nargs="+", default=["scattered", "clustered"], help="default: both"
+    )
+    parser.add_argument(
+        "--strengths",
+        nargs="+",
+        type=float,
+        default=[0.5, 1, 2, 4, 8],
+        help="norms of the disturbance, in median patch norms (default: 0.5 1 2 4 8)",
+    )
+    parser.add_argument(
+        "--at",
+        type=float,
+        default=4,
+        help="strength of the detector x mitigator table (default: 4)",
+    )
+    parser.add_argument(
+        "--channel-share",
+        type=float,
+        default=0.25,
+        help="energy of the disturbance in the loud channel (default: 0.25)",
+    )
+    parser.add_argument("--detectors", nargs="+", help="default: all")
+    parser.add_argument("--mitigators", nargs="+", help="default: all")
+    parser.add_argument("--batch", type=int, default=8, help="images per forward (default: 8)")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the planted patches (default: 0)")
+    args = parser.parse_args()
+    if args.count < 1 or args.batch < 1:
+        parser.error("--count and --batch must be at least 1")
+    return args
+
+
+def crops(folder: Path, count: int, size: int) -> Iterator:
+    """Centre crops of the images in a folder, in order of their names: (size, size, 3) RGB each."""
+    import cv2
+
+    kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in kinds)[:count]
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no images ({', '.join(sorted(kinds))})")
+    for path in paths:
+        image = cv2.imread(str(path))
+        if image is None:
+            raise FileNotFoundError(f"{path} is no image that OpenCV can read")
+        scale = size / min(image.shape[:2])
+        wide = [max(round(n * scale), size) for n in image.shape[1::-1]]
+        image = cv2.resize(image, wide, interpolation=cv2.INTER_AREA)
+        top, left = ((n - size) // 2 for n in image.shape[:2])
+        yield image[top : top + size, left : left + size, ::-1]
+
+
+def main() -> int:
+    args = parse_args()
+    import numpy as np
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    import sfp
+    from sfp import plant, plant_report
+    from sfp.cache import atomic_write
+    from sfp.mini import scene
+    from sfp.mini.train import normalise
+
+    try:
+        paths = {
+            kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "png", "md")
+        }
+        plant_report.frame(paths["md"])  # before the work, not after
+        setting = plant.Setting(
+            layer=args.layer,
+            detect=args.detect,
+            planted=args.planted,
+            varied=not args.fixed,
+            patterns=args.patterns,
+            strengths=args.strengths,
+            at=args.at,
+            channel_share=args.channel_share,
+            seed=args.seed,
+        )
+        detectors = plant.detectors(args.detectors)
+        mitigators = plant.mitigators(args.mitigators)
+        vit = sfp.load_clip(args.weights).visual.to(args.device)
+        setting.blocks(vit)
+        size = args.size or vit.native_grid[0] * vit.patch
+        if args.images:
+            pictures = list(crops(args.images, args.count, size))
+        else:
+            pictures = [scene(900_000 + i, size)[0] for i in range(args.count)]
+        pixels = normalise(np.stack(pictures))  # (count, 3, size, size)
+        console = Console()
+        if not console.is_terminal:
+            console.width = 160  # a file or a pipe has no width to fit
+        batches = track(
+            pixels.to(torch.device(args.device)).split(args.batch),
+            description="planting",
+            console=Console(stderr=True),
+        )
+        result = plant.benchmark(vit, batches, setting, detectors, mitigators)
+        what = f"images of {args.images.name}" if args.images else "drawn scenes"
+        source = f"{Path(args.weights).name}, {result['images']} {what}"
+        command = shlex.join(["python", "tools/plant.py", *sys.argv[1:]])
+        text = plant_report.report(result, source, command, paths["png"].name)
+        plant_report.write_page(paths["md"], text)
+    except (FileNotFoundError, sfp.WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with atomic_write(paths["json"]) as path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    plant_report.plot(result, paths["png"])
+    for pattern in setting.patterns:
+        sheets = {
+            "detection": plant_report.detection_sheet(result, pattern),
+            "restoration given the true mask": plant_report.restoration_sheet(result, pattern),
+        }
+        for title, (header, rows) in sheets.items():
+            table = Table(title=f"{pattern}: {title}")
+            for column in header:
+                table.add_column(column, justify="left" if column == header[0] else "right")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+    print("results in " + ", ".join(map(str, paths.values())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

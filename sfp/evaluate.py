@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from sfp.cache import atomic_write
 from sfp.clip.loading import locate
@@ -26,7 +26,7 @@ from sfp.datasets import DATASETS
 from sfp.method import build_method
 from sfp.metrics import SegmentationMetric
 from sfp.segmentor import OpenVocabSegmentor
-from sfp.sheet import Panel, picture_sheet
+from sfp.sheet import Panel, at_size, picture_sheet
 from sfp.vocabulary import load_vocabulary
 
 METRICS = ("mIoU", "aAcc", "mAcc", "fwIoU")
@@ -221,7 +221,7 @@ def _write_sheet(runner: Runner, path: Path, count: int) -> None:
     for i in chosen:
         record = dataset[i]
         truth = record["data_samples"].gt_sem_seg.data[0]
-        picture = _at_size(record["inputs"], truth.shape)
+        picture = at_size(record["inputs"], truth.shape)
         columns["image"].append(Panel(picture))
         columns["ground truth"].append(Panel(picture, truth.numpy()))
         for title, each in named.items():
@@ -233,12 +233,6 @@ def _write_sheet(runner: Runner, path: Path, count: int) -> None:
     model.method = ours
     meta = dataset.metainfo
     picture_sheet(columns, meta["classes"], meta["palette"], path)
-
-
-def _at_size(image: Tensor, size: Sequence[int]) -> Any:
-    """A BGR image tensor (3, h, w) as RGB array (H, W, 3) of the label map's size."""
-    resized = nn.functional.interpolate(image[None].float(), tuple(size), mode="bilinear")
-    return resized[0].flip(0).permute(1, 2, 0).clamp(0, 255).byte().numpy()
 
 
 def quiet() -> None:

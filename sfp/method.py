@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sfp.clip.vit import Rule, VisionTransformer
 from sfp.functional.grid import resample_positions
 from sfp.ops.integrators import own_tokens
 from sfp.registry import METHODS, bind, check_knobs, find, suggest
-from sfp.tokens import Tokens, upcast
+from sfp.tokens import Tokens, cosine_logits
 from sfp.trace import Trace
 
 Detector = Callable[[Trace, int], Tensor]
@@ -26,7 +25,7 @@ Smoother = Callable[[Tokens, Trace], Tokens]
 Residual = Callable[[Tokens, Tokens], Tensor]
 Edit = Callable[[Trace, int], Tokens]
 Refiner = Callable[[Tensor, Trace], Tensor]
-Surgery = Callable[[VisionTransformer], None]
+Surgery = Callable[[VisionTransformer, "int | None"], None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,8 @@ class Readout:
         residual: (tokens, source) -> (B, T or 1, D) that the first block's output is added to.
         ffn: whether the MLP follows.
         after: smoothers of what was read.
+        layout: guide whose grid the output takes, patches only; the attention rule of the (one)
+            block gives one row per patch of the guide.
     """
 
     blocks: Sequence[int] = (-1,)
@@ -94,6 +95,7 @@ class Readout:
     residual: Residual | None = own_tokens
     ffn: bool = True
     after: Sequence[Smoother] = ()
+    layout: str | None = None
 
     def __call__(self, trace: Trace) -> Tokens:
         """The tokens read, (B, T or N, D), before the final projection."""
@@ -103,12 +105,18 @@ class Readout:
         for smooth in self.before:
             x = smooth(x, trace)
         carry = self.residual(x, source) if self.residual else None
+        layout = trace.guide(self.layout) if self.layout else None
         for i in blocks:
             if i != blocks[0]:
                 x = trace.entering(i)
                 x = x if self.keep_cls else x.only_patches()
             y = trace.vit.blocks[i].read(
-                x, residual=carry, attention=self.attention, ffn=self.ffn, trace=trace
+                x,
+                residual=carry,
+                attention=self.attention,
+                ffn=self.ffn,
+                trace=trace,
+                layout=layout,
             )
             carry = y.data
         for smooth in self.after:
@@ -153,13 +161,8 @@ class Method:
         Returns:
             Tokens of width C, not normalised, and the trace of the run.
         """
-        trace = self.operate(vit).trace(
-            image, self.edits, positions=self.positions, depth=self.depth, **context
-        )
-        first, *rest = (readout(trace) for readout in self.readouts)
-        for other in rest:
-            first = first.with_data(first.data + other.data)
-        return trace.vit.project(first), trace
+        trace = self.run(vit, image, **context)
+        return self.read(trace), trace
 
     def logits(
         self, vit: VisionTransformer, image: Tensor, text: Tensor, **context: Any
@@ -173,11 +176,33 @@ class Method:
         Returns:
             (B, Q, h, w) float32, and the trace of the run.
         """
-        features, trace = self.features(vit, image, text=text, **context)
-        logits = cosine_logits(features, text)
+        trace = self.run(vit, image, text=text, **context)
+        return self.read_logits(trace), trace
+
+    def run(self, vit: VisionTransformer, image: Tensor, **context: Any) -> Trace:
+        """The trunk alone, edited; arguments as in `features`."""
+        return self.operate(vit).trace(
+            image, self.edits, positions=self.positions, depth=self.depth, **context
+        )
+
+    def read(self, trace: Trace) -> Tokens:
+        """The readouts of a trace that this method, or one of equal `trunk`, has run."""
+        first, *rest = (readout(trace) for readout in self.readouts)
+        for other in rest:
+            first = first.with_data(first.data + other.data)
+        return trace.vit.project(first)
+
+    def read_logits(self, trace: Trace) -> Tensor:
+        """Refined query logits (B, Q, h, w) of such a trace, which must have the text features."""
+        logits = cosine_logits(self.read(trace), trace.query_features())
         for refine in self.refiners:
             logits = refine(logits, trace)
-        return logits, trace
+        return logits
+
+    @property
+    def trunk(self) -> Hashable:
+        """Methods of equal trunk leave the same trace, so that one run serves all of them."""
+        return self.edits, self.surgery, self.positions, self.depth
 
     def operate(self, vit: VisionTransformer) -> VisionTransformer:
         """The model with this method's surgery: `vit` itself if there is none."""
@@ -192,16 +217,10 @@ class Method:
             # parameters are shared; what an operation replaces is its own
             operated = copy.deepcopy(vit, {id(p): p for p in vit.parameters()})
             for operation in self.surgery:
-                operation(operated)
+                operation(operated, self.depth)
             operated.proj = nn.Parameter(weight.detach().clone(), requires_grad=False)
             self._operated[vit] = operated
         return operated
-
-
-def cosine_logits(features: Tokens, text: Tensor) -> Tensor:
-    """Cosine of patch features with unit queries (Q, C): (B, Q, h, w) in at least float32."""
-    maps = F.normalize(upcast(features.as_map()), dim=1)  # (B, C, h, w)
-    return torch.einsum("bchw,qc->bqhw", maps, text.to(maps))
 
 
 _KINDS = dict(
@@ -244,7 +263,8 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
     Args:
         method: name of a preset; `dict(type=name, knob=value, ...)`; a composition
             `dict(type="Method", readouts=[...], ...)`; or a `Method`, returned as it is.
-        **knobs: knobs of the preset. `depth` is understood by every preset (see `Method`).
+        **knobs: knobs of the preset. Every preset that has no knob of that name itself also takes
+            `depth` and `positions` (see `Method`), and `refiners` that follow its own.
 
     Raises:
         ValueError: for unknown presets, ops or knobs; the message names the valid ones.
@@ -264,7 +284,11 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
     name = config.pop("type", "Method")
     if name == "Method":
         return _build(Method, config)
-    overrides = {k: config.pop(k) for k in ("depth",) if k in config}
     preset = find(METHODS, name)
+    own = inspect.signature(preset).parameters
+    fields_of_all = ("depth", "positions", "refiners")
+    common = {k: config.pop(k) for k in fields_of_all if k in config and k not in own}
     check_knobs(preset, config, f"method {name!r}")
-    return _build(Method, {**preset(**config), **overrides})
+    composition = preset(**config)
+    common["refiners"] = [*composition.get("refiners", ()), *common.get("refiners", ())]
+    return _build(Method, {**composition, **common})

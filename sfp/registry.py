@@ -22,8 +22,10 @@ from mmengine.registry import Registry
 
 OPS = Registry("op")
 METHODS = Registry("method")
+GUIDES = Registry("guide")
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def op(kind: str) -> Callable[[F], F]:
@@ -114,6 +116,17 @@ def check_knobs(fn: Callable[..., Any], knobs: Mapping[str, Any], what: str) -> 
     missing = [n for n, p in valid.items() if p.default is p.empty and n not in knobs]
     if missing:
         raise ValueError(f"{what} needs the knob(s) {', '.join(missing)}")
+
+
+def pick(what: str, name: str, options: Mapping[str, T]) -> T:
+    """`options[name]`.
+
+    Raises:
+        ValueError: if there is no such option; the message names the closest one.
+    """
+    if name not in options:
+        raise ValueError(f"unknown {what} {name!r}{suggest(name, options)}")
+    return options[name]
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:

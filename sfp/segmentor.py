@@ -22,6 +22,7 @@ from sfp.clip.text import text_bank
 from sfp.functional.labels import Labels, assign
 from sfp.functional.pamr import pamr
 from sfp.functional.windows import LogitSheet, WindowGrid
+from sfp.guides import build_guides
 from sfp.method import Method, build_method
 from sfp.registry import suggest
 from sfp.tokens import Tokens
@@ -70,9 +71,14 @@ class OpenVocabSegmentor(BaseSegmentor):
         area_thd: classes that win no more than this share of the foreground are left out.
         slide_crop: side of the windows in pixels; 0 runs the whole image at once.
         slide_stride: pixels between windows.
+        pad_windows: pad windows with zeros to whole patches (ClearCLIP's release) instead of leaving
+            pixels beyond the last whole patch out.
+        whole_via_input: with `slide_crop=0`, logits go through the size of the network's input on
+            their way to the original one (NACLIP's release).
         window_batch: most windows in one forward pass.
         pamr_steps: steps of pixel-adaptive refinement on the final logits; 0 for none.
         pamr_dilations: distances of its neighbours, in pixels.
+        guides: external encoders by name, config nodes or modules, for methods that ask for them.
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16" or "bf16".
         scores: whether results carry `seg_logits`, (K, H, W) probabilities, besides the labels.
         palette: colours per class for visualizers; by default mmengine draws its own.
@@ -94,9 +100,12 @@ class OpenVocabSegmentor(BaseSegmentor):
         area_thd: float | None = None,
         slide_crop: int = 224,
         slide_stride: int = 112,
+        pad_windows: bool = False,
+        whole_via_input: bool = False,
         window_batch: int = 32,
         pamr_steps: int = 0,
         pamr_dilations: Sequence[int] = (8, 16),
+        guides: Mapping[str, Any] | None = None,
         precision: str = "auto",
         scores: bool = True,
         palette: Sequence[Sequence[int]] | None = None,
@@ -125,12 +134,15 @@ class OpenVocabSegmentor(BaseSegmentor):
         self.area_thd = area_thd
         self.slide_crop = slide_crop
         self.slide_stride = slide_stride
+        self.pad_windows = pad_windows
+        self.whole_via_input = whole_via_input
         self.window_batch = window_batch
         self.pamr_steps = pamr_steps
         self.pamr_dilations = tuple(pamr_dilations)
         self.precision = precision
         self.scores = scores
         self.dataset_meta = dict(classes=self.vocabulary.names, palette=palette)
+        self.guides = build_guides(guides)
         self.clip = weights if isinstance(weights, CLIP) else load_clip(weights)
         if query_features is not None:
             expected = (len(self.vocabulary.queries), self.clip.text_projection.shape[1])
@@ -154,6 +166,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         if name == "auto":
             name = "fp16" if self.clip.text_projection.device.type == "cuda" else "fp32"
         self.clip.to(PRECISIONS[name])
+        self.guides.to(PRECISIONS[name])
 
     def text_features(self) -> Tensor:
         """Unit features of the queries, (Q, C) float32; encoded, or read from the cache, once."""
@@ -186,18 +199,19 @@ class OpenVocabSegmentor(BaseSegmentor):
 
     def extract_feat(self, inputs: Tensor) -> Tokens:
         """Dense features of windows (B, 3, H, W) in the joint space: patch tokens of width C."""
-        features, _ = self.method.features(self.clip.visual, inputs, text=self.text_features())
-        return features.only_patches()
+        return self.method.features(self.clip.visual, inputs, **self._context())[0].only_patches()
 
-    def window_logits(self, windows: Tensor) -> Tensor:
-        """Cosine logits of windows (B, 3, H, W), at patch resolution: (B, Q, h, w) float32."""
-        return self.method.logits(self.clip.visual, windows, self.text_features())[0]
+    def _context(self) -> dict[str, Any]:
+        """What a trace knows besides the image."""
+        guides = dict(self.guides.items())
+        return dict(text=self.text_features(), index=self.vocabulary.index, guides=guides)
 
     def encode_decode(
         self, inputs: Tensor | Sequence[Tensor], batch_img_metas: Any = None
     ) -> list[Tensor]:
         """Merged query logits of each image at its own size, a list of (Q, H, W)."""
-        return [s.rows(0, s.size[0]) for s in self.sheets(inputs, [x.shape[-2:] for x in inputs])]
+        (sheets,) = self.sheets([self.method], inputs, [x.shape[-2:] for x in inputs])
+        return [sheet.rows(0, sheet.size[0]) for sheet in sheets]
 
     def _forward(self, inputs: Any, data_samples: Any = None) -> list[Tensor]:
         return self.encode_decode(inputs)
@@ -218,17 +232,41 @@ class OpenVocabSegmentor(BaseSegmentor):
             The samples with `pred_sem_seg` (1, H, W) and, if `scores`, `seg_logits` (K, H, W).
         """
         samples = list(data_samples or [SegDataSample() for _ in inputs])
-        images = [_unpad(x, sample) for x, sample in zip(inputs, samples, strict=True)]
-        sizes = [
-            s.metainfo.get("ori_shape", x.shape[-2:])[:2]
-            for x, s in zip(images, samples, strict=True)
-        ]
-        for image, sheet, sample in zip(images, self.sheets(images, sizes), samples, strict=True):
-            result = self._label(image, _unflip(sheet, sample))
+        (results,) = self.predict_each([self.method], inputs, samples)
+        for sample, result in zip(samples, results, strict=True):
             sample.pred_sem_seg = PixelData(data=result.labels[None])
             if result.scores is not None:
                 sample.seg_logits = PixelData(data=result.scores)
         return samples
+
+    @torch.inference_mode()
+    def predict_each(
+        self,
+        methods: Sequence[Method],
+        inputs: Tensor | Sequence[Tensor],
+        samples: Sequence[SegDataSample],
+    ) -> list[list[Labels]]:
+        """What several methods make of the same images; those of equal trunk share its run.
+
+        Args:
+            methods: in place of this segmentor's own.
+            inputs, samples: as in `predict`.
+
+        Returns:
+            For each method, the labels of each image.
+        """
+        images = [_unpad(x, sample) for x, sample in zip(inputs, samples, strict=True)]
+        sizes = [
+            sample.metainfo.get("ori_shape", x.shape[-2:])[:2]
+            for x, sample in zip(images, samples, strict=True)
+        ]
+        return [
+            [
+                self._label(image, _unflip(sheet, sample))
+                for image, sheet, sample in zip(images, sheets, samples, strict=True)
+            ]
+            for sheets in self.sheets(methods, images, sizes)
+        ]
 
     def _label(self, image: Tensor, sheet: LogitSheet) -> Labels:
         rows = sheet.rows
@@ -252,26 +290,50 @@ class OpenVocabSegmentor(BaseSegmentor):
         )
 
     def sheets(
-        self, images: Tensor | Sequence[Tensor], sizes: Sequence[Sequence[int]]
-    ) -> list[LogitSheet]:
-        """All windows of all images through the network, then one sheet of logits per image."""
-        grids = [WindowGrid.over(x.shape[-2:], self.slide_crop, self.slide_stride) for x in images]
-        queues: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
-        for n, grid in enumerate(grids):
-            queues[grid.window] += [(n, *place) for place in grid.places]
-        logits: list[list[Tensor]] = [[] for _ in images]
-        for (height, width), places in queues.items():
-            for i in range(0, len(places), self.window_batch):
-                batch = places[i : i + self.window_batch]
-                windows = torch.stack(
-                    [images[n][:, y : y + height, x : x + width] for n, y, x in batch]
-                )
-                for (n, _, _), out in zip(batch, self.window_logits(windows), strict=True):
-                    logits[n].append(out)
-        return [
-            grid.sheet(torch.stack(parts), (int(size[0]), int(size[1])))
-            for grid, parts, size in zip(grids, logits, sizes, strict=True)
+        self,
+        methods: Sequence[Method],
+        images: Tensor | Sequence[Tensor],
+        sizes: Sequence[Sequence[int]],
+    ) -> list[list[LogitSheet]]:
+        """All windows of all images through the network: for each method, a sheet per image."""
+        grids = [
+            WindowGrid.over(
+                x.shape[-2:],
+                self.slide_crop,
+                self.slide_stride,
+                multiple=self.clip.visual.patch if self.pad_windows else 1,
+                via_input=self.whole_via_input,
+            )
+            for x in images
         ]
+        queues: dict[tuple[int, int], list[tuple[int, tuple[int, int]]]] = defaultdict(list)
+        for n, grid in enumerate(grids):
+            queues[grid.window] += [(n, place) for place in grid.places]
+        logits: list[list[list[Tensor]]] = [[[] for _ in images] for _ in methods]
+        for queue in queues.values():
+            for i in range(0, len(queue), self.window_batch):
+                batch = queue[i : i + self.window_batch]
+                windows = torch.stack([grids[n].cut(images[n], place) for n, place in batch])
+                for each, outputs in zip(logits, self.window_logits(methods, windows), strict=True):
+                    for (n, _), output in zip(batch, outputs, strict=True):
+                        each[n].append(output)
+        return [
+            [
+                grid.sheet(torch.stack(parts), (int(size[0]), int(size[1])))
+                for grid, parts, size in zip(grids, each, sizes, strict=True)
+            ]
+            for each in logits
+        ]
+
+    def window_logits(self, methods: Sequence[Method], windows: Tensor) -> list[Tensor]:
+        """Logits of windows (B, 3, H, W) by several methods, at patch resolution: (B, Q, h, w)."""
+        logits: list[Tensor | None] = [None] * len(methods)
+        for trunk in dict.fromkeys(method.trunk for method in methods):
+            sharing = [i for i, method in enumerate(methods) if method.trunk == trunk]
+            trace = methods[sharing[0]].run(self.clip.visual, windows, **self._context())
+            for i in sharing:
+                logits[i] = methods[i].read_logits(trace)
+        return logits  # type: ignore[return-value]
 
 
 def _unpad(image: Tensor, sample: SegDataSample) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from torch import Tensor
 
 from sfp.cache import atomic_write
 
@@ -42,6 +43,12 @@ def overlay(panel: Panel, palette: Sequence[Sequence[int]], opacity: float = 0.7
     mixed[edges] = 255
     shown = (labels != IGNORED)[..., None]
     return np.where(shown, mixed, panel.image).astype(np.uint8)
+
+
+def at_size(image: Tensor, size: Sequence[int]) -> np.ndarray:
+    """A BGR image tensor (3, h, w) in 0..255 as an RGB array (H, W, 3) of a label map's size."""
+    array = image.flip(0).permute(1, 2, 0).byte().numpy()
+    return cv2.resize(array, (size[1], size[0]), interpolation=cv2.INTER_AREA)
 
 
 def picture_sheet(

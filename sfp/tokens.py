@@ -111,3 +111,9 @@ class Heads:
         if (hidden := self.hidden_keys) is None:
             return products
         return products.masked_fill(hidden, torch.finfo(products.dtype).min)
+
+
+def cosine_logits(features: Tokens, text: Tensor) -> Tensor:
+    """Cosine of patch features with unit queries (Q, C): (B, Q, h, w) in at least float32."""
+    maps = F.normalize(upcast(features.as_map()), dim=1)  # (B, C, h, w)
+    return torch.einsum("bchw,qc->bqhw", maps, text.to(maps))

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sfp.functional.attention import diagonal_weights
-from sfp.tokens import Heads, Tokens
+from sfp.tokens import Heads, Tokens, cosine_logits
 
 if TYPE_CHECKING:
     from sfp.clip.vit import VisionTransformer
+
+
+def absolute_layer(index: int, blocks: int, depth: int | None) -> int:
+    """The number, from 0, of a method's layer in a model of `blocks` blocks (see `Trace.layer`).
+
+    Raises:
+        LookupError: if there is no such block.
+    """
+    reference = blocks if depth is None else depth
+    if not -blocks <= index < reference:
+        raise LookupError(
+            f"layer {index} of a model with {blocks} blocks (numbers for {reference})"
+        )
+    if index < 0:
+        return index + blocks
+    return max((index + 1) * blocks // reference - 1, 0)
 
 
 class Trace:
@@ -29,6 +45,8 @@ class Trace:
         outputs: the tokens that left block i, after its edits, for every block but the last.
         masks: outliers by absolute layer, (B, N) bool, written by edits.
         text: text features (Q, C) where the caller has them, else None.
+        index: class of each query, or None if every query is a class of its own.
+        guides: external encoders by name: images as `image` -> Tokens.
         depth: number of blocks that layer numbers are written for; None takes them literally.
     """
 
@@ -39,6 +57,8 @@ class Trace:
         embedded: Tokens,
         *,
         text: Tensor | None = None,
+        index: Sequence[int] | None = None,
+        guides: Mapping[str, Callable[[Tensor], Tokens]] | None = None,
         depth: int | None = None,
     ) -> None:
         self.vit = vit
@@ -47,9 +67,11 @@ class Trace:
         self.outputs: list[Tokens] = []
         self.masks: dict[int, Tensor] = {}
         self.text = text
+        self.index = index
+        self.guides = {} if guides is None else guides
         self.depth = depth
         self._running: tuple[int, Heads] | None = None
-        self._once: dict[Hashable, Tensor] = {}
+        self._once: dict[Hashable, Any] = {}
 
     def layer(self, index: int) -> int:
         """The absolute number of a method's layer.
@@ -60,15 +82,7 @@ class Trace:
         Raises:
             LookupError: if there is no such block.
         """
-        blocks = len(self.vit.blocks)
-        reference = blocks if self.depth is None else self.depth
-        if not -blocks <= index < reference:
-            raise LookupError(
-                f"layer {index} of a model with {blocks} blocks (numbers for {reference})"
-            )
-        if index < 0:
-            return index + blocks
-        return max((index + 1) * blocks // reference - 1, 0)
+        return absolute_layer(index, len(self.vit.blocks), self.depth)
 
     def output(self, index: int) -> Tokens:
         """The tokens that left a method's layer `index` (see `layer`)."""
@@ -102,6 +116,38 @@ class Trace:
             self._once[op] = op(self)
         return self._once[op]
 
+    def guide(self, name: str) -> Tokens:
+        """What an external encoder sees in the image, without its prefix; computed once.
+
+        Raises:
+            LookupError: if no guide of that name was given.
+        """
+        if name not in self.guides:
+            known = ", ".join(self.guides) or "none"
+            raise LookupError(f"the method asks for the guide {name!r}; given: {known}")
+        key = ("guide", name)
+        if key not in self._once:
+            self._once[key] = self.guides[name](self.image).only_patches()
+        return self._once[key]
+
+    def query_features(self) -> Tensor:
+        """The text features, (Q, C), for ops that cannot do without.
+
+        Raises:
+            LookupError: if the caller gave none.
+        """
+        if self.text is None:
+            raise LookupError("this method needs the text features: pass text=, (Q, C)")
+        return self.text
+
+    def guess(self, source: Callable[[Trace], Tokens]) -> Tensor:
+        """First-pass logits (B, Q, h, w) of tokens read from this trace; computed once."""
+        key = ("guess", source)
+        if key not in self._once:
+            features = self.vit.project(source(self))
+            self._once[key] = cosine_logits(features, self.query_features())
+        return self._once[key]
+
     def attention(self, i: int) -> Tensor:
         """Block `i`'s attention weights, (B, H, T, T)."""
         return self.heads(i).logits("q", "k").softmax(-1)
@@ -120,7 +166,11 @@ class Trace:
 
     def global_embedding(self) -> Tensor:
         """CLIP's image embedding, (B, C): the class token through the native last block."""
-        tokens = self.entering(len(self.vit.blocks) - 1)
-        last = self.vit.blocks[-1]
-        y = last.advance(tokens, last.heads(tokens))  # not `last(...)`: patches may be hidden
-        return self.vit.ln_post(y.data[:, 0]) @ self.vit.proj
+        return self.vit.ln_post(self.once(native_last)[:, 0]) @ self.vit.proj
+
+
+def native_last(trace: Trace) -> Tensor:
+    """What the last block puts out when it runs as it was trained, (B, T, D)."""
+    tokens = trace.entering(len(trace.vit.blocks) - 1)
+    last = trace.vit.blocks[-1]
+    return last.advance(tokens, last.heads(tokens)).data  # not `last(...)`: patches may be hidden

@@ -97,6 +97,7 @@ class Block(nn.Module):
         attention: Rule | None = None,
         ffn: bool = True,
         trace: Trace,
+        layout: Tokens | None = None,
     ) -> Tokens:
         """Reads tokens with this block's weights, but with a chosen attention, residual and FFN.
 
@@ -106,6 +107,8 @@ class Block(nn.Module):
             attention: rule that gives the attention weights; None for the block's own, fused.
             ffn: whether the block's MLP (with its residual) follows.
             trace: what the rule may look at.
+            layout: tokens whose grid and prefix the output takes, one row of weights each; those of
+                `x` by default.
         """
         heads = self.heads(x)
         if attention is None:
@@ -115,7 +118,7 @@ class Block(nn.Module):
             if (hidden := heads.hidden_keys) is not None:
                 weights = hide(weights, hidden)
             mixed = weighted_values(weights, heads.v)
-        return x.with_data(self._finish(mixed, residual, ffn))
+        return (layout or x).with_data(self._finish(mixed, residual, ffn))
 
     def _finish(self, mixed: Tensor, residual: Tensor | None, ffn: bool) -> Tensor:
         y = self.attn.out_proj(mixed)  # (B, T, D)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sfp.tokens import upcast
 
@@ -56,3 +57,23 @@ def centred_softmax(similarity: Tensor, gain: float, centre: float) -> Tensor:
     logits = gain * (similarity - centre * similarity.mean((-2, -1), keepdim=True))
     # the lowest finite number instead of -inf: equal where a row has survivors, no NaN where not
     return logits.masked_fill(logits < 0, torch.finfo(logits.dtype).min).softmax(-1)
+
+
+def mean_cosine(*projections: Tensor) -> Tensor:
+    """Cosines between tokens, averaged over projections and heads: (B, H, T, d) each -> (B, T, T)."""
+    units = (F.normalize(upcast(x), dim=-1) for x in projections)
+    return torch.stack([x @ x.mT for x in units]).mean((0, 2))
+
+
+def gaussian_prior(grid: tuple[int, int], std: float, device: torch.device | None = None) -> Tensor:
+    """exp(-d^2 / (2 std^2)) of the distance d between patches, in patches: (N, N)."""
+    sides = []
+    for n in grid:
+        x = torch.arange(n, device=device, dtype=torch.float32)
+        sides.append((-(x[:, None] - x).square() / (2 * std**2)).exp())
+    return torch.kron(*sides)  # a Gaussian is the product of its two sides
+
+
+def pad_prefix(prior: Tensor, prefix: int) -> Tensor:
+    """Zeros for the prefix tokens around a map of the patches: (..., N, N) -> (..., T, T)."""
+    return F.pad(prior, (prefix, 0, prefix, 0))

@@ -36,7 +36,9 @@ def interpolation(source: int, target: int) -> Tensor:
     return F.interpolate(eye, target, mode="linear", align_corners=False)[0].T
 
 
-def merge_matrix(starts: list[int], window: int, cells: int, length: int, target: int) -> Tensor:
+def merge_matrix(
+    starts: list[int], window: int, cells: int, length: int, target: int, padding: int = 0
+) -> Tensor:
     """One side of the chain from patch logits to the final image, (target, len(starts) * cells).
 
     Args:
@@ -45,8 +47,9 @@ def merge_matrix(starts: list[int], window: int, cells: int, length: int, target
         cells: patches of a window.
         length: pixels of the network's input.
         target: pixels of the final image.
+        padding: pixels that each window was padded by, half of them (rounded down) in front.
     """
-    up = interpolation(cells, window)
+    up = interpolation(cells, window + padding)[padding // 2 :][:window]
     placed = torch.zeros(length, len(starts), cells, dtype=torch.float64)
     covered = torch.zeros(length, 1, dtype=torch.float64)
     for i, start in enumerate(starts):
@@ -64,30 +67,45 @@ class WindowGrid:
         size: rows and columns of the image, in pixels.
         window: rows and columns of every window.
         ys, xs: first rows and first columns; each row start meets each column start.
-        whole: the image is one window that goes straight from patches to the output size, as the
-            official codes do, not through its own size.
+        padding: rows and columns of zeros around each window, half of them in front.
+        direct: logits go from patches straight to the output size, not through the image's own.
     """
 
     size: tuple[int, int]
     window: tuple[int, int]
     ys: list[int]
     xs: list[int]
-    whole: bool = False
+    padding: tuple[int, int] = (0, 0)
+    direct: bool = False
 
     @classmethod
-    def over(cls, size: Sequence[int], crop: int, stride: int) -> WindowGrid:
+    def over(
+        cls,
+        size: Sequence[int],
+        crop: int,
+        stride: int,
+        *,
+        multiple: int = 1,
+        via_input: bool = False,
+    ) -> WindowGrid:
         """Windows of side `crop`, `stride` apart; smaller images are their own window.
 
         Args:
             size: of the image.
-            crop: 0 takes the whole image at once.
+            crop: 0 takes the whole image at once; its logits then go straight to the output size, as
+                in the official codes.
             stride: pixels between windows.
+            multiple: windows are padded to multiples of it (ClearCLIP: of the patch).
+            via_input: whole images go through their own size too (NACLIP).
         """
         height, width = int(size[0]), int(size[1])
-        if not crop:
-            return cls((height, width), (height, width), [0], [0], whole=True)
-        ys, xs = (window_starts(length, crop, stride) for length in (height, width))
-        return cls((height, width), (min(crop, height), min(crop, width)), ys, xs)
+        window = (min(crop, height), min(crop, width)) if crop else (height, width)
+        ys, xs = ([0], [0])
+        if crop:
+            ys, xs = (window_starts(length, crop, stride) for length in (height, width))
+        padding = (-window[0] % multiple, -window[1] % multiple)
+        direct = not (crop or via_input or any(padding))
+        return cls((height, width), window, ys, xs, padding, direct)
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -95,17 +113,23 @@ class WindowGrid:
         return list(product(self.ys, self.xs))
 
     def cut(self, image: Tensor, place: tuple[int, int]) -> Tensor:
-        """The window of an image (C, H, W) at a place, as a view."""
+        """The window of an image (C, H, W) at a place, padded."""
         y, x = place
-        return image[:, y : y + self.window[0], x : x + self.window[1]]
+        window = image[:, y : y + self.window[0], x : x + self.window[1]]
+        if any(self.padding):
+            front = [side // 2 for side in self.padding]
+            back = [side - side // 2 for side in self.padding]
+            window = F.pad(window, (front[1], back[1], front[0], back[0]))
+        return window
 
     def sheet(self, logits: Tensor, target: tuple[int, int]) -> LogitSheet:
         """Patch logits of all windows, (windows, Q, h, w), merged for an output size."""
         tiles = logits.unflatten(0, (len(self.ys), len(self.xs)))
         tiles = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (Q, ys * h, xs * w)
-        via, window = (target, target) if self.whole else (self.size, self.window)
+        via, window = (target, target) if self.direct else (self.size, self.window)
+        cells = logits.shape[2:]
         rows, columns = (
-            merge_matrix(starts, window[i], logits.shape[2 + i], via[i], target[i]).to(tiles)
+            merge_matrix(starts, window[i], cells[i], via[i], target[i], self.padding[i]).to(tiles)
             for i, starts in enumerate((self.ys, self.xs))
         )
         return LogitSheet(tiles, rows, columns)

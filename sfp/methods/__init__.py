@@ -1,5 +1,41 @@
 """Presets: one file per paper, each a function from knobs to a composition of ops."""
 
-from sfp.methods import clip, sclip, sfp, sfp_paper
+from sfp.methods import (
+    clearclip,
+    clip,
+    clip_surgery,
+    cliptrase,
+    gclip,
+    gem,
+    itaclip,
+    maskclip,
+    naclip,
+    pearl,
+    proxyclip,
+    resclip,
+    scclip,
+    sclip,
+    segearth,
+    sfp,
+    sfp_paper,
+)
 
-__all__ = ["clip", "sclip", "sfp", "sfp_paper"]
+__all__ = [
+    "clearclip",
+    "clip",
+    "clip_surgery",
+    "cliptrase",
+    "gclip",
+    "gem",
+    "itaclip",
+    "maskclip",
+    "naclip",
+    "pearl",
+    "proxyclip",
+    "resclip",
+    "scclip",
+    "sclip",
+    "segearth",
+    "sfp",
+    "sfp_paper",
+]

@@ -1,5 +1,35 @@
 """Registered ops, by kind. Importing this package registers them."""
 
-from sfp.ops import affinity, attention, detectors, integrators, mitigators, sklearn_detectors
+from sfp.ops import (
+    affinity,
+    alignment,
+    attention,
+    clusters,
+    detectors,
+    feedback,
+    guided,
+    integrators,
+    mitigators,
+    positions,
+    propagation,
+    refiners,
+    sklearn_detectors,
+    surgery,
+)
 
-__all__ = ["affinity", "attention", "detectors", "integrators", "mitigators", "sklearn_detectors"]
+__all__ = [
+    "affinity",
+    "alignment",
+    "attention",
+    "clusters",
+    "detectors",
+    "feedback",
+    "guided",
+    "integrators",
+    "mitigators",
+    "positions",
+    "propagation",
+    "refiners",
+    "sklearn_detectors",
+    "surgery",
+]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.functional.attention import centred_softmax
+from sfp.functional.attention import centred_softmax, gaussian_prior, pad_prefix
 from sfp.registry import op
-from sfp.tokens import Heads
+from sfp.tokens import Heads, upcast
 from sfp.trace import Trace
 
 
@@ -26,6 +26,98 @@ def self_self(heads: Heads, trace: Trace, *, pairs: Sequence[str] = ("qq", "kk")
     for weights in maps:
         total += weights
     return total
+
+
+@op("attention")
+def identity(heads: Heads, trace: Trace) -> Tensor:
+    """Every token attends to itself alone, (B, 1, T, T): the values pass as they are (MaskCLIP)."""
+    batch, _, tokens, _ = heads.v.shape
+    eye = torch.eye(tokens, device=heads.v.device, dtype=heads.v.dtype)
+    return eye.expand(batch, 1, tokens, tokens)
+
+
+@op("attention")
+def neighbour(heads: Heads, trace: Trace, *, std: float = 5.0, pair: str = "kk") -> Tensor:
+    """softmax(a b^T / sqrt(d) + Gaussian of the patch distance), (B, H, T, T) (NACLIP).
+
+    Args:
+        std: of the Gaussian, in patches. It is added as it is, and is 0 from and to the class token.
+        pair: the projections a and b.
+    """
+    prior = pad_prefix(gaussian_prior(heads.grid, std, heads.k.device), heads.prefix)  # (T, T)
+    return (heads.logits(pair[0], pair[1]) + prior).softmax(-1)
+
+
+@op("attention")
+def neighbour_only(heads: Heads, trace: Trace, *, std: float = 5.0) -> Tensor:
+    """softmax(c * Gaussian of the patch distance), one map for all heads, (B, 1, T, T).
+
+    c is the image's mean of |q_i| |k_j| / sqrt(d) over heads and pairs: the prior alone, on the scale
+    of attention logits (NACLIP's strategy "nonly").
+    """
+    prior = pad_prefix(gaussian_prior(heads.grid, std, heads.k.device), heads.prefix)  # (T, T)
+    # the mean over pairs of a product is the product of the means
+    q, k = (upcast(x).norm(dim=-1).mean(-1) for x in (heads.q, heads.k))  # (B, H)
+    level = heads.scale * (q * k).mean(-1)
+    return (level[:, None, None, None] * prior).softmax(-1)
+
+
+@op("attention")
+def normalised_self_self(
+    heads: Heads, trace: Trace, *, iterations: int = 1, temperature: float | None = None
+) -> Tensor:
+    """Mean over y = q, k, v of softmax(t y^ y^T), y^ the unit rows of y, (B, H, T, T) (GEM).
+
+    Args:
+        iterations: how often y first becomes softmax(t y^ y^T) y^.
+        temperature: t; by default the image's mean norm of the tokens that were projected, over
+            sqrt(d).
+    """
+    t: float | Tensor
+    if temperature is None:
+        t = heads.scale * upcast(heads.x).norm(dim=-1).mean(-1)[:, None, None, None]
+    else:
+        t = temperature
+    maps = []
+    for y in (heads.q, heads.k, heads.v):
+        unit = F.normalize(upcast(y), dim=-1)
+        for _ in range(iterations):
+            unit = F.normalize((t * unit @ unit.mT).softmax(-1) @ unit, dim=-1)
+        maps.append((t * unit @ unit.mT).softmax(-1))
+    return (maps[0] + maps[1] + maps[2]) / 3
+
+
+@op("attention")
+def fuse_layers(
+    heads: Heads,
+    trace: Trace,
+    *,
+    rule: Callable[[Heads, Trace], Tensor],
+    layers: Sequence[int],
+    share: float,
+    pairs: Sequence[str] = ("qk",),
+    head_average: bool = False,
+) -> Tensor:
+    """Weights of a rule mixed with the attention of earlier layers (GCLIP, ITACLIP).
+
+    (1 - share) * rule + share * mean over layers of `self_self`.
+
+    Args:
+        rule: gives the weights of the block that reads.
+        layers: method layers.
+        share: of the layers' mean.
+        pairs: attention of those layers, as in `self_self`; ("qk",) is what they ran with.
+        head_average: whether the heads share their mean of each map.
+    """
+    maps = []
+    for layer in layers:
+        other = trace.heads(trace.layer(layer))
+        skip = other.prefix - heads.prefix  # a readout of patches alone
+        maps.append(self_self(other, trace, pairs=pairs)[..., skip:, skip:])
+    own, earlier = rule(heads, trace), sum(maps[1:], maps[0]) / len(maps)
+    if head_average:
+        own, earlier = own.mean(1, keepdim=True), earlier.mean(1, keepdim=True)
+    return own + share * (earlier - own)
 
 
 @op("attention")

@@ -151,7 +151,9 @@ def lof_scores(x: Tensor, neighbours: int) -> Tensor:
     exact = "donot_use_mm_for_euclid_dist"  # differences of near points survive
     distance = torch.cdist(x, x, compute_mode=exact).square()  # (B, N, N)
     nearest = distance.topk(k + 1, dim=-1, largest=False)
-    reach = nearest.values[..., -1].clamp_min(torch.finfo(x.dtype).tiny)  # (B, N)
+    reach = nearest.values[..., -1]  # (B, N); 0 where more than k tokens are the same
+    floor = torch.finfo(x.dtype).eps * reach.amax(-1, keepdim=True)
+    reach = torch.maximum(reach, floor.clamp_min(1e-30))
     density = 1 / reach
     around = nearest.indices[..., 1:].flatten(1)  # (B, N * k), the point itself left out
     return density.gather(1, around).view(*reach.shape, k).mean(-1) / density

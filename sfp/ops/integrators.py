@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from sfp.functional.attention import hide
 from sfp.registry import op
 from sfp.tokens import Tokens
-from sfp.trace import Trace
+from sfp.trace import Trace, native_last
 
 
 @op("source")
@@ -45,3 +46,10 @@ def aggregate(tokens: Tokens, trace: Trace, *, affinity: Callable[[Trace], Tenso
         weights = hide(weights, tokens.hidden[:, None])
     weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
     return tokens.with_patches(weights.to(tokens.data.dtype) @ tokens.patches)
+
+
+@op("smoother")
+def native_cls(tokens: Tokens, trace: Trace) -> Tokens:
+    """The class token becomes that of the plain forward pass (CLIP Surgery)."""
+    native = trace.once(native_last)[:, : tokens.prefix]
+    return tokens.with_data(torch.cat([native, tokens.patches], dim=1))

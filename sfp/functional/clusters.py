@@ -1,0 +1,103 @@
+"""Patches grouped by how they attend, groups grown to pixels, pixels voting (CLIPtrase)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.windows import interpolation
+from sfp.tokens import upcast
+
+
+def dbscan(rows: Tensor, *, eps: float, min_samples: int, keep: Tensor | None = None) -> Tensor:
+    """Density clusters of the patches of one image (scikit-learn's DBSCAN, Euclidean).
+
+    Args:
+        rows: affinities, (N, N); patches are near if their rows are.
+        eps: distance of neighbours.
+        min_samples: neighbours, with itself, that make a patch the core of a cluster.
+        keep: (N,) bool; other patches are left out, with their row and their column.
+
+    Returns:
+        (N,) int64 cluster numbers from 0; -1 for patches without a cluster.
+    """
+    from sklearn.cluster import DBSCAN  # slow to import, and only one method needs it
+
+    kept = torch.ones_like(rows[0], dtype=torch.bool) if keep is None else keep
+    labels = torch.full(kept.shape, -1, device=rows.device)
+    if bool(kept.any()):
+        points = rows[kept][:, kept].cpu().numpy()
+        found = DBSCAN(eps=eps, min_samples=min_samples).fit(points).labels_
+        labels[kept] = torch.from_numpy(found).to(labels)
+    return labels
+
+
+def prototypes(rows: Tensor, labels: Tensor) -> Tensor:
+    """Mean row of each cluster, (K, N); rows labelled -1 take no part."""
+    member = labels == torch.arange(int(labels.max()) + 1, device=labels.device)[:, None]  # (K, N)
+    member = member.to(rows)
+    return member @ rows / member.sum(1, keepdim=True)
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resampling (`align_corners=False`), (..., h, w) -> (..., H, W)."""
+    rows, columns = (
+        interpolation(cells, pixels).to(maps)
+        for cells, pixels in zip(maps.shape[-2:], size, strict=True)
+    )
+    return rows @ maps @ columns.T
+
+
+def median_filter(maps: Tensor, window: int = 7) -> Tensor:
+    """Median of the `window` x `window` square around each cell, edges mirrored: (K, h, w)."""
+    half = window // 2
+    for dim in (1, 2):
+        # mirrored with the edge repeated (c b a | a b c); torch's "reflect" does not repeat it
+        cells = torch.arange(-half, maps.shape[dim] + half, device=maps.device)
+        cells = torch.where(cells < 0, -1 - cells, cells) % (2 * maps.shape[dim])
+        maps = maps.index_select(dim, torch.minimum(cells, 2 * maps.shape[dim] - 1 - cells))
+    return maps.unfold(1, window, 1).unfold(2, window, 1).flatten(3).median(-1).values
+
+
+def smooth_maps(maps: Tensor, *, up: int = 4, window: int = 7) -> Tensor:
+    """Cluster maps (K, h, w) enlarged `up` times and median-filtered."""
+    height, width = maps.shape[1:]
+    return median_filter(resize(maps, (up * height, up * width)), window)
+
+
+def segments(rows: Tensor, labels: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Which cluster's prototype is largest at each pixel, (H, W) int64.
+
+    Args:
+        rows: affinities of one image, (N, N).
+        labels: clusters of the patches, at least one of them not -1.
+        grid: rows and columns of patches.
+        size: (H, W).
+    """
+    maps = smooth_maps(prototypes(rows, labels).unflatten(1, grid))
+    return resize(maps, size).argmax(0)
+
+
+def vote_shares(masks: Tensor, choice: Tensor, classes: int) -> Tensor:
+    """Which share of its mask votes for each class, at every pixel.
+
+    Args:
+        masks: mask number of each pixel, (H, W).
+        choice: class that each pixel votes for, (H, W).
+        classes: number of classes K.
+
+    Returns:
+        (K, H, W) float32; the largest is the mask's most frequent class.
+    """
+    count = int(masks.max()) + 1
+    votes = (masks * classes + choice).flatten().bincount(minlength=count * classes)
+    votes = votes.view(count, classes).float()
+    return (votes / votes.sum(1, keepdim=True).clamp_min(1)).T[:, masks]
+
+
+def mask_means(masks: Tensor, logits: Tensor) -> Tensor:
+    """Each pixel's logits (Q, H, W) averaged over its mask (H, W)."""
+    member = F.one_hot(masks.flatten()).to(upcast(logits))  # (H * W, masks)
+    sums = upcast(logits).flatten(1) @ member  # (Q, masks)
+    return (sums / member.sum(0).clamp_min(1))[:, masks]

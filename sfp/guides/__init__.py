@@ -1,0 +1,37 @@
+"""External encoders that guide a method: frozen modules, CLIP-normalised images -> patch `Tokens`.
+
+A config names them: `guides=dict(dino=dict(type="transformers", model="facebook/dino-vitb8"))`, and a
+method asks for them by that name (`trace.guide("dino")`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sfp.guides.transformers import TransformersGuide
+from sfp.registry import GUIDES, check_knobs, find
+
+__all__ = ["GUIDES", "TransformersGuide", "build_guides"]
+
+
+def build_guides(nodes: Mapping[str, Mapping[str, Any] | nn.Module] | None) -> nn.ModuleDict:
+    """The guides of a config by name; modules pass as they are.
+
+    Raises:
+        ValueError: for an unknown type or knob; the message names the valid ones.
+    """
+    guides = nn.ModuleDict()
+    for name, node in (nodes or {}).items():
+        if isinstance(node, nn.Module):
+            guides[name] = node
+            continue
+        knobs = dict(node)
+        if "type" not in knobs:
+            raise ValueError(f"guide {name!r} has no type; valid: {', '.join(GUIDES.module_dict)}")
+        cls = find(GUIDES, knobs.pop("type"))
+        check_knobs(cls, knobs, f"guide {name!r}")
+        guides[name] = cls(**knobs)
+    return guides

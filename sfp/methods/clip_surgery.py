@@ -1,0 +1,35 @@
+"""CLIP Surgery: a v-v stream beside the last blocks, and logits without what all classes share.
+
+A Closer Look at the Explainability of Contrastive Language-Image Pre-training (Li et al., Pattern
+Recognition 2025, arXiv:2304.05653).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sfp.registry import METHODS
+
+
+@METHODS.register_module()
+def clip_surgery(*, surgery_blocks: int = 6, feature_surgery: bool = True) -> dict[str, Any]:
+    """softmax(vv) summed over the last blocks onto their input, no MLP; CLS stays the plain one.
+
+    The release resamples positions bilinearly, into the model itself (later sizes start from there)
+    and to square grids only; ours leaves the model alone and takes any grid.
+
+    Args:
+        surgery_blocks: how many of the last blocks; 0 is the plain forward pass.
+        feature_surgery: whether redundancy is removed from the logits.
+    """
+    readout = dict(
+        blocks=range(-surgery_blocks, 0),
+        attention=dict(type="self_self", pairs=("vv",)),
+        ffn=False,
+        after=[dict(type="native_cls")],
+    )
+    return dict(
+        readouts=[readout if surgery_blocks else {}],
+        refiners=[dict(type="remove_redundancy")] if feature_surgery else [],
+        positions=dict(type="resample_positions", offset=0, mode="bilinear"),
+    )

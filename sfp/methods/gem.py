@@ -1,0 +1,38 @@
+"""GEM: self-self attention in a stream beside the last blocks (Bousselham et al., CVPR 2024).
+
+Grounding Everything: Emerging Localization Properties in Vision-Language Transformers,
+arXiv:2312.00878.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sfp.registry import METHODS
+
+
+@METHODS.register_module()
+def gem(
+    *,
+    depth: int = 7,
+    ss_attn_iter: int = 1,
+    ss_attn_temp: float | None = None,
+    ignore_residual: bool = False,
+) -> dict[str, Any]:
+    """Mean self-self attention of normalised q, k and v, summed over the last blocks; no MLP.
+
+    Args:
+        depth: the last `depth - 1` blocks take part, as the release counts them (and not `Method`'s
+            field of that name, which GEM does not need).
+        ss_attn_iter: rounds of smoothing q, k and v with themselves first.
+        ss_attn_temp: factor on the cosines; None for the mean norm of the block's input / sqrt(d).
+        ignore_residual: ClearCLIP's variant: nothing is carried from block to block, so that the last
+            one alone counts.
+    """
+    attention = dict(type="normalised_self_self", iterations=ss_attn_iter, temperature=ss_attn_temp)
+    if ignore_residual:
+        readout: dict[str, Any] = dict(attention=attention, residual=None, ffn=False)
+    else:
+        readout = dict(blocks=range(1 - depth, 0), attention=attention, ffn=False)
+    positions = dict(type="resample_positions", offset=0, antialias=True)
+    return dict(readouts=[readout], positions=positions)

@@ -1,0 +1,28 @@
+"""SegEarth-OV: three self-attentions, and logits without the global bias (Li et al., CVPR 2025).
+
+SegEarth-OV: Towards Training-Free Open-Vocabulary Segmentation for Remote Sensing Images,
+arXiv:2410.01768. Without its learned up-sampler. Written from its description, not compared with its
+code: that the global logits are those of CLIP's own image embedding, and the default of the weight, are
+our reading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sfp.registry import METHODS
+
+
+@METHODS.register_module()
+def segearth(*, ignore_residual: bool = True, cls_token_lambda: float = -0.3) -> dict[str, Any]:
+    """sm(qq) + sm(kk) + sm(vv), no residual, no MLP; a share of the image's logits is taken away.
+
+    Args:
+        ignore_residual: False keeps the last block's residual and MLP.
+        cls_token_lambda: weight of the whole image's logits in every patch's.
+    """
+    kept: dict[str, Any] = dict(residual=None, ffn=False) if ignore_residual else {}
+    return dict(
+        readouts=[dict(attention=dict(type="self_self", pairs=("qq", "kk", "vv")), **kept)],
+        refiners=[dict(type="global_bias", weight=cls_token_lambda)],
+    )

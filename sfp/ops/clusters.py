@@ -1,0 +1,132 @@
+"""Ops of CLIPtrase: correlated patches, which of them are noise, and masks that vote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.attention import mean_cosine
+from sfp.functional.clusters import dbscan, mask_means, resize, segments, vote_shares
+from sfp.ops.attention import self_self
+from sfp.registry import op, suggest
+from sfp.tokens import Heads, Tokens, upcast
+from sfp.trace import Trace
+
+
+@op("attention")
+def head_cosines(heads: Heads, trace: Trace) -> Tensor:
+    """Mean over heads of (cos qq + cos kk + cos vv) / 3, one map for all heads, (B, 1, T, T).
+
+    CLIPtrase's weights as its paper prints them: not normalised, so that a row sums to the number of
+    tokens times their mean correlation.
+    """
+    return mean_cosine(heads.q, heads.k, heads.v)[:, None]
+
+
+@op("affinity")
+def head_cosine(
+    trace: Trace, *, layer: int = -2, subtract_cls: bool = False, unit_rows: bool = False
+) -> Tensor:
+    """Mean over heads of (cos qq + cos kk + cos vv) / 3 of the patches in a block.
+
+    Args:
+        layer: method layer of the block whose projections are compared.
+        subtract_cls: each column minus its correlation with the class token, cut at 0.
+        unit_rows: rows of unit length.
+    """
+    heads = trace.heads(trace.layer(layer))
+    full = mean_cosine(heads.q, heads.k, heads.v)  # (B, T, T)
+    patches = full[:, heads.prefix :, heads.prefix :]
+    if subtract_cls:
+        patches = (patches - full[:, :1, heads.prefix :]).clamp_min(0)
+    return F.normalize(patches, dim=-1) if unit_rows else patches
+
+
+@op("detector")
+def overshadowed(trace: Trace, layer: int, *, pairs: Sequence[str] = ("qk",)) -> Tensor:
+    """Patches that attend to themselves less than to the average patch: mean_j w_ij - w_ii > 0.
+
+    CLIPtrase's Eq. 7. With w the correlations that its paper clusters, no patch ever is one: a patch's
+    cosine with itself, 1, is its largest. So w is an attention here, averaged over heads.
+
+    Args:
+        pairs: of which projections, as in `self_self`; ("qk",) is what the block ran with.
+    """
+    heads = trace.heads(layer)
+    weights = self_self(heads, trace, pairs=pairs).mean(1)  # (B, T, T)
+    weights = weights[:, heads.prefix :, heads.prefix :]
+    return weights.mean(-1) > weights.diagonal(dim1=-2, dim2=-1)
+
+
+@op("refiner")
+def cls_product(logits: Tensor, trace: Trace, *, source: Callable[[Trace], Tokens]) -> Tensor:
+    """Logits times those of the class token: queries that the image is not about sink.
+
+    Args:
+        source: tokens whose class token is compared, e.g. `read_last`.
+    """
+    cls = F.normalize(upcast(trace.vit.project(source(trace)).cls[:, 0]), dim=-1)  # (B, C)
+    weights = cls @ trace.query_features().to(cls).T  # (B, Q)
+    return logits * weights[..., None, None]
+
+
+@op("refiner")
+def cluster_vote(
+    logits: Tensor,
+    trace: Trace,
+    *,
+    affinity: Callable[[Trace], Tensor],
+    eps: float = 0.7,
+    min_samples: int = 3,
+    noise: Callable[[Trace, int], Tensor] | None = None,
+    noise_layer: int = -1,
+    vote: Literal["mode", "mean"] = "mode",
+    cells: int | None = None,
+) -> Tensor:
+    """Patches cluster, clusters become masks, and the pixels of a mask agree on a class.
+
+    Args:
+        affinity: whose rows are clustered (DBSCAN) and averaged to the masks' prototypes.
+        eps, min_samples: DBSCAN's.
+        noise: detector of patches that are left out of the clusters.
+        noise_layer: method layer that it judges.
+        vote: "mode": a pixel's logit is the share of its mask that chooses the query's class;
+            "mean": its mask's mean logit.
+        cells: output cells per patch; None for one per pixel.
+
+    Returns:
+        (B, Q, H, W). An image in which no patch finds a cluster keeps its logits, or choices.
+    """
+    if vote not in ("mode", "mean"):
+        raise ValueError(f"cluster_vote: unknown vote={vote!r}{suggest(vote, ('mode', 'mean'))}")
+    grid = trace.embedded.grid
+    height, width = trace.image.shape[-2:]
+    size = (height, width) if cells is None else (cells * grid[0], cells * grid[1])
+    rows = trace.once(affinity)
+    keep = None if noise is None else ~noise(trace, trace.layer(noise_layer))
+    index = torch.tensor(trace.index or range(logits.shape[1]), device=logits.device)
+    refined = []
+    for i, coarse in enumerate(logits):
+        fine = resize(coarse, size)
+        labels = dbscan(
+            rows[i], eps=eps, min_samples=min_samples, keep=None if keep is None else keep[i]
+        )
+        alone = bool((labels < 0).all())
+        masks = None if alone else segments(rows[i], labels, grid, size)
+        refined.append(_agree(fine, masks, index, vote))
+    return torch.stack(refined)
+
+
+def _agree(logits: Tensor, masks: Tensor | None, index: Tensor, vote: str) -> Tensor:
+    """One image's pixel logits (Q, H, W) after the vote in its masks (H, W)."""
+    if vote == "mean":
+        return logits if masks is None else mask_means(masks, logits)
+    choice = index[logits.argmax(0)]  # (H, W)
+    classes = int(index.max()) + 1
+    if masks is None:
+        return F.one_hot(choice, classes).permute(2, 0, 1)[index].to(logits)
+    return vote_shares(masks, choice, classes)[index].to(logits)

@@ -1,0 +1,134 @@
+"""Pictures of a segmentation: labels with their names, and how sure the model is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import PercentFormatter
+
+from sfp.segmentor import OpenVocabSegmentor
+from sfp.sheet import Panel, overlay
+from sfp.visualize.canvas import class_colours, panels
+from sfp.visualize.images import normalised
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A labelled picture.
+
+    Attributes:
+        labels: class of each pixel, (H, W).
+        confidence: probability of that class, (H, W).
+    """
+
+    labels: np.ndarray
+    confidence: np.ndarray
+
+
+def segment(segmentor: OpenVocabSegmentor, image: np.ndarray) -> Segmented:
+    """Labels a picture, (H, W, 3) uint8 RGB, of any size.
+
+    Args:
+        segmentor: with `scores`, as by default.
+        image: scaled as the segmentor should see it, e.g. by `load_image`.
+    """
+    with torch.inference_mode():
+        pixels = normalised(image).to(segmentor.text_features().device)
+        sample = segmentor.predict(pixels)[0]
+    return Segmented(
+        sample.pred_sem_seg.data[0].cpu().numpy(), sample.seg_logits.data.amax(0).cpu().numpy()
+    )
+
+
+def segmentation(
+    image: np.ndarray,
+    results: Segmented | Mapping[str, Segmented],
+    names: Sequence[str],
+    *,
+    colours: Sequence[Sequence[int]] | None = None,
+) -> Figure:
+    """Labels over the picture and confidence below, a column for each result, and one legend.
+
+    Args:
+        image: the picture, (H, W, 3) uint8.
+        results: one, or several by title.
+        names: of the classes.
+        colours: of the classes, RGB 0..255; by default those of `class_colours`
+            for the classes that occur.
+    """
+    titled = results if isinstance(results, Mapping) else {"segmentation": results}
+    share = np.mean(
+        [np.bincount(r.labels.ravel(), minlength=len(names)) for r in titled.values()], 0
+    )
+    present = np.flatnonzero(share).tolist()
+    if colours is None:  # the most different ones go to the classes that are there
+        palette = np.zeros((len(names), 3), int)
+        palette[present] = class_colours(len(present))
+        colours = palette.tolist()
+    ratio = image.shape[0] / image.shape[1]
+    title = "Segmentation and its confidence"
+    figure, grid = panels(2, len(titled) + 1, ratio, title, extra=0.4)
+    grid[0, 0].imshow(image)
+    grid[0, 0].set_title("image", fontsize=9)
+    for column, (title, result) in zip(grid.T[1:], titled.items(), strict=True):
+        column[0].imshow(overlay(Panel(image, result.labels), colours))
+        column[0].set_title(title, fontsize=9)
+        _write_names(column[0], result.labels, names)
+        shown = column[1].imshow(result.confidence, cmap="cividis", norm=Normalize(0, 1))
+        column[1].set_title(f"confidence, mean {result.confidence.mean():.0%}", fontsize=9)
+    bar = figure.colorbar(shown, ax=grid[1, 1:], location="right", format=PercentFormatter(1))
+    bar.set_label("probability of the class", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    for axes in [*grid[0], *grid[1, 1:]]:
+        axes.set(xticks=(), yticks=())
+
+    handles = [
+        Patch(
+            color=tuple(c / 255 for c in colours[i]),
+            label=f"{names[i]}, {share[i] / share.sum():.0%}",
+        )
+        for i in sorted(present, key=lambda i: -share[i])
+    ]
+    grid[1, 0].set_axis_off()
+    grid[1, 0].legend(
+        handles=handles,
+        loc="upper left",
+        alignment="left",
+        title="class, share of the picture" + (" (mean)" if len(titled) > 1 else ""),
+        fontsize=8,
+        title_fontsize=8,
+        frameon=False,
+        ncols=1 + (len(present) > 9),
+    )
+    return figure
+
+
+def _write_names(axes: Axes, labels: np.ndarray, names: Sequence[str]) -> None:
+    """Each class's name inside its largest region, so that nobody depends on colours."""
+    for i in np.unique(labels):
+        region = (labels == i).astype(np.uint8)
+        _, parts, stats, _ = cv2.connectedComponentsWithStats(region)
+        largest = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+        if stats[largest, cv2.CC_STAT_AREA] < 0.01 * labels.size:
+            continue
+        inside = np.pad((parts == largest).astype(np.uint8), 1)  # the frame is an edge too
+        depth = cv2.distanceTransform(inside, cv2.DIST_L2, 3)[1:-1, 1:-1]
+        y, x = np.unravel_index(depth.argmax(), depth.shape)
+        axes.text(
+            int(x),
+            int(y),
+            names[i],
+            fontsize=8,
+            ha="center",
+            va="center",
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )

@@ -1,0 +1,421 @@
+"""What every registered op and method keeps to. A new one is tested by its line in `EXAMPLES`.
+
+A batch of two equals two singles, on grids of any shape; inputs stay as they were; shapes and types
+are those of the kind; half precision gives finite numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+import sfp
+from sfp.registry import OPS, bind
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+GRIDS = [(8, 8), (5, 9), (16, 4)]  # the native one; wide; as many tokens as the native one
+QUERIES = 5
+
+SELF = dict(type="self_self", pairs=["kk"])
+CUT = dict(layer=8, cut=0.2, fill=dict(type="neighbour_mean"))
+SIMILARITY = dict(type="similarity", **CUT)
+COSINES = dict(type="head_cosine", subtract_cls=True)
+FEEDBACK = dict(type="semantic_feedback", source=dict(type="read_last", attention=SELF))
+GUIDED = dict(affinity=dict(type="guide_similarity", guide="colours"), guide="colours")
+
+# kind -> op -> settings to test it with. Knobs without a default have to be there.
+EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "detector": {
+        "overshadowed": [{}, dict(pairs=["qq", "kk", "vv"])],
+        "som": [{}, dict(gain=1.5, top_k=10), dict(gain=0.0)],
+        "l2_norm": [{}, dict(top_k=1)],
+        "lof": [{}, dict(neighbours=5, contamination=0.2)],
+    },
+    "mitigator": {
+        "neighbour_mean": [{}, dict(alone="keep"), dict(alone="zero")],
+    },
+    "affinity": {
+        "guide_similarity": [dict(guide="colours"), dict(guide="bright")],
+        "head_cosine": [{}, dict(layer=-1), dict(subtract_cls=True), dict(unit_rows=True)],
+        "semantic_feedback": [
+            dict(source=FEEDBACK["source"]),
+            dict(source=FEEDBACK["source"], temp_thd=0.9, blur=2.0, logit_scale=80.0),
+            dict(source=FEEDBACK["source"], blur=1.0, pamr_steps=2, pamr_dilations=[1]),
+        ],
+        "similarity": [dict(layer=3), CUT, dict(CUT, fill_from=4)],
+        "mean_attention": [{}, dict(first=5, last=8)],
+    },
+    "attention": {
+        "aligned_keys": [{}, dict(alpha=0.5), dict(steps=5)],
+        "feedback_keys": [
+            dict(feedback=FEEDBACK),
+            dict(feedback=FEEDBACK, share=0.2, gain=1.0, std=2.0),
+        ],
+        "head_cosines": [{}],
+        "proxy_attention": [GUIDED, dict(GUIDED, gain=6.0, centre=1.0)],
+        "scaled": [dict(rule=SELF, gain=2.0)],
+        "self_self": [{}, dict(pairs=["qk"]), dict(pairs=["qq", "kk", "vv"])],
+        "affinity_attention": [
+            dict(affinity=SIMILARITY),
+            dict(affinity=dict(type="mean_attention"), gain=2.0, centre=1.2),
+        ],
+        "average": [
+            dict(rules=[dict(type="self_self", pairs=["vv"])]),
+            dict(rules=[SELF, dict(type="affinity_attention", affinity=SIMILARITY)]),
+        ],
+        "fuse_layers": [
+            dict(rule=SELF, layers=[6, 7], share=0.5),
+            dict(rule=SELF, layers=[3], share=0.2, pairs=["qq", "vv"], head_average=True),
+        ],
+        "identity": [{}],
+        "neighbour": [{}, dict(std=1.5, pair="qk")],
+        "neighbour_only": [{}, dict(std=1.5)],
+        "normalised_self_self": [{}, dict(iterations=0, temperature=5.0)],
+    },
+    "source": {
+        "read_last": [dict(attention=SELF), dict(attention=SELF, reduced=False)],
+        "layer_sum": [dict(layers=[4]), dict(layers=range(3, 10))],
+    },
+    "smoother": {
+        "aggregate": [dict(affinity=SIMILARITY), dict(affinity=dict(type="mean_attention"))],
+        "native_cls": [{}],
+    },
+    "residual": {
+        "own_tokens": [{}],
+        "cls_token": [{}, dict(scale=0.0)],
+    },
+    "refiner": {
+        "cls_product": [dict(source=dict(type="read_last", attention=SELF))],
+        "cluster_vote": [
+            dict(affinity=COSINES),
+            dict(affinity=COSINES, eps=1.5, min_samples=5, vote="mean"),
+            dict(affinity=COSINES, noise=dict(type="som"), noise_layer=-2, cells=2),
+        ],
+        "text_aware_propagation": [
+            {},
+            dict(size=16, logit_scale=10.0, inter_class=False),
+            dict(size=16, edge=1.0, tau=2.0, steps=5),
+        ],
+        "global_bias": [{}, dict(weight=0.5)],
+        "key_smoothing": [{}, dict(ks_thresh=0.3, scale=40.0)],
+        "prompt_denoising": [{}, dict(pd_thresh=0.9, scale=10.0)],
+        "remove_redundancy": [{}, dict(temperature=5.0)],
+    },
+    "surgery": {
+        "suppress_channel": [{}, dict(blocks=[2, 7], channel=3)],
+    },
+    "positions": {
+        "resample_positions": [{}, dict(offset=0.0, antialias=True), dict(mode="bilinear")],
+    },
+}
+OPERATIONS = [
+    (kind, name, knobs)
+    for kind, ops in EXAMPLES.items()
+    for name, settings in ops.items()
+    for knobs in settings
+]
+EACH = pytest.mark.parametrize(
+    ("kind", "name", "knobs"),
+    [pytest.param(*case, id=f"{case[1]}-{i}") for i, case in enumerate(OPERATIONS)],
+)
+
+
+def colours(images: Tensor, ones: float = 0.0) -> sfp.Tokens:
+    """A stand-in for an external encoder: each patch's mean colour."""
+    maps = torch.nn.functional.avg_pool2d(images, 8) + ones
+    return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
+
+
+GUIDES = dict(colours=colours, bright=lambda images: colours(images, 1.0), dino=colours)
+"""What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
+
+
+def without_example() -> set[str]:
+    """Registered ops that `EXAMPLES` leaves out, or has under another kind."""
+    kinds = {name: OPS.module_dict[name].kind for name in sfp.list_ops()}
+    return {name for name, kind in kinds.items() if not EXAMPLES.get(kind, {}).get(name)}
+
+
+@dataclass
+class Given:
+    """All that an op can be called with, from one run of the trunk."""
+
+    trace: sfp.Trace
+    tokens: sfp.Tokens  # those entering the last block
+    heads: dict[str, sfp.Heads]  # of the last block, with and without CLS
+    mask: Tensor
+    logits: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        trace, tokens, heads = self.trace, self.tokens, self.heads
+        return {
+            **{f"outputs[{i}]": tokens.data for i, tokens in enumerate(trace.outputs)},
+            **{f"masks[{i}]": mask for i, mask in trace.masks.items()},
+            **{f"{k}.{x}": getattr(h, x) for k, h in heads.items() for x in ("q", "k", "v", "x")},
+            **{f"vit.{k}": v for k, v in trace.vit.state_dict().items()},
+            "embedded": trace.embedded.data,
+            "image": trace.image,
+            "text": trace.text,
+            "tokens": tokens.data,
+            "mask": self.mask,
+            "logits": self.logits,
+        }
+
+
+def given(clip: sfp.CLIP, image: Tensor) -> Given:
+    edit = sfp.Purify(
+        (4, -2), bind(dict(type="l2_norm", top_k=6)), bind(dict(type="neighbour_mean"))
+    )
+    text = tiny.queries(QUERIES).to(image.dtype if image.dtype == torch.float64 else torch.float32)
+    trace = clip.visual.trace(image, [edit], text=text, guides=GUIDES, depth=12)
+    tokens = trace.outputs[-1]
+    last = clip.visual.blocks[-1]
+    heads = {"all": last.heads(tokens), "patches": last.heads(tokens.only_patches())}
+    logits = torch.einsum("bchw,qc->bqhw", clip.visual.project(tokens).as_map().to(text), text)
+    return Given(trace, tokens, heads, trace.masks[10], logits)
+
+
+def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
+    """The results of an op, by the way it was called."""
+    trace, tokens = on.trace, on.tokens
+    if kind == "detector":
+        return {f"layer {i}": op(trace, i) for i in (0, 10)}
+    if kind == "mitigator":
+        corner = torch.zeros_like(on.mask).unflatten(1, tokens.grid)
+        corner[:, :3, :3] = True  # the outermost of them has outliers around it only
+        masks = dict(some=on.mask, none=on.mask & False, all=on.mask | True)
+        masks["corner"] = corner.flatten(1)
+        return {name: op(tokens, mask) for name, mask in masks.items()}
+    if kind in ("affinity", "source"):
+        return {"": op(trace)}
+    if kind == "attention":
+        return {name: op(heads, trace) for name, heads in on.heads.items()}
+    if kind == "smoother":
+        return {"all": op(tokens, trace), "patches": op(tokens.only_patches(), trace)}
+    if kind == "residual":
+        return {"all": op(tokens, tokens), "patches": op(tokens.only_patches(), tokens)}
+    if kind == "refiner":
+        return {"": op(on.logits, trace)}
+    assert kind == "positions"
+    return {"": op(torch.randn(8, 8, 64, dtype=tokens.data.dtype), tokens.grid)}
+
+
+def values(result: Any) -> Tensor:
+    return result.data if isinstance(result, sfp.Tokens) else result
+
+
+@pytest.fixture(scope="module")
+def clip() -> sfp.CLIP:
+    return tiny.clip()
+
+
+@pytest.fixture(scope="module")
+def exact() -> sfp.CLIP:
+    return tiny.clip().double()
+
+
+@pytest.fixture(scope="module")
+def pictures(exact) -> dict[tuple[int, int], list[Given]]:
+    """Per grid: two images as one batch, and each of them alone, in float64."""
+    sets = {}
+    with torch.no_grad():
+        for rows, columns in GRIDS:
+            pair = tiny.images(2, rows * 8, columns * 8).double()
+            pair[1] *= 3
+            sets[rows, columns] = [given(exact, x) for x in (pair, pair[:1], pair[1:])]
+    return sets
+
+
+def test_every_op_has_an_example():
+    assert not without_example(), "name them, with knobs, in EXAMPLES of this file"
+    registered = {(OPS.module_dict[name].kind, name) for name in sfp.list_ops()}
+    listed = {(kind, name) for kind, ops in EXAMPLES.items() for name in ops}
+    assert listed == registered
+
+
+@pytest.mark.parametrize("kind", [kind for kind, ops in EXAMPLES.items() if ops])
+def test_no_kind_is_empty(kind):
+    names = sfp.list_ops(kind)
+    assert names == sorted(EXAMPLES[kind])
+    assert set(names) < set(sfp.list_ops())
+
+
+def test_an_op_shows_up_once_it_is_registered():
+    assert "brightest" not in sfp.list_ops()
+    try:
+
+        @sfp.op("detector")
+        def brightest(trace: sfp.Trace, layer: int, *, above: float) -> Tensor:
+            return trace.outputs[layer].patches.mean(-1) > above
+
+        assert "brightest" in sfp.list_ops("detector")
+        assert "brightest" not in sfp.list_ops("mitigator")
+        assert without_example() == {"brightest"}  # so the test above tells its author
+        fill = dict(type="neighbour_mean")
+        edits = [dict(layers=[3], detector=dict(type="brightest", above=0.0), mitigator=fill)]
+        tokens, trace = sfp.build_method(dict(edits=edits)).features(
+            tiny.clip().visual, tiny.images(1)
+        )
+        assert trace.masks[3].any()
+        assert tokens.data.isfinite().all()
+    finally:
+        OPS.module_dict.pop("brightest", None)
+
+
+@EACH
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
+def test_a_batch_of_two_is_two_singles(kind, name, knobs, grid, pictures):
+    if kind in ("surgery", "positions"):
+        return  # weights have no batch
+    op = bind(dict(type=name, **knobs), kind)
+    batch, *singles = (run(kind, op, on) for on in pictures[grid])
+    for call, both in batch.items():
+        each = [values(single[call]) for single in singles]
+        torch.testing.assert_close(values(both), torch.cat(each), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", sfp.list_ops())
+def test_every_knob_is_tried(name):
+    fn = OPS.module_dict[name]
+    parameters = inspect.signature(fn).parameters.values()
+    knobs = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    tried = {knob for setting in EXAMPLES[fn.kind][name] for knob in setting}
+    assert tried == knobs, "a knob has to appear in one of the settings of EXAMPLES"
+
+
+@pytest.mark.parametrize("name", sfp.list_ops())
+def test_settings_differ_in_what_they_give(name, pictures, exact):
+    """So no knob is dead; a setting that changes nothing tests nothing."""
+    kind = OPS.module_dict[name].kind
+    ops = [bind(dict(type=name, **knobs), kind) for knobs in EXAMPLES[kind][name]]
+    on = pictures[5, 9][0]
+    results = []
+    for op in ops:
+        if kind == "surgery":
+            weights = sfp.Method(surgery=(op,)).operate(exact.visual).state_dict()
+            results.append(torch.cat([x.flatten() for x in weights.values()]))
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                given = run(kind, op, on)
+            results.append(torch.cat([values(x).double().flatten() for x in given.values()]))
+    for a, b in itertools.combinations(results, 2):
+        assert a.shape != b.shape or (a - b).abs().max() > 1e-6
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shapes_types_and_inputs(kind, name, knobs, dtype, clip):
+    image = tiny.images(2, 40, 72)
+    clip = copy.deepcopy(clip).to(dtype)
+    on = given(clip, image)
+    before = {key: value.clone() for key, value in on.tensors().items()}
+    op = bind(dict(type=name, **knobs), kind)
+    if kind == "surgery":
+        check_surgery(clip, op, image)
+    else:
+        for call, result in run(kind, op, on).items():
+            check_result(kind, call, result, on)
+    for key, value in on.tensors().items():
+        assert torch.equal(value, before[key]), f"{name} changed {key}"
+
+
+def check_result(kind: str, call: str, result: Any, on: Given) -> None:
+    """The declared type, shape and precision of a kind, and finite numbers."""
+    batch, patches, width = on.tokens.patches.shape
+    dtype = on.tokens.data.dtype
+    if kind in ("mitigator", "source", "smoother"):
+        assert isinstance(result, sfp.Tokens)
+        prefix = 0 if call == "patches" else 1
+        assert (result.grid, result.prefix) == (on.tokens.grid, prefix)
+    else:
+        assert isinstance(result, Tensor)
+    data = values(result)
+    if kind == "detector":
+        assert data.dtype == torch.bool
+        assert data.shape == (batch, patches)
+        return
+    assert data.is_floating_point()
+    assert data.isfinite().all()
+    tokens = patches + (call != "patches")
+    if kind == "affinity":
+        assert data.dtype == torch.float32  # whatever the weights are
+        assert data.shape == (batch, patches, patches)
+    elif kind == "attention":
+        heads = on.heads[call].q.shape[1]
+        assert data.dtype in (torch.float32, dtype)
+        rows = (tokens, patches)  # a guide's grid has no prefix
+        assert data.shape in [(batch, h, n, tokens) for h in (1, heads) for n in rows]
+    elif kind == "refiner":
+        assert data.dtype == torch.float32
+        assert data.shape[:2] == on.logits.shape[:2]
+        assert data.ndim == 4
+    elif kind == "positions":
+        assert data.dtype == dtype
+        assert data.shape == (*on.tokens.grid, width)
+    elif kind == "residual":
+        assert data.dtype == dtype
+        assert data.shape in [(batch, n, width) for n in (1, tokens)]
+    else:
+        assert data.dtype == dtype
+        assert data.shape == (batch, tokens, width)
+
+
+def check_surgery(clip: sfp.CLIP, op: Any, image: Tensor) -> None:
+    """Surgery replaces weights of a copy; `Method.operate` keeps the original as it was."""
+    before = {key: value.clone() for key, value in clip.visual.state_dict().items()}
+    method = sfp.Method(surgery=(op,))
+    operated = method.operate(clip.visual).state_dict()
+    assert any(not torch.equal(operated[key], value) for key, value in before.items())
+    assert all(torch.equal(clip.visual.state_dict()[k], value) for k, value in before.items())
+    assert method.features(clip.visual, image)[0].data.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sfp.list_methods())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_methods_in_half_precision(name, dtype, clip, exact):
+    image, text = tiny.images(2, 40, 72), tiny.queries(QUERIES)
+    method = sfp.build_method(name)
+    before = image.clone()
+    half = copy.deepcopy(clip).to(dtype)
+    logits, trace = method.logits(half.visual, image, text, guides=GUIDES)
+    assert logits.dtype == torch.float32
+    assert logits.isfinite().all()
+    assert trace.outputs[-1].data.dtype == dtype
+    assert torch.equal(image, before)
+    state = half.visual.state_dict()
+    for key, value in clip.visual.state_dict().items():
+        assert torch.equal(state[key], value.to(dtype)), f"{name} changed {key}"
+    reference, _ = method.logits(exact.visual, image.double(), text.double(), guides=GUIDES)
+    # discrete choices (outliers, cuts) may fall otherwise in half precision: most must agree
+    tolerance = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}[dtype]
+    assert (logits - reference).abs().median() < tolerance
+
+
+@pytest.mark.parametrize("name", sfp.list_methods())
+def test_methods_compare_grids_not_token_counts(name, exact):
+    """The peers add the 8x8 position table to a 16x4 grid, since both have 64 tokens."""
+    image = tiny.images(1, 128, 32).double()
+    method = sfp.build_method(name)
+    context = dict(text=tiny.queries(QUERIES).double(), guides=GUIDES)
+    ours, _ = method.features(exact.visual, image, **context)
+    resampled = copy.deepcopy(exact.visual)
+    table = resampled.positional_embedding
+    grid = method.positions(table[1:].unflatten(0, (8, 8)), (16, 4)).flatten(0, 1)
+    resampled.positional_embedding = torch.nn.Parameter(torch.cat([table[:1], grid]), False)
+    resampled.native_grid = (16, 4)
+    expected, _ = method.features(resampled, image, **context)
+    torch.testing.assert_close(ours.data, expected.data, atol=1e-9, rtol=1e-9)
+    raw = copy.deepcopy(exact.visual)
+    raw.native_grid = (16, 4)  # what the peers do
+    peers, _ = method.features(raw, image, **context)
+    assert (peers.data - ours.data).abs().max() > 1e-2

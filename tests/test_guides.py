@@ -1,0 +1,133 @@
+"""Guides from tiny random models of `transformers`; nothing is downloaded."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from conformance import clip, image
+from torch import nn
+from torch.nn import functional as F
+
+import sfp
+from sfp.guides import TransformersGuide, build_guides
+from sfp.guides.transformers import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from sfp.segmentor import ImagePreprocessor
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+
+
+def model(name: str, patch: int) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(SIZES, patch_size=patch, image_size=8 * patch)
+    if name == "dinov2":
+        sizes.pop("intermediate_size")
+        return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    if name == "registers":
+        sizes.pop("intermediate_size")
+        config = transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=3)
+        return transformers.Dinov2WithRegistersModel(config)
+    return transformers.ViTModel(transformers.ViTConfig(**sizes), add_pooling_layer=False)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "registers"])
+@pytest.mark.parametrize(
+    ("patch", "size", "grid"), [(8, (64, 64), (8, 8)), (14, (64, 100), (5, 7))]
+)
+def test_patch_tokens(name, patch, size, grid):
+    guide = TransformersGuide(model=model(name, patch))
+    pictures = image("ns")[..., : size[0], : size[1]]
+    tokens = guide(torch.cat([pictures, pictures.flip(-1)]))
+    assert (tokens.grid, tokens.prefix, tokens.data.shape[-1]) == (grid, 0, 32)
+    torch.testing.assert_close(tokens.data[:1], guide(pictures).data, atol=1e-5, rtol=0)
+    # the model's own call on pixels normalised its own way
+    pixels = pictures * torch.tensor(CLIP_STD)[:, None, None] / 255
+    pixels = pixels + torch.tensor(CLIP_MEAN)[:, None, None] / 255
+    assert pixels.min() > -1e-6
+    assert pixels.max() < 1 + 1e-6
+    pixels = (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[
+        :, None, None
+    ]
+    whole = (grid[0] * patch, grid[1] * patch)
+    pixels = F.interpolate(pixels, whole, mode="bilinear")
+    options = {"interpolate_pos_encoding": True} if name == "vit" else {}
+    expected = guide.model(pixel_values=pixels, **options).last_hidden_state
+    prefix = dict(vit=1, dinov2=1, registers=4)[name]
+    torch.testing.assert_close(tokens.patches[:1], expected[:, prefix:], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_and_columns():
+    """A picture's transpose does not give the transposed tokens, but the transposed grid."""
+    guide = TransformersGuide(model=model("vit", 8))
+    assert guide(image("ns")[..., :40, :100]).grid == (5, 12)
+    assert guide(image("ns")[..., :100, :40]).grid == (12, 5)
+    assert guide(image("ns")[..., :3, :3]).grid == (1, 1)
+
+
+def test_frozen():
+    guide = TransformersGuide(model=model("dinov2", 8)).train()
+    assert not any(module.training for module in guide.modules())
+    assert not any(p.requires_grad for p in guide.parameters())
+    assert not guide.state_dict().keys() & {"factor", "shift"}
+    half = guide.to(torch.bfloat16)
+    assert half(image("sq")[..., :64, :64]).data.dtype == torch.bfloat16
+
+
+def test_normalisation_is_the_preprocessors():
+    preprocessor = ImagePreprocessor()
+    assert preprocessor.mean.flatten().tolist() == pytest.approx(CLIP_MEAN)
+    assert preprocessor.std.flatten().tolist() == pytest.approx(CLIP_STD)
+
+
+def test_proxyclip_with_a_guide():
+    guides = build_guides(
+        dict(
+            dino=dict(type="transformers", model=model("vit", 8)),
+            dinov2=dict(type="transformers", model=model("dinov2", 14)),
+        )
+    )
+    pair = torch.cat([image("sq"), image("sqb")])[..., :96, :160]
+    for name, grid in (("dino", (12, 20)), ("dinov2", (7, 11))):
+        method = sfp.build_method("proxyclip", guide=name)
+        tokens, _ = method.features(clip().visual, pair, guides=guides)
+        assert tokens.grid == grid
+        for both, one in zip(tokens.data, pair, strict=True):
+            alone, _ = method.features(clip().visual, one[None], guides=guides)
+            torch.testing.assert_close(both, alone.data[0], atol=2e-5, rtol=0)
+    with pytest.raises(LookupError, match="'dinov3'; given: dino, dinov2"):
+        sfp.build_method("proxyclip", guide="dinov3").features(clip().visual, pair, guides=guides)
+
+
+def test_building():
+    assert len(build_guides(None)) == 0
+    module = nn.Identity()
+    assert build_guides(dict(own=module))["own"] is module
+    with pytest.raises(
+        ValueError, match=r"unknown guide 'transformer'.*did you mean 'transformers'"
+    ):
+        build_guides(dict(dino=dict(type="transformer", model="x")))
+    with pytest.raises(ValueError, match=r"guide 'dino' has no knob 'modle'.*'model'"):
+        build_guides(dict(dino=dict(type="transformers", modle="x")))
+    with pytest.raises(ValueError, match="needs the knob"):
+        build_guides(dict(dino=dict(type="transformers")))
+    with pytest.raises(ValueError, match="has no type"):
+        build_guides(dict(dino=dict(model="x")))
+
+
+def test_the_extra_is_named_when_it_is_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"sfp\[guides\]"):
+        build_guides(dict(dino=dict(type="transformers", model="facebook/dino-vitb8")))
+
+
+def test_loading_from_a_folder(tmp_path):
+    saved = model("vit", 8)
+    saved.save_pretrained(tmp_path)
+    guide = build_guides(dict(dino=dict(type="transformers", model=str(tmp_path))))["dino"]
+    picture = image("sq")[..., :64, :64]
+    direct = TransformersGuide(model=saved)(picture)
+    torch.testing.assert_close(guide(picture).data, direct.data, atol=1e-5, rtol=0)

@@ -1,0 +1,243 @@
+"""What every registered method must do, on a tiny random CLIP. Registering a method adds its tests.
+
+A preset's bool and Literal knobs are tried with all their values; numbers are moved a little. Where
+that would be no change, or no valid value, `OTHERS` says what to try instead. What a method needs from
+outside (a guide, say) is in `CONTEXT`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import sfp
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def colours(pixels: Tensor) -> sfp.Tokens:
+    """A stand-in for an external encoder: mean colours of cells of 6 pixels."""
+    maps = F.avg_pool2d(pixels.float(), 6)
+    return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
+
+
+CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
+    "proxyclip": lambda: dict(guides=dict(dino=colours)),
+}
+"""Further context of `Method.logits` by method, made when it is needed."""
+
+OTHERS: dict[tuple[str, str], list[Any]] = {
+    # a knob of a switched-off part, or with another knob that it needs: the whole set of knobs
+    ("clip_surgery", "surgery_blocks"): [0, 3],
+    ("cliptrase", "cells"): [1, 4],
+    ("gclip", "blocks"): [(3,), ()],
+    ("gclip", "cs_blocks"): [(2, 3)],
+    ("gclip", "channel"): [3],
+    ("gem", "ss_attn_temp"): [10.0],
+    ("itaclip", "layers"): [(3,), ()],
+    ("maskclip", "ks_thresh"): [1.0],
+    ("maskclip", "pd_thresh"): [0.9],
+    ("proxyclip", "guide"): [None],
+    ("resclip", "dataset"): ["voc20", "voc21"],
+    ("resclip", "layers"): [(3,), (7, 8)],
+    ("resclip", "lambda_rcs"): [0.1],
+    ("resclip", "tau_sfr"): [1.0],
+    ("resclip", "lambda_sfr"): [0.1],
+    ("resclip", "temp_thd"): [0.9],
+    ("resclip", "logit_scale"): [2.0],
+    ("sfp", "pm"): ["l2_norm", "lof"],
+    ("sfp", "purify"): [False, "median", "mask_attention"],
+    ("sfp", "layers"): ["all", (-3, -2)],
+    ("sfp", "top_k"): [2],
+    ("sfp", "res_scale"): [0.5],
+    ("sfp", "beta"): [0.9],
+    ("sfp", "enhancer"): ["qk", "kk", "qq+vv"],
+    ("sfp_paper", "pm"): ["l2_norm", "lof"],
+    ("sfp_paper", "purify"): [False, "median", "mask_attention"],
+    ("sfp_paper", "layers"): [(-2,)],
+    ("sfp_paper", "enhancer"): ["qk", "kk", "qq+vv"],
+    ("scclip", "beta"): [0.9],
+}
+
+NAMES = sfp.list_methods()
+assert NAMES
+
+
+@functools.cache
+def tiny(layers: int = 12, dtype: torch.dtype = torch.float32) -> sfp.CLIP:
+    """Two heads, patches of 8 pixels, an 8x8 grid."""
+    torch.manual_seed(layers)
+    clip = sfp.CLIP(
+        embed_dim=32,
+        image_size=64,
+        patch=8,
+        width=128,
+        layers=layers,
+        context=8,
+        vocab=16,
+        text_width=64,
+        text_layers=1,
+    )
+    for name, p in clip.named_parameters():
+        if "in_proj_weight" in name:  # attention that is not uniform
+            p.data *= 4
+    return clip.requires_grad_(False).eval().to(dtype)
+
+
+def images(batch: int = 2, height: int = 64, width: int = 64) -> Tensor:
+    """A colour per image, a few smooth shapes, a little noise: patches that are alike, and not."""
+    generator = torch.Generator().manual_seed(height * width)
+    coarse = torch.randn(batch, 3, height // 16 + 1, width // 16 + 1, generator=generator)
+    noise = torch.randn(batch, 3, height, width, generator=generator)
+    return F.interpolate(coarse, (height, width), mode="bilinear") + 0.1 * noise
+
+
+def text() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return F.normalize(torch.randn(5, 32, generator=generator), dim=-1)
+
+
+def run(method: sfp.Method, name: str, pixels: Tensor, clip: sfp.CLIP | None = None) -> Tensor:
+    extra = CONTEXT[name]() if name in CONTEXT else {}
+    return method.logits((clip or tiny()).visual, pixels, text(), **extra)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(64, 64), (32, 128), (72, 40)], ids=str)
+def test_images_of_a_batch_do_not_see_each_other(name, size):
+    """On the native grid, on 4x16 (as many patches as 8x8) and on one that needs resampling."""
+    method, pixels = sfp.build_method(name), images(2, *size)
+    both = run(method, name, pixels)
+    assert both.shape[:2] == (2, 5)
+    assert both.isfinite().all()
+    assert not torch.allclose(both[0], both[1])
+    for i in range(2):  # up to rounding: matrix products of other sizes add in another order
+        torch.testing.assert_close(run(method, name, pixels[i : i + 1])[0], both[i])
+    other = torch.stack([pixels[0], pixels[1].flip(-1) * 3])
+    assert torch.equal(run(method, name, other)[0], both[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_and_input(name):
+    method, pixels = sfp.build_method(name), images()
+    before = pixels.clone()
+    weights = {k: v.clone() for k, v in tiny().visual.state_dict().items()}
+    extra = CONTEXT[name]() if name in CONTEXT else {}
+    tokens, trace = method.features(tiny().visual, pixels, text=text(), **extra)
+    assert tokens.data.shape[0] == 2
+    assert tokens.data.shape[2] == 32
+    assert tokens.data.dtype == torch.float32
+    assert len(trace.outputs) == 11
+    assert torch.equal(pixels, before)
+    for k, v in tiny().visual.state_dict().items():
+        assert torch.equal(v, weights[k]), k
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resampled_positions_follow_the_grid(name):
+    """4x16 has as many patches as the native 8x8, and must not take its table as it is."""
+    visual = tiny().visual
+    embedded = visual.embed(images(1, 32, 128), sfp.build_method(name).positions)
+    unfitted = visual.embed(images(1, 32, 128), lambda table, grid: table.reshape(*grid, -1))
+    assert (embedded.data - unfitted.data).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deeper_model(name):
+    """24 blocks: layers move with the depth, or are taken literally."""
+    scaled = run(sfp.build_method(name), name, images(), tiny(24))
+    assert scaled.isfinite().all()
+    if "depth" not in inspect.signature(sfp.METHODS.get(name)).parameters:
+        literal = run(sfp.build_method(name, depth=None), name, images(), tiny(24))
+        assert literal.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16(name):
+    assert run(sfp.build_method(name), name, images(), tiny(dtype=torch.bfloat16)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_knob(name):
+    knobs = list(inspect.signature(sfp.METHODS.get(name)).parameters)
+    if not knobs:
+        with pytest.raises(ValueError, match="no knob 'knobb'"):
+            sfp.build_method(name, knobb=1)
+        return
+    with pytest.raises(ValueError, match=f"did you mean '{knobs[0]}'"):
+        sfp.build_method(name, **{knobs[0] + "x": 1})
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="did you mean 'naclip'"):
+        sfp.build_method("naclp")
+
+
+def other_values(name: str, knob: str) -> list[Any]:
+    """What to try for a knob, other than its default."""
+    if (name, knob) in OTHERS:
+        return OTHERS[name, knob]
+    preset = sfp.METHODS.get(name)
+    default = inspect.signature(preset).parameters[knob].default
+    hint = typing.get_type_hints(preset)[knob]
+    if isinstance(default, bool):
+        return [not default]
+    if typing.get_origin(hint) is Literal:
+        return [value for value in typing.get_args(hint) if value != default]
+    if isinstance(default, int):
+        return [default - 1 if default > 1 else default + 1]
+    if isinstance(default, float):
+        return [default * 0.5]
+    pytest.fail(f"say in OTHERS what to try for knob {knob!r} of {name!r}")
+
+
+KNOBS = [
+    (name, knob) for name in NAMES for knob in inspect.signature(sfp.METHODS.get(name)).parameters
+]
+assert KNOBS
+
+
+@pytest.mark.parametrize(("name", "knob"), KNOBS)
+def test_every_knob_changes_the_result(name, knob):
+    default = run(sfp.build_method(name), name, images())
+    for value in other_values(name, knob):
+        changed = run(sfp.build_method(name, **{knob: value}), name, images())
+        assert changed.shape != default.shape or (changed - default).abs().max() > 1e-6, value
+
+
+CHOICES = [
+    (name, knob)
+    for name, knob in KNOBS
+    if typing.get_origin(typing.get_type_hints(sfp.METHODS.get(name))[knob]) is Literal
+]
+
+
+@pytest.mark.parametrize(("name", "knob"), CHOICES)
+def test_unknown_choice_names_the_valid_ones(name, knob):
+    valid = typing.get_args(typing.get_type_hints(sfp.METHODS.get(name))[knob])
+    text_choices = [value for value in valid if isinstance(value, str)]
+    with pytest.raises(ValueError, match=f"did you mean '{text_choices[0]}'"):
+        sfp.build_method(name, **{knob: text_choices[0] + "x"})
+
+
+def test_clip_is_the_plain_forward_pass():
+    tokens, _ = sfp.build_method("clip").features(tiny().visual, images())
+    torch.testing.assert_close(tokens.cls[:, 0], tiny().encode_image(images()))
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"), [("gclip", dict(blocks=(13, 15))), ("itaclip", dict(layers=(13, 15, 19)))]
+)
+def test_layers_of_a_deeper_model(name, knobs):
+    """The same relative depth by default: block i of 12 ends where block 2i + 1 of 24 does."""
+    scaled = run(sfp.build_method(name), name, images(), tiny(24))
+    literal = run(sfp.build_method(name, depth=None, **knobs), name, images(), tiny(24))
+    assert torch.equal(scaled, literal)

@@ -1,0 +1,59 @@
+"""A small random CLIP for tests: 12 blocks of width 64, patch 8, 64 pixels (an 8 x 8 grid)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import sfp
+
+SIZE = dict(
+    embed_dim=32,
+    image_size=64,
+    patch=8,
+    width=64,
+    layers=12,
+    context=77,
+    vocab=512,
+    text_width=64,
+    text_layers=2,
+)
+WORDS = dict(SIZE, vocab=49408, text_layers=1)  # reads the tokens of the real tokenizer
+
+
+def clip(seed: int = 0, **size: int) -> sfp.CLIP:
+    """Seeded weights whose attention is as uneven as that of a trained model."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = sfp.CLIP(**{**SIZE, **size}).requires_grad_(False).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("in_proj_weight"):
+                parameter.mul_(2.5)
+            elif name.endswith("positional_embedding"):
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.digest = f"tiny {seed} {sorted(size.items())}"
+    return model
+
+
+def save(path: Path, seed: int = 0, **size: int) -> Path:
+    """The same weights as a safetensors file."""
+    state = clip(seed, **size).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    return path
+
+
+def images(count: int, height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
+    """Normalised pictures with large and small structures: (count, 3, height, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 5, 6, generator=generator)
+    fine = torch.randn(count, 3, height, width, generator=generator)
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear") + 0.5 * fine
+
+
+def queries(count: int, seed: int = 0, width: int = 32) -> Tensor:
+    """Unit text features, (count, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=-1)

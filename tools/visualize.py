@@ -1,0 +1,131 @@
+"""Draws what happens inside: outliers, attention, norms, purification and the segmentation.
+
+Writes one PNG file per picture and overview.png, which shows them all. Without an image it draws a
+scene of the mini world.
+
+Examples:
+    python tools/visualize.py
+    python tools/visualize.py --scene 900010 --layers 3 7 10 --patch 9 4
+    python tools/visualize.py photo.jpg --weights ViT-B/16 --classes "cat, sofa, wall"
+    python tools/visualize.py photo.jpg --weights clip.pt --classes names.txt --detectors som lof
+
+Exit codes: 0 drawn; 1 unexpected error; 2 wrong command line; 3 the image or the weights are missing
+or cannot be read (the message says which).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+LAYERS = (0, 5, 7, 10)  # of 12 blocks
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("image", nargs="?", help="path of a picture")
+    parser.add_argument("--scene", type=int, default=900_009, help="drawn if there is no image")
+    parser.add_argument("--out", type=Path, default=Path("work/visualize"), help="folder")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        help="blocks whose output is shown, from 0, or negative from the end (default: 0 5 7 10, "
+        "at the same relative depth of deeper models)",
+    )
+    parser.add_argument("--detectors", nargs="+", default=["som", "l2_norm", "lof"])
+    parser.add_argument("--method", default="sfp", help="preset that purifies and segments")
+    parser.add_argument("--weights", default="mini", help="name or path of CLIP weights")
+    parser.add_argument(
+        "--classes",
+        help="names, separated by commas, or a class file; the mini world's by default with its "
+        "weights, else nothing is segmented",
+    )
+    parser.add_argument(
+        "--patch", type=int, nargs=2, metavar=("ROW", "COL"), help="default: the middle"
+    )
+    parser.add_argument("--size", type=int, help="short side in pixels (default: 336, scenes 224)")
+    return parser.parse_args()
+
+
+def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
+    """All pictures by file name, as they get ready."""
+    import sfp
+    from sfp import visualize
+
+    image = visualize.load_image(args.image or args.scene, args.size)
+    method = sfp.build_method(args.method)
+    classes = class_names(args)
+    clip = sfp.load_clip(args.weights)
+    pixels = visualize.normalised(image)
+
+    trace = clip.visual.trace(pixels, depth=None if args.layers else 12)
+    layers = args.layers or LAYERS
+    grid = trace.embedded.grid
+    patch = tuple(args.patch) if args.patch else (grid[0] // 2, grid[1] // 2)
+    yield "outliers", visualize.outliers(image, trace, layers, args.detectors)
+    yield "norms", visualize.norm_maps(image, trace, layers)
+    yield "class_attention", visualize.class_attention(image, trace, layers)
+    yield "patch_attention", visualize.patch_attention(image, trace, layers, patch)
+    yield "attention_matrices", visualize.attention_matrices(trace, layers)
+    yield "profile", visualize.layer_profile(trace)
+
+    purified = method.features(clip.visual, pixels)[1]
+    if purified.masks:
+        i = max(purified.masks) - len(clip.visual.blocks)  # negative: absolute for every trace
+        yield "purification", visualize.purification(image, trace, purified, i, patch=patch)
+    else:
+        print(f"method {args.method} replaces no outliers: no purification.png")
+    if classes is None:
+        print('no segmentation.png: say what to look for, e.g. --classes "cat, sofa, wall"')
+        return
+    segmentor = sfp.OpenVocabSegmentor(clip, classes, method)
+    result = visualize.segment(segmentor, image)
+    names = segmentor.vocabulary.names
+    yield "segmentation", visualize.segmentation(image, {args.method: result}, names)
+
+
+def class_names(args: argparse.Namespace) -> str | list[str] | None:
+    """What `--classes` means: a file, names, or what the weights suggest."""
+    from sfp import mini
+
+    if args.classes is None:
+        return list(mini.CLASSES) if args.weights == "mini" else None
+    if Path(args.classes).is_file():
+        return args.classes
+    return [name.strip() for name in args.classes.split(",")]
+
+
+def main() -> int:
+    args = parse_args()
+    import torch
+    from matplotlib.image import imsave
+
+    from sfp import WeightsError
+    from sfp.visualize import contact_sheet
+
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with torch.inference_mode():
+            figures = dict(pictures(args))
+    except (OSError, WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except (ValueError, LookupError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, figure in figures.items():
+        figure.savefig(args.out / f"{name}.png")
+    imsave(args.out / "overview.png", contact_sheet(list(figures.values())))
+    print(f"{len(figures) + 1} pictures in {args.out}: overview.png, {', '.join(figures)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

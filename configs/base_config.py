@@ -44,12 +44,12 @@ model = dict(
     # (tools/test.py --method sclip), since its flags are others.
     method=dict(
         type="sfp",  # the released code; sfp_paper is the method of the poster
-        # What becomes of outlier tokens. True: the mean of their neighbours; False: they stay. Or
+        # What becomes of outlier tokens. True: neighbour_mean, as in the release; False: they stay. Or
         # the name of another mitigator: median, nearest, inpaint, zero, mask_attention.
         purify=True,
-        # How outliers are found: som, cls_self_ratio, cls_attention, attention_received, l2_norm,
-        # weight_norm_channel, lof, lof_textbook, dbscan, hdbscan, optics or isolation_forest. For
-        # knobs, a node such as dict(type="som", gain=1.0); python tools/list.py --ops shows them.
+        # How outliers are found: som, cls_self_ratio, cls_attention, attention_received,
+        # overshadowed, l2_norm, weight_norm_channel, lof, lof_textbook, dbscan, hdbscan, optics or
+        # isolation_forest. For knobs, which tools/list.py --ops shows, a node: dict(type="som", gain=1.0).
         pm="som",
         layers=(-2,),  # after which blocks, in rising order, or "all"; sfp_paper's default is "all"
         enhancer="qq+kk",  # self-attention of the last block: qk, qq, kk, vv, or sums such as qq+vv

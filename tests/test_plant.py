@@ -238,6 +238,14 @@ def test_tool(tool, tmp_path):
     assert "holds no images" in error
 
 
+def test_every_op_is_documented_and_offered():
+    page = (ROOT / "docs" / "outliers.md").read_text().split(plant_report.BEGIN)[0]
+    flags = (ROOT / "configs" / "base_config.py").read_text()
+    for name in (*sfp.list_ops("detector"), *sfp.list_ops("mitigator")):
+        assert f"`{name}`" in page, name
+        assert name in flags, name
+
+
 def test_help(tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "plant.py"), "--help"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

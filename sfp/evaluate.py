@@ -127,8 +127,14 @@ def check(config: Config) -> None:
     """
     init_default_scope(config.get("default_scope", "mmseg"))
     build_method(config.model.get("method", "sfp"))
-    load_vocabulary(config.model.classes)
-    DATASETS.build(config.test_dataloader.dataset)
+    names = load_vocabulary(config.model.classes).names
+    dataset = DATASETS.build(config.test_dataloader.dataset)
+    expected = dataset.metainfo.get("classes") or names
+    if len(names) != len(expected):
+        raise ValueError(
+            f"{config.model.classes} names {len(names)} classes, {type(dataset).__name__} has "
+            f"{len(expected)}: the labels would not be theirs"
+        )
     locate(config.model.weights)
 
 

@@ -10,7 +10,7 @@ Examples:
     torchrun --nproc_per_node=2 tools/test.py configs/cfg_ade20k.py --launcher pytorch
 
 Exit codes: 0 evaluated; 1 unexpected error; 2 wrong command line or config; 3 data or weights are
-missing (the message says what to put where).
+missing or damaged (the message names the file and says what to do).
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def main() -> int:
         result = evaluate.evaluate(
             config, pictures=args.pictures, show_dir=args.show_dir, resume=not args.no_resume
         )
-    except (FileNotFoundError, sfp.WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, sfp.WeightsError, sfp.DataError, FloatingPointError) as error:
+        # from a data loader's process comes a whole traceback, which ends with the message
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 3
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,21 @@ from torch import nn
 from sfp.cache import atomic_write
 from sfp.card import truth_hash, write_card
 from sfp.clip.loading import locate
+from sfp.clip.text import prompt_templates
 from sfp.datasets import DATASETS
 from sfp.loop import ResumableTestLoop
 from sfp.method import build_method
 from sfp.metrics import SegmentationMetric
+from sfp.registry import suggest
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.sheet import Panel, at_size, picture_sheet
 from sfp.vocabulary import load_vocabulary
 
 METRICS = ("mIoU", "aAcc", "mAcc", "fwIoU")
+
+
+class ConfigError(ValueError):
+    """A config that does not exist or says something that nobody understands."""
 
 
 @HOOKS.register_module()
@@ -101,10 +109,10 @@ def load_config(
         options: dotted keys and values, e.g. {"model.method.pm": "lof"}; applied last.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        ConfigError: if there is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no config {path}; see configs/cfg_*.py")
+        raise ConfigError(f"there is no config {path}; see configs/cfg_*.py")
     config = Config.fromfile(str(path))
     if method is not None:
         config.model.pop("method", None)  # assigning a dict would merge it
@@ -123,9 +131,14 @@ def check(config: Config) -> None:
     Raises:
         FileNotFoundError: if images or labels are missing; the message says what to put where.
         WeightsError: likewise for weights.
-        ValueError: if the method or the vocabulary is not right.
+        ValueError: if a setting, the method or the vocabulary is not right.
     """
     init_default_scope(config.get("default_scope", "mmseg"))
+    known = inspect.signature(OpenVocabSegmentor).parameters
+    for name in config.model:
+        if name != "type" and name not in known:
+            raise ConfigError(f"the segmentor has no setting {name!r}{suggest(name, known)}")
+    prompt_templates(config.model.get("templates", "imagenet"))
     build_method(config.model.get("method", "sfp"))
     names = load_vocabulary(config.model.classes).names
     dataset = DATASETS.build(config.test_dataloader.dataset)
@@ -172,11 +185,15 @@ def evaluate(
             # mmengine's own start asks for CUDA, and leaves a group that is there alone
             torch.distributed.init_process_group("gloo")
     if config.test_cfg.type == "TestLoop":
-        config.test_cfg.update(type="ResumableTestLoop", resume=resume)
+        # a picture of each image needs each image to be run
+        config.test_cfg.update(type="ResumableTestLoop", resume=resume and show_dir is None)
     config.custom_hooks = [*config.get("custom_hooks", []), dict(type="ProgressHook", priority=90)]
     if show_dir is not None:
         config.default_hooks.visualization = dict(type="SegVisualizationHook", draw=True)
         config.visualizer.save_dir = str(Path(show_dir).absolute())
+    # mmengine keeps visualizers and logs by name: each evaluation of a process needs names of its own
+    config.visualizer.pop("name", None)
+    config.setdefault("experiment_name", f"{Path(config.work_dir).name}_{time.time_ns()}")
     runner = Runner.from_cfg(config)
     runner.test()
     if not is_main_process():
@@ -193,8 +210,10 @@ def evaluate(
     result["method"] = model.get("method", "sfp")
     result["weights"] = str(model.weights)
     work_dir = Path(config.work_dir)
+    text = json.dumps(result, indent=2)
+    result = json.loads(text)  # what is returned is what the file holds: lists, no tuples
     with atomic_write(work_dir / "metrics.json") as path:
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        path.write_text(text + "\n")
     if isinstance(runner.test_loop, ResumableTestLoop):
         groups = runner.test_loop.settings
         if metric.records:
@@ -239,7 +258,8 @@ def _write_sheet(runner: Runner, path: Path, count: int) -> None:
     dataset = runner.test_dataloader.dataset
     model = runner.model.module if isinstance(runner.model, FrozenReplica) else runner.model
     assert isinstance(model, OpenVocabSegmentor)
-    chosen = [i * len(dataset) // count for i in range(min(count, len(dataset)))]
+    count = min(count, len(dataset))
+    chosen = [i * len(dataset) // count for i in range(count)]
     ours = model.method
     columns = {"image": [], "ground truth": []}  # type: dict[str, list[Panel]]
     named = {"plain CLIP": build_method("clip"), "SFP": ours}

@@ -71,10 +71,13 @@ def picture_sheet(
         set().union(*(np.unique(p.labels).tolist() for p in panels if p.labels is not None))
         - {IGNORED}
     )
-    per_line = 9
-    legend = 0.28 * -(-len(present) // per_line) + 0.1  # inches
+    longest = max((len(names[i]) for i in present), default=0)
+    entry = 0.45 + 0.085 * longest  # inches that a colour and its name take
     side = 2.6
-    size = (side * len(columns), rows * side * ratio + 0.35 + legend)
+    width = max(side * len(columns), entry)
+    per_line = max(min(int(width / entry), len(present)), 1)
+    legend = 0.2 * -(-len(present) // per_line) + 0.2
+    size = (width, rows * side * ratio + 0.35 + legend)
     figure = Figure(figsize=size, dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(columns), squeeze=False)

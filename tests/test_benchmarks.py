@@ -184,7 +184,7 @@ def test_command_line_settings(weights, tmp_path):
     ("option", "value", "error", "message"),
     [
         ("model.weights", "ViT-B/61", sfp.WeightsError, "did you mean 'ViT-B/16'"),
-        ("model.method.pm", "dbscn", ValueError, "unknown op 'dbscn'"),
+        ("model.method.pm", "dbscn", ValueError, "did you mean 'dbscan'"),
         ("model.method.purfy", False, ValueError, "did you mean 'purify'"),
         ("model.classes", "nowhere.txt", FileNotFoundError, "no class file 'nowhere.txt'"),
         ("model.prob_th", 0.1, ValueError, "prob_th"),

@@ -244,7 +244,7 @@ def test_there_are_tools():
         (
             ["configs/cfg_mini.py", "--cfg-options", "model.method.pm=dbscn"],
             2,
-            "unknown op 'dbscn'",
+            "did you mean 'dbscan'",
         ),
         (
             ["configs/cfg_mini.py", "--cfg-options", "model.method.enhancer=qv"],

@@ -58,7 +58,7 @@ def prompt_templates(templates: str | Sequence[str]) -> list[str]:
     if isinstance(templates, str):
         try:
             templates = get_predefined_templates(templates)
-        except AssertionError as error:
+        except (AssertionError, ValueError) as error:
             raise ValueError(f"unknown prompt templates {templates!r}: {error}") from None
     for template in templates:
         if template.format("x") == template.format("y"):

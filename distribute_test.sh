@@ -1,6 +1,7 @@
 #!/bin/sh
 # Evaluates benchmarks with several processes each (torchrun; nccl on GPUS GPUs, gloo on a CPU), one
 # benchmark after the other, then prints the summary table. The numbers equal those of one process.
+# A killed run continues where it stopped; --no-resume starts over.
 #
 #   GPUS=8 sh distribute_test.sh
 #   GPUS=2 CONFIGS=configs/cfg_mini.py WORK_DIR=work/mini2 sh distribute_test.sh

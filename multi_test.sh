@@ -1,6 +1,7 @@
 #!/bin/sh
 # Evaluates all eight benchmarks, one per GPU at a time (one after the other without a GPU), then
 # prints one table and writes it to WORK_DIR/summary.md and summary.json.
+# A killed run continues where it stopped; --no-resume starts over.
 #
 #   DATA_ROOT=/data sh multi_test.sh
 #   CONFIGS="configs/cfg_voc21.py configs/cfg_ade20k.py" WORK_DIR=work/two sh multi_test.sh --method sclip

@@ -4,6 +4,7 @@ from sfp import mm  # first: it imports mmsegmentation quietly
 from sfp import datasets, methods, metrics, ops
 from sfp.clip.loading import WeightsError, load_clip
 from sfp.clip.model import CLIP
+from sfp.images import DataError, ImageError, read_image
 from sfp.method import Method, Purify, Readout, build_method
 from sfp.registry import METHODS, OPS, list_methods, list_ops, op
 from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
@@ -16,7 +17,9 @@ __all__ = [
     "CLIP",
     "METHODS",
     "OPS",
+    "DataError",
     "Heads",
+    "ImageError",
     "ImagePreprocessor",
     "Method",
     "OpenVocabSegmentor",
@@ -38,4 +41,5 @@ __all__ = [
     "mm",
     "op",
     "ops",
+    "read_image",
 ]

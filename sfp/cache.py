@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UMASK = os.umask(0)  # asking sets it: once, before there are threads, which share it
+os.umask(UMASK)
+
 
 def cache_dir(*parts: str) -> Path:
     """`$SFP_CACHE` or ~/.cache/sfp, and a folder inside it; not created."""
@@ -25,16 +28,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's 0600 would shut other users of a cache out
+        os.chmod(name, 0o666 & ~UMASK)  # mkstemp's 0600 would shut other users of a cache out
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def sha256_file(path: str | Path) -> str:

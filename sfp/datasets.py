@@ -7,14 +7,20 @@ Importing this module registers them in mmseg's `DATASETS`.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from mmcv.transforms import BaseTransform
+from torch import Tensor
+
 from sfp.cache import cache_dir
+from sfp.images import DataError, check_whole, read_bytes, read_image
 from sfp.mini import CLASSES, PALETTE, prepare
 from sfp.mm import mmseg
 
 DATASETS = mmseg.registry.DATASETS
+TRANSFORMS = mmseg.registry.TRANSFORMS
 
 FILES = {"img_path": "image", "seg_map_path": "label"}  # key in mmseg's records and what it holds
 
@@ -46,11 +52,59 @@ def _files(folder: str) -> frozenset[str]:
     return frozenset(os.listdir(folder) if os.path.isdir(folder) else ())
 
 
+@TRANSFORMS.register_module()
+class LoadImage(BaseTransform):
+    """`read_image` as the first step of a pipeline, for images of every kind.
+
+    The benchmarks keep mmsegmentation's `LoadImageFromFile`, whose pixels these are too for what they
+    consist of (8-bit JPEG and PNG without transparency), and which mmseg's own tools look for by name.
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Reads `img_path`; sets what `LoadImageFromFile` does."""
+        image = read_image(results["img_path"], bgr=True)
+        results.update(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+        return results
+
+
+def check_labels(
+    labels: Tensor, sizes: Sequence[Sequence[int]], classes: int, ignore: int, name: str
+) -> None:
+    """Refuses a label map of another size than its image, and ids that are no class.
+
+    Args:
+        labels: (1, H, W) or (H, W).
+        sizes: those that are right.
+        classes: ids go from 0 to one less.
+        ignore: the one other id, of pixels that do not count.
+        name: what errors call the label map.
+
+    Raises:
+        DataError: if it is not right.
+    """
+    if (
+        tuple(labels.shape[-2:]) not in {tuple(size[:2]) for size in sizes}
+        or labels[..., 0, 0].numel() != 1
+    ):
+        raise DataError(
+            f"{name}: label map of shape {tuple(labels.shape)}, expected one number for each pixel of "
+            f"the image, {' or '.join(sorted({'x'.join(map(str, s[:2])) for s in sizes}))}"
+        )
+    wrong = labels[(labels != ignore) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise DataError(
+            f"{name}: label {int(wrong[0])} in {int((wrong == wrong[0]).sum())} pixels, expected 0 to "
+            f"{classes - 1}, or {ignore} for what does not count; are these the labels of another "
+            "dataset, or not converted yet?"
+        )
+
+
 class LocalFiles(mmseg.datasets.BaseSegDataset):
-    """Checks, before anything runs, that each image and label file is there.
+    """Checks, before anything runs, that each image and label file is there; then each file itself.
 
     Without this a missing folder is an assertion without words, an empty one an evaluation of
-    nothing, and a missing file an error after half of the images.
+    nothing, a missing file an error after half of the images, a truncated JPEG a half grey picture,
+    and labels of another dataset a low score. Every error names the file.
     """
 
     labels_by = ""  # end of the advice: what writes the labels, if the download has none
@@ -81,6 +135,31 @@ class LocalFiles(mmseg.datasets.BaseSegDataset):
             if lost:
                 count = f"{len(lost)} of {len(data)} {what}s missing, first"
                 raise self._missing(count, lost[0])
+        return data
+
+    def prepare_data(self, idx: int) -> Any:
+        """The record of an image after the pipeline.
+
+        Raises:
+            DataError: if the image or its label map is not right; the message names the file.
+        """
+        record = self.get_data_info(idx)
+        image, label = record["img_path"], record.get("seg_map_path")
+        for path in filter(None, (image, label)):
+            data = read_bytes(path)
+            check_whole(data, path)
+            if path == label and data[:4] == b"\x89PNG" and data[24] == 16:
+                raise DataError(f"{label}: a 16-bit label map, of which mmseg would keep 8 bits")
+        try:
+            data = self.pipeline(record)
+        except Exception as error:  # of any step of any pipeline: the file is what it lacks
+            files = f"{image} with labels {label}" if label else image
+            raise DataError(f"{files}: {type(error).__name__}: {error}") from error
+        sample = data.get("data_samples") if isinstance(data, dict) else None
+        if sample is not None and "gt_sem_seg" in sample:
+            sizes = [sample.metainfo[key] for key in ("ori_shape", "img_shape")]
+            classes = len(self.metainfo["classes"])
+            check_labels(sample.gt_sem_seg.data, sizes, classes, self.ignore_index, str(label))
         return data
 
     def _missing(self, what: str, path: str) -> FileNotFoundError:
@@ -172,5 +251,12 @@ class MiniSceneDataset(LocalFiles):
         img_suffix: str = ".png",
         **kwargs: Any,
     ) -> None:
-        root = prepare(data_root or cache_dir(f"mini-{scenes}"), scenes=scenes)
+        folder = data_root or cache_dir(f"mini-{scenes}")
+        try:
+            root = prepare(folder, scenes=scenes)
+        except OSError as error:
+            raise OSError(
+                f"cannot write the {scenes} scenes of the mini world to {folder}: {error}. Set "
+                "SFP_CACHE to a folder that can be written, on a disk with some megabytes left"
+            ) from error
         super().__init__(data_root=str(root), img_suffix=img_suffix, **kwargs)

@@ -21,8 +21,10 @@ from rich.table import Table
 from torch import nn
 
 from sfp.cache import atomic_write
+from sfp.card import truth_hash, write_card
 from sfp.clip.loading import locate
 from sfp.datasets import DATASETS
+from sfp.loop import ResumableTestLoop
 from sfp.method import build_method
 from sfp.metrics import SegmentationMetric
 from sfp.segmentor import OpenVocabSegmentor
@@ -47,7 +49,9 @@ class ProgressHook(Hook):
         self._bar = Progress(
             TextColumn("{task.description}"), *columns, console=Console(stderr=True)
         )
-        self._task = self._bar.add_task("evaluating", total=len(runner.test_dataloader.dataset))
+        total = len(runner.test_dataloader.dataset)
+        done = total - getattr(runner.test_loop, "remaining", total)
+        self._task = self._bar.add_task("evaluating", total=total, completed=done)
         self._bar.start()
 
     def after_test_iter(
@@ -123,22 +127,35 @@ def check(config: Config) -> None:
     """
     init_default_scope(config.get("default_scope", "mmseg"))
     build_method(config.model.get("method", "sfp"))
-    load_vocabulary(config.model.classes)
-    DATASETS.build(config.test_dataloader.dataset)
+    names = load_vocabulary(config.model.classes).names
+    dataset = DATASETS.build(config.test_dataloader.dataset)
+    expected = dataset.metainfo.get("classes") or names
+    if len(names) != len(expected):
+        raise ValueError(
+            f"{config.model.classes} names {len(names)} classes, {type(dataset).__name__} has "
+            f"{len(expected)}: the labels would not be theirs"
+        )
     locate(config.model.weights)
 
 
-def evaluate(config: Config, *, pictures: int = 6, show_dir: str | None = None) -> dict[str, Any]:
+def evaluate(
+    config: Config, *, pictures: int = 6, show_dir: str | None = None, resume: bool = True
+) -> dict[str, Any]:
     """Runs the test set of a config and writes what came out into its work folder.
+
+    Counts of every image are kept in the folder `journal` there; a run that was killed continues.
 
     Args:
         config: from `load_config`.
         pictures: images on the sheet `sheet.png`; 0 for none.
-        show_dir: folder for one picture per image, by mmseg's visualization hook.
+        show_dir: folder for one picture per image, by mmseg's visualization hook; images that were
+            done by an earlier start are not drawn again.
+        resume: False starts over.
 
     Returns:
         "mIoU", "aAcc", "mAcc", "fwIoU" in percent, "classes" with IoU and Acc of each, and what was
-        evaluated; written to `metrics.json` as well. Empty on processes other than the first.
+        evaluated; written to `metrics.json` as well, and with every setting to the reproduction
+        card, `card.json` and `card.md`. Empty on processes other than the first.
     """
     config = config.copy()
     # the console belongs to the bar and the table; --cfg-options log_level=INFO brings mmengine's log
@@ -147,8 +164,15 @@ def evaluate(config: Config, *, pictures: int = 6, show_dir: str | None = None) 
     if config.get("launcher", "none") != "none":
         config.model_wrapper_cfg = dict(type="FrozenReplica")
         if not torch.cuda.is_available() and not torch.distributed.is_initialized():
+            if config.launcher == "slurm":
+                raise ValueError(
+                    "--launcher slurm needs GPUs (mmengine deals them to the tasks); on CPU nodes let "
+                    "srun start torchrun, with --launcher pytorch (docs/scaling.md)"
+                )
             # mmengine's own start asks for CUDA, and leaves a group that is there alone
             torch.distributed.init_process_group("gloo")
+    if config.test_cfg.type == "TestLoop":
+        config.test_cfg.update(type="ResumableTestLoop", resume=resume)
     config.custom_hooks = [*config.get("custom_hooks", []), dict(type="ProgressHook", priority=90)]
     if show_dir is not None:
         config.default_hooks.visualization = dict(type="SegVisualizationHook", draw=True)
@@ -171,6 +195,11 @@ def evaluate(config: Config, *, pictures: int = 6, show_dir: str | None = None) 
     work_dir = Path(config.work_dir)
     with atomic_write(work_dir / "metrics.json") as path:
         path.write_text(json.dumps(result, indent=2) + "\n")
+    if isinstance(runner.test_loop, ResumableTestLoop):
+        groups = runner.test_loop.settings
+        if metric.records:
+            groups["data"]["truth_sha256"] = truth_hash(metric.records)
+        write_card(work_dir, groups, result)
     if pictures:
         _write_sheet(runner, work_dir / "sheet.png", pictures)
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,17 +21,20 @@ from torch.nn import functional as F
 from sfp.clip.loading import load_clip
 from sfp.clip.model import CLIP
 from sfp.clip.text import text_bank
+from sfp.clip.vit import VisionTransformer
 from sfp.functional.labels import Labels, assign
 from sfp.functional.pamr import pamr
 from sfp.functional.windows import LogitSheet, WindowGrid
 from sfp.guides import build_guides
 from sfp.method import Method, build_method
+from sfp.numerics import finite, first_bad
 from sfp.registry import suggest
 from sfp.tokens import Tokens
 from sfp.vocabulary import load_vocabulary
 
 CLIP_MEAN = (122.771, 116.746, 104.094)  # RGB, 0..255, as the segmentation repositories round them
 CLIP_STD = (68.501, 66.632, 70.323)
+LARGE = 2**24  # pixels from which an image is normalised window by window, to stay in 8 bits
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -46,11 +51,22 @@ class ImagePreprocessor(SegDataPreProcessor):
         super().__init__(mean=mean, std=std, bgr_to_rgb=bgr_to_rgb)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """`inputs`: images (3, H, W) in 0..255, BGR as mmseg loads them -> a list of float images."""
+        """`inputs`: images (3, H, W) in 0..255, BGR as mmseg loads them -> a list of float images.
+
+        Only 8-bit images of more than `LARGE` pixels are left as they are.
+        """
         data = self.cast_data(data)
-        images = [x[[2, 1, 0]] if self._channel_conversion else x for x in data["inputs"]]
-        images = [(x.float() - self.mean) / self.std for x in images]
+        images = [x if _is_large(x) else self.normalise(x) for x in data["inputs"]]
         return dict(inputs=images, data_samples=data.get("data_samples"))
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """An image, or a part of one, as the network wants it: RGB, float, mean 0."""
+        image = image[[2, 1, 0]] if self._channel_conversion else image
+        return (image.float() - self.mean) / self.std
+
+
+def _is_large(image: Tensor) -> bool:
+    return image.dtype == torch.uint8 and image[0].numel() > LARGE
 
 
 @MODELS.register_module()
@@ -224,17 +240,20 @@ class OpenVocabSegmentor(BaseSegmentor):
         """Labels each image at its original size.
 
         Args:
-            inputs: normalised images (3, H, W), of any sizes.
+            inputs: normalised images (3, H, W), of any sizes; windows smaller than one patch are
+                padded to it with zeros, the mean colour.
             data_samples: with `ori_shape`, and padding and flip where the pipeline has them; without
                 samples the input size is the original size.
 
         Returns:
-            The samples with `pred_sem_seg` (1, H, W) and, if `scores`, `seg_logits` (K, H, W).
+            The samples with `pred_sem_seg` (1, H, W), `confidence` (1, H, W), the probability of the
+            winning class, and, if `scores`, `seg_logits` (K, H, W).
         """
         samples = list(data_samples or [SegDataSample() for _ in inputs])
         (results,) = self.predict_each([self.method], inputs, samples)
         for sample, result in zip(samples, results, strict=True):
             sample.pred_sem_seg = PixelData(data=result.labels[None])
+            sample.confidence = PixelData(data=result.confidence[None])
             if result.scores is not None:
                 sample.seg_logits = PixelData(data=result.scores)
         return samples
@@ -260,17 +279,27 @@ class OpenVocabSegmentor(BaseSegmentor):
             sample.metainfo.get("ori_shape", x.shape[-2:])[:2]
             for x, sample in zip(images, samples, strict=True)
         ]
+        try:
+            each = self.sheets(methods, images, sizes)
+        except FloatingPointError as error:
+            paths = [str(s.metainfo["img_path"]) for s in samples if "img_path" in s.metainfo]
+            raise FloatingPointError(": ".join([*paths, str(error)])) from None
         return [
             [
                 self._label(image, _unflip(sheet, sample))
                 for image, sheet, sample in zip(images, sheets, samples, strict=True)
             ]
-            for sheets in self.sheets(methods, images, sizes)
+            for sheets in each
         ]
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        """`image`, normalised now if its preprocessor has put it off."""
+        return self.data_preprocessor.normalise(image) if image.dtype == torch.uint8 else image
 
     def _label(self, image: Tensor, sheet: LogitSheet) -> Labels:
         rows = sheet.rows
         if self.pamr_steps:
+            image = self._normalised(image)
             guide = F.interpolate(image[None], sheet.size, mode="bilinear", align_corners=False)
             refined = pamr(
                 guide,
@@ -302,6 +331,7 @@ class OpenVocabSegmentor(BaseSegmentor):
                 self.slide_crop,
                 self.slide_stride,
                 multiple=self.clip.visual.patch if self.pad_windows else 1,
+                least=self.clip.visual.patch,
                 via_input=self.whole_via_input,
             )
             for x in images
@@ -313,7 +343,9 @@ class OpenVocabSegmentor(BaseSegmentor):
         for queue in queues.values():
             for i in range(0, len(queue), self.window_batch):
                 batch = queue[i : i + self.window_batch]
-                windows = torch.stack([grids[n].cut(images[n], place) for n, place in batch])
+                windows = torch.stack(
+                    [grids[n].cut(images[n], place, self._normalised) for n, place in batch]
+                )
                 for each, outputs in zip(logits, self.window_logits(methods, windows), strict=True):
                     for (n, _), output in zip(batch, outputs, strict=True):
                         each[n].append(output)
@@ -326,11 +358,41 @@ class OpenVocabSegmentor(BaseSegmentor):
         ]
 
     def window_logits(self, methods: Sequence[Method], windows: Tensor) -> list[Tensor]:
-        """Logits of windows (B, 3, H, W) by several methods, at patch resolution: (B, Q, h, w)."""
+        """Logits of windows (B, 3, H, W) by several methods, at patch resolution: (B, Q, h, w).
+
+        Where half precision leads to NaN or infinite values, the windows run again in float32.
+
+        Raises:
+            FloatingPointError: if float32 does too; the message names the first part that did.
+        """
+        logits = self._window_logits(methods, windows, self.clip.visual)
+        bad = [method for method, x in zip(methods, logits, strict=True) if not finite(x)]
+        if not bad:
+            return logits
+        where = first_bad(bad[0], self.clip.visual, windows, self._context())
+        if self.clip.visual.proj.dtype != torch.float32:
+            single = copy.deepcopy(self.clip.visual).float()
+            logits = self._window_logits(methods, windows, single)
+            if all(finite(x) for x in logits):
+                warnings.warn(
+                    f"NaN or infinite values in {self.clip.visual.proj.dtype}, first in {where}; "
+                    "these windows ran again in float32 (precision='fp32' avoids the detour)",
+                    stacklevel=2,
+                )
+                return logits
+            where = first_bad(bad[0], single, windows, self._context())
+        raise FloatingPointError(
+            f"NaN or infinite values, first in {where}, also in float32: the weights or the image "
+            "are damaged, or were too large for the precision that they were converted to"
+        )
+
+    def _window_logits(
+        self, methods: Sequence[Method], windows: Tensor, vit: VisionTransformer
+    ) -> list[Tensor]:
         logits: list[Tensor | None] = [None] * len(methods)
         for trunk in dict.fromkeys(method.trunk for method in methods):
             sharing = [i for i, method in enumerate(methods) if method.trunk == trunk]
-            trace = methods[sharing[0]].run(self.clip.visual, windows, **self._context())
+            trace = methods[sharing[0]].run(vit, windows, **self._context())
             for i in sharing:
                 logits[i] = methods[i].read_logits(trace)
         return logits  # type: ignore[return-value]

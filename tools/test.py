@@ -1,4 +1,7 @@
-"""Evaluates a config and writes metrics.json and sheet.png into its work folder.
+"""Evaluates a config and writes metrics.json, card.json, card.md and sheet.png into its work folder.
+
+Killed at any moment and started again it continues, with the same numbers in the end, also with
+another number of processes; --no-resume starts over.
 
 Examples:
     python tools/test.py configs/cfg_mini.py
@@ -7,7 +10,7 @@ Examples:
     torchrun --nproc_per_node=2 tools/test.py configs/cfg_ade20k.py --launcher pytorch
 
 Exit codes: 0 evaluated; 1 unexpected error; 2 wrong command line or config; 3 data or weights are
-missing (the message says what to put where).
+missing or damaged (the message names the file and says what to do).
 """
 
 from __future__ import annotations
@@ -29,6 +32,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work-dir", help="folder for the results (default: work/<config name>)")
     parser.add_argument("--show-dir", help="folder for a picture of each image with its labels")
     parser.add_argument("--pictures", type=int, default=6, help="images on the sheet (default: 6)")
+    parser.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="forget what an earlier, killed start has done (by default it is continued)",
+    )
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm"],
@@ -72,9 +80,12 @@ def main() -> int:
         evaluate.check(config)
         if args.check:
             return 0
-        result = evaluate.evaluate(config, pictures=args.pictures, show_dir=args.show_dir)
-    except (FileNotFoundError, sfp.WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        result = evaluate.evaluate(
+            config, pictures=args.pictures, show_dir=args.show_dir, resume=not args.no_resume
+        )
+    except (OSError, sfp.WeightsError, sfp.DataError, FloatingPointError) as error:
+        # from a data loader's process comes a whole traceback, which ends with the message
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 3
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

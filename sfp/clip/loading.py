@@ -1,20 +1,22 @@
 """From a name, a file or a state dict to a CLIP whose weights are what they claim to be.
 
-Nothing here runs code from a checkpoint: OpenAI's TorchScript archives are read as data (their
-tensors, never their programs), pickles with `weights_only=True`, safetensors as they are.
+Nothing here runs code from a checkpoint: PyTorch's archives, TorchScript among them, are read as data
+(`sfp/clip/archive.py`), safetensors are nothing else, and what `torch.save` wrote before 2020 goes
+through PyTorch's `weights_only` reader.
 """
 
 from __future__ import annotations
 
 import hashlib
+import http.client
+import io
 import pickle
-import urllib.error
+import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import safetensors
 import torch
@@ -22,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfp.cache import cache_dir, sha256_file
+from sfp.clip.archive import read_archive
 from sfp.clip.model import CLIP, build_clip
 from sfp.registry import suggest
 
@@ -76,25 +79,37 @@ def load_clip(source: str | Path | Mapping[str, Tensor], *, activation: str = "q
         ValueError: if they are not a ViT CLIP in OpenAI's layout.
     """
     if isinstance(source, Mapping):
-        state, digest = dict(source), digest_of(source)
+        origin, state, digest = "the state dict", dict(source), digest_of(source)
     else:
         path = locate(source)
-        state, digest = read_state(path), sha256_file(path)
+        origin, digest = str(path), _digest(path)
         expected = PUBLISHED.get(str(source))
-        if expected and digest != expected.sha256:
+        if expected and digest != expected.sha256:  # before anything looks inside
             raise WeightsError(
                 f"{path} is not {source}: its SHA-256 is {digest}, published is {expected.sha256}. "
                 "Delete the file; it is downloaded again, or put an intact copy there."
             )
-    clip = build_clip(
-        {
-            k: v.float() if v.is_floating_point() and v.dtype != torch.float64 else v
-            for k, v in state.items()
-        },
-        activation,
-    )
+        state = read_state(path)
+    try:
+        clip = build_clip(
+            {
+                k: v.float() if v.is_floating_point() and v.dtype != torch.float64 else v
+                for k, v in state.items()
+            },
+            activation,
+        )
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+    _check_numbers(clip, origin)
     clip.digest = digest
     return clip
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise WeightsError(f"cannot read weights from {path}: {error}") from error
 
 
 def locate(source: str | Path) -> Path:
@@ -133,7 +148,7 @@ def download(name: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(published.url, str(path), hash_prefix=published.sha256)
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: wrong hash
         raise WeightsError(
             f"could not download {name}: {error}. Fetch {published.url} on a machine that has a "
             f"network and put it at {path} (SHA-256 {published.sha256}), or give the path of a local "
@@ -151,91 +166,63 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(n.endswith("/constants.pkl") for n in archive.namelist()):
-                    return read_torchscript(archive)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            return read_archive(file) if zipfile.is_zipfile(file) else _read_legacy(file)
     except (
         OSError,
-        RuntimeError,
+        ValueError,  # ArchiveError among them
         EOFError,
-        KeyError,
-        ValueError,
+        RuntimeError,  # zipfile's, for features of the format that it lacks
+        struct.error,
         pickle.UnpicklingError,
         zipfile.BadZipFile,
         safetensors.SafetensorError,
     ) as error:
         raise WeightsError(
-            f"cannot read weights from {path}: {_first_line(error)}. "
-            "Expected a TorchScript archive as OpenAI ships them, a state dict saved by torch.save, "
-            "or safetensors; the file may be truncated: fetch it again."
+            f"cannot read weights from {path}: {_first_line(error)}. Expected safetensors, a "
+            "TorchScript archive as OpenAI ships them, or a state dict saved by torch.save; the file "
+            "may be truncated: fetch it again."
         ) from error
+
+
+def _read_legacy(file: BinaryIO) -> dict[str, Tensor]:
+    """The state dict in a file of `torch.save` from before PyTorch 1.6, by PyTorch's restricted reader.
+
+    Raises:
+        ValueError: if it holds none, or PyTorch's reader is one that could be tricked.
+    """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # CVE-2025-32434
+        raise ValueError(
+            "neither safetensors nor a zip file, which alone PyTorch < 2.6 reads safely"
+        )
+    file.seek(0)
+    try:
+        # from memory: a file would hand out as many bytes as an instruction asks for
+        state = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
+    except Exception as error:  # its reader checks little and stumbles in every way there is
+        raise ValueError(_first_line(error)) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path} holds no state dict (a mapping from names to tensors)")
-    return dict(state)
+        raise ValueError("no state dict: a mapping from names to tensors")
+    if sum(v.numel() * v.element_size() for v in state.values()) > file.seek(0, 2):
+        raise ValueError("tensors larger than the file that should hold them")
+    return {str(name): value for name, value in state.items()}
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-class _Module:
-    """Stands in for every class of a TorchScript archive: attributes and nothing else."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-class _TensorsOnly(pickle.Unpickler):
-    """Reads a TorchScript archive's `data.pkl`: tensors and bags of attributes, no other global."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(archive.open(f"{root}/data.pkl"))
-        self.archive, self.root = archive, root
-        self.storages: dict[str, torch.UntypedStorage] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__"):
-            return _Module
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return torch._utils._rebuild_tensor_v2
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, requires_grad, hooks: data
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name)
-        if module == "torch.jit._pickle":  # typed lists of ints and the like
-            return lambda data, *rest: data
-        raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        _, kind, key, _, _ = pid
-        if key not in self.storages:
-            data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-            self.storages[key] = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
-        return torch.storage.TypedStorage(
-            wrap_storage=self.storages[key], dtype=kind.dtype, _internal=True
-        )
-
-
-def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """The parameters and buffers in a TorchScript archive, by dotted name."""
-    root = archive.namelist()[0].split("/")[0]
-    state: dict[str, Tensor] = {}
-
-    def walk(node: Any, name: str) -> None:
-        for key, value in vars(node).items():
-            if isinstance(value, Tensor):
-                state[name + key] = value
-            elif isinstance(value, _Module):
-                walk(value, f"{name}{key}.")
-
-    walk(_TensorsOnly(archive, root).load(), "")
-    return state
+def _check_numbers(clip: CLIP, origin: str) -> None:
+    """Raises `WeightsError` if a value of a parameter is NaN or infinite."""
+    for name, weight in clip.named_parameters():
+        if not weight.isfinite().all():
+            bad = int((~weight.isfinite()).sum())
+            raise WeightsError(
+                f"{origin}: {name} has {bad} NaN or infinite of {weight.numel()} values; the file is "
+                "damaged or its training diverged: fetch it again or use other weights"
+            )
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
@@ -244,5 +231,6 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         digest.update(name.encode())
         digest.update(str(state[name].dtype).encode())
-        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+        flat = state[name].detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy knows no bfloat16
     return digest.hexdigest()

@@ -140,6 +140,7 @@ def build_clip(state: Mapping[str, Tensor], activation: str = "quick_gelu") -> C
         for k, v in state.items()
         if k in own and v.shape != own[k].shape
     ]
+    problems += [f"{k} is {v.dtype}, not of floats" for k, v in state.items() if not _floats(v)]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
@@ -150,6 +151,10 @@ def build_clip(state: Mapping[str, Tensor], activation: str = "quick_gelu") -> C
 
 
 _SCALARS = ("input_resolution", "context_length", "vocab_size")
+
+
+def _floats(x: Tensor) -> bool:
+    return x.is_floating_point() and x.layout == torch.strided
 
 
 def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:

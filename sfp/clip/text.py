@@ -21,6 +21,7 @@ from sfp.cache import atomic_write, cache_dir
 from sfp.clip.model import CLIP
 
 BATCH = 512  # prompts per forward pass
+CHUNK = 1024  # queries whose prompts are held at once
 
 
 @functools.cache
@@ -69,11 +70,30 @@ def prompt_templates(templates: str | Sequence[str]) -> list[str]:
 def encode_queries(clip: CLIP, queries: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Unit text features, (Q, C) float32: the normalised mean of normalised prompt features.
 
-    All prompts of all queries are encoded together, sorted by length, so that each batch is cut as
-    short as it can be.
+    Prompts of many queries are encoded together, sorted by length, so that each batch is cut as short
+    as it can be.
+
+    Raises:
+        ValueError: if a prompt is too long, or the checkpoint has another vocabulary.
+        FloatingPointError: if features are NaN or infinite; the message names the query.
     """
     distinct = list(dict.fromkeys(queries))  # equal names get equal features, to the last bit
-    prompts = [template.format(query) for query in distinct for template in templates]
+    parts = [
+        _encode(clip, distinct[i : i + CHUNK], templates) for i in range(0, len(distinct), CHUNK)
+    ]
+    features = torch.cat(parts)
+    for query, row in zip(distinct, features.isfinite().all(-1).tolist(), strict=True):
+        if not row:
+            raise FloatingPointError(
+                f"NaN or infinite text features, first of {query!r}, in {clip.text_projection.dtype}"
+                ": the text tower's weights are damaged or too large for this precision"
+            )
+    place = {query: i for i, query in enumerate(distinct)}
+    return features[[place[query] for query in queries]]
+
+
+def _encode(clip: CLIP, queries: Sequence[str], templates: Sequence[str]) -> Tensor:
+    prompts = [template.format(query) for query in queries for template in templates]
     ids = tokenize(prompts, clip.context)
     vocab = clip.token_embedding.num_embeddings
     if int(ids.max()) >= vocab:
@@ -88,8 +108,7 @@ def encode_queries(clip: CLIP, queries: Sequence[str], templates: Sequence[str])
         for rows in order.split(BATCH)
     ]
     features = torch.cat(batches)[order.argsort()]  # (Q * templates, C)
-    features = F.normalize(features.unflatten(0, (len(distinct), -1)).mean(1), dim=-1)
-    return features[[distinct.index(query) for query in queries]]
+    return F.normalize(features.unflatten(0, (len(queries), -1)).mean(1), dim=-1)
 
 
 def text_bank(
@@ -118,21 +137,26 @@ def text_bank(
         key = [clip.digest, list(queries), templates, str(weight.dtype)]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         path = (folder or cache_dir("text")) / f"{name}.safetensors"
-        features = _read(path, (len(queries), weight.shape[1]))
+        features = read_bank(path, (len(queries), weight.shape[1]))
         if features is not None:
             return features.to(weight.device)
     features = encode_queries(clip, queries, templates)
     if path is not None:
         try:
-            with atomic_write(path) as temporary:
-                bank = features.cpu().contiguous()
-                save_file({"features": bank}, temporary, metadata={"sha256": _checksum(bank)})
-        except OSError as error:
-            warnings.warn(f"text features are not cached: {error}", stacklevel=2)
+            write_bank(path, features)
+        except (OSError, safetensors.SafetensorError) as error:  # the latter from a full disk
+            warnings.warn(f"text features are not cached: {path.parent}: {error}", stacklevel=2)
     return features.clone()  # no inference tensor leaves
 
 
-def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
+def write_bank(path: Path, features: Tensor) -> None:
+    """Writes a cache file, whole or not at all, with a checksum of the features (Q, C)."""
+    bank = features.cpu().contiguous()
+    with atomic_write(path) as temporary:
+        save_file({"features": bank}, temporary, metadata={"sha256": _checksum(bank)})
+
+
+def read_bank(path: Path, shape: tuple[int, int]) -> Tensor | None:
     """The features in a cache file, or None if it is absent or damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:

@@ -70,17 +70,22 @@ def assign(
     classes = index[-1] + 1
 
     def sweep(dropped: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        labels, confidence, kept = [], [], []
+        labels = confidence = None  # made once the device is known, then filled slab by slab
+        kept = []
         for start in range(0, height, step):
-            scores = class_scores(rows(start, min(start + step, height)), index, scale)
+            stop = min(start + step, height)
+            scores = class_scores(rows(start, stop), index, scale)
             if dropped is not None:
                 scores = scores.masked_fill(dropped[:, None, None], 0)
-            best, label = scores.max(0)
-            labels.append(label)
-            confidence.append(best)
+            if labels is None or confidence is None:
+                labels = scores.new_empty(size, dtype=torch.long)
+                confidence = scores.new_empty(size)
+            torch.max(scores, 0, out=(confidence[start:stop], labels[start:stop]))
             if keep_scores:
                 kept.append(scores)
-        return torch.cat(labels), torch.cat(confidence), torch.cat(kept, 1) if kept else None
+        assert labels is not None
+        assert confidence is not None
+        return labels, confidence, torch.cat(kept, 1) if kept else None
 
     labels, confidence, scores = sweep(None)
     if area_thd is not None:
@@ -89,5 +94,5 @@ def assign(
         dropped[0] = False
         if bool((dropped & (won > 0)).any()) or (keep_scores and bool(dropped.any())):
             labels, confidence, scores = sweep(dropped)
-    labels = labels.masked_fill(confidence < prob_thd, 0)
+    labels.masked_fill_(confidence < prob_thd, 0)
     return Labels(labels, confidence, scores)

@@ -9,13 +9,15 @@ full-resolution window, no accumulator, and any slab of the result can be had al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+BLOCK = 4096  # pixels of a side above which the merging matrices are used in parts
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:
@@ -56,7 +58,12 @@ def merge_matrix(
         placed[start : start + window, i] = up
         covered[start : start + window] += 1
     merged = placed.flatten(1) / covered  # (length, windows * cells)
-    return interpolation(length, target) @ merged
+    # resampled column by column: `interpolation` as a matrix would have length x target numbers
+    return F.interpolate(merged.T[None], target, mode="linear", align_corners=False)[0].T
+
+
+def _padding(side: int, multiple: int, least: int) -> int:
+    return max(-side % multiple, least - side)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class WindowGrid:
         stride: int,
         *,
         multiple: int = 1,
+        least: int = 1,
         via_input: bool = False,
     ) -> WindowGrid:
         """Windows of side `crop`, `stride` apart; smaller images are their own window.
@@ -96,6 +104,7 @@ class WindowGrid:
                 in the official codes.
             stride: pixels between windows.
             multiple: windows are padded to multiples of it (ClearCLIP: of the patch).
+            least: smaller windows are padded to it (one patch: less has no token).
             via_input: whole images go through their own size too (NACLIP).
         """
         height, width = int(size[0]), int(size[1])
@@ -103,7 +112,7 @@ class WindowGrid:
         ys, xs = ([0], [0])
         if crop:
             ys, xs = (window_starts(length, crop, stride) for length in (height, width))
-        padding = (-window[0] % multiple, -window[1] % multiple)
+        padding = (_padding(window[0], multiple, least), _padding(window[1], multiple, least))
         direct = not (crop or via_input or any(padding))
         return cls((height, width), window, ys, xs, padding, direct)
 
@@ -112,10 +121,15 @@ class WindowGrid:
         """First row and column of every window, in the order that `sheet` expects."""
         return list(product(self.ys, self.xs))
 
-    def cut(self, image: Tensor, place: tuple[int, int]) -> Tensor:
-        """The window of an image (C, H, W) at a place, padded."""
+    def cut(
+        self,
+        image: Tensor,
+        place: tuple[int, int],
+        prepare: Callable[[Tensor], Tensor] = lambda window: window,
+    ) -> Tensor:
+        """The window of an image (C, H, W) at a place, prepared and then padded with zeros."""
         y, x = place
-        window = image[:, y : y + self.window[0], x : x + self.window[1]]
+        window = prepare(image[:, y : y + self.window[0], x : x + self.window[1]])
         if any(self.padding):
             front = [side // 2 for side in self.padding]
             back = [side - side // 2 for side in self.padding]
@@ -133,6 +147,13 @@ class WindowGrid:
             for i, starts in enumerate((self.ys, self.xs))
         )
         return LogitSheet(tiles, rows, columns)
+
+
+def _band(matrix: Tensor) -> tuple[slice, Tensor]:
+    """The range of columns that hold something else than zero, and the matrix cut to it."""
+    used = matrix.any(0).nonzero()
+    own = slice(int(used[0]), int(used[-1]) + 1)
+    return own, matrix[:, own]
 
 
 @dataclass(frozen=True)
@@ -156,7 +177,13 @@ class LogitSheet:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Logits of output rows start to stop, (Q, stop - start, W)."""
-        return self.row_matrix[start:stop] @ self.tiles @ self.column_matrix.T
+        if max(self.size) <= BLOCK:
+            return self.row_matrix[start:stop] @ self.tiles @ self.column_matrix.T
+        # in large images almost every product is with zero: only the windows around take part
+        own, rows = _band(self.row_matrix[start:stop])
+        part = rows @ self.tiles[:, own]  # (Q, stop - start, S)
+        blocks = [_band(block) for block in self.column_matrix.split(BLOCK)]
+        return torch.cat([part[..., own] @ columns.T for own, columns in blocks], dim=-1)
 
     def flip(self, direction: str) -> LogitSheet:
         """The sheet of the mirrored output; "vertical" swaps up and down, anything else the sides."""

@@ -1,8 +1,9 @@
 """The embedded mini world: generated scenes, and a small CLIP that was trained on nothing else.
 
 The model knows the eighteen names in `CLASSES` and their `ALIASES`; any other word has an embedding
-of zero. It was warm-started with patch labels of the generator. What methods score on it says
-whether they run as intended, not how they fare with real CLIPs.
+of zero. Its training used the generator's patch labels besides captions (see `train`), so that its
+middle layers group patches as those of real CLIPs do. What methods score on it says whether they run
+as intended, not how they fare with real CLIPs.
 """
 
 from pathlib import Path

@@ -1,8 +1,12 @@
 """Train the mini CLIP on generated scenes: `python -m sfp.mini.train --out DIR [--minutes 95]`.
 
-A 12-layer CLIP of width 128 learns from (scene, caption) pairs and nothing else, except that the
-generator's labels of patches guide block 8 during the first half of the training. It knows the
-names in `sfp.mini.ALIASES` and no other words, and says nothing about how real CLIPs behave.
+A 12-layer CLIP of width 128 learns from (scene, caption) pairs, with help from the generator's patch
+labels: they guide block 8 during the first half, and the kinship loss asks that patches of one class
+resemble and attend to one another. It knows the names in `sfp.mini.ALIASES` and no other words, and
+says nothing about how real CLIPs behave.
+
+The shipped checkpoint's log, `train.log`, shows the kinship loss from minute 45 on, in its present
+form from minute 60 on; the run was interrupted there to add it, and a few steps occur twice.
 
 What makes a thing this small work on one CPU core:
 

@@ -1,0 +1,46 @@
+"""Where NaN and infinite values come from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfp.clip.vit import VisionTransformer
+from sfp.method import Method
+
+
+def finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass without a temporary.
+
+    A sum keeps any of them; that it overflows by itself takes values no network has (float64 sums).
+    """
+    return bool(x.sum(dtype=torch.float64 if x.device.type == "cpu" else torch.float32).isfinite())
+
+
+def first_bad(
+    method: Method, vit: VisionTransformer, image: Tensor, context: dict[str, Any]
+) -> str:
+    """The first part, in the order in which they run, that puts out a NaN or infinite value.
+
+    Args:
+        method, vit, image, context: as for `Method.run`; it all runs once more.
+    """
+    if not finite(image):
+        return "the image"
+    for name, weight in method.operate(vit).named_parameters():
+        if not finite(weight):
+            return f"the weights visual.{name}"
+    trace = method.run(vit, image, **context)
+    if not finite(trace.embedded.data):
+        return "the patch embedding (visual.conv1 to visual.ln_pre)"
+    for i, tokens in enumerate(trace.outputs):
+        if not finite(tokens.data):
+            return f"block {i} (visual.transformer.resblocks.{i})"
+    for i, readout in enumerate(method.readouts):
+        if not finite(readout(trace).data):
+            return f"readout {i} (through block {', '.join(map(str, readout.blocks))})"
+    if not finite(method.read(trace).data):
+        return "the projection (visual.ln_post, visual.proj)"
+    return "the refiners of the logits, or the text features"

@@ -1,0 +1,286 @@
+"""Label maps of folders, lists and shards; killed runs and broken images."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from PIL import Image
+
+from sfp import bulk
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = Config.fromfile(str(ROOT / "configs/base_config.py"))
+    config.model.update(weights="mini", classes=["sky", "grass", ["sun", "star"]])
+    config.model.templates = ["a {}."]
+    return bulk.bulk_config(config, short_side=112)
+
+
+def picture(seed: int, size: tuple[int, int] = (60, 90), form: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form)
+    return buffer.getvalue()
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def shard(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def label(config: Config, inputs: list[Path], out: Path, **knobs) -> dict[str, bulk.Outcome]:
+    outcomes = bulk.Labeller(config, out, **knobs).run(bulk.list_units(inputs))
+    return {outcome.name: outcome for outcome in outcomes}
+
+
+def outputs(out: Path, what: str = "labels") -> dict[str, bytes]:
+    files = [f for f in sorted((out / what).rglob("*")) if f.is_file()]
+    return {f.relative_to(out / what).as_posix(): f.read_bytes() for f in files}
+
+
+def test_folder_list_and_shard_agree(tmp_path, config):
+    sizes = ((60, 90), (96, 64), (40, 40), (30, 100), (60, 90))
+    files = {f"a/b{i}.png": picture(i, size) for i, size in enumerate(sizes)}
+    folder = write(tmp_path / "in", files)
+    (tmp_path / "in" / "notes.md").write_text("no image")
+    listing = tmp_path / "in" / "files.txt"
+    listing.write_text("".join(f"{name}\n" for name in files))
+    tar = shard(tmp_path / "s.tar", {**files, "a/b0.json": b"{}"})
+
+    done = label(config, [folder], tmp_path / "1", confidence=True, overlay=True, batch_size=2)
+    assert {o.status for o in done.values()} == {"done"}
+    assert list(done) == [f"a/b{i}" for i in range(5)]
+    label(config, [listing], tmp_path / "2", batch_size=2)
+    label(config, [tar], tmp_path / "3", batch_size=2)
+    expected = outputs(tmp_path / "1")
+    assert list(expected) == [f"a/b{i}.png" for i in range(5)]
+    assert outputs(tmp_path / "2") == expected
+    assert outputs(tmp_path / "3") == {f"s/{name}": data for name, data in expected.items()}
+
+    for i, (height, width) in enumerate(sizes):
+        labels = Image.open(tmp_path / "1/labels" / f"a/b{i}.png")
+        assert (labels.mode, labels.size) == ("P", (width, height))
+        assert labels.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
+        assert np.asarray(labels).max() < 3
+        confidence = np.asarray(Image.open(tmp_path / "1/confidence" / f"a/b{i}.png"))
+        assert confidence.shape == (height, width)
+        assert confidence.min() >= 255 // 4 - 1  # four queries: the best has a quarter at least
+        assert Image.open(tmp_path / "1/overlay" / f"a/b{i}.jpg").size == (width, height)
+
+
+def test_equal_to_the_segmentor(tmp_path, config):
+    """What is written is what `inference_model` gives for the file."""
+    from mmseg.apis import inference_model, init_model
+
+    folder = write(tmp_path / "in", {"x.jpg": picture(0, (70, 110), "JPEG")})
+    label(config, [folder], tmp_path / "out")
+    model = init_model(config, device="cpu")
+    expected = inference_model(model, str(folder / "x.jpg")).pred_sem_seg.data[0]
+    found = np.asarray(Image.open(tmp_path / "out/labels/x.png"))
+    assert np.array_equal(found, expected.numpy())
+
+
+def test_what_is_done_is_skipped(tmp_path, config):
+    folder = write(tmp_path / "in", {f"{i}.png": picture(i) for i in range(4)})
+    tar = shard(tmp_path / "s.tar", {f"{i}.png": picture(i) for i in range(2)})
+    out = tmp_path / "out"
+    label(config, [folder, tar], out)
+    expected = outputs(out)
+    file = out / "labels/1.png"
+    file.write_bytes(file.read_bytes()[:-3])  # torn, as by a crash of the machine
+    (out / "labels/s/1.png").write_bytes(b"")
+    (out / "labels/3.png").unlink()
+    again = label(config, [folder, tar], out)
+    assert {k for k, o in again.items() if o.status == "done"} == {"1", "3", "s/1"}
+    assert {k for k, o in again.items() if o.status == "skipped"} == {"0", "2", "s/0"}
+    assert outputs(out) == expected
+    # another kind of result is wanted: the images are done again
+    assert {o.status for o in label(config, [folder], out, overlay=True).values()} == {"done"}
+
+
+def test_broken_images_are_recorded(tmp_path, config):
+    good, photo = picture(0), picture(1, form="JPEG")
+    files = {
+        "0.png": good,
+        "empty.png": b"",
+        "text.jpg": b"not an image",
+        "cut.png": good[: len(good) // 2],
+        "cut.jpg": photo[: len(photo) // 2],
+        "z.jpg": photo,
+    }
+    folder = write(tmp_path / "in", {k: v for k, v in files.items() if k != "cut.jpg"})
+    write(folder, {"more/cut.jpg": files["cut.jpg"], "list.txt": b"0.png\nnowhere.png\n"})
+    names = {"empty": "is empty", "text": "not an image", "cut": "truncated"}
+    found = label(config, [folder], tmp_path / "1")
+    assert {k for k, o in found.items() if o.status == "done"} == {"0", "z"}
+    for name, error in (names | {"more/cut": "truncated"}).items():
+        assert error in found[name].error
+    assert set(outputs(tmp_path / "1")) == {"0.png", "z.png"}
+
+    missing = label(config, [folder / "list.txt"], tmp_path / "2")
+    assert "nowhere.png" in missing["nowhere"].error
+    assert missing["0"].status == "done"
+
+    tar = shard(
+        tmp_path / "s.tar", {"0.png": good, "../out.png": good, "0.jpg": photo, "1.png": good}
+    )
+    found = list(bulk.Labeller(config, tmp_path / "3").run(bulk.list_units([tar])))
+    assert sorted((o.name, o.status) for o in found) == [
+        ("s/../out.png", "failed"),
+        ("s/0", "done"),
+        ("s/0", "failed"),
+        ("s/1", "done"),
+    ]
+    errors = "".join(o.error for o in found)
+    assert "leaves the shard" in errors
+    assert "two images of this name" in errors
+    assert set(outputs(tmp_path / "3")) == {"s/0.png", "s/1.png"}
+
+    torn = tmp_path / "torn.tar"
+    torn.write_bytes(
+        shard(tmp_path / "t.tar", {f"{i}.png": good for i in range(3)}).read_bytes()[:9000]
+    )
+    found = label(config, [torn], tmp_path / "4")
+    assert "torn.tar" in found["torn"].error
+
+
+def test_one_image_does_not_fail_its_batch(tmp_path, config, monkeypatch):
+    folder = write(tmp_path / "in", {f"{i}.png": picture(i, (40 + i, 60)) for i in range(4)})
+    labeller = bulk.Labeller(config, tmp_path / "out", batch_size=4)
+    step = labeller.model.test_step
+
+    def fragile(data):
+        if any(sample.ori_shape[0] == 42 for sample in data["data_samples"]):
+            raise RuntimeError("out of memory")
+        return step(data)
+
+    monkeypatch.setattr(labeller.model, "test_step", fragile)
+    found = {o.name: o.status for o in labeller.run(bulk.list_units([folder]))}
+    assert found == {"0": "done", "1": "done", "2": "failed", "3": "done"}
+
+
+def test_many_classes_have_16_bits(tmp_path, config):
+    config = config.copy()
+    config.model.classes = [f"word {i}" for i in range(300)]
+    folder = write(tmp_path / "in", {"0.png": picture(0)})
+    label(config, [folder], tmp_path / "out")
+    assert Image.open(tmp_path / "out/labels/0.png").mode == "I;16"
+    with pytest.raises(ValueError, match="255 classes at most"):
+        bulk.Labeller(config, tmp_path / "out", overlay=True)
+
+
+def test_inputs_that_cannot_be(tmp_path):
+    write(tmp_path / "in", {"a.jpg": picture(0, form="JPEG"), "a.png": picture(0)})
+    with pytest.raises(ValueError, match=r"both become a\.png"):
+        bulk.list_units([tmp_path / "in"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no image or tar shard"):
+        bulk.list_units([tmp_path / "empty"])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        bulk.list_units([tmp_path / "nowhere"])
+
+
+def test_a_folder_belongs_to_its_settings(tmp_path, config):
+    bulk.claim(tmp_path, config)
+    bulk.claim(tmp_path, config)
+    other = config.copy()
+    other.model.classes = ["sky"]
+    with pytest.raises(ValueError, match="made with another vocabulary"):
+        bulk.claim(tmp_path, other)
+
+
+def command(folder: Path, out: Path) -> list[str]:
+    """Of tools/label.py, with the interpreter before it."""
+    arguments = ["--weights", "mini", "--short-side", "224", "--batch-size", "1"]
+    arguments += ["--classes", "sky", "sun, star"]
+    return [
+        sys.executable,
+        str(ROOT / "tools/label.py"),
+        str(folder),
+        "--out",
+        str(out),
+        *arguments,
+    ]
+
+
+def test_kill_9_and_continue(tmp_path, config, monkeypatch):
+    """A killed run of the tool continues; its label maps equal those of one that was left alone."""
+    folder = write(tmp_path / "in", {f"{i:02}.png": picture(i, (100, 140)) for i in range(30)})
+    write(folder, {"00.png": b"broken"})
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command(folder, out), start_new_session=True, env=environment)
+    deadline = time.monotonic() + 120
+    while len(outputs(out)) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {k: v for k, v in outputs(out).items() if not k.startswith(".")}  # half-written ones
+    assert 3 <= len(before) < 29
+    assert all(bulk.whole(out / "labels" / name) for name in before)
+
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setattr(sys, "argv", command(folder, out)[1:])
+    import label as tool
+
+    assert tool.main() == 1  # one image is broken
+    report = json.loads((out / "report.json").read_text())
+    assert (report["done"], report["skipped"], report["failed"]) == (
+        29 - len(before),
+        len(before),
+        1,
+    )
+    assert report["images_per_second"] > 0
+    (line,) = (out / "failures.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "00"
+    after = {k: v for k, v in outputs(out).items() if not k.startswith(".")}
+    whole = config.copy()
+    whole.model.update(classes=["sky", ["sun", "star"]], templates="imagenet")
+    label(bulk.bulk_config(whole, 224), [folder], tmp_path / "whole", batch_size=1)
+    assert after == outputs(tmp_path / "whole")
+
+
+def test_ray_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sfp\[scale\]'"):
+        bulk.run_on_ray([], {})
+
+
+def test_ray(tmp_path, config):
+    pytest.importorskip("ray")
+    files = {f"{i}.png": picture(i) for i in range(6)}
+    inputs = [write(tmp_path / "in", files), shard(tmp_path / "s.tar", files)]
+    label(config, inputs, tmp_path / "local", batch_size=1)
+    knobs = dict(config=config, out=tmp_path / "ray", batch_size=1)
+    found = list(bulk.run_on_ray(bulk.list_units(inputs), knobs, processes=2))
+    assert sorted(o.name for o in found) == sorted(
+        [*map(str, range(6)), *(f"s/{i}" for i in range(6))]
+    )
+    assert outputs(tmp_path / "ray") == outputs(tmp_path / "local")

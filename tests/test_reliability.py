@@ -1,0 +1,1007 @@
+"""What happens when things go wrong: damaged files, odd images, wrong labels, bad numbers, full disks.
+
+docs/reliability.md lists the promises and which of these tests proves each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import runpy
+import struct
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+import torch
+import trees
+from fuzz import fuzz_readers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.structures import SegDataSample
+from PIL import Image
+from safetensors.torch import save_file
+
+import sfp
+from sfp import evaluate
+from sfp.clip import loading
+from sfp.clip import text as text_module
+from sfp.clip.loading import PUBLISHED, Published, WeightsError, load_clip, read_state
+from sfp.clip.text import encode_queries, text_bank
+from sfp.functional import labels as labels_module
+from sfp.functional import windows as windows_module
+from sfp.functional.labels import assign
+from sfp.functional.windows import WindowGrid, interpolation, merge_matrix
+from sfp.images import ImageError, check_whole, read_image
+from sfp.mini import prepare
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+WORDS = ["cat", "dog", "a red ball"]
+
+
+def segmentor(**knobs) -> sfp.OpenVocabSegmentor:
+    clip = knobs.pop("weights", None) or tiny.clip(**knobs.pop("size", {}))
+    count = len(knobs.get("classes", WORDS))
+    settings = dict(classes=WORDS, method="clip", query_features=tiny.queries(count), slide_crop=64)
+    return sfp.OpenVocabSegmentor(
+        clip, **{**settings, "slide_stride": 32, "scores": False, **knobs}
+    )
+
+
+def label(model: sfp.OpenVocabSegmentor, image: np.ndarray, **meta) -> torch.Tensor:
+    """The label map of a BGR image, by the way that mmengine takes."""
+    sample = SegDataSample(metainfo=dict(ori_shape=image.shape[:2], **meta))
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    (result,) = model.test_step(dict(inputs=[pixels], data_samples=[sample]))
+    return result.pred_sem_seg.data[0]
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+
+def saved(path: Path, form: str, state: dict[str, torch.Tensor] | None = None) -> Path:
+    """Weights in one of the formats that are read."""
+    state = state or {k: v.contiguous() for k, v in tiny.clip().state_dict().items()}
+    if form == "safetensors":
+        path = path.with_suffix(".safetensors")
+        save_file(state, path)
+    elif form == "torchscript":
+        torch.jit.save(_scripted(state), path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "torch")
+    return path
+
+
+def _scripted(state: dict[str, torch.Tensor]) -> torch.jit.ScriptModule:
+    """A TorchScript module whose tensors have the state dict's names."""
+
+    class Node(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    root = Node()
+    for name, value in state.items():
+        node = root
+        *path, leaf = name.split(".")
+        for part in path:
+            if not hasattr(node, part):
+                node.add_module(part, Node())
+            node = getattr(node, part)
+        node.register_buffer(leaf, value.clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.trace(root, torch.ones(1))
+
+
+FORMS = ["safetensors", "torchscript", "torch", "legacy"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_the_same_from_every_format(tmp_path, form):
+    clip = load_clip(saved(tmp_path / "clip.pt", form))
+    for name, value in tiny.clip().state_dict().items():
+        assert torch.equal(clip.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("form", FORMS)
+def test_truncated_weights(tmp_path, form, share):
+    path = saved(tmp_path / "clip.pt", form)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(WeightsError, match="cannot read weights from") as error:
+        load_clip(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x", b"<html>404</html>", bytes(1000), b"PK\x03\x04" + bytes(99), b"\x80\x04N."],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ""])
+def test_files_that_are_no_weights(tmp_path, content, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=re.escape(str(path))):
+        load_clip(path)
+
+
+def test_a_folder_or_an_unreadable_path_is_no_weights(tmp_path):
+    with pytest.raises(WeightsError, match="neither a file nor a known name"):
+        load_clip(tmp_path)
+
+
+def test_a_swapped_published_file_is_not_even_opened(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFP_CACHE", str(tmp_path))
+    path = tmp_path / "weights" / PUBLISHED["ViT-B/16"].file
+    path.parent.mkdir()
+    saved(path, "torch")
+    monkeypatch.setattr(loading, "read_state", lambda path: pytest.fail("opened"))
+    with pytest.raises(
+        WeightsError, match=r"is not ViT-B/16: its SHA-256 is .*published is 5806e77c"
+    ):
+        load_clip("ViT-B/16")
+
+
+class _Server:
+    """Stands in for the network: gives some bytes, then ends or fails."""
+
+    def __init__(self, data: bytes, error: Exception | None = None) -> None:
+        self.file, self.error, self.length = io.BytesIO(data), error, len(data)
+
+    def __call__(self, request):
+        return contextlib.nullcontext(self)
+
+    def info(self):
+        return {"Content-Length": str(self.length)} and self
+
+    def getheaders(self, name):
+        return [str(self.length)]
+
+    def read(self, size):
+        data = self.file.read(size)
+        if not data and self.error:
+            raise self.error
+        return data
+
+
+@pytest.mark.parametrize(
+    ("cut", "error"),
+    [(100, None), (100, ConnectionResetError("reset by peer")), (0, OSError(28, "No space left"))],
+)
+def test_a_download_that_ends_early_leaves_nothing(tmp_path, monkeypatch, cut, error):
+    monkeypatch.setenv("SFP_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(torch.hub, "urlopen", _Server(bytes(cut), error))
+    with pytest.raises(
+        WeightsError, match=r"could not download ViT-B/16.*put it at .*ViT-B-16\.pt"
+    ):
+        load_clip("ViT-B/16")
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_two_processes_download_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = saved(tmp_path / "ViT-B-16.pt", "torch")
+    data = path.read_bytes()
+    published = Published(path.name, loading.sha256_file(path))
+    monkeypatch.setitem(PUBLISHED, "ViT-B/16", published)
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: _Server(data)(request))
+    assert set(in_processes(lambda: load_clip("ViT-B/16").digest)) == {published.sha256}
+    assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()] == [path.name]
+
+
+def archive(path: Path, program: bytes, data: dict[str, bytes], *, compress: bool = False) -> Path:
+    """A checkpoint as somebody with bad intentions would write it."""
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in {"data.pkl": program, **data}.items():
+            file.writestr(
+                f"a/{name}", content, zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+            )
+    return path
+
+
+def number(n: int) -> bytes:
+    return (
+        b"J" + struct.pack("<i", n) if -(2**31) <= n < 2**31 else b"\x8a\x08" + struct.pack("<q", n)
+    )
+
+
+def view(key="0", size=(2,), stride=(1,), offset=0, kind="FloatStorage", name="w") -> bytes:
+    """The instructions for {name: tensor}."""
+
+    def text(value: str) -> bytes:
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+    storage = (
+        b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(key) + text("cpu") + b"K\x02tQ"
+    )
+    sides, steps = (b"(" + b"".join(map(number, x)) + b"t" for x in (size, stride))
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + sides + steps
+    return b"\x80\x02}" + text(name) + tensor + b"\x89}tRs."
+
+
+def test_the_handmade_archive_is_read(tmp_path):
+    path = archive(tmp_path / "a.pt", view(), {"data/0": struct.pack("<2f", 3, 4)})
+    assert read_state(path)["w"].tolist() == [3, 4]
+
+
+HOSTILE = {  # name: (program, data, why it is refused)
+    "code": (b"cos\nsystem\n(X\x04\x00\x00\x00truetR.", {}, r"refused to load os\.system"),
+    "eval": (b"cbuiltins\neval\n(X\x01\x00\x00\x001tR.", {}, "refused to load builtins.eval"),
+    "torch.load": (b"ctorch\nload\n)R.", {}, r"refused to load torch\.load"),
+    "getattr": (
+        b"\x8c\x02os\x8c\x06system\x93.",
+        {},
+        "refused the pickle instruction SHORT_BINUNICODE",
+    ),
+    "attribute of a class": (b"ctorch\nHalfStorage\n}b.", {}, "where a _Module belongs"),
+    "call of a type": (b"ctorch\nHalfStorage\n(K\x01tR.", {}, "refused to call torch.HalfStorage"),
+    "memo bomb": (b"}r\xff\xff\xff\x7f.", {}, "no state dict"),
+    "string of 4 GB": (b"X\xff\xff\xff\xffa.", {}, "malformed"),
+    "deep key": (b"})" + b"\x85" * 100_000 + b"Ns.", {}, "where a str belongs"),
+    "cycle": (
+        b"c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.",
+        {},
+        "in the archive's tree tw",
+    ),
+    "past the end": (view(size=(3,)), {"data/0": bytes(8)}, "beyond the end"),
+    "offset": (view(offset=1), {"data/0": bytes(8)}, "beyond the end"),
+    "negative stride": (view(stride=(-1,)), {"data/0": bytes(8)}, "impossible layout"),
+    "negative size": (view(size=(-2,)), {"data/0": bytes(8)}, "impossible layout"),
+    "huge size": (
+        view(size=(2**40, 2**40), stride=(0, 0)),
+        {"data/0": bytes(8)},
+        "larger than the file",
+    ),
+    "expanded": (view(size=(10**6,), stride=(0,)), {"data/0": bytes(8)}, "larger than the file"),
+    "sides and steps differ": (view(stride=(1, 1)), {"data/0": bytes(8)}, "impossible layout"),
+    "path": (view(key="../../../etc/passwd"), {"data/0": bytes(8)}, "is missing"),
+    "no storage": (view(key="7"), {"data/0": bytes(8)}, "data/7 is missing"),
+    "long name": (view(name="n" * 2000), {"data/0": bytes(8)}, "a name of 2000 characters"),
+    "not ended": (view()[:-1], {"data/0": bytes(8)}, "malformed"),
+    "big endian": (view(), {"data/0": bytes(8), "byteorder": b"big"}, "big-endian"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_archives(tmp_path, case):
+    program, data, why = HOSTILE[case]
+    with pytest.raises(WeightsError, match=why):
+        read_state(archive(tmp_path / "a.pt", program, data))
+
+
+def test_compressed_and_overlapping_archives_cannot_unfold(tmp_path):
+    path = archive(tmp_path / "a.pt", view(), {"data/0": bytes(10**6)}, compress=True)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(WeightsError, match="compressed"):
+        read_state(path)
+
+
+def test_a_program_in_an_archive_never_runs(tmp_path):
+    path = saved(tmp_path / "clip.pt", "torchscript")
+    with zipfile.ZipFile(path, "a") as file:  # its code is not even looked at
+        file.writestr("clip/code/__torch__.py", "this is no program")
+    assert len(read_state(path)) == len(tiny.clip().state_dict())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name", ["visual.transformer.resblocks.7.mlp.c_fc.weight", "ln_final.bias"]
+)
+def test_bad_numbers_in_weights_are_named(tmp_path, name, value):
+    state = {k: v.clone() for k, v in tiny.clip().state_dict().items()}
+    state[name].view(-1)[3] = value
+    path = saved(tmp_path / "clip.pt", "safetensors", state)
+    with pytest.raises(
+        WeightsError, match=rf"{re.escape(name)} has 1 NaN or infinite of \d+ values"
+    ):
+        load_clip(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda s: s.pop("visual.proj"), "missing visual.proj"),
+        (
+            lambda s: s.update({"visual.proj": torch.ones(3, 3)}),
+            r"visual\.proj is \(3, 3\), expected",
+        ),
+        (lambda s: s.update({"visual.extra": torch.ones(3)}), "unexpected visual.extra"),
+        (lambda s: s.update({"visual.proj": s["visual.proj"].char()}), "torch.int8, not of floats"),
+        (lambda s: s.pop("visual.conv1.weight"), "not a CLIP state dict"),
+    ],
+)
+def test_weights_of_another_model(tmp_path, change, why):
+    state = dict(tiny.clip().state_dict())
+    change(state)
+    path = saved(tmp_path / "clip.pt", "torch", state)
+    with pytest.raises(ValueError, match=why) as error:
+        load_clip(path)
+    assert str(path) in str(error.value)
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+# blocks of 8 pixels: what JPEG keeps
+PICTURE = np.kron(
+    np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8), np.ones((16, 16, 1), np.uint8)
+)
+
+
+def encoded(kind: str, mode: str = "RGB", pixels: np.ndarray = PICTURE, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x112] = orientation
+    return tags
+
+
+def opencv(suffix: str, pixels: np.ndarray) -> bytes:
+    return cv2.imencode(suffix, pixels)[1].tobytes()
+
+
+GREY = np.asarray(Image.fromarray(PICTURE).convert("L"))
+HALF = np.dstack([PICTURE, np.full(PICTURE.shape[:2], 128, np.uint8)])
+LONG = np.tile(PICTURE[:3], (1, 50, 1))
+ALIKE = {  # 8-bit grey and RGB in JPEG and PNG: pixels are mmseg's to the last bit
+    "jpeg": encoded("JPEG"),
+    "jpeg progressive": encoded("JPEG", progressive=True),
+    "jpeg grey": encoded("JPEG", "L"),
+    **{f"jpeg exif {i}": encoded("JPEG", exif=exif(i)) for i in range(1, 9)},
+    "png": encoded("PNG"),
+    "png grey": encoded("PNG", "L"),
+    "png exif": encoded("PNG", exif=exif(6)),
+}
+KINDS = {  # name: (file, what it shows, tolerance per value)
+    "png": (encoded("PNG"), PICTURE, 0),
+    "png grey": (encoded("PNG", "L"), GREY, 0),
+    "png palette": (encoded("PNG", "P", palette=Image.Palette.ADAPTIVE), None, 0),
+    "png grey and alpha": (encoded("PNG", "LA"), GREY, 0),
+    "png half transparent": (
+        opencv(".png", HALF[..., [2, 1, 0, 3]]),
+        np.round(PICTURE * (128 / 255) + 127),
+        1,
+    ),
+    "png transparent": (opencv(".png", HALF * [1, 1, 1, 0]), np.full_like(PICTURE, 255), 0),
+    "png 16-bit": (opencv(".png", PICTURE[..., ::-1].astype(np.uint16) * 257), PICTURE, 0),
+    "png 16-bit grey": (opencv(".png", GREY.astype(np.uint16) * 257), GREY, 0),
+    "png 1-bit": (encoded("PNG", "1"), None, 0),
+    "gif": (encoded("GIF"), None, 0),
+    "bmp": (encoded("BMP"), PICTURE, 0),
+    "webp": (encoded("WEBP", lossless=True), PICTURE, 0),
+    "ppm": (encoded("PPM"), PICTURE, 0),
+    "tiff": (encoded("TIFF"), PICTURE, 0),
+    "tiff 16-bit": (opencv(".tiff", PICTURE[..., ::-1].astype(np.uint16) * 257), PICTURE, 0),
+    "tiff 16-bit grey": (opencv(".tiff", GREY.astype(np.uint16) * 257), GREY, 0),
+    "tiff cmyk": (encoded("TIFF", "CMYK"), PICTURE, 1),
+    "jpeg": (encoded("JPEG", quality=100, subsampling=0), PICTURE, 3),
+    "jpeg grey": (encoded("JPEG", "L", quality=100), GREY, 3),
+    "jpeg cmyk": (encoded("JPEG", "CMYK", quality=100), PICTURE, 6),
+    "jpeg on its side": (
+        encoded("JPEG", quality=100, subsampling=0, exif=exif(6)),
+        np.rot90(PICTURE, -1),
+        3,
+    ),
+    "tiff on its side": (encoded("TIFF", exif=exif(8)), np.rot90(PICTURE), 0),
+    "1x1": (encoded("PNG", pixels=PICTURE[:1, :1]), PICTURE[:1, :1], 0),
+    "3x4000": (
+        encoded("PNG", pixels=np.tile(PICTURE[:3], (1, 50, 1))),
+        np.tile(PICTURE[:3], (1, 50, 1)),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_of_every_kind(tmp_path, kind):
+    data, expected, tolerance = KINDS[kind]
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    image = read_image(path)
+    assert image.dtype == np.uint8
+    assert image.ndim == 3
+    assert np.array_equal(read_image(data, bgr=True), image[..., ::-1])
+    if expected is not None:
+        expected = expected if expected.ndim == 3 else expected[..., None].repeat(3, 2)
+        assert image.shape == expected.shape
+        assert np.abs(image.astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_images_of_benchmarks_are_mmsegs_to_the_last_bit(tmp_path, kind):
+    path = tmp_path / "image"
+    path.write_bytes(ALIKE[kind])
+    init_default_scope("mmseg")
+    theirs = sfp.mm.mmseg.registry.TRANSFORMS.build(dict(type="LoadImageFromFile"))
+    ours = sfp.mm.mmseg.registry.TRANSFORMS.build(dict(type="LoadImage"))
+    theirs, ours = (step(dict(img_path=str(path))) for step in (theirs, ours))
+    assert np.array_equal(ours["img"], theirs["img"])
+    assert ours["ori_shape"] == theirs["ori_shape"]
+    assert ours["img_shape"] == theirs["img_shape"]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "1x1"])
+def test_truncated_images(kind, share):
+    data = KINDS[kind][0]
+    with pytest.raises(ImageError, match=r"^holiday\.jpg: "):
+        read_image(data[: int(len(data) * share)], name="holiday.jpg")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is empty"),
+        (b"\n", "not an image"),
+        (b"<html>404</html>", "not an image"),
+        (bytes(5000), "not an image"),
+        (b"\xff\xd8\xff\xe0" + bytes(100) + b"\xff\xd9", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # runs programs
+        (opencv(".tiff", GREY.astype(np.float32)), "floating-point"),
+        (opencv(".tiff", GREY.astype(np.int32) * 10**6), "beyond 16 bits"),
+    ],
+)
+def test_files_that_are_no_images(tmp_path, content, why):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=why) as error:
+        read_image(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_paths_that_are_no_images(tmp_path):
+    for path in (tmp_path / "nowhere.jpg", tmp_path, "/dev/zero"):
+        with pytest.raises(ImageError, match=re.escape(str(path))):
+            read_image(path)
+
+
+def test_a_claim_of_gigapixels_costs_nothing():
+    png = bytearray(encoded("PNG"))
+    png[16:24] = struct.pack(">II", 100_000, 100_000)
+    png[29:33] = struct.pack(">I", __import__("zlib").crc32(png[12:29]))
+    with pytest.raises(ImageError, match="claims 100000 x 100000 pixels"):
+        read_image(bytes(png))
+    with pytest.raises(ImageError, match="claims 80 x 48 pixels, more than 100"):
+        read_image(encoded("PNG"), max_pixels=100)
+    assert Image.MAX_IMAGE_PIXELS is not None  # Pillow's own guard is as it was
+
+
+@pytest.mark.parametrize("method", sfp.list_methods())
+@pytest.mark.parametrize("size", [(1, 1), (3, 150), (7, 9)])
+def test_images_smaller_than_a_patch(method, size):
+    """They are padded with the mean colour; every pixel has a label."""
+    guided = "guide" in json.dumps(str(sfp.build_method(method)))
+    if guided:
+        pytest.skip("its guide has a smallest size of its own")
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    labels = label(segmentor(method=method), image)
+    assert labels.shape == size
+    assert labels.min() >= 0
+    assert labels.max() < len(WORDS)
+
+
+def test_an_image_of_3_by_4000_pixels():
+    assert label(segmentor(method="sfp"), KINDS["3x4000"][1]).shape == (3, 4000)
+
+
+@pytest.mark.parametrize("crop", [0, 64])
+def test_padding_is_for_windows_below_a_patch_only(crop):
+    for size, expected in {
+        (64, 8): (0, 0),
+        (5, 64): (3, 0),
+        (1, 1): (7, 7),
+        (9, 9): (0, 0),
+    }.items():
+        assert WindowGrid.over(size, crop, 32, least=8).padding == expected
+
+
+def test_large_images_stay_in_8_bits_and_give_the_same_labels(monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (100, 190, 3), np.uint8)
+    model = segmentor(prob_thd=0.3)
+    whole = label(model, image)
+    kept = []
+    monkeypatch.setattr("sfp.segmentor.LARGE", 1000)
+    cut = WindowGrid.cut
+    monkeypatch.setattr(
+        WindowGrid, "cut", lambda grid, x, *more: kept.append(x.dtype) or cut(grid, x, *more)
+    )
+    assert torch.equal(label(model, image), whole)
+    assert set(kept) == {torch.uint8}
+    monkeypatch.setattr(windows_module, "BLOCK", 30)  # merged in parts
+    monkeypatch.setattr(labels_module, "BUDGET", 5000)
+    assert (label(model, image) != whole).float().mean() < 1e-3  # rounding of ties at most
+
+
+@pytest.mark.skipif(not os.environ.get("SFP_SLOW"), reason="minutes; SFP_SLOW=1 runs it")
+def test_a_panorama_of_200_megapixels():
+    script = Path(__file__).with_name("panorama.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    used = json.loads(done.stdout.splitlines()[-1])
+    # 3 bytes a pixel for the image, twice while it is packed, 12 for labels and confidence, and the
+    # logits at patch resolution; no 200 million floats times 3, times 21 classes or times two
+    assert used["peak_mb"] - used["before_mb"] < 5500
+    assert used["labels"] > 10
+
+
+# -- labels ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def voc(tmp_path, monkeypatch):
+    """The files of a miniature VOC: its dataset, its first image and the label map of that."""
+    trees.build("voc21", tmp_path)
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    init_default_scope("mmseg")
+    config = Config.fromfile(CONFIGS / "cfg_voc21.py")
+    dataset = sfp.datasets.DATASETS.build(config.test_dataloader.dataset)
+    record = dataset.get_data_info(0)
+    return dataset, Path(record["img_path"]), Path(record["seg_map_path"])
+
+
+def write_labels(path: Path, labels: np.ndarray) -> None:
+    cv2.imwrite(str(path), labels)
+
+
+def test_the_miniature_voc_is_right(voc):
+    dataset, image, labels = voc
+    assert 255 in dataset[0]["data_samples"].gt_sem_seg.data
+    write_labels(labels, np.full(cv2.imread(str(image)).shape[:2], 255, np.uint8))
+    assert dataset[0] is not None  # nothing but ignored pixels
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda p: p.unlink(), "No such file"),
+        (lambda p: p.write_bytes(b""), "empty"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-40]), "truncated PNG"),
+        (lambda p: p.write_bytes(b"no labels"), "."),
+        (
+            lambda p: write_labels(p, np.zeros((5, 7), np.uint8)),
+            r"shape \(1, 5, 7\), .* 60x90",
+        ),
+        (
+            lambda p: write_labels(p, np.zeros((60, 90, 3), np.uint8)),
+            r"shape \(60, 90, 3\), expected",
+        ),
+        (
+            lambda p: write_labels(p, np.full((60, 90), 21, np.uint8)),
+            "label 21 in 5400 pixels",
+        ),
+        (lambda p: write_labels(p, np.full((60, 90), 300, np.uint16)), "16-bit label map"),
+    ],
+)
+def test_label_maps_that_are_wrong(voc, change, why):
+    dataset, _, labels = voc
+    change(labels)
+    with pytest.raises(sfp.DataError, match=why) as error:
+        dataset[0]
+    assert str(labels) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda p: p.unlink(), "No such file"),
+        (lambda p: p.write_bytes(b""), "empty"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-500]), "truncated JPEG"),
+        (lambda p: p.write_bytes(b"no image"), "."),
+    ],
+)
+def test_benchmark_images_that_are_wrong(voc, change, why):
+    dataset, image, _ = voc
+    change(image)
+    with pytest.raises(sfp.DataError, match=why) as error:
+        dataset[0]
+    assert str(image) in str(error.value)
+
+
+def test_opencv_alone_would_have_read_half_an_image(voc):
+    """Why `check_whole` exists: mmseg evaluates a truncated JPEG as a picture that ends in grey."""
+    _, image, _ = voc
+    image.write_bytes(image.read_bytes()[:-500])
+    assert cv2.imread(str(image)) is not None
+    with pytest.raises(ImageError):
+        check_whole(image.read_bytes(), str(image))
+
+
+def test_the_tool_names_the_file_in_one_line(voc, tmp_path, monkeypatch, capsys):
+    """Through the data loader's processes, as an evaluation meets it."""
+    _, image, _ = voc
+    image.write_bytes(image.read_bytes()[:-500])
+    weights = tiny.save(tmp_path / "tiny.safetensors", **tiny.WORDS)
+    command = [
+        "test.py",
+        str(CONFIGS / "cfg_voc21.py"),
+        "--weights",
+        str(weights),
+        "--pictures",
+        "0",
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--work-dir", str(tmp_path / "work")])
+    assert runpy.run_path(str(CONFIGS.parent / "tools" / "test.py"))["main"]() == 3
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in last
+    assert str(image) in last
+    assert "truncated JPEG" in last
+
+
+# -- vocabulary (files and lists are in test_vocabulary.py) ----------------------------------------
+
+
+def test_a_name_of_more_than_77_tokens_is_named():
+    name = "supercalifragilistic " * 30
+    with pytest.raises(ValueError, match=r"tokens where CLIP reads 77: 'a photo of a supercali"):
+        encode_queries(tiny.clip(**tiny.WORDS), ["cat", name], ["a photo of a {}."])
+
+
+def test_one_class_only():
+    labels = label(segmentor(classes=["cat"], area_thd=0.1), PICTURE)
+    assert labels.unique().tolist() == [0]
+
+
+def test_five_thousand_classes(monkeypatch):
+    """Encoded in chunks, labelled in slabs of rows; nothing is 5,000 times the image."""
+    names = [f"thing {i}" for i in range(5000)]
+    clip = tiny.clip(**{**tiny.WORDS, "layers": 3})
+    at_once = []
+    encode = text_module._encode
+    monkeypatch.setattr(
+        text_module, "_encode", lambda c, q, t: at_once.append(len(q)) or encode(c, q, t)
+    )
+    features = encode_queries(clip, names, ["{}"])
+    assert sum(at_once) == 5000
+    assert max(at_once) <= text_module.CHUNK
+    model = segmentor(weights=clip, classes=names, query_features=features)
+    slabs = []
+    monkeypatch.setattr(
+        labels_module,
+        "class_scores",
+        lambda x, *more, of=labels_module.class_scores: slabs.append(x.numel()) or of(x, *more),
+    )
+    labels = label(model, np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8))
+    assert len(labels.unique()) > 1
+    assert sum(slabs) == 5000 * 70 * 100
+    assert max(slabs) <= labels_module.BUDGET
+
+
+def test_queries_in_chunks_are_the_same_queries(monkeypatch):
+    clip = tiny.clip(**tiny.WORDS)
+    names = ["cat", "a much longer name", "dog", "cat"]
+    whole = encode_queries(clip, names, ["{}", "a photo of {}"])
+    monkeypatch.setattr(text_module, "CHUNK", 2)
+    torch.testing.assert_close(encode_queries(clip, names, ["{}", "a photo of {}"]), whole)
+    assert torch.equal(whole[0], whole[3])
+
+
+def test_a_vocabulary_of_another_length_than_the_dataset(voc, tmp_path):
+    config = evaluate.load_config(CONFIGS / "cfg_voc21.py")
+    config.model.classes = WORDS
+    with pytest.raises(ValueError, match="names 3 classes, PascalVOC21Dataset has 21"):
+        evaluate.check(config)
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameter", "where"),
+    [
+        ("conv1.weight", r"the weights visual\.conv1\.weight"),
+        (
+            "transformer.resblocks.5.ln_1.bias",
+            r"the weights visual\.transformer\.resblocks\.5\.ln_1",
+        ),
+        ("proj", r"the weights visual\.proj"),
+    ],
+)
+def test_nan_that_appears_in_weights_after_loading(parameter, where):
+    model = segmentor()
+    dict(model.clip.visual.named_parameters())[parameter].view(-1)[0] = math.nan
+    with pytest.raises(FloatingPointError, match=where):
+        label(model, PICTURE)
+
+
+@pytest.mark.parametrize("layer", [0, 6, 10])
+def test_infinite_features_name_their_layer_and_image(layer):
+    """Finite weights whose products are not: 3e38 times anything above 1."""
+    model = segmentor()
+    model.clip.visual.transformer.resblocks[layer].mlp.c_proj.weight.fill_(3e38)
+    with pytest.raises(FloatingPointError, match=rf"photo\.jpg: .*block {layer} \(visual\.trans"):
+        label(model, PICTURE, img_path="photo.jpg")
+
+
+def test_nan_in_an_image_or_in_a_readout_is_named():
+    model = segmentor()
+    with pytest.raises(FloatingPointError, match="first in the image"):
+        model.predict([torch.full((3, 64, 64), math.nan)])
+    model.clip.visual.transformer.resblocks[-1].mlp.c_proj.weight.fill_(3e38)
+    with pytest.raises(FloatingPointError, match=r"first in readout 0 \(through block -1\)"):
+        label(model, PICTURE)
+
+
+def test_nan_in_text_features_names_the_query(tmp_path):
+    clip = tiny.clip(**tiny.WORDS)
+    clip.ln_final.weight.fill_(3e38)
+    clip.text_projection.fill_(3e38)
+    with pytest.raises(FloatingPointError, match="text features, first of 'cat'"):
+        text_bank(clip, ["cat"], ["{}"], folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []  # nothing bad is cached
+
+
+def massive(scale: float) -> sfp.CLIP:
+    """Weights that put out tokens a thousand times as long, as large ViTs do in some channels."""
+    clip = tiny.clip()
+    for block in clip.visual.transformer.resblocks:
+        block.attn.in_proj_weight.mul_(3)
+        block.mlp.c_proj.bias[:4] += scale
+    return clip
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", sfp.list_methods())
+def test_half_precision_is_finite_where_fp32_is(method, precision, scale):
+    if "guide" in json.dumps(str(sfp.build_method(method))):
+        pytest.skip("needs a guide; see test_guides.py")
+    logits = {}
+    for each in ("fp32", precision):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # without the detour through fp32
+            model = segmentor(weights=massive(scale), method=method, precision=each)
+            (logits[each],) = model(list(tiny.images(1, 64, 80)))
+    assert logits["fp32"].isfinite().all()
+    assert logits[precision].isfinite().all()
+    assert logits[precision].dtype == torch.float32
+
+
+def test_activations_beyond_fp16_run_again_in_fp32():
+    expected = label(segmentor(weights=massive(3e4)), PICTURE)  # 3 blocks add up to more than 65504
+    model = segmentor(weights=massive(3e4), precision="fp16")
+    with pytest.warns(UserWarning, match=r"torch\.float16, first in block 2 .* again in float32"):
+        labels = label(model, PICTURE)
+    assert (labels == expected).float().mean() > 0.9
+    assert model.clip.visual.proj.dtype == torch.float16
+
+
+# -- caches: two processes, full disks, read-only folders ------------------------------------------
+
+
+def in_processes(work, count: int = 3) -> list:
+    """What `work` returns in forked processes that start together."""
+    context = multiprocessing.get_context("fork")
+    results, gate = context.Queue(), context.Barrier(count)
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        gate.wait()
+        try:
+            results.put(work())
+        except BaseException as error:
+            results.put(error)
+
+    processes = [context.Process(target=run) for _ in range(count)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    for error in found:
+        if isinstance(error, BaseException):
+            raise error
+    return found
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str):
+    """A small disk of its own at `folder`; skips where mounting is not permitted."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        yield folder
+    finally:
+        ctypes.CDLL(None).sync()
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(params=["full disk", "read-only", "a file in the way"])
+def bad_folder(request, tmp_path):
+    """A folder in which nothing can be written, and why."""
+    if request.param == "a file in the way":
+        (tmp_path / "cache").write_text("not a folder")
+        yield tmp_path / "cache"
+        return
+    options = "size=8k" if request.param == "full disk" else "ro"
+    with mounted(tmp_path / "cache", options) as folder:
+        yield folder
+
+
+def test_text_features_without_a_cache(bad_folder):
+    """The run goes on, with a warning; nothing half-written stays."""
+    clip = tiny.clip(**{**tiny.WORDS, "embed_dim": 512})
+    names = [f"thing {i}" for i in range(20)]  # 40 kB of features
+    with pytest.warns(UserWarning, match="text features are not cached: .*cache"):
+        features = text_bank(clip, names, ["{}"], folder=bad_folder / "text")
+    assert torch.equal(features, encode_queries(clip, names, ["{}"]))
+    assert [p for p in bad_folder.rglob("*") if p.is_file()] == []
+
+
+def test_mini_scenes_without_a_cache(bad_folder, monkeypatch):
+    monkeypatch.setenv("SFP_CACHE", str(bad_folder))
+    with pytest.raises(OSError, match=r"cannot write the 2 scenes .* Set SFP_CACHE"):
+        sfp.datasets.MiniSceneDataset(scenes=2)
+    assert [p for p in bad_folder.rglob("*") if p.is_file()] == []
+
+
+def test_weights_without_a_cache(bad_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SFP_CACHE", str(bad_folder))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", _Server(bytes(10**6)))
+    with pytest.raises(WeightsError, match=r"could not download ViT-B/16.*give the path"):
+        load_clip("ViT-B/16")
+    assert [p for p in bad_folder.rglob("*") if p.is_file()] == []
+
+
+def test_a_read_only_cache_that_holds_everything_is_enough(tmp_path, monkeypatch):
+    clip = tiny.clip(**tiny.WORDS)
+    with mounted(tmp_path / "cache", "size=4m") as folder:
+        features = text_bank(clip, WORDS, ["{}"], folder=folder)
+        prepare(folder / "mini-2", scenes=2)
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        monkeypatch.setattr(
+            text_module, "encode_queries", lambda *args: pytest.fail("encoded again")
+        )
+        assert torch.equal(text_bank(clip, WORDS, ["{}"], folder=folder), features)
+        assert prepare(folder / "mini-2", scenes=2) == folder / "mini-2"
+
+
+def test_two_processes_share_a_text_bank(tmp_path):
+    clip = tiny.clip(**tiny.WORDS)
+    names = [f"thing {i}" for i in range(50)]
+    banks = in_processes(lambda: text_bank(clip, names, ["{}"], folder=tmp_path).numpy())
+    assert all(np.array_equal(bank, banks[0]) for bank in banks)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_two_processes_draw_the_mini_scenes(tmp_path):
+    root = tmp_path / "mini-2"
+    assert in_processes(lambda: prepare(root, scenes=2)) == [root] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["mini-2"]
+    assert len(list(root.glob("*/*.png"))) == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", None])
+def test_a_damaged_text_bank_is_built_again(tmp_path, damage):
+    clip = tiny.clip(**tiny.WORDS)
+    features = text_bank(clip, WORDS, ["{}"], folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1  # one bit of a number, which only the checksum can tell
+    path.write_bytes(data if damage is None else damage)
+    assert torch.equal(text_bank(clip, WORDS, ["{}"], folder=tmp_path), features)
+    assert path.read_bytes() != data
+
+
+# -- properties ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.integers(0, 40),
+    st.integers(1, 40),
+    st.integers(1, 20),
+)
+def test_any_size_and_stride_gives_every_pixel_weights_that_sum_to_one(
+    height, width, crop, stride, least
+):
+    stride = min(stride, crop) or 1
+    grid = WindowGrid.over((height, width), crop, stride, least=least)
+    windows = [grid.cut(torch.ones(1, height, width), place) for place in grid.places]
+    assert len({window.shape for window in windows}) == 1
+    assert min(windows[0].shape[1:]) >= min(least, *windows[0].shape[1:])
+    assert all(side >= least for side in windows[0].shape[1:])
+    cells = [max(side // least, 1) for side in windows[0].shape[1:]]
+    sheet = grid.sheet(torch.ones(len(windows), 2, *cells), (height, width))
+    torch.testing.assert_close(sheet.rows(0, height), torch.ones(2, height, width))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.integers(1, 9),
+    st.integers(1, 90),
+)
+def test_merging_never_builds_length_times_target(length, crop, stride, cells, target):
+    """Resampling the columns equals the product with the full resampling matrix."""
+    crop = min(crop, length)
+    starts = windows_module.window_starts(length, crop, min(stride, crop))
+    merged = merge_matrix(starts, crop, cells, length, length)
+    whole = merge_matrix(starts, crop, cells, length, target)
+    torch.testing.assert_close(whole, interpolation(length, target) @ merged)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.integers(1, 9),
+    st.integers(1, 200),
+    st.integers(0, 99),
+)
+def test_labels_do_not_depend_on_the_slabs(classes, height, width, budget, seed):
+    logits = torch.randn(classes, height, width, generator=torch.Generator().manual_seed(seed))
+    knobs = dict(scale=3.0, prob_thd=0.4, area_thd=0.2, keep_scores=True)
+
+    def run():
+        return assign(lambda a, b: logits[:, a:b], (height, width), range(classes), **knobs)
+
+    whole = run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels_module, "BUDGET", budget)
+        parts = run()
+    assert torch.equal(whole.labels, parts.labels)
+    # vectorised exponentials round their last elements differently
+    torch.testing.assert_close(parts.confidence, whole.confidence)
+    torch.testing.assert_close(parts.scores, whole.scores)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_class_file_or_an_error_that_names_it(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "cls.txt"
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            vocabulary = sfp.load_vocabulary(path)
+        except ValueError as error:
+            assert "cls.txt" in str(error)  # noqa: PT017
+        else:
+            assert sorted(set(vocabulary.index)) == list(range(vocabulary.num_classes))
+
+
+def test_fuzz_seeds():
+    """Some hundred of the inputs that tests/fuzz/fuzz_readers.py makes by the hundred thousand."""
+    counts, _ = fuzz_readers.loop(600, seed=1, out=None)
+    assert set(counts) == {"weights", "safetensors", "program", "vocabulary", "image", "bank"}
+    assert min(counts.values()) > 80
+
+
+def test_the_intact_fuzz_seeds_are_read():
+    """Else the fuzzer would only ever see the first check fail."""
+    unread = [
+        seed[:1] + seed[1:9] for seed in fuzz_readers.seeds() if not fuzz_readers.one_input(seed)
+    ]
+    assert unread == []

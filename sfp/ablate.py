@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ BENCHMARKS = {
     "Cityscapes19Dataset": "Cityscapes",
     "COCOStuff164kDataset": "COCO-Stuff",
 }
-# two of Okabe and Ito's colours, told apart by every common kind of colour vision; black is read on both
+# two of Okabe and Ito's colours, told apart by every common kind of colour vision, bright under black
 OURS, PUBLISHED = "#56B4E9", "#D55E00"
 
 
@@ -221,7 +222,7 @@ def ablate(
             own,
             named,
             resume=resume,
-            progress=lambda done, total, source=source: progress(str(source), done, total),
+            progress=partial(progress, str(source)),
         )
         for row, scores in zip(study.rows, record["methods"].values(), strict=True):
             numbers = {k: scores[k] for k in COLUMNS}
@@ -327,8 +328,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     if known:
         axis.lines[-1].set_label("published")
-        axis.legend(fontsize=8)
-    axis.set_title(result["title"], fontsize=10, loc="left" if result["axis"] else "center")
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the data
+    figure.suptitle(result["title"], fontsize=10)
     axis.grid(alpha=0.3, axis="y" if result["axis"] else "x")
     axis.set_axisbelow(True)
     figure.tight_layout()

@@ -182,11 +182,8 @@ def test_a_name_is_not_a_method(tmp_path):
 
 def test_backbones(tmp_path, ran):
     """One model after the other, each with rows and records of its own."""
-    weights = []
-    for seed in range(2):
-        weights.append(
-            str(tiny.save(tmp_path / f"seed{seed}.safetensors", **tiny.WORDS, seed=seed))
-        )
+    paths = [tmp_path / f"seed{seed}.safetensors" for seed in range(2)]
+    weights = [str(tiny.save(path, seed, **tiny.WORDS)) for seed, path in enumerate(paths)]
     result = ablate.ablate(mini(tmp_path / "work"), "backbones", weights=weights)
     methods = ("clip", "sfp", "sfp_paper")
     assert [row["label"] for row in result["rows"]] == [

@@ -87,7 +87,7 @@ def settings(
         protocol=_protocol(config, model),
         vocabulary=_vocabulary(config, model),
         data=_data(config, dataset),
-        method=_method(config.model.get("method", "sfp")),
+        method=method_settings(config.model.get("method", "sfp")),
         weights=_weights(config, model),
         versions=_versions(),
         run=dict(window_batch=config.model.get("window_batch", 32)),
@@ -193,7 +193,8 @@ def _sizes(dataset: Any) -> list[list[int]]:
     return [[os.path.getsize(info[k]) for k in keys if k in info] for info in infos]
 
 
-def _method(node: Any) -> dict[str, Any]:
+def method_settings(node: Any) -> dict[str, Any]:
+    """The group "method" of `settings`: a method node with all knobs of its preset."""
     if isinstance(node, str):
         node = dict(type=node)
     if not isinstance(node, Mapping):

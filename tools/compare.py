@@ -1,7 +1,8 @@
 """Evaluates several methods over one config in one go, and prints one table.
 
 Weights and text features are loaded once, and methods that do not touch the trunk share its run.
-Writes compare.json, compare.md and compare.png (side by side) into the work folder.
+Writes compare.json, compare.md and compare.png (side by side) into the work folder. Killed and started
+again it continues, also with more methods; --no-resume starts over.
 
 Examples:
     python tools/compare.py configs/cfg_mini.py
@@ -32,6 +33,11 @@ def main() -> int:
     parser.add_argument("--work-dir", help="folder for the results (default: work/<config name>)")
     parser.add_argument("--pictures", type=int, default=4, help="images on the sheet (default: 4)")
     parser.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="forget what an earlier, killed start has done (by default it is continued)",
+    )
+    parser.add_argument(
         "--cfg-options",
         nargs="+",
         action=DictAction,
@@ -59,10 +65,12 @@ def main() -> int:
                 config,
                 {name: name for name in methods},
                 pictures=args.pictures,
+                resume=not args.no_resume,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-    except (FileNotFoundError, sfp.WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, sfp.WeightsError, sfp.DataError, FloatingPointError) as error:
+        # from a data loader's process comes a whole traceback, which ends with the message
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 3
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 from sfp.registry import METHODS, pick
 
-RULES: dict[str, dict[str, Any]] = dict(
+RULES: dict[str, dict[str, Any] | None] = dict(
     softmax=dict(type="self_self", pairs=("qq", "kk", "vv")),
     cosine=dict(type="head_cosines"),
+    none=None,
 )
 VOTES = dict(mode="mode", mean="mean")
 DENOISE = dict(release=None, paper=dict(type="overshadowed"), none=None)
@@ -33,7 +34,7 @@ DENOISE = dict(release=None, paper=dict(type="overshadowed"), none=None)
 @METHODS.register_module()
 def cliptrase(
     *,
-    correlation: Literal["softmax", "cosine"] = "softmax",
+    correlation: Literal["softmax", "cosine", "none"] = "softmax",
     cluster: bool = True,
     layer: int = -2,
     unit_rows: bool = False,
@@ -47,7 +48,8 @@ def cliptrase(
     """Residual and FFN stay; the logits come at pixel resolution.
 
     Args:
-        correlation: the last block's attention: "softmax" (release) or "cosine" (paper).
+        correlation: the last block's attention: "softmax" (release), "cosine" (paper), or "none",
+            which leaves it as CLIP has it (the paper's ablation without SCR).
         cluster: False leaves the features alone, without clusters and votes.
         layer: whose correlations are clustered.
         unit_rows: whether rows are scaled to unit length before.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfp.clip.vit import Rule, VisionTransformer
 from sfp.functional.grid import resample_positions
@@ -144,7 +144,7 @@ class Method:
     surgery: Sequence[Surgery] = ()
     positions: Callable[..., Tensor] = resample_positions
     depth: int | None = 12
-    _operated: WeakKeyDictionary[VisionTransformer, VisionTransformer] = field(
+    _operated: WeakKeyDictionary[VisionTransformer, tuple] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
 
@@ -208,18 +208,14 @@ class Method:
         """The model with this method's surgery: `vit` itself if there is none."""
         if not self.surgery:
             return vit
-        weight = vit.proj
-        operated = self._operated.get(vit)
-        if operated is None or (operated.proj.device, operated.proj.dtype) != (
-            weight.device,
-            weight.dtype,
-        ):
+        form = (vit.proj.device, vit.proj.dtype)
+        operated, made_for = self._operated.get(vit, (None, None))
+        if operated is None or made_for != form:
             # parameters are shared; what an operation replaces is its own
             operated = copy.deepcopy(vit, {id(p): p for p in vit.parameters()})
             for operation in self.surgery:
                 operation(operated, self.depth)
-            operated.proj = nn.Parameter(weight.detach().clone(), requires_grad=False)
-            self._operated[vit] = operated
+            self._operated[vit] = (operated, form)
         return operated
 
 

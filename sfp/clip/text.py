@@ -9,9 +9,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import regex
 import safetensors
 import torch
 from mmseg.utils import get_predefined_templates
+from mmseg.utils.get_templates import PREDEFINED_TEMPLATES
 from mmseg.utils.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 from sfp.cache import atomic_write, cache_dir
 from sfp.clip.model import CLIP
+from sfp.registry import suggest
 
 BATCH = 512  # prompts per forward pass
 CHUNK = 1024  # queries whose prompts are held at once
@@ -26,7 +29,15 @@ CHUNK = 1024  # queries whose prompts are held at once
 
 @functools.cache
 def _tokenizer() -> SimpleTokenizer:
-    return SimpleTokenizer()
+    """mmseg's tokenizer, which spells OpenAI's two special tokens in another way."""
+    bpe = SimpleTokenizer()
+    names = ("<|startoftext|>", "<|endoftext|>")
+    for name, number in zip(names, bpe.all_special_ids, strict=True):
+        bpe.encoder[name] = number
+        bpe.cache[name] = name
+    special = "|".join(map(regex.escape, names))
+    bpe.pat = regex.compile(f"{special}|{bpe.pat.pattern}", regex.IGNORECASE)
+    return bpe
 
 
 def tokenize(texts: Sequence[str], context: int = 77) -> Tensor:
@@ -56,13 +67,18 @@ def prompt_templates(templates: str | Sequence[str]) -> list[str]:
         ValueError: if the set is unknown or a template has no place for the name.
     """
     if isinstance(templates, str):
-        try:
-            templates = get_predefined_templates(templates)
-        except (AssertionError, ValueError) as error:
-            raise ValueError(f"unknown prompt templates {templates!r}: {error}") from None
+        if templates not in PREDEFINED_TEMPLATES:
+            raise ValueError(
+                f"unknown prompt templates {templates!r}{suggest(templates, PREDEFINED_TEMPLATES)}"
+            )
+        templates = get_predefined_templates(templates)
     for template in templates:
-        if template.format("x") == template.format("y"):
-            raise ValueError(f"prompt template {template!r} has no {{}} for the name")
+        try:
+            fits = template.format("x") != template.format("y")
+        except (AttributeError, IndexError, KeyError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"prompt template {template!r} should have one {{}} for the name")
     return list(templates)
 
 

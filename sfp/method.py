@@ -38,8 +38,7 @@ class Purify:
         mitigator: (tokens, mask) -> tokens.
 
     Raises:
-        ValueError: if `layers` is neither "all" nor some layers, or names the last block, which the
-            trunk does not run.
+        ValueError: if `layers` is neither "all" nor some layers.
     """
 
     layers: Sequence[int] | Literal["all"]
@@ -54,17 +53,25 @@ class Purify:
             raise ValueError(
                 f'layers={self.layers!r}: expected "all" or block numbers, e.g. [5, -2]'
             )
-        if not self.layers or -1 in self.layers:
-            raise ValueError(
-                f"layers={self.layers!r}: name at least one block, and not the last (-1), which runs "
-                "only inside readouts; the last that can be purified is -2"
-            )
+        if not self.layers:
+            raise ValueError('layers=(): name at least one block, or "all"')
 
     def __call__(self, trace: Trace, i: int) -> Tokens:
-        """What leaves block `i` (absolute), purified if it is one of `layers`."""
+        """What leaves block `i` (absolute), purified if it is one of `layers`.
+
+        Raises:
+            LookupError: if a layer is not there, or is the last block, which the trunk does not run.
+        """
         tokens = trace.outputs[i]
-        if self.layers != "all" and i not in {trace.layer(layer) for layer in self.layers}:
-            return tokens
+        if self.layers != "all":
+            chosen = {trace.layer(layer) for layer in self.layers}
+            if len(trace.vit.blocks) - 1 in chosen:
+                raise LookupError(
+                    f"layers={self.layers!r} names the last block, which runs only inside readouts; "
+                    "the last layer that can be purified is -2"
+                )
+            if i not in chosen:
+                return tokens
         mask = self.detector(trace, i)
         trace.masks[i] = mask
         return self.mitigator(tokens, mask)

@@ -12,8 +12,10 @@ A preset is a function from knobs to such a config, registered in `METHODS`.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +25,10 @@ from mmengine.registry import Registry
 OPS = Registry("op")
 METHODS = Registry("method")
 GUIDES = Registry("guide")
+
+NESTED = dict(
+    affinity="affinity", fill="mitigator", rule="attention", rules="attention", source="source"
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -76,7 +82,8 @@ def bind(node: Any, kind: str | None = None) -> Any:
             f"op {node['type']!r} is of kind {getattr(fn, 'kind', None)!r} where {kind!r} is needed; "
             f"of that kind are: {', '.join(list_ops(kind))}"
         )
-    knobs = {k: bind(v) for k, v in node.items() if k != "type"}
+    # a knob that takes an op is named after the kind it takes
+    knobs = {k: bind(v, NESTED.get(k)) for k, v in node.items() if k != "type"}
     check_knobs(fn, knobs, f"op {fn.__name__!r}")
     return Op(fn, tuple(sorted(knobs.items(), key=lambda item: item[0])))
 
@@ -116,6 +123,17 @@ def check_knobs(fn: Callable[..., Any], knobs: Mapping[str, Any], what: str) -> 
     missing = [n for n, p in valid.items() if p.default is p.empty and n not in knobs]
     if missing:
         raise ValueError(f"{what} needs the knob(s) {', '.join(missing)}")
+    for name, value in knobs.items():
+        choices = _choices(fn, name)
+        if choices and isinstance(value, (str, type(None))) and value not in choices:
+            raise ValueError(f"{what}: unknown {name}={value!r}{suggest(value, choices)}")
+
+
+def _choices(fn: Callable[..., Any], name: str) -> tuple[str, ...]:
+    """What a knob annotated as `Literal[...]` may be, if strings are all it takes."""
+    annotation = str(inspect.signature(fn).parameters[name].annotation)  # a string, unevaluated
+    match = re.fullmatch(r"Literal\[(.*)\]", annotation)
+    return ast.literal_eval(f"({match[1]},)") if match else ()
 
 
 def pick(what: str, name: str, options: Mapping[str, T]) -> T:

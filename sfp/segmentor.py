@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from sfp.clip.loading import load_clip
 from sfp.clip.model import CLIP
-from sfp.clip.text import text_bank
+from sfp.clip.text import prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
+from sfp.datasets import colour_map
 from sfp.functional.labels import Labels, assign
 from sfp.functional.pamr import pamr
 from sfp.functional.windows import LogitSheet, WindowGrid
@@ -97,7 +98,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         guides: external encoders by name, config nodes or modules, for methods that ask for them.
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16" or "bf16".
         scores: whether results carry `seg_logits`, (K, H, W) probabilities, besides the labels.
-        palette: colours per class for visualizers; by default mmengine draws its own.
+        palette: colours per class for visualizers; by default those of Pascal VOC, continued.
         data_preprocessor: by default an `ImagePreprocessor` with CLIP's constants.
         init_cfg: mmengine's.
         pretrained, train_cfg: `mmseg.apis.init_model` sets them; only None has a meaning here.
@@ -142,6 +143,9 @@ class OpenVocabSegmentor(BaseSegmentor):
                 f"slide_stride={slide_stride} must be between 1 and slide_crop={slide_crop}: "
                 "larger strides leave pixels without a label"
             )
+        if window_batch < 1:
+            raise ValueError(f"window_batch={window_batch}: at least one window runs at a time")
+        prompt_templates(templates)
         self.method = build_method(method)
         self.vocabulary = load_vocabulary(classes)
         self.templates = templates
@@ -157,7 +161,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         self.pamr_dilations = tuple(pamr_dilations)
         self.precision = precision
         self.scores = scores
-        self.dataset_meta = dict(classes=self.vocabulary.names, palette=palette)
+        self._palette = palette
         self.guides = build_guides(guides)
         self.clip = weights if isinstance(weights, CLIP) else load_clip(weights)
         if query_features is not None:
@@ -170,6 +174,16 @@ class OpenVocabSegmentor(BaseSegmentor):
             query_features = F.normalize(query_features.float(), dim=-1)
         self.register_buffer("query_features", query_features, persistent=False)
         self._set_precision()
+
+    @property
+    def dataset_meta(self) -> dict[str, Any]:
+        """Class names and colours for mmseg's visualizers."""
+        palette = self._palette or colour_map(self.vocabulary.num_classes)
+        return dict(classes=self.vocabulary.names, palette=palette)
+
+    @dataset_meta.setter
+    def dataset_meta(self, value: Any) -> None:
+        """Does nothing: the words decide, and mmseg's inferencer sets Cityscapes' on every model."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenVocabSegmentor:
         # every move (.to, .cuda, mmengine's Runner) comes through here: the device decides
@@ -187,7 +201,10 @@ class OpenVocabSegmentor(BaseSegmentor):
     def text_features(self) -> Tensor:
         """Unit features of the queries, (Q, C) float32; encoded, or read from the cache, once."""
         if self.query_features is None:
-            bank = text_bank(self.clip, self.vocabulary.queries, self.templates)
+            with torch.inference_mode(
+                False
+            ):  # the buffer outlives this call, in which that may be on
+                bank = text_bank(self.clip, self.vocabulary.queries, self.templates)
             self.register_buffer("query_features", bank, persistent=False)
         return self.query_features.float()
 
@@ -207,7 +224,9 @@ class OpenVocabSegmentor(BaseSegmentor):
             return self.predict(inputs, data_samples)
         if mode == "tensor":
             return self._forward(inputs, data_samples)
-        return self.loss(inputs, data_samples)
+        if mode == "loss":
+            return self.loss(inputs, data_samples)
+        raise ValueError(f"unknown mode {mode!r}; valid: predict, tensor, loss")
 
     def loss(self, inputs: Any, data_samples: Any) -> dict[str, Tensor]:
         """Raises `NotImplementedError`: the methods are training-free."""
@@ -286,7 +305,7 @@ class OpenVocabSegmentor(BaseSegmentor):
             raise FloatingPointError(": ".join([*paths, str(error)])) from None
         return [
             [
-                self._label(image, _unflip(sheet, sample))
+                _unflip(self._label(image, sheet), sample)
                 for image, sheet, sample in zip(images, sheets, samples, strict=True)
             ]
             for sheets in each
@@ -405,7 +424,11 @@ def _unpad(image: Tensor, sample: SegDataSample) -> Tensor:
     return image[:, top : image.shape[1] - bottom, left : image.shape[2] - right]
 
 
-def _unflip(sheet: LogitSheet, sample: SegDataSample) -> LogitSheet:
+def _unflip(result: Labels, sample: SegDataSample) -> Labels:
     """Turned back, if the pipeline had mirrored the image (mmseg's test-time augmentation)."""
-    meta = sample.metainfo
-    return sheet.flip(meta.get("flip_direction", "horizontal")) if meta.get("flip") else sheet
+    if not sample.metainfo.get("flip"):
+        return result
+    direction = sample.metainfo.get("flip_direction", "horizontal")
+    sides = dict(horizontal=(-1,), vertical=(-2,), diagonal=(-2, -1))[direction]
+    scores = None if result.scores is None else result.scores.flip(sides)
+    return Labels(result.labels.flip(sides), result.confidence.flip(sides), scores)

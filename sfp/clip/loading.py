@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
@@ -79,6 +79,9 @@ def load_clip(source: str | Path | Mapping[str, Tensor], *, activation: str = "q
         ValueError: if they are not a ViT CLIP in OpenAI's layout.
     """
     if isinstance(source, Mapping):
+        inner: Any = source.get("state_dict")
+        if isinstance(inner, Mapping):  # a training checkpoint
+            source = inner
         origin, state, digest = "the state dict", dict(source), digest_of(source)
     else:
         path = locate(source)
@@ -101,6 +104,8 @@ def load_clip(source: str | Path | Mapping[str, Tensor], *, activation: str = "q
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
     _check_numbers(clip, origin)
+    if activation != "quick_gelu":  # other features from the same weights
+        digest = hashlib.sha256(f"{digest} {activation}".encode()).hexdigest()
     clip.digest = digest
     return clip
 

@@ -29,7 +29,7 @@ CHUNK = 1024  # queries whose prompts are held at once
 
 @functools.cache
 def _tokenizer() -> SimpleTokenizer:
-    """mmseg's tokenizer, which spells OpenAI's two special tokens in another way."""
+    """Mmseg's tokenizer, which spells OpenAI's two special tokens in another way."""
     bpe = SimpleTokenizer()
     names = ("<|startoftext|>", "<|endoftext|>")
     for name, number in zip(names, bpe.all_special_ids, strict=True):

@@ -184,9 +184,3 @@ class LogitSheet:
         part = rows @ self.tiles[:, own]  # (Q, stop - start, S)
         blocks = [_band(block) for block in self.column_matrix.split(BLOCK)]
         return torch.cat([part[..., own] @ columns.T for own, columns in blocks], dim=-1)
-
-    def flip(self, direction: str) -> LogitSheet:
-        """The sheet of the mirrored output; "vertical" swaps up and down, anything else the sides."""
-        if direction == "vertical":
-            return LogitSheet(self.tiles, self.row_matrix.flip(0), self.column_matrix)
-        return LogitSheet(self.tiles, self.row_matrix, self.column_matrix.flip(0))

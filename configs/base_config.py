@@ -7,7 +7,7 @@
 default_scope = "mmseg"
 custom_imports = dict(imports=["sfp"], allow_failed_imports=False)
 launcher = "none"
-log_level = "INFO"
+log_level = "WARNING"  # INFO brings mmengine's log to the terminal
 log_processor = dict(by_epoch=False)
 load_from = None
 resume = False

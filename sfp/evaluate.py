@@ -15,8 +15,10 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, init_default_scope
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -113,7 +115,10 @@ def load_config(
     """
     if not Path(path).is_file():
         raise ConfigError(f"there is no config {path}; see configs/cfg_*.py")
-    config = Config.fromfile(str(path))
+    try:
+        config = Config.fromfile(str(path))
+    except (OSError, SyntaxError) as error:
+        raise ConfigError(f"{path} is no config: {error}") from None
     if method is not None:
         config.model.pop("method", None)  # assigning a dict would merge it
         config.model.method = dict(type=method)
@@ -134,6 +139,8 @@ def check(config: Config) -> None:
         ValueError: if a setting, the method or the vocabulary is not right.
     """
     init_default_scope(config.get("default_scope", "mmseg"))
+    if MODELS.get(config.model.type) is None:
+        raise ConfigError(f"model.type={config.model.type!r} is not registered in mmseg's MODELS")
     known = inspect.signature(OpenVocabSegmentor).parameters
     for name in config.model:
         if name != "type" and name not in known:
@@ -141,7 +148,10 @@ def check(config: Config) -> None:
     prompt_templates(config.model.get("templates", "imagenet"))
     build_method(config.model.get("method", "sfp"))
     names = load_vocabulary(config.model.classes).names
-    dataset = DATASETS.build(config.test_dataloader.dataset)
+    try:
+        dataset = DATASETS.build(config.test_dataloader.dataset)
+    except TypeError as error:
+        raise ConfigError(f"test_dataloader.dataset: {error}") from None
     expected = dataset.metainfo.get("classes") or names
     if len(names) != len(expected):
         raise ValueError(
@@ -171,9 +181,6 @@ def evaluate(
         card, `card.json` and `card.md`. Empty on processes other than the first.
     """
     config = config.copy()
-    # the console belongs to the bar and the table; --cfg-options log_level=INFO brings mmengine's log
-    if config.get("log_level", "INFO") == "INFO":
-        config.log_level = "WARNING"
     if config.get("launcher", "none") != "none":
         config.model_wrapper_cfg = dict(type="FrozenReplica")
         if not torch.cuda.is_available() and not torch.distributed.is_initialized():
@@ -289,4 +296,4 @@ def quiet() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", module=r"mm(engine|seg|cv)\b")
-    logging.getLogger("mmengine").setLevel(logging.ERROR)
+    MMLogger.get_current_instance().setLevel(logging.ERROR)  # until a run brings its own logger

@@ -106,7 +106,7 @@ def find(
     known = registry.module_dict
     if name not in known:
         valid = list_ops(kind) if kind else known
-        raise ValueError(f"unknown {registry.name} {name!r}{suggest(name, valid)}")
+        raise ValueError(f"unknown {kind or registry.name} {name!r}{suggest(name, valid)}")
     return known[name]
 
 

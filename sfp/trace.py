@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from sfp.clip.vit import VisionTransformer
 
 
+class LayerError(LookupError, ValueError):
+    """A layer number that the model does not have: a wrong setting, found when it is looked up."""
+
+
 def absolute_layer(index: int, blocks: int, depth: int | None) -> int:
     """The number, from 0, of a method's layer in a model of `blocks` blocks (see `Trace.layer`).
 
@@ -23,9 +27,7 @@ def absolute_layer(index: int, blocks: int, depth: int | None) -> int:
     """
     reference = blocks if depth is None else depth
     if not -blocks <= index < reference:
-        raise LookupError(
-            f"layer {index} of a model with {blocks} blocks (numbers for {reference})"
-        )
+        raise LayerError(f"layer {index} of a model with {blocks} blocks (numbers for {reference})")
     if index < 0:
         return index + blocks
     return max((index + 1) * blocks // reference - 1, 0)

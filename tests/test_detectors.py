@@ -229,13 +229,13 @@ def test_planted_giants_are_the_largest_norms():
 
 
 def test_unknown_names_and_knobs():
-    with pytest.raises(ValueError, match="unknown op 'dbscn'; did you mean 'dbscan'"):
+    with pytest.raises(ValueError, match="did you mean 'dbscan'"):
         sfp.build_method("sfp", pm="dbscn")
     with pytest.raises(ValueError, match="no knob 'epps'; did you mean 'eps'"):
         sfp.build_method("sfp_paper", pm=dict(type="dbscan", epps=1))
     with pytest.raises(ValueError, match="of kind 'mitigator'"):
         sfp.build_method("sfp", pm="median")
-    with pytest.raises(ValueError, match="unknown op"):  # also where it would not be used
+    with pytest.raises(ValueError, match="unknown detector"):  # also where it would not be used
         sfp.build_method("sfp", purify=False, pm="dbscn")
 
 

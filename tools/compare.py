@@ -19,6 +19,13 @@ import sys
 from mmengine.config import DictAction
 
 
+def count(text: str) -> int:
+    """A number of pictures, for argparse."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError("pictures cannot be fewer than 0")
+    return number
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -31,7 +38,9 @@ def main() -> int:
     )
     parser.add_argument("--weights", help="name or path of CLIP weights")
     parser.add_argument("--work-dir", help="folder for the results (default: work/<config name>)")
-    parser.add_argument("--pictures", type=int, default=4, help="images on the sheet (default: 4)")
+    parser.add_argument(
+        "--pictures", type=count, default=4, help="images on the sheet (default: 4)"
+    )
     parser.add_argument(
         "--no-resume",
         action="store_true",

@@ -22,6 +22,13 @@ import sys
 from mmengine.config import DictAction
 
 
+def count(text: str) -> int:
+    """A number of pictures, for argparse."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError("pictures cannot be fewer than 0")
+    return number
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -31,7 +38,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weights", help="name or path of CLIP weights, e.g. ViT-L/14")
     parser.add_argument("--work-dir", help="folder for the results (default: work/<config name>)")
     parser.add_argument("--show-dir", help="folder for a picture of each image with its labels")
-    parser.add_argument("--pictures", type=int, default=6, help="images on the sheet (default: 6)")
+    parser.add_argument(
+        "--pictures", type=count, default=6, help="images on the sheet (default: 6)"
+    )
     parser.add_argument(
         "--no-resume",
         action="store_true",

@@ -26,6 +26,7 @@ from torch import Tensor
 from sfp.cache import cache_dir, sha256_file
 from sfp.clip.archive import read_archive
 from sfp.clip.model import CLIP, build_clip
+from sfp.clip.vit import ACTIVATIONS
 from sfp.registry import suggest
 
 
@@ -82,6 +83,8 @@ def load_clip(source: str | Path | Mapping[str, Tensor], *, activation: str = "q
         inner: Any = source.get("state_dict")
         if isinstance(inner, Mapping):  # a training checkpoint
             source = inner
+        if not all(isinstance(value, Tensor) for value in source.values()):
+            raise ValueError("not a state dict: a mapping from names to tensors is expected")
         origin, state, digest = "the state dict", dict(source), digest_of(source)
     else:
         path = locate(source)
@@ -93,6 +96,8 @@ def load_clip(source: str | Path | Mapping[str, Tensor], *, activation: str = "q
                 "Delete the file; it is downloaded again, or put an intact copy there."
             )
         state = read_state(path)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}{suggest(activation, ACTIVATIONS)}")
     try:
         clip = build_clip(
             {

@@ -72,6 +72,8 @@ def prompt_templates(templates: str | Sequence[str]) -> list[str]:
                 f"unknown prompt templates {templates!r}{suggest(templates, PREDEFINED_TEMPLATES)}"
             )
         templates = get_predefined_templates(templates)
+    if not templates:
+        raise ValueError("the list of prompt templates is empty: give at least one, such as '{}'")
     for template in templates:
         try:
             fits = template.format("x") != template.format("y")

@@ -221,7 +221,7 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
     ("arguments", "code", "message"),
     [
         (["configs/cfg_mini.py", "--study", "layer"], 2, "did you mean 'layers'"),
-        (["configs/cfg_min.py", "--study", "layers"], 3, "there is no config"),
+        (["configs/cfg_min.py", "--study", "layers"], 2, "there is no config"),
         (["configs/cfg_mini.py", "--study", "layers", "--weights", "no.pt"], 3, "no.pt"),
         (["configs/cfg_mini.py", "--study", "gclip", "--weights", "mini", "mini"], 2, "backbones"),
     ],

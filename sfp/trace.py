@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from sfp.clip.vit import VisionTransformer
 
 
+class GuideError(LookupError, ValueError):
+    """An external encoder that a method asks for and nobody gave."""
+
+
 class LayerError(LookupError, ValueError):
     """A layer number that the model does not have: a wrong setting, found when it is looked up."""
 
@@ -126,7 +130,7 @@ class Trace:
         """
         if name not in self.guides:
             known = ", ".join(self.guides) or "none"
-            raise LookupError(f"the method asks for the guide {name!r}; given: {known}")
+            raise GuideError(f"the method asks for the guide {name!r}; given: {known}")
         key = ("guide", name)
         if key not in self._once:
             self._once[key] = self.guides[name](self.image).only_patches()

@@ -237,6 +237,18 @@ def test_there_are_tools():
         (["configs/cfg_voc22.py"], 2, "there is no config configs/cfg_voc22.py"),
         (["configs/cfg_voc21.py"], 3, "there is no image folder"),
         (["configs/cfg_mini.py", "--method", "scilp"], 2, "did you mean 'sclip'"),
+        (["configs/cfg_mini.py", "--method", "proxyclip"], 2, "asks for the guide"),
+        (
+            [
+                "configs/cfg_mini.py",
+                "--method",
+                "sfp_paper",
+                "--cfg-options",
+                "model.method.integrator_start=11",
+            ],
+            2,
+            "layer 11 comes after layer -2",
+        ),
         (["configs/cfg_mini.py", "--weights", "ViT-B/61"], 3, "did you mean 'ViT-B/16'"),
         (["configs/cfg_mini.py", "--launcher", "mpi"], 2, "invalid choice: 'mpi'"),
         (["configs/cfg_mini.py", "--pictures", "many"], 2, "value: 'many'"),

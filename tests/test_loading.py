@@ -166,6 +166,30 @@ def test_a_state_dict_in_memory():
     assert load_clip(other).digest != clip.digest
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_model_keeps_its_weights_when_the_file_changes(tmp_path, suffix):
+    """A file mapped into memory would take the model with it, in full precision at that."""
+    path = tmp_path / f"clip{suffix}"
+    if suffix == ".pt":
+        torch.save(weights(), path)
+    else:
+        save_file(weights(), path)
+    clip = load_clip(path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for name, value in clip.state_dict().items():
+        assert torch.equal(value, weights()[name])
+
+
+def test_a_model_keeps_its_weights_when_the_state_dict_changes():
+    state = {name: value.clone() for name, value in weights().items()}
+    clip = load_clip(state)
+    for value in state.values():
+        value.zero_()
+    for name, value in clip.state_dict().items():
+        assert torch.equal(value, weights()[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_state_dicts_of_any_precision(dtype):
     clip = load_clip({name: value.to(dtype) for name, value in weights().items()})

@@ -100,10 +100,7 @@ def load_clip(source: str | Path | Mapping[str, Tensor], *, activation: str = "q
         raise ValueError(f"unknown activation {activation!r}{suggest(activation, ACTIVATIONS)}")
     try:
         clip = build_clip(
-            {
-                k: v.float() if v.is_floating_point() and v.dtype != torch.float64 else v
-                for k, v in state.items()
-            },
+            {name: _own(value) for name, value in state.items()},
             activation,
         )
     except ValueError as error:
@@ -113,6 +110,16 @@ def load_clip(source: str | Path | Mapping[str, Tensor], *, activation: str = "q
         digest = hashlib.sha256(f"{digest} {activation}".encode()).hexdigest()
     clip.digest = digest
     return clip
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy, in float32 if it is of lower precision.
+
+    A copy even where nothing is to be converted: safetensors maps the file into memory, and a file
+    that is written anew while the model runs would change its weights or end the process.
+    """
+    lower = value.is_floating_point() and value.dtype != torch.float64
+    return value.to(torch.float32 if lower else value.dtype, copy=True)
 
 
 def _digest(path: Path) -> str:

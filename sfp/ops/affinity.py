@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sfp.registry import op
 from sfp.tokens import Tokens, upcast
-from sfp.trace import Trace
+from sfp.trace import LayerError, Trace
 
 
 @op("affinity")
@@ -53,7 +53,7 @@ def mean_attention(trace: Trace, *, first: int = 0, last: int = -2) -> Tensor:
     """
     start, stop = trace.layer(first), trace.layer(last) + 1
     if start >= stop:
-        raise LookupError(f"mean_attention: layer {first} comes after layer {last}")
+        raise LayerError(f"mean_attention: layer {first} comes after layer {last}")
     prefix = trace.embedded.prefix
     maps = (trace.attention(i).mean(1)[:, prefix:, prefix:] for i in range(start, stop))
     total = next(maps).clone()

@@ -101,7 +101,8 @@ def main() -> int:
         return 2
     if result:
         Console().print(evaluate.per_class_table(result))
-        print(f"results in {config.work_dir}: metrics.json" + (", sheet.png" * bool(args.pictures)))
+        files = "metrics.json, card.md" + ", sheet.png" * bool(args.pictures)
+        print(f"results in {config.work_dir}: {files}")
     return 0
 
 

@@ -24,7 +24,7 @@ def self_self(heads: Heads, trace: Trace, *, pairs: Sequence[str] = ("qq", "kk")
     maps = (heads.logits(pair[0], pair[1]).softmax(-1) for pair in pairs)
     total = next(maps)
     for weights in maps:
-        total += weights
+        total = total + weights  # not in place: autograd keeps the maps
     return total
 
 

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument(
         "--methods",
         nargs="+",
-        help="presets, or dict(type=...) nodes (default: all without guides)",
+        help="presets (default: all that need no guide)",
     )
     parser.add_argument("--weights", help="name or path of CLIP weights")
     parser.add_argument("--work-dir", help="folder for the results (default: work/<config name>)")

@@ -48,7 +48,7 @@ PACKAGES = [
     f"{line}{name}" for name in ("mmcv", "mmengine", "mmsegmentation") for line in ("onedl-", "")
 ]
 # arguments of the segmentor that are not protocol, or that stand elsewhere on the card
-_ELSEWHERE = {"weights", "classes", "method", "templates", "precision", "window_batch"}
+_ELSEWHERE = {"weights", "classes", "method", "templates", "precision", "window_batch", "compiled"}
 _ELSEWHERE |= {"data_preprocessor", "scores", "palette", "init_cfg", "pretrained", "train_cfg"}
 _STEPS_OF_LABELS = {"LoadAnnotations", "PackSegInputs"}  # no image passes through them
 
@@ -90,7 +90,7 @@ def settings(
         method=method_settings(config.model.get("method", "sfp")),
         weights=_weights(config, model),
         versions=_versions(),
-        run=dict(window_batch=config.model.get("window_batch", 32)),
+        run={name: config.model.get(name) for name in ("window_batch", "compiled")},
     )
     if device is not None:
         groups["run"]["device"] = device
@@ -111,7 +111,7 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
     templates = prompt_templates(node.get("templates", "imagenet"))
     result["templates"] = f"{len(templates)} {fingerprint(dict(templates=templates))[:16]}"
     precision = node.get("precision", "auto")
-    if model is not None:
+    if model is not None and precision != "int8":  # which the parameters do not tell
         precision = str(model.clip.text_projection.dtype).removeprefix("torch.")
         precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[precision]
     if precision != "auto":

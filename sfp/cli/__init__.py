@@ -15,7 +15,16 @@ from importlib import import_module
 
 from sfp.version import __version__
 
-COMMANDS = ("version",)  # in the order of the help
+COMMANDS = (  # in the order of the help
+    "eval",
+    "compare",
+    "ablate",
+    "audit",
+    "label",
+    "methods",
+    "completion",
+    "version",
+)
 
 DESCRIPTION = "Training-free open-vocabulary segmentation with frozen CLIP."
 EPILOG = """\

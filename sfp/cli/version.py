@@ -6,19 +6,21 @@ import argparse
 import platform
 from importlib import metadata
 
+from sfp.cli.options import add_command
 from sfp.version import __version__
 
+TEXT = """\
+Prints the versions of sfp, Python and the libraries that numbers depend on, and which GPU there is.
+
+Example:
+    sfp version
+"""
 LIBRARIES = ("torch", "onedl-mmsegmentation", "onedl-mmengine", "onedl-mmcv", "numpy")
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
-        "version",
-        help="versions of sfp, Python and the libraries, and the GPU, for a bug report",
-        description="Prints versions of sfp, Python and the libraries, and which GPU there is.",
-    )
-    parser.set_defaults(run=run)
+    add_command(commands, "version", run, help="print all versions, for a bug report", text=TEXT)
 
 
 def run(args: argparse.Namespace) -> int:

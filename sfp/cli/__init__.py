@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from sfp.version import __version__
@@ -60,8 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. Errors that have none, bugs that is, are raised.
     """
     args = build_parser().parse_args(argv)
+    return guarded(args.run, args)
+
+
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Runs a command and turns its errors into a line on stderr and an exit code."""
     try:
-        code: int = args.run(args)
+        code = run(args)
         sys.stdout.flush()  # a reader that has gone shows up here, and not in the interpreter's end
     except BrokenPipeError:  # `sfp methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,12 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(error: Exception) -> int:
     """2 for a wrong command line or config, 3 for data or weights, 1 for anything else."""
-    from sfp import DataError, WeightsError  # loaded long ago, where one of them was raised
+    from sfp import DataError, WeightsError
 
-    # a DataError is a ValueError as well; a module that is missing belongs to an extra
-    if isinstance(
-        error, (OSError, WeightsError, DataError, FloatingPointError, ModuleNotFoundError)
-    ):
+    # a DataError is a ValueError too; a module that is missing is of an extra that is not installed
+    missing = (OSError, WeightsError, DataError, FloatingPointError, ModuleNotFoundError)
+    if isinstance(error, missing):
         return 3
     return 2 if isinstance(error, ValueError) else 1
 

@@ -153,7 +153,7 @@ def test_examples_of_the_help_parse():
         line.strip().split("#")[0].split(" > ")[0]
         for command in commands().values()
         for line in command.format_help().splitlines()
-        if re.match(r"    sfp ", line)
+        if re.match(r" {2,}sfp ", line)
     ]
     assert len(shown) > 20
     for line in shown:
@@ -175,12 +175,12 @@ def test_versions(capsys):
     ("typed", "offered"),
     [
         ("eva", {"eval"}),
-        ("eval vo", {"voc20", "voc21"}),
+        ("eval ade20", {"ade20k"}),
         ("eval voc21 --wei", {"--weights"}),
         ("eval voc21 --method sf", {"sfp", "sfp_paper"}),
         ("compare voc21 --methods clip sc", {"sclip", "scclip"}),
         ("ablate mini --study mod", {"modules"}),
-        ("ablate mini --weights ViT-L", {"ViT-L/14", "ViT-L/14@336px"}),
+        ("ablate mini --weights min", {"mini"}),
         ("methods --kind mit", {"mitigator"}),
     ],
 )
@@ -222,10 +222,10 @@ def test_files_come_before_names(elsewhere):
 
 
 def test_every_shipped_config_has_a_name():
-    assert set(shipped.config_names()) == {
-        *("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff164k"),
-        *("ade20k", "city_scapes", "mini"),
-    }
+    names = shipped.config_names()
+    assert {"mini", "voc20", "voc21", "city_scapes", "coco_stuff164k"} <= set(names)
+    assert len(names) == len(list((ROOT / "configs").glob("cfg_*.py")))
+    assert all(shipped.find_config(name).is_file() for name in names)
     for name in ("base_config", "elsewhere/cfg_mini.py", "minnie", "cls_mini.txt"):
         with pytest.raises(shipped.ConfigError, match="there is no config"):
             shipped.find_config(name)

@@ -37,6 +37,7 @@ from sfp.describe import knobs
 from sfp.journal import fingerprint
 from sfp.registry import METHODS, OPS, find
 from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
+from sfp.shipped import ConfigError, find_config
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary
 
@@ -262,7 +263,7 @@ def write_card(folder: Path, groups: Mapping[str, Any], result: Mapping[str, Any
     """
     card = dict(groups)
     card["scores"] = {k: result[k] for k in ("mIoU", "aAcc", "mAcc", "fwIoU", "classes")}
-    card["command"] = shlex.join([Path(sys.executable).name, *sys.argv])
+    card["command"] = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
     for name, text in (("card.json", json.dumps(card, indent=1) + "\n"), ("card.md", _page(card))):
         with atomic_write(folder / name) as path:
             path.write_text(text, encoding="utf-8")
@@ -292,19 +293,21 @@ def _cell(value: float | None) -> str:
 
 
 def read_side(path: str | Path) -> dict[str, Any]:
-    """One side of a comparison: a card (.json), a work folder that has one, or a config (.py).
+    """One side of a comparison: a card (.json), a work folder that has one, or a config.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        ConfigError: if there is no such file.
         ValueError: if it is neither.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "card.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no card or config {path}: give a card.json, a work folder of tools/test.py that has "
-            "one, or a config"
+    if path.suffix != ".json":
+        path = find_config(path)
+    elif not path.is_file():
+        raise ConfigError(
+            f"there is no card {path}: give a card.json, a work folder of `sfp eval` that has one, or "
+            "a config"
         )
     if path.suffix == ".py":
         groups = settings(Config.fromfile(str(path)))

@@ -205,12 +205,13 @@ def test_scripts_are_what_their_first_line_says(script):
             subprocess.run(["dash", "-n", str(ROOT / script)], check=True)
 
 
-def test_scripts_name_every_benchmark():
+def test_scripts_name_the_eight_benchmarks():
     configs = {path.name for path in ROOT.glob("configs/cfg_*.py")} - {"cfg_mini.py"}
+    more = {"cfg_ade847.py", "cfg_context459.py", "cfg_coco27.py", "cfg_city_scapes27.py"}
     for script in ("multi_test.sh", "distribute_test.sh"):
         named = set(re.findall(r"configs/(cfg_\w+\.py)", (ROOT / script).read_text()))
-        assert named - {"cfg_mini.py"} == configs
-    assert len(configs) == 8
+        assert named - {"cfg_mini.py"} == configs - more
+    assert len(configs - more) == 8
 
 
 # -- tools ---------------------------------------------------------------------------------------

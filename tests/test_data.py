@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -19,9 +17,8 @@ from mmengine.config import Config
 from PIL import Image
 from scipy.io import savemat
 
-from sfp import compare, evaluate
+from sfp import cli, compare, evaluate
 from sfp.card import image_names
-from sfp.cli import data as cli
 from sfp.data import check, convert, ids
 from sfp.data.catalogue import CATALOGUE
 from sfp.datasets import (
@@ -41,9 +38,7 @@ CONVERTED = [name for name, entry in CATALOGUE.items() if entry.steps]
 
 def sfp_data(*words: object) -> int:
     """The command in this process; errors are raised."""
-    parser = argparse.ArgumentParser(prog="sfp")
-    cli.register(parser.add_subparsers(required=True))
-    args = parser.parse_args(["data", *map(str, words)])
+    args = cli.build_parser().parse_args(["data", *map(str, words)])
     return args.run(args)
 
 
@@ -542,9 +537,17 @@ def test_help(action, capsys):
     assert "--data-root" in printed
 
 
-def test_register_imports_nothing_heavy():
-    """The modules are imported by then in this process, so by what the source says."""
-    source = Path(importlib.import_module("sfp.cli.data").__file__).read_text()
-    top = source.split("def register")[0]
-    assert "torch" not in top
-    assert "if TYPE_CHECKING:\n    from sfp.data.catalogue import Entry" in top
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("prepare voc22", 2, "unknown dataset 'voc22'; did you mean 'voc21'"),
+        ("prepare voc21", 3, "there is no image folder"),
+        ("check voc21", 3, "there is no image folder"),
+        ("check context459", 3, "there is no file of class names"),
+        ("prepare city_scapes", 3, "there is no image folder"),
+    ],
+)
+def test_exit_codes(words, code, message, root, capsys):
+    assert cli.main(["data", *words.split()]) == code
+    assert "error: " in (printed := capsys.readouterr().err)
+    assert message in printed

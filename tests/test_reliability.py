@@ -13,7 +13,6 @@ import math
 import multiprocessing
 import os
 import re
-import runpy
 import struct
 import subprocess
 import sys
@@ -37,7 +36,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sfp
-from sfp import evaluate
+from sfp import cli, evaluate
 from sfp.clip import loading
 from sfp.clip import text as text_module
 from sfp.clip.loading import PUBLISHED, Published, WeightsError, load_clip, read_state
@@ -530,7 +529,7 @@ def test_large_images_stay_in_8_bits_and_give_the_same_labels(monkeypatch):
     assert torch.equal(label(model, image), whole)
     assert set(kept) == {torch.uint8}
     monkeypatch.setattr(windows_module, "BLOCK", 30)  # merged in parts
-    monkeypatch.setattr(labels_module, "BUDGET", 5000)
+    monkeypatch.setitem(labels_module.BUDGET, "cpu", 5000)
     assert (label(model, image) != whole).float().mean() < 1e-3  # rounding of ties at most
 
 
@@ -627,21 +626,13 @@ def test_opencv_alone_would_have_read_half_an_image(voc):
         check_whole(image.read_bytes(), str(image))
 
 
-def test_the_tool_names_the_file_in_one_line(voc, tmp_path, monkeypatch, capsys):
+def test_the_tool_names_the_file_in_one_line(voc, tmp_path, capsys):
     """Through the data loader's processes, as an evaluation meets it."""
     _, image, _ = voc
     image.write_bytes(image.read_bytes()[:-500])
     weights = tiny.save(tmp_path / "tiny.safetensors", **tiny.WORDS)
-    command = [
-        "test.py",
-        str(CONFIGS / "cfg_voc21.py"),
-        "--weights",
-        str(weights),
-        "--pictures",
-        "0",
-    ]
-    monkeypatch.setattr(sys, "argv", [*command, "--work-dir", str(tmp_path / "work")])
-    assert runpy.run_path(str(CONFIGS.parent / "tools" / "test.py"))["main"]() == 3
+    command = ["eval", "voc21", "--weights", str(weights), "--pictures", "0"]
+    assert cli.main([*command, "--work-dir", str(tmp_path / "work")]) == 3
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: " in last
     assert str(image) in last
@@ -676,15 +667,17 @@ def test_five_thousand_classes(monkeypatch):
     assert max(at_once) <= text_module.CHUNK
     model = segmentor(weights=clip, classes=names, query_features=features)
     slabs = []
-    monkeypatch.setattr(
-        labels_module,
-        "class_scores",
-        lambda x, *more, of=labels_module.class_scores: slabs.append(x.numel()) or of(x, *more),
-    )
+    rows = windows_module.LogitSheet.rows
+
+    def watched(sheet, start, stop):
+        slabs.append(5000 * (stop - start) * sheet.size[1])
+        return rows(sheet, start, stop)
+
+    monkeypatch.setattr(windows_module.LogitSheet, "rows", watched)
     labels = label(model, np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8))
     assert len(labels.unique()) > 1
-    assert sum(slabs) == 5000 * 70 * 100
-    assert max(slabs) <= labels_module.BUDGET
+    assert sum(slabs[1:]) == 5000 * 70 * 100  # the first call asks for the device
+    assert max(slabs) <= labels_module.BUDGET["cpu"]
 
 
 def test_queries_in_chunks_are_the_same_queries(monkeypatch):
@@ -969,7 +962,7 @@ def test_labels_do_not_depend_on_the_slabs(classes, height, width, budget, seed)
 
     whole = run()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labels_module, "BUDGET", budget)
+        patch.setitem(labels_module.BUDGET, "cpu", budget)
         parts = run()
     assert torch.equal(whole.labels, parts.labels)
     # vectorised exponentials round their last elements differently

@@ -5,28 +5,39 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from sfp.cli.options import add_command
+
 if TYPE_CHECKING:
     from sfp.data.catalogue import Entry
 
+TEXT = """\
+Lists, prepares and checks the datasets (docs/data.md); `sfp data ACTION --help` has more.
+
+Examples:
+    sfp data list
+    sfp data prepare coco_stuff164k
+    sfp data check coco_stuff164k
+"""
 LIST = """\
 Lists the datasets, where each is looked for, and whether it is there.
 
 Examples:
-  sfp data list
-  sfp data list --data-root /path/to/data
+    sfp data list
+    sfp data list --data-root /path/to/data
 """
 PREPARE = """\
 Says what to download from where, under which terms, and how it lies on disk; then writes the label maps
 that evaluation reads. Files that are there are kept, so a stopped conversion goes on where it was.
 
 Examples:
-  sfp data prepare voc21                   # nothing to convert: only says what is needed
-  sfp data prepare coco_stuff164k coco27
-  sfp data prepare context60 --force       # write label maps again
+    sfp data prepare voc21                   # nothing to convert: only says what is needed
+    sfp data prepare coco_stuff164k coco27
+    sfp data prepare context60 --force       # write label maps again
 
 Exit codes: 0 all is there; 2 no such dataset; 3 files are missing or damaged.
 """
@@ -38,9 +49,9 @@ A manifest holds SHA-256s of an evenly spread sample: of the bytes of images, an
 label maps. Written here and compared there, it tells whether two machines have the same data.
 
 Examples:
-  sfp data check voc21
-  sfp data check voc21 --write-manifest    # to DATA_ROOT/voc21.manifest.json
-  sfp data check voc21 --manifest voc21.manifest.json
+    sfp data check voc21
+    sfp data check voc21 --write-manifest    # to DATA_ROOT/voc21.manifest.json
+    sfp data check voc21 --manifest voc21.manifest.json
 
 A manifest that is at its place in the root of the data is compared without being asked for.
 
@@ -53,41 +64,29 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "data",
         help="list, prepare and check the datasets",
-        description="Lists, prepares and checks the datasets (docs/data.md).",
+        description=TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    for name, text, run in (
-        ("list", LIST, _list),
-        ("prepare", PREPARE, _prepare),
-        ("check", CHECK, _check),
-    ):
-        action = actions.add_parser(
-            name,
-            help=text.split(".")[0].split(":")[0].lower(),
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        action.set_defaults(run=run)
+    add = partial(add_command, actions)
+    listed = add("list", _list, help="which datasets are there", text=LIST)
+    prepared = add("prepare", _prepare, help="what to download; write label maps", text=PREPARE)
+    checked = add("check", _check, help="read every file, name every problem", text=CHECK)
+    for action in (listed, prepared, checked):
         action.add_argument(
             "--data-root", type=Path, help="folder of all data (default: $DATA_ROOT, or data)"
         )
-        if name != "list":
-            action.add_argument(
-                "names", nargs="+", metavar="NAME", help="as `sfp data list` has it"
-            )
-            action.add_argument(
-                "--workers", type=_positive, help="threads (default: one per core, up to 8)"
-            )
-        if name == "prepare":
-            action.add_argument("--force", action="store_true", help="write what is there again")
-        if name == "check":
-            files = action.add_mutually_exclusive_group()
-            files.add_argument(
-                "--write-manifest", action="store_true", help="record hashes, to compare elsewhere"
-            )
-            files.add_argument(
-                "--manifest", type=Path, metavar="FILE", help="compare with this one"
-            )
+    for action in (prepared, checked):
+        action.add_argument("names", nargs="+", metavar="NAME", help="as `sfp data list` has it")
+        action.add_argument(
+            "--workers", type=_positive, help="threads (default: one per core, up to 8)"
+        )
+    prepared.add_argument("--force", action="store_true", help="write what is there again")
+    files = checked.add_mutually_exclusive_group()
+    files.add_argument(
+        "--write-manifest", action="store_true", help="record hashes, to compare elsewhere"
+    )
+    files.add_argument("--manifest", type=Path, metavar="FILE", help="compare with this one")
 
 
 def _positive(text: str) -> int:
@@ -109,9 +108,9 @@ def _entries(names: Iterable[str]) -> dict[str, Entry]:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
+    from sfp.cli.terminal import console
     from sfp.data.catalogue import CATALOGUE
     from sfp.data.check import state
 
@@ -123,10 +122,7 @@ def _list(args: argparse.Namespace) -> int:
         images = " or ".join(map(str, entry.images))
         where = str(root / entry.folder)
         table.add_row(name, entry.title, images, str(entry.classes), where, f"[{style}]{what}[/]")
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a file or a pipe has no width to fit
-    console.print(table)
+    console().print(table)
     print("`sfp data prepare NAME` says how to get one, `sfp data check NAME` reads every file")
     return 0
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from sfp.cache import atomic_write, sha256_file
 from sfp.clip.loading import PUBLISHED, WeightsError, locate
 from sfp.clip.text import prompt_templates
+from sfp.datasets import LABEL_STEPS
 from sfp.describe import knobs
 from sfp.journal import fingerprint
 from sfp.registry import METHODS, OPS, find
@@ -51,7 +52,7 @@ PACKAGES = [
 # arguments of the segmentor that are not protocol, or that stand elsewhere on the card
 _ELSEWHERE = {"weights", "classes", "method", "templates", "precision", "window_batch", "compiled"}
 _ELSEWHERE |= {"data_preprocessor", "scores", "palette", "init_cfg", "pretrained", "train_cfg"}
-_STEPS_OF_LABELS = {"LoadAnnotations", "PackSegInputs"}  # no image passes through them
+_STEPS_OF_LABELS = {*LABEL_STEPS, "PackSegInputs"}  # no image passes through them
 
 
 def plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ COMMANDS = (  # in the order of the help
     "ablate",
     "audit",
     "label",
+    "data",
     "methods",
     "completion",
     "version",

@@ -18,6 +18,9 @@ from sfp.clip.weights import OPENAI_MEAN, OPENAI_STD, RGB, Published, WeightsErr
 
 _OPEN_CLIP_FILE, _TRANSFORMERS_FILE = "open_clip_config.json", "config.json"
 
+# what a configuration that is none makes of looking into it
+_WRONG = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -66,7 +69,7 @@ def facts(path: Path | None, layout: str, row: Published | None = None) -> Facts
         if config.is_file():
             try:
                 return read(config, _json(config))
-            except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            except _WRONG as error:
                 raise WeightsError(
                     f"{config}, which should describe {path.name}, cannot be used: "
                     f"{type(error).__name__}: {error}. Fetch it again, or move it away and say "

@@ -87,19 +87,19 @@ def recognise(state: Mapping[str, Tensor]) -> Recognised:
         found = next((name for name in state if re.match(pattern, name)), None)
         if found:
             reason = f": {why}" if why else ""
-            raise LayoutError(f"this is {what}{reason} (found {found}); {ACCEPTED}")
+            raise LayoutError(f"this is {what}{reason} (found {found})")
     if any(name.startswith(("vision_model.", "text_model.")) for name in state):
         return Recognised(TRANSFORMERS, _from_transformers(state))
     if "visual.conv1.weight" not in state:
         names = ", ".join(list(state)[:4]) or "nothing"
         raise LayoutError(
             f"not a CLIP state dict: 'visual.conv1.weight' is missing; found {len(state)} tensors: "
-            f"{names}{', ...' if len(state) > 4 else ''}; {ACCEPTED}"
+            f"{names}{', ...' if len(state) > 4 else ''}"
         )
     if not any(name.startswith("visual.ln_pre.") for name in state):
         raise LayoutError(
             "this CLIP has no visual.ln_pre, as CLIPA, whose image tower averages its patches and "
-            f"whose text tower has another tokenizer; {ACCEPTED}"
+            "whose text tower has another tokenizer"
         )
     layout = OPENAI if all(name in state for name in _SCALARS) else SHARED
     if any(name.startswith("text.") for name in state):
@@ -167,7 +167,7 @@ _LAYER = re.compile(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.(.+)\.(
 def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     missing = [tower for tower in _TOWERS if not any(k.startswith(f"{tower}.") for k in state)]
     if missing:
-        raise LayoutError(f"one tower of a CLIP only: {missing[0]}.* is missing; {ACCEPTED}")
+        raise LayoutError(f"one tower of a CLIP only: {missing[0]}.* is missing")
     result: dict[str, Tensor] = {}
     packed: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():

@@ -33,6 +33,7 @@ from sfp.clip.model import CLIP, build_clip
 from sfp.clip.vit import ACTIVATIONS
 from sfp.clip.weights import (
     ARCHITECTURES,
+    HUB_FILES,
     PUBLISHED,
     LayoutError,
     Published,
@@ -143,9 +144,9 @@ class Checkpoint:
             )
         except LayoutError as error:
             part = self.path is not None and re.search(r"-\d{5}-of-\d{5}", self.path.name)
-            hint = ". The file is one part of several; only whole checkpoints are read" if part else ""
+            hint = ". This file is one part of several; only whole checkpoints are read" if part else ""
             raise LayoutError(
-                f"{self.origin}: {error} (read as {self.layout} layout; {ACCEPTED}){hint}"
+                f"{self.origin}: {error}; read as the layout of {self.layout}; {ACCEPTED}{hint}"
             ) from None
         _check_sizes(clip, self)
         _check_numbers(clip, self.origin)
@@ -176,21 +177,15 @@ def open_weights(
         activation = activation or suffix
         row = PUBLISHED.get(str(source))
         path = locate(source)
-        origin, sha256 = str(path), _hash(path)
-        expected = _stated(row, path)
-        if expected and sha256 != expected:  # before anything looks inside
-            raise WeightsError(
-                f"{path} is not {source}: its SHA-256 is {sha256}, published is {expected}. "
-                "Delete the file; it is downloaded again, or put an intact copy there."
-            )
-        verified = expected is not None
+        origin = str(path)
+        sha256, verified = verify(str(source), path)  # before anything looks inside
         state = read_state(path)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}{suggest(activation, ACTIVATIONS)}")
     try:
         recognised = recognise(state)
     except LayoutError as error:
-        raise LayoutError(f"{origin}: {error}") from None
+        raise LayoutError(f"{origin}: {error}; {ACCEPTED}") from None
     if str(source) == MINI:
         known = Facts("quick_gelu", "its training")
     else:
@@ -251,11 +246,23 @@ def _own(value: Tensor) -> Tensor:
     return value.to(torch.float32 if lower else value.dtype, copy=True).contiguous()
 
 
-def _hash(path: Path) -> str:
+def verify(name: str, path: Path) -> tuple[str, bool]:
+    """A file's SHA-256, and whether there was one to compare it with.
+
+    Raises:
+        WeightsError: if the file is not what is published under `name`, or cannot be read.
+    """
     try:
-        return sha256_file(path)
+        found = sha256_file(path)
     except OSError as error:
         raise WeightsError(f"cannot read weights from {path}: {error}") from error
+    expected = _stated(PUBLISHED.get(name), path)
+    if expected and found != expected:
+        raise WeightsError(
+            f"{path} is not {name}: its SHA-256 is {found}, published is {expected}. "
+            "Delete the file; it is downloaded again, or put an intact copy there."
+        )
+    return found, expected is not None
 
 
 def _stated(row: Published | None, path: Path) -> str | None:
@@ -326,9 +333,10 @@ def download(name: str) -> Path:
         part = path.with_name(f"{path.name}.part")
         kept = "What has arrived is kept, and the next attempt continues it. " if part.is_file() else ""
         sha256 = f" (SHA-256 {row.sha256})" if row.sha256 else ""
+        other = f" (or {HUB_FILES[1]} from there, as {row.files[1]})" if row.repo else ""
         raise WeightsError(
             f"could not download {name}: {error}. {kept}Fetch {row.url} on a machine that has a "
-            f"network and put it at {path}{sha256}, or give the path of a local copy instead of the "
+            f"network and put it at {path}{sha256}{other}, or give the path of a local copy instead of the "
             "name. Without any weights, configs/cfg_mini.py still runs."
         ) from error
     return path
@@ -342,9 +350,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     try:
         with path.open("rb") as file:
-            if file.read(9)[8:] == b"{" or path.suffix == ".safetensors":  # behind its length
+            if zipfile.is_zipfile(file):
+                return read_archive(file)
+            file.seek(8)  # behind the length of a safetensors header, which is JSON
+            if file.read(1) == b"{" or path.suffix == ".safetensors":
                 return load_file(path)
-            return read_archive(file) if zipfile.is_zipfile(file) else _read_legacy(file)
+            return _read_legacy(file)
     except (
         OSError,
         ValueError,  # ArchiveError among them

@@ -18,7 +18,16 @@ Examples:
   sfp weights check ViT-B/16
   sfp weights check runs/epoch_32.pt@gelu
 """
-COLUMNS = ("name", "patch", "image", "width x blocks", "embedding", "activation", "mean, std", "from")
+COLUMNS = (
+    "name",
+    "patch",
+    "image",
+    "width x blocks",
+    "embedding",
+    "activation",
+    "mean, std",
+    "from",
+)
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -99,12 +108,11 @@ def list_weights(args: argparse.Namespace) -> int:
 
 def get_weights(args: argparse.Namespace) -> int:
     """Downloads what is not on disk yet, and verifies all of it."""
-    from sfp.clip.loading import PUBLISHED, locate, verify
-    from sfp.registry import suggest
+    from sfp.clip.loading import PUBLISHED, known_names, locate, verify
 
     for name in args.names:
         if name not in PUBLISHED:
-            raise ValueError(f"no published weights {name!r}{suggest(name, PUBLISHED)}")
+            raise ValueError(f"no published weights {name!r}{known_names(name)}")
     for name in args.names:
         path = locate(name)
         sha256, verified = verify(name, path)
@@ -115,19 +123,19 @@ def get_weights(args: argparse.Namespace) -> int:
 
 def check_weights(args: argparse.Namespace) -> int:
     """Reads weights to the last number and prints what they are; damage is raised."""
-    from sfp.clip.loading import PUBLISHED, WeightsError, find, open_weights
+    from sfp.clip.loading import PUBLISHED, WeightsError, find, open_weights, split_activation
 
-    if args.source in PUBLISHED and find(args.source) is None:
-        raise WeightsError(
-            f"{args.source} is not on this machine: sfp weights get {args.source} downloads it"
-        )
+    name = str(split_activation(args.source)[0])
+    if name in PUBLISHED and find(name) is None:
+        raise WeightsError(f"{name} is not on this machine: sfp weights get {name} downloads it")
     checkpoint = open_weights(args.source)
     clip = checkpoint.build()
     assert checkpoint.path is not None
     vit, known = clip.visual, checkpoint.facts
     types = Counter(str(x.dtype).removeprefix("torch.") for x in checkpoint.state.values())
     heads, text_heads = (
-        tower.resblocks[0].attn.num_heads for tower in (vit.transformer, clip.transformer)
+        tower.resblocks[0].attn.num_heads  # type: ignore[union-attr]
+        for tower in (vit.transformer, clip.transformer)
     )
     table = Table(show_header=False)
     for key, value in {

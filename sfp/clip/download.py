@@ -139,13 +139,15 @@ def _attempt(url: str, file: FileIO, timeout: float, bar: Progress, task: object
         raise
     with response:
         given = response.headers.get("Content-Range", "")
-        if response.status != http.client.PARTIAL_CONTENT or not given.startswith(f"bytes {start}-"):
+        if response.status != http.client.PARTIAL_CONTENT or not given.startswith(
+            f"bytes {start}-"
+        ):
             file.truncate(0)  # the server sends the whole file
             start = file.seek(0)
         length = response.headers.get("Content-Length")
         total = start + int(length) if length and length.isdigit() else None
         bar.update(task, completed=start, total=total)  # type: ignore[arg-type]
-        while block := response.read(BLOCK):
+        while block := response.read1(BLOCK):  # what is there: a timeout would lose the rest
             _write(file, block)
             bar.advance(task, len(block))  # type: ignore[arg-type]
     size = file.tell()
@@ -188,7 +190,9 @@ def from_hub(repo: str) -> Path:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
-        raise ImportError("the package huggingface_hub is missing: pip install 'sfp[hub]'") from error
+        raise ImportError(
+            "the package huggingface_hub is missing: pip install 'sfp[hub]'"
+        ) from error
     for name in HUB_FILES:
         try:
             path = Path(hf_hub_download(repo, name, endpoint=os.environ.get("HF_ENDPOINT")))

@@ -52,7 +52,7 @@ def facts(path: Path | None, layout: str, row: Published | None = None) -> Facts
         row: its row in the table, if it was asked for by name.
 
     Raises:
-        WeightsError: if a configuration beside the file cannot be read, or names what no model here has.
+        WeightsError: if a configuration beside the file cannot be read, or asks for other parts.
     """
     if path is not None and row is None and layout != layouts.OPENAI:
         row = row_of(path)
@@ -90,7 +90,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _from_open_clip(path: Path, config: Mapping[str, Any]) -> Facts:
-    """open_clip's configuration, whose defaults are left out of it."""
+    """What open_clip writes, whose defaults are left out."""
     model = config["model_cfg"]
     text = model["text_cfg"]
     images = config.get("preprocess_cfg", {})
@@ -105,7 +105,7 @@ def _from_open_clip(path: Path, config: Mapping[str, Any]) -> Facts:
 
 
 def _from_transformers(path: Path, config: Mapping[str, Any]) -> Facts:
-    """transformers' configuration, whose defaults are left out of older files."""
+    """What transformers writes, whose defaults are left out of older files."""
     if config.get("model_type", "clip") != "clip":
         raise ValueError(f"model_type {config['model_type']!r}, not 'clip'")
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}

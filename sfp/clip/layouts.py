@@ -1,4 +1,4 @@
-"""State dicts of CLIPs as different people write them, recognised by their names and brought to one form.
+"""State dicts of CLIPs as different people write them, recognised by their names, in one form.
 
 Accepted are OpenAI's layout, which open_clip shares (also with the text tower under `text.`, and under
 the `module.` of distributed training), and that of `CLIPModel` in Hugging Face's transformers. Nothing

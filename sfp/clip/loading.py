@@ -7,6 +7,7 @@ through PyTorch's `weights_only` reader.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import http.client
 import io
@@ -144,7 +145,11 @@ class Checkpoint:
             )
         except LayoutError as error:
             part = self.path is not None and re.search(r"-\d{5}-of-\d{5}", self.path.name)
-            hint = ". This file is one part of several; only whole checkpoints are read" if part else ""
+            hint = (
+                ". This file is one part of several; only whole checkpoints are read"
+                if part
+                else ""
+            )
             raise LayoutError(
                 f"{self.origin}: {error}; read as the layout of {self.layout}; {ACCEPTED}{hint}"
             ) from None
@@ -173,7 +178,7 @@ def open_weights(
         path, origin, verified = None, "the state dict", False
         state, sha256 = dict(source), digest_of(source)
     else:
-        source, suffix = _split(source)
+        source, suffix = split_activation(source)
         activation = activation or suffix
         row = PUBLISHED.get(str(source))
         path = locate(source)
@@ -208,19 +213,19 @@ def weights_digest(source: str | Path) -> str | None:
     Raises:
         WeightsError, ValueError: as `load_clip`.
     """
-    bare, _ = _split(source)
+    bare, _ = split_activation(source)
     row = PUBLISHED.get(str(bare))
     if row is not None and row.sha256:
         known = facts(None, "", row)
-        _, suffix = _split(source)
+        _, suffix = split_activation(source)
         return _digest(row.sha256, replace(known, activation=suffix or known.activation))
     if row is not None and find(str(bare)) is None:
         return None
     return open_weights(source).digest
 
 
-def _split(source: str | Path) -> tuple[str | Path, str | None]:
-    """A source and the activation that may stand behind its last "@"."""
+def split_activation(source: str | Path) -> tuple[str | Path, str | None]:
+    """A source without the activation that may stand behind its last "@", and that, or None."""
     bare, at, suffix = str(source).rpartition("@")
     if at and suffix in ACTIVATIONS and not Path(source).expanduser().is_file():
         return bare, suffix
@@ -267,8 +272,10 @@ def verify(name: str, path: Path) -> tuple[str, bool]:
 
 def _stated(row: Published | None, path: Path) -> str | None:
     """The hash that a file of this row should have, where its publisher or the Hub's cache says it."""
-    if row is None or not row.repo:
-        return row and row.sha256
+    if row is None:
+        return None
+    if not row.repo:
+        return row.sha256
     from sfp.clip.download import stated_hash
 
     return stated_hash(path)
@@ -295,7 +302,7 @@ def locate(source: str | Path) -> Path:
     Raises:
         WeightsError: if there is none; the message says which file to put where.
     """
-    source, _ = _split(source)
+    source, _ = split_activation(source)
     name = str(source)
     if name == MINI:
         from sfp.mini import checkpoint
@@ -306,9 +313,20 @@ def locate(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if not path.is_file():
         raise WeightsError(
-            f"no weights {name!r}: neither a file nor a known name{suggest(name, [*PUBLISHED, MINI])}"
+            f"no weights {name!r}: neither a file nor a known name{known_names(name)}"
         )
     return path
+
+
+def known_names(name: str) -> str:
+    """The tail of an error message: the closest name, and those that there are, without all tags."""
+    close = difflib.get_close_matches(name, [*PUBLISHED, MINI], n=1)
+    short = [n for n, row in PUBLISHED.items() if not row.repo]
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return (
+        f"; {hint}valid: {', '.join([*short, MINI])}, and {len(PUBLISHED) - len(short)} of open_clip "
+        "such as ViT-B-16:laion2b_s34b_b88k (sfp weights list)"
+    )
 
 
 def download(name: str) -> Path:
@@ -331,13 +349,17 @@ def download(name: str) -> Path:
         fetch(row.url, path, row.sha256)
     except (OSError, http.client.HTTPException, ImportError) as error:
         part = path.with_name(f"{path.name}.part")
-        kept = "What has arrived is kept, and the next attempt continues it. " if part.is_file() else ""
+        kept = (
+            "What has arrived is kept, and the next attempt continues it. "
+            if part.is_file()
+            else ""
+        )
         sha256 = f" (SHA-256 {row.sha256})" if row.sha256 else ""
         other = f" (or {HUB_FILES[1]} from there, as {row.files[1]})" if row.repo else ""
         raise WeightsError(
             f"could not download {name}: {error}. {kept}Fetch {row.url} on a machine that has a "
-            f"network and put it at {path}{sha256}{other}, or give the path of a local copy instead of the "
-            "name. Without any weights, configs/cfg_mini.py still runs."
+            f"network and put it at {path}{sha256}{other}, or give the path of a local copy instead of "
+            "the name. Without any weights, configs/cfg_mini.py still runs."
         ) from error
     return path
 

@@ -125,43 +125,38 @@ _OPENAI = {
     ),
 }
 
-# open_clip's model and tag, activation, normalisation, repository on the Hub
+# open_clip's model and tag, GELU (exact or quick), repository on the Hub; half: mean = std = 0.5
 _HUB = """
-ViT-B-32           laion400m_e32          quick_gelu  openai  timm/vit_base_patch32_clip_224.laion400m_e32
-ViT-B-32           laion2b_s34b_b79k      gelu        openai  laion/CLIP-ViT-B-32-laion2B-s34B-b79K
-ViT-B-32           datacomp_xl_s13b_b90k  gelu        openai  laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K
-ViT-B-32           metaclip_400m          quick_gelu  openai  timm/vit_base_patch32_clip_224.metaclip_400m
-ViT-B-32           metaclip_fullcc        quick_gelu  openai  timm/vit_base_patch32_clip_224.metaclip_2pt5b
-ViT-B-32-256       datacomp_s34b_b86k     gelu        openai  laion/CLIP-ViT-B-32-256x256-DataComp-s34B-b86K
-ViT-B-16           laion400m_e32          gelu        openai  timm/vit_base_patch16_clip_224.laion400m_e32
-ViT-B-16           laion2b_s34b_b88k      gelu        openai  laion/CLIP-ViT-B-16-laion2B-s34B-b88K
-ViT-B-16           datacomp_xl_s13b_b90k  gelu        openai  laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K
-ViT-B-16           dfn2b                  quick_gelu  openai  apple/DFN2B-CLIP-ViT-B-16
-ViT-B-16           metaclip_400m          quick_gelu  openai  timm/vit_base_patch16_clip_224.metaclip_400m
-ViT-B-16           metaclip_fullcc        quick_gelu  openai  timm/vit_base_patch16_clip_224.metaclip_2pt5b
-ViT-B-16-plus-240  laion400m_e31          gelu        openai  timm/vit_base_patch16_plus_clip_240.laion400m_e31
-ViT-L-14           laion400m_e32          gelu        openai  timm/vit_large_patch14_clip_224.laion400m_e32
-ViT-L-14           laion2b_s32b_b82k      gelu        half    laion/CLIP-ViT-L-14-laion2B-s32B-b82K
-ViT-L-14           datacomp_xl_s13b_b90k  gelu        openai  laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K
-ViT-L-14           dfn2b                  quick_gelu  openai  apple/DFN2B-CLIP-ViT-L-14
-ViT-L-14           dfn2b_s39b             gelu        openai  apple/DFN2B-CLIP-ViT-L-14-39B
-ViT-L-14           metaclip_400m          quick_gelu  openai  timm/vit_large_patch14_clip_224.metaclip_400m
-ViT-L-14           metaclip_fullcc        quick_gelu  openai  timm/vit_large_patch14_clip_224.metaclip_2pt5b
-ViT-H-14           laion2b_s32b_b79k      gelu        openai  laion/CLIP-ViT-H-14-laion2B-s32B-b79K
-ViT-H-14           dfn5b                  quick_gelu  openai  apple/DFN5B-CLIP-ViT-H-14
-ViT-H-14           metaclip_fullcc        quick_gelu  openai  timm/vit_huge_patch14_clip_224.metaclip_2pt5b
-ViT-H-14           metaclip_altogether    gelu        openai  timm/vit_huge_patch14_clip_224.metaclip_altogether
-ViT-H-14-378       dfn5b                  quick_gelu  openai  apple/DFN5B-CLIP-ViT-H-14-378
-ViT-g-14           laion2b_s12b_b42k      gelu        openai  laion/CLIP-ViT-g-14-laion2B-s12B-b42K
-ViT-g-14           laion2b_s34b_b88k      gelu        openai  laion/CLIP-ViT-g-14-laion2B-s34B-b88K
-ViT-bigG-14        laion2b_s39b_b160k     gelu        openai  laion/CLIP-ViT-bigG-14-laion2B-39B-b160k
-ViT-bigG-14        metaclip_fullcc        quick_gelu  openai  timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b
+ViT-B-32          laion400m_e32         quick timm/vit_base_patch32_clip_224.laion400m_e32
+ViT-B-32          laion2b_s34b_b79k     exact laion/CLIP-ViT-B-32-laion2B-s34B-b79K
+ViT-B-32          datacomp_xl_s13b_b90k exact laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K
+ViT-B-32          metaclip_400m         quick timm/vit_base_patch32_clip_224.metaclip_400m
+ViT-B-32          metaclip_fullcc       quick timm/vit_base_patch32_clip_224.metaclip_2pt5b
+ViT-B-32-256      datacomp_s34b_b86k    exact laion/CLIP-ViT-B-32-256x256-DataComp-s34B-b86K
+ViT-B-16          laion400m_e32         exact timm/vit_base_patch16_clip_224.laion400m_e32
+ViT-B-16          laion2b_s34b_b88k     exact laion/CLIP-ViT-B-16-laion2B-s34B-b88K
+ViT-B-16          datacomp_xl_s13b_b90k exact laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K
+ViT-B-16          dfn2b                 quick apple/DFN2B-CLIP-ViT-B-16
+ViT-B-16          metaclip_400m         quick timm/vit_base_patch16_clip_224.metaclip_400m
+ViT-B-16          metaclip_fullcc       quick timm/vit_base_patch16_clip_224.metaclip_2pt5b
+ViT-B-16-plus-240 laion400m_e31         exact timm/vit_base_patch16_plus_clip_240.laion400m_e31
+ViT-L-14          laion400m_e32         exact timm/vit_large_patch14_clip_224.laion400m_e32
+ViT-L-14          laion2b_s32b_b82k     exact laion/CLIP-ViT-L-14-laion2B-s32B-b82K half
+ViT-L-14          datacomp_xl_s13b_b90k exact laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K
+ViT-L-14          dfn2b                 quick apple/DFN2B-CLIP-ViT-L-14
+ViT-L-14          dfn2b_s39b            exact apple/DFN2B-CLIP-ViT-L-14-39B
+ViT-L-14          metaclip_400m         quick timm/vit_large_patch14_clip_224.metaclip_400m
+ViT-L-14          metaclip_fullcc       quick timm/vit_large_patch14_clip_224.metaclip_2pt5b
+ViT-H-14          laion2b_s32b_b79k     exact laion/CLIP-ViT-H-14-laion2B-s32B-b79K
+ViT-H-14          dfn5b                 quick apple/DFN5B-CLIP-ViT-H-14
+ViT-H-14          metaclip_fullcc       quick timm/vit_huge_patch14_clip_224.metaclip_2pt5b
+ViT-H-14          metaclip_altogether   exact timm/vit_huge_patch14_clip_224.metaclip_altogether
+ViT-H-14-378      dfn5b                 quick apple/DFN5B-CLIP-ViT-H-14-378
+ViT-g-14          laion2b_s12b_b42k     exact laion/CLIP-ViT-g-14-laion2B-s12B-b42K
+ViT-g-14          laion2b_s34b_b88k     exact laion/CLIP-ViT-g-14-laion2B-s34B-b88K
+ViT-bigG-14       laion2b_s39b_b160k    exact laion/CLIP-ViT-bigG-14-laion2B-39B-b160k
+ViT-bigG-14       metaclip_fullcc       quick timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b
 """
-_NORMALISATION: dict[str, tuple[RGB, RGB]] = {
-    "openai": (OPENAI_MEAN, OPENAI_STD),
-    "half": (HALF, HALF),
-}
-
 PUBLISHED = {
     name: Published(file, sha256, architecture=architecture)
     for name, (architecture, file, sha256) in _OPENAI.items()
@@ -170,11 +165,11 @@ PUBLISHED = {
         f"{architecture}-{tag}.safetensors",
         repo=repo,
         architecture=architecture,
-        activation=activation,
-        mean=_NORMALISATION[norm][0],
-        std=_NORMALISATION[norm][1],
+        activation={"quick": "quick_gelu", "exact": "gelu"}[gelu],
+        mean=HALF if half else OPENAI_MEAN,
+        std=HALF if half else OPENAI_STD,
     )
-    for architecture, tag, activation, norm, repo in map(str.split, _HUB.strip().splitlines())
+    for architecture, tag, gelu, repo, *half in map(str.split, _HUB.strip().splitlines())
 }
 """By name: OpenAI's, and "model:tag" as open_clip prints them."""
 
@@ -192,9 +187,7 @@ def row_of(path: Path) -> Published | None:
     for row in PUBLISHED.values():
         if row.repo and (
             path.name in row.files
-            or (
-                f"/models--{row.repo.replace('/', '--')}/" in folder and path.name in HUB_FILES
-            )
+            or (f"/models--{row.repo.replace('/', '--')}/" in folder and path.name in HUB_FILES)
         ):
             return row
     return None

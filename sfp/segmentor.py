@@ -18,6 +18,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.clip.int8 import quantised
 from sfp.clip.loading import load_clip
 from sfp.clip.model import CLIP
 from sfp.clip.text import prompt_templates, text_bank
@@ -35,7 +36,12 @@ from sfp.tokens import Tokens
 from sfp.vocabulary import load_vocabulary
 
 LARGE = 2**24  # pixels from which an image is normalised window by window, to stay in 8 bits
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,  # what is not 8-bit
+}
 
 
 @MODELS.register_module()
@@ -107,11 +113,14 @@ class OpenVocabSegmentor(BaseSegmentor):
             pixels beyond the last whole patch out.
         whole_via_input: with `slide_crop=0`, logits go through the size of the network's input on
             their way to the original one (NACLIP's release).
-        window_batch: most windows in one forward pass.
+        window_batch: most windows in one forward pass; None for 32 on a GPU and one for each thread
+            (at least 2) on a CPU, where more cost memory and gain next to nothing.
         pamr_steps: steps of pixel-adaptive refinement on the final logits; 0 for none.
         pamr_dilations: distances of its neighbours, in pixels.
         guides: external encoders by name, config nodes or modules, for methods that ask for them.
-        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16" or "bf16".
+        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
+            products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
+        compiled: whether the blocks' MLPs go through `torch.compile`.
         scores: whether results carry `seg_logits`, (K, H, W) probabilities, besides the labels.
         palette: colours per class for visualizers; by default those of Pascal VOC, continued.
         data_preprocessor: by default an `ImagePreprocessor` with the constants of the weights.
@@ -134,11 +143,12 @@ class OpenVocabSegmentor(BaseSegmentor):
         slide_stride: int = 112,
         pad_windows: bool = False,
         whole_via_input: bool = False,
-        window_batch: int = 32,
+        window_batch: int | None = None,
         pamr_steps: int = 0,
         pamr_dilations: Sequence[int] = (8, 16),
         guides: Mapping[str, Any] | None = None,
         precision: str = "auto",
+        compiled: bool = False,
         scores: bool = True,
         palette: Sequence[Sequence[int]] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
@@ -158,7 +168,7 @@ class OpenVocabSegmentor(BaseSegmentor):
                 f"slide_stride={slide_stride} must be between 1 and slide_crop={slide_crop}: "
                 "larger strides leave pixels without a label"
             )
-        if window_batch < 1:
+        if window_batch is not None and window_batch < 1:
             raise ValueError(f"window_batch={window_batch}: at least one window runs at a time")
         prompt_templates(templates)
         self.method = build_method(method)
@@ -182,6 +192,13 @@ class OpenVocabSegmentor(BaseSegmentor):
         for part in (self.data_preprocessor, *self.guides.values()):
             if hasattr(part, "follow"):  # whose input is normalised as these weights want it
                 part.follow(self.clip)
+        if precision == "int8" or compiled:  # of these the caller's model shall know nothing
+            self.clip = copy.deepcopy(self.clip, {id(p): p for p in self.clip.parameters()})
+        if precision == "int8":
+            self.clip.visual = quantised(self.clip.visual)
+        if compiled:
+            for block in self.clip.visual.blocks:
+                block.mlp.compile(dynamic=True)
         if query_features is not None:
             expected = (len(self.vocabulary.queries), self.clip.text_projection.shape[1])
             if tuple(query_features.shape) != expected:
@@ -213,6 +230,8 @@ class OpenVocabSegmentor(BaseSegmentor):
         name = self.precision
         if name == "auto":
             name = "fp16" if self.clip.text_projection.device.type == "cuda" else "fp32"
+        if name == "int8" and self.clip.text_projection.device.type != "cpu":
+            raise ValueError("precision='int8' is for CPUs: on a GPU use 'fp16' or 'bf16'")
         self.clip.to(PRECISIONS[name])
         self.guides.to(PRECISIONS[name])
 
@@ -378,8 +397,9 @@ class OpenVocabSegmentor(BaseSegmentor):
             queues[grid.window] += [(n, place) for place in grid.places]
         logits: list[list[list[Tensor]]] = [[[] for _ in images] for _ in methods]
         for queue in queues.values():
-            for i in range(0, len(queue), self.window_batch):
-                batch = queue[i : i + self.window_batch]
+            step = self.windows_at_once
+            for i in range(0, len(queue), step):
+                batch = queue[i : i + step]
                 windows = torch.stack(
                     [grids[n].cut(images[n], place, self._normalised) for n, place in batch]
                 )
@@ -393,6 +413,14 @@ class OpenVocabSegmentor(BaseSegmentor):
             ]
             for each in logits
         ]
+
+    @property
+    def windows_at_once(self) -> int:
+        """Most windows in one forward pass: `window_batch`, or what suits the device."""
+        if self.window_batch is not None:
+            return self.window_batch
+        on_cpu = self.clip.text_projection.device.type == "cpu"
+        return max(torch.get_num_threads(), 2) if on_cpu else 32
 
     def window_logits(self, methods: Sequence[Method], windows: Tensor) -> list[Tensor]:
         """Logits of windows (B, 3, H, W) by several methods, at patch resolution: (B, Q, h, w).

@@ -5,18 +5,14 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-HELP = """\
+TEXT = """\
 Published weights by name, and files of one's own.
 
 Examples:
-  sfp weights list
-  sfp weights get ViT-B/16 ViT-B-16:laion2b_s34b_b88k
-  sfp weights check ViT-B/16
-  sfp weights check runs/epoch_32.pt@gelu
+    sfp weights list
+    sfp weights get ViT-B/16 ViT-B-16:laion2b_s34b_b88k
+    sfp weights check ViT-B/16
+    sfp weights check runs/epoch_32.pt@gelu
 """
 COLUMNS = (
     "name",
@@ -35,10 +31,10 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "weights",
         help="list, download and check weights",
-        description=HELP,
+        description=TEXT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(dest="action", metavar="{list,get,check}", required=True)
+    actions = parser.add_subparsers(metavar="{list,get,check}", required=True)
     listing = actions.add_parser(
         "list", help="published weights, and which of them are on this machine"
     )
@@ -47,13 +43,12 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     listing.set_defaults(run=list_weights)
     get = actions.add_parser(
-        "get", help="download weights; an interrupted download is continued by the next get"
+        "get", help="download weights; what was interrupted is continued by the next get"
     )
     get.add_argument("names", nargs="+", metavar="NAME", help="as `sfp weights list` prints them")
     get.set_defaults(run=get_weights)
     check = actions.add_parser(
-        "check",
-        help="read a file and say what it is; exit code 3 if it is damaged or of no known kind",
+        "check", help="read a file and say what it is; exit code 3 if it is damaged or unknown"
     )
     check.add_argument("source", metavar="FILE|NAME", help="a file, or the name of weights on disk")
     check.set_defaults(run=check_weights)
@@ -94,6 +89,9 @@ def list_weights(args: argparse.Namespace) -> int:
     if args.markdown:
         print(weights_markdown(), end="")
         return 0
+    from rich.table import Table
+
+    from sfp.cli.terminal import console
     from sfp.clip.loading import find
 
     table = Table(caption="sfp weights get NAME downloads")
@@ -102,7 +100,7 @@ def list_weights(args: argparse.Namespace) -> int:
     for row in rows():
         path = find(row[0])
         table.add_row(*row, _size(path.stat().st_size) if path else "-")
-    _console().print(table)
+    console(200).print(table)
     return 0
 
 
@@ -123,6 +121,10 @@ def get_weights(args: argparse.Namespace) -> int:
 
 def check_weights(args: argparse.Namespace) -> int:
     """Reads weights to the last number and prints what they are; damage is raised."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from sfp.cli.terminal import console
     from sfp.clip.loading import PUBLISHED, WeightsError, find, open_weights, split_activation
 
     name = str(split_activation(args.source)[0])
@@ -157,15 +159,8 @@ def check_weights(args: argparse.Namespace) -> int:
         "numbers": f"{sum(p.numel() for p in clip.parameters()):,}, all finite",
     }.items():
         table.add_row(key, Text(value))
-    _console().print(table)
+    console(200).print(table)
     return 0
-
-
-def _console() -> Console:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a file or a pipe has no width to fit
-    return console
 
 
 def _size(count: float) -> str:

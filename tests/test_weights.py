@@ -190,6 +190,29 @@ def test_a_configuration_that_makes_no_sense(tmp_path, content):
         load_clip(tmp_path / "open_clip_model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("tower", "setting"),
+    [
+        ("text_cfg", dict(no_causal_mask=True)),
+        ("text_cfg", dict(pool_type="last")),
+        ("text_cfg", dict(hf_tokenizer_name="bert-base-uncased")),
+        ("vision_cfg", dict(pool_type="avg")),
+        ("vision_cfg", dict(norm_kwargs=dict(eps=1e-6))),
+        ("vision_cfg", dict(pos_embed_type="sin_cos_2d")),
+    ],
+)
+def test_a_configuration_of_another_model(tmp_path, tower, setting):
+    """What no tensor shows, and what would be computed wrongly without a word."""
+    save_file(open_clip_state(), tmp_path / "open_clip_model.safetensors")
+    config = json.loads(json.dumps(CONFIG))
+    config["model_cfg"][tower] |= setting
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        LayoutError, match=f"not a plain CLIP: {next(iter(setting))} of its {tower}"
+    ):
+        load_clip(tmp_path / "open_clip_model.safetensors")
+
+
 # -- transformers --------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import http.client
@@ -10,7 +11,6 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -81,13 +81,14 @@ def fetch(url: str, path: Path, sha256: str, *, timeout: float = TIMEOUT) -> Non
         os.replace(part, path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _alone(part: Path) -> Iterator[FileIO]:
     """The unfinished file, open for this process only; others wait, also when this one is killed."""
     while True:
         file = FileIO(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+")
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks: the hash will tell
+                fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 same = os.path.samestat(os.fstat(file.fileno()), part.stat())
             except FileNotFoundError:

@@ -14,10 +14,29 @@ from typing import Any
 
 from sfp.clip import layouts
 from sfp.clip.vit import ACTIVATIONS
-from sfp.clip.weights import OPENAI_MEAN, OPENAI_STD, RGB, Published, WeightsError, row_of
+from sfp.clip.weights import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    RGB,
+    LayoutError,
+    Published,
+    WeightsError,
+    row_of,
+)
 
 _OPEN_CLIP_FILE, _TRANSFORMERS_FILE = "open_clip_config.json", "config.json"
 
+# settings of open_clip that its tensors do not show, and that change what they compute
+_PLAIN: dict[str, dict[str, Any]] = {
+    "vision_cfg": dict(pool_type="tok", pos_embed_type="learnable", norm_kwargs={}, act_kwargs={}),
+    "text_cfg": dict(
+        pool_type="argmax",
+        no_causal_mask=False,
+        hf_tokenizer_name=None,
+        norm_kwargs={},
+        act_kwargs={},
+    ),
+}
 # what a configuration that is none makes of looking into it
 _WRONG = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
@@ -69,6 +88,8 @@ def facts(path: Path | None, layout: str, row: Published | None = None) -> Facts
         if config.is_file():
             try:
                 return read(config, _json(config))
+            except LayoutError as error:
+                raise LayoutError(f"{path}: {error}, says {config.name}") from None
             except _WRONG as error:
                 raise WeightsError(
                     f"{config}, which should describe {path.name}, cannot be used: "
@@ -93,6 +114,13 @@ def _from_open_clip(path: Path, config: Mapping[str, Any]) -> Facts:
     """What open_clip writes, whose defaults are left out."""
     model = config["model_cfg"]
     text = model["text_cfg"]
+    for tower, plain in _PLAIN.items():
+        for key, value in plain.items():
+            if model[tower].get(key) not in (None, False, {}, value):
+                raise LayoutError(
+                    f"not a plain CLIP: {key} of its {tower} is {model[tower][key]!r}, expected "
+                    f"{value!r}"
+                )
     images = config.get("preprocess_cfg", {})
     return Facts(
         "quick_gelu" if model.get("quick_gelu", False) else "gelu",

@@ -43,19 +43,6 @@ from sfp.clip.weights import (
 )
 from sfp.registry import suggest
 
-__all__ = [
-    "MINI",
-    "PUBLISHED",
-    "Checkpoint",
-    "LayoutError",
-    "Published",
-    "WeightsError",
-    "load_clip",
-    "locate",
-    "open_weights",
-    "read_state",
-]
-
 MINI = "mini"
 
 
@@ -168,7 +155,7 @@ def open_weights(
     text_head_width: int | None = None,
 ) -> Checkpoint:
     """Finds, verifies, reads and recognises weights; arguments and errors as those of `load_clip`."""
-    row = None
+    row, mini = None, False
     if isinstance(source, Mapping):
         inner: Any = source.get("state_dict")
         if isinstance(inner, Mapping):  # a training checkpoint
@@ -180,7 +167,7 @@ def open_weights(
     else:
         source, suffix = split_activation(source)
         activation = activation or suffix
-        row = PUBLISHED.get(str(source))
+        row, mini = PUBLISHED.get(str(source)), str(source) == MINI
         path = locate(source)
         origin = str(path)
         sha256, verified = verify(str(source), path)  # before anything looks inside
@@ -191,10 +178,7 @@ def open_weights(
         recognised = recognise(state)
     except LayoutError as error:
         raise LayoutError(f"{origin}: {error}; {ACCEPTED}") from None
-    if str(source) == MINI:
-        known = Facts("quick_gelu", "its training")
-    else:
-        known = facts(path, recognised.layout, row)
+    known = Facts("quick_gelu", "its training") if mini else facts(path, recognised.layout, row)
     if activation is not None:
         known = replace(known, activation=activation, because="the caller", certain=True)
     known = replace(

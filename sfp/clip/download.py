@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import http.client
 import os
 import re
@@ -19,6 +18,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -84,6 +84,8 @@ def fetch(url: str, path: Path, sha256: str, *, timeout: float = TIMEOUT) -> Non
 @contextlib.contextmanager
 def _alone(part: Path) -> Iterator[FileIO]:
     """The unfinished file, open for this process only; others wait, also when this one is killed."""
+    import fcntl  # not on Windows, where files have to be put into the cache by hand
+
     while True:
         file = FileIO(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+")
         with file:
@@ -125,7 +127,7 @@ def _is_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in FULL
 
 
-def _attempt(url: str, file: FileIO, timeout: float, bar: Progress, task: object) -> None:
+def _attempt(url: str, file: FileIO, timeout: float, bar: Progress, task: TaskID) -> None:
     """One connection; raises `ConnectionError` if it ends before the file does."""
     start = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"User-Agent": f"sfp/{__version__}"})
@@ -147,10 +149,10 @@ def _attempt(url: str, file: FileIO, timeout: float, bar: Progress, task: object
             start = file.seek(0)
         length = response.headers.get("Content-Length")
         total = start + int(length) if length and length.isdigit() else None
-        bar.update(task, completed=start, total=total)  # type: ignore[arg-type]
+        bar.update(task, completed=start, total=total)
         while block := response.read1(BLOCK):  # what is there: a timeout would lose the rest
             _write(file, block)
-            bar.advance(task, len(block))  # type: ignore[arg-type]
+            bar.advance(task, len(block))
     size = file.tell()
     if total is not None and size != total:
         raise ConnectionError(f"the connection ended after {size} of {total} bytes")

@@ -33,11 +33,12 @@ from torch import Tensor
 from sfp.cache import atomic_write
 from sfp.clip.loading import WeightsError, weights_digest
 from sfp.clip.text import prompt_templates
+from sfp.datasets import LABEL_STEPS
 from sfp.describe import knobs
 from sfp.journal import fingerprint
 from sfp.registry import METHODS, OPS, find
 from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
-from sfp.shipped import ConfigError, find_config
+from sfp.shipped import ConfigError, find_config, read_config
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary
 
@@ -51,7 +52,7 @@ PACKAGES = [
 # arguments of the segmentor that are not protocol, or that stand elsewhere on the card
 _ELSEWHERE = {"weights", "classes", "method", "templates", "precision", "window_batch", "compiled"}
 _ELSEWHERE |= {"data_preprocessor", "scores", "palette", "init_cfg", "pretrained", "train_cfg"}
-_STEPS_OF_LABELS = {"LoadAnnotations", "PackSegInputs"}  # no image passes through them
+_STEPS_OF_LABELS = {*LABEL_STEPS, "PackSegInputs"}  # no image passes through them
 
 
 def plain(value: Any) -> Any:
@@ -309,7 +310,8 @@ def read_side(path: str | Path) -> dict[str, Any]:
             "a config"
         )
     if path.suffix == ".py":
-        groups = settings(Config.fromfile(str(path)))
+        config = read_config(path, "model.type", "model.classes", "test_dataloader.dataset")
+        groups = settings(config)
         return {k: v for k, v in groups.items() if k not in NOTED}  # of a run, and there was none
     try:
         card = json.loads(path.read_text(encoding="utf-8"))

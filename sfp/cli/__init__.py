@@ -23,6 +23,7 @@ COMMANDS = (  # in the order of the help
     "label",
     "data",
     "methods",
+    "weights",
     "completion",
     "version",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,26 @@ CLIP_MEAN = (122.771, 116.746, 104.094)  # what `ImagePreprocessor` subtracts, R
 CLIP_STD = (68.501, 66.632, 70.323)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1; of DINO, DINOv2 and most others
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def renormalise(
+    image: Tensor,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    image_mean: Sequence[float] = CLIP_MEAN,
+    image_std: Sequence[float] = CLIP_STD,
+) -> Tensor:
+    """Images (..., 3, H, W) out of one normalisation and into another, in float32.
+
+    Args:
+        image: normalised by `image_mean`, `image_std`.
+        mean, std: of the result, RGB in 0..1.
+        image_mean, image_std: as above, RGB in 0..255.
+    """
+    pairs = list(zip(image_mean, image_std, mean, std, strict=True))
+    factor = torch.tensor([own / (255 * new) for _, own, _, new in pairs], device=image.device)
+    shift = torch.tensor([(m / 255 - new) / s for m, _, new, s in pairs], device=image.device)
+    return image.float() * factor[:, None, None] + shift[:, None, None]
 
 
 @GUIDES.register_module(name="transformers")
@@ -31,9 +52,6 @@ class TransformersGuide(nn.Module):
     Raises:
         ImportError: if a model is to be loaded and `transformers` is not installed.
     """
-
-    factor: Tensor
-    shift: Tensor
 
     def __init__(
         self,
@@ -54,12 +72,7 @@ class TransformersGuide(nn.Module):
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in forward else {}
         )
-        # images * factor + shift: out of one normalisation and into the other
-        own = [torch.tensor(list(x)) * 255 for x in (mean, std)]
-        factor = torch.tensor(list(image_std)) / own[1]
-        shift = (torch.tensor(list(image_mean)) - own[0]) / own[1]
-        self.register_buffer("factor", factor[:, None, None], persistent=False)
-        self.register_buffer("shift", shift[:, None, None], persistent=False)
+        self._normalisation = (mean, std, image_mean, image_std)
         self.eval()
 
     def train(self, mode: bool = True) -> TransformersGuide:
@@ -72,22 +85,43 @@ class TransformersGuide(nn.Module):
 
         Images are resized (bilinear) so that each side is the nearest multiple of the patch.
         """
-        dtype = next(self.model.parameters()).dtype
-        pixels = image.float() * self.factor.float() + self.shift.float()
-        grid = tuple(
+        out, grid = self._run(image)
+        tokens = out.last_hidden_state  # (B, prefix + h * w, D): class token and registers first
+        return Tokens(tokens[:, tokens.shape[1] - grid[0] * grid[1] :], grid, prefix=0)
+
+    @torch.no_grad()
+    def attention(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """What patches attend to in the last block, the heads' mean: (B, N, N), and their grid.
+
+        Rows sum to less than 1, since patches attend to the class token and registers too.
+
+        Raises:
+            ValueError: if the model keeps its attention to itself.
+        """
+        if hasattr(self.model, "set_attn_implementation"):
+            self.model.set_attn_implementation("eager")  # fused attention has no weights to show
+        out, grid = self._run(image, output_attentions=True)
+        if not out.attentions or out.attentions[-1] is None:
+            raise ValueError(
+                f"{type(self.model).__name__} gives no attention: load it with "
+                "attn_implementation='eager'"
+            )
+        patches = grid[0] * grid[1]
+        weights = out.attentions[-1].float().mean(1)  # (B, T, T)
+        return weights[:, -patches:, -patches:], grid
+
+    def _run(self, image: Tensor, **options: bool) -> tuple[Any, tuple[int, int]]:
+        pixels = renormalise(image, *self._normalisation)
+        height, width = (
             max(round(length / side), 1)
             for length, side in zip(image.shape[-2:], self.patch, strict=True)
         )
-        size = (grid[0] * self.patch[0], grid[1] * self.patch[1])
+        size = (height * self.patch[0], width * self.patch[1])
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
-        out = self.model(pixel_values=pixels.to(dtype), **self._options)
-        tokens = (
-            out.last_hidden_state
-        )  # (B, prefix + h * w, D); the prefix is the class and registers
-        return Tokens(
-            tokens[:, tokens.shape[1] - grid[0] * grid[1] :], (grid[0], grid[1]), prefix=0
-        )
+        dtype = next(self.model.parameters()).dtype
+        out = self.model(pixel_values=pixels.to(dtype), **self._options, **options)
+        return out, (height, width)
 
 
 def _load(name: str) -> nn.Module:

@@ -68,7 +68,7 @@ class DinoMasks(nn.Module):
 
         A prompt of several points has the mean of their maps.
         """
-        pixels = same_area(image.float(), self.side)[None]
+        pixels = same_area(image.float(), self.side, self.guide.patch[0])[None]
         if self.by == "similarity":
             tokens = self.guide(pixels)
             unit = F.normalize(tokens.data[0].float(), dim=1)  # (N, D)

@@ -104,7 +104,7 @@ def fit_clusters(
     dataset: Mapping[str, Any] | None = None,
     patches: int = 64,
     iterations: int = 100,
-    restarts: int = 5,
+    restarts: int = 10,
     seed: int = 0,
 ) -> tuple[Tensor, float]:
     """k-means over the patch features of a dataset.

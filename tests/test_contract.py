@@ -113,7 +113,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(affinity=COSINES),
             dict(affinity=COSINES, eps=1.5, min_samples=5, vote="mean"),
             dict(affinity=COSINES, noise=dict(type="som"), noise_layer=-2, cells=2),
-            dict(affinity=GUIDED["affinity"], guide="colours", eps=0.3),
+            dict(affinity=GUIDED["affinity"], guide="colours", eps=1.0),
         ],
         "text_aware_propagation": [
             {},
@@ -130,7 +130,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(affinity=COSINES, eps=1.5),
             dict(affinity=COSINES, eps=1.5, min_samples=5, count=3),
             dict(affinity=COSINES, eps=1.6, noise=dict(type="som"), noise_layer=-2),
-            dict(affinity=GUIDED["affinity"], guide="colours", eps=0.3),
+            dict(affinity=GUIDED["affinity"], guide="colours", eps=1.0),
         ],
         "grid_points": [{}, dict(side=3)],
     },

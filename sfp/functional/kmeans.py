@@ -10,7 +10,7 @@ CHUNK = 2**24  # similarities held at once
 
 
 def spherical_kmeans(
-    points: Tensor, count: int, *, iterations: int = 100, restarts: int = 5, seed: int = 0
+    points: Tensor, count: int, *, iterations: int = 100, restarts: int = 10, seed: int = 0
 ) -> tuple[Tensor, float]:
     """Unit centres that have a large mean cosine with the points nearest to them.
 

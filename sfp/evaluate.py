@@ -180,8 +180,9 @@ def evaluate(
 
     Returns:
         "mIoU", "aAcc", "mAcc", "fwIoU" in percent, "classes" with IoU and Acc of each, and what was
-        evaluated (without words also "assignment", the cluster of each class); written to `metrics.json` as well, and with every setting to the reproduction
-        card, `card.json` and `card.md`. Empty on processes other than the first.
+        evaluated (without words also "assignment", the cluster of each class); written to
+        `metrics.json` as well, and with every setting to the reproduction card, `card.json` and
+        `card.md`. Empty on processes other than the first.
     """
     config = config.copy()
     if config.get("launcher", "none") != "none":

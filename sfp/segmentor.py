@@ -455,7 +455,7 @@ def _unpad(image: Tensor, sample: SegDataSample) -> Tensor:
 
 
 def _flipped(sample: SegDataSample) -> tuple[int, ...]:
-    """The dimensions along which the pipeline had mirrored the image (mmseg's test-time augmentation)."""
+    """Along which dimensions the pipeline had mirrored the image (test-time augmentation)."""
     if not sample.metainfo.get("flip"):
         return ()
     direction = sample.metainfo.get("flip_direction", "horizontal")

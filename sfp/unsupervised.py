@@ -124,7 +124,11 @@ def fit_clusters(
     segmentor = segmentor.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     built = _dataset(config, dataset)
     loader = Runner.build_dataloader(
-        dict(config.test_dataloader, dataset=built, sampler=dict(type="DefaultSampler", shuffle=False))
+        dict(
+            config.test_dataloader,
+            dataset=built,
+            sampler=dict(type="DefaultSampler", shuffle=False),
+        )
     )
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Tensor] = []

@@ -100,9 +100,7 @@ def test_vote_against_loops(mean, share, prob_thd, budget, monkeypatch):
     monkeypatch.setattr(functional, "BUDGET", budget)
     labels, masks = random_labels(13, 17, 5), random_masks(9, 13, 17)
     masks[5] = masks[4]  # a tie of areas
-    result = vote_in_masks(
-        sheet(masks), labels, 5, mean=mean, share=share, prob_thd=prob_thd
-    )
+    result = vote_in_masks(sheet(masks), labels, 5, mean=mean, share=share, prob_thd=prob_thd)
     expected = vote_by_hand(masks.numpy(), labels, 5, mean, share, prob_thd)
     assert np.array_equal(result.labels.numpy(), expected[0])
     assert (result.labels != labels.labels).any()
@@ -205,9 +203,7 @@ def test_points_of_a_guides_clusters():
         return sfp.Tokens(F.one_hot(side.long(), 2).float()[None], (3, 4), prefix=0)
 
     affinity = bind(dict(type="guide_similarity", guide="halves"))
-    (points,) = cluster_points(
-        trace(guides=dict(halves=halves)), affinity=affinity, guide="halves"
-    )
+    (points,) = cluster_points(trace(guides=dict(halves=halves)), affinity=affinity, guide="halves")
     assert points[:, 0, 0].tolist() == [0.125, 0.625]
     with pytest.raises(ValueError, match=r"'halves' cannot leave out noise.*noise=None"):
         cluster_points(
@@ -253,7 +249,9 @@ def test_sam_against_the_librarys_processor(size):
     inputs = processor(pixels, return_tensors="pt")
     seen = []
     encode = model.get_image_embeddings
-    model.get_image_embeddings = lambda pixel_values: encode(seen.append(pixel_values) or pixel_values)
+    model.get_image_embeddings = lambda pixel_values: encode(
+        seen.append(pixel_values) or pixel_values
+    )
     masks = SamMasks(model=model)(normalised(pixels), points, size)
     off = (seen[0] - inputs["pixel_values"]) * 255 * 0.225
     assert off.abs().max() < 1.1  # Pillow rounds to whole grey levels, on its way and in the end
@@ -296,9 +294,7 @@ def test_sam_by_hand(model):
     iou = out.iou_scores[0].amax(1)
     middle = float(iou.sort().values[1:3].mean())
     some = SamMasks(model=model, min_iou=middle)(normalised(pixels), points, (33, 70))
-    torch.testing.assert_close(
-        some.rows(0, 33), expected[iou >= middle], atol=2e-3, rtol=1e-3
-    )
+    torch.testing.assert_close(some.rows(0, 33), expected[iou >= middle], atol=2e-3, rtol=1e-3)
     none = SamMasks(model=model, min_iou=1e9)(normalised(pixels), points, (33, 70))
     assert len(none.tiles) == 0
 
@@ -467,9 +463,7 @@ def test_the_kept_image_reaches_the_masks(direction):
     halves = Halves()
     model = segmentor(masks=dict(propose=halves, points=GRID))
     flip = dict(flip=True, flip_direction=direction) if direction else {}
-    result = predict(
-        model, tiny.images(1, 60, 80)[0], ori_shape=(90, 120), full_image=full, **flip
-    )
+    result = predict(model, tiny.images(1, 60, 80)[0], ori_shape=(90, 120), full_image=full, **flip)
     sides = dict(horizontal=(2,), vertical=(1,), diagonal=(1, 2)).get(direction, ())
     expected = normalised(full[..., ::-1].copy()).flip(sides)
     torch.testing.assert_close(halves.image, expected)

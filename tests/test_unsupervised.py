@@ -126,7 +126,9 @@ def test_metric_against_loops(clusters):
     truth = rng.integers(0, 4, (3, 9, 11))
     count = clusters or 4
     predicted = np.where(rng.random(truth.shape) < 0.6, (truth * 2 + 1) % count, 0)
-    predicted = np.where(rng.random(truth.shape) < 0.2, rng.integers(0, count, truth.shape), predicted)
+    predicted = np.where(
+        rng.random(truth.shape) < 0.2, rng.integers(0, count, truth.shape), predicted
+    )
     truth[rng.random(truth.shape) < 0.1] = 255
     metric, scores = scored(truth, predicted, 4, clusters)
 
@@ -340,7 +342,9 @@ def test_the_voc_config_sees_whole_images():
 def test_benchmarks_without_words(name):
     if not (FOLDER / f"cfg_{name}.py").is_file():
         pytest.skip(f"cfg_{name}.py is not here yet")
-    cfg, base = (Config.fromfile(str(FOLDER / f"cfg_{n}.py")) for n in (f"{name}_unsupervised", name))
+    cfg, base = (
+        Config.fromfile(str(FOLDER / f"cfg_{n}.py")) for n in (f"{name}_unsupervised", name)
+    )
     assert cfg.test_dataloader == base.test_dataloader
     ready = unsupervised.cluster_config(cfg)
     assert len(ready.model.classes) == ready.test_evaluator.clusters == 27

@@ -38,7 +38,9 @@ def spherical_kmeans(
         0.96...
     """
     if not 0 < count <= len(points):
-        raise ValueError(f"{count} clusters of {len(points)} points: there must be 1 or more of each")
+        raise ValueError(
+            f"{count} clusters of {len(points)} points: there must be 1 or more of each"
+        )
     generator = torch.Generator().manual_seed(seed)
     best: tuple[Tensor, float] | None = None
     for _ in range(restarts):

@@ -24,9 +24,7 @@ def same_area(image: Tensor, side: int, multiple: int = 1) -> Tensor:
     height, width = image.shape[-2:]
     scale = side / (height * width) ** 0.5
     size = [max(round(length * scale / multiple), 1) * multiple for length in (height, width)]
-    resized = F.interpolate(
-        image[None], size, mode="bilinear", align_corners=False, antialias=True
-    )
+    resized = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)
     return resized[0]
 
 

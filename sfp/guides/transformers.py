@@ -63,9 +63,9 @@ class TransformersGuide(nn.Module):
         image_std: Sequence[float] = CLIP_STD,
     ) -> None:
         super().__init__()
-        self.model = _load(model) if isinstance(model, str) else model
+        self.model: Any = _load(model) if isinstance(model, str) else model
         self.model.requires_grad_(False)
-        size: int | Sequence[int] = self.model.config.patch_size  # type: ignore[union-attr, assignment]
+        size: int | Sequence[int] = self.model.config.patch_size
         self.patch: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         forward = inspect.signature(self.model.forward).parameters
         # ViT (DINO) resamples its position table only when told to, DINOv2 always does

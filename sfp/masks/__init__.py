@@ -8,8 +8,8 @@ A config names a proposer, where its prompts come from, and how pixels vote::
     )
 
 A proposer is a module, registered in `MASKS`: an image (3, h, w) normalised for CLIP, points
-(P, n, 2) with x and y in 0..1, n of them for each mask, and a size (H, W) -> a `LogitSheet` of (M, H, W)
-mask logits, positive inside. Masks may overlap and leave pixels out.
+(P, n, 2) with x and y in 0..1, n of them for each mask, and a size (H, W) -> a `LogitSheet` of
+(M, H, W) mask logits, positive inside. Masks may overlap and leave pixels out.
 """
 
 from __future__ import annotations

@@ -76,18 +76,22 @@ class SamMasks(nn.Module):
         if not self.stretch:
             scale = side / max(height, width)
             inner = (max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1))
-        pixels = renormalise(image, image_mean=self._normalisation[0], image_std=self._normalisation[1])
+        pixels = renormalise(
+            image, image_mean=self._normalisation[0], image_std=self._normalisation[1]
+        )
         pixels = F.interpolate(
             pixels[None], inner, mode="bilinear", align_corners=False, antialias=True
         )
         pixels = F.pad(pixels, (0, side - inner[1], 0, side - inner[0]))
         dtype = next(self.model.parameters()).dtype
-        at = points.float() * points.new_tensor([inner[1], inner[0]]).float() - 0.5  # its own 0.5 follows
+        # the prompt encoder adds half a pixel
+        at = points.float() * points.new_tensor([inner[1], inner[0]]).float() - 0.5
         tiles = [pixels.new_zeros(0, side // 4, side // 4)]
         embeddings = self.model.get_image_embeddings(pixels.to(dtype)) if len(at) else None
         for part in at.split(self.prompt_batch) if len(at) else ():
             out = self.model(input_points=part[None], image_embeddings=embeddings)
-            masks, iou = out.pred_masks[0].float(), out.iou_scores[0].float()  # (P, 3, s, s), (P, 3)
+            masks = out.pred_masks[0].float()  # (P, 3, s, s)
+            iou = out.iou_scores[0].float()  # (P, 3)
             if not (finite(masks) and finite(iou)):
                 raise FloatingPointError(
                     f"the SAM of masks.propose gives NaN or infinite values in {dtype}: "

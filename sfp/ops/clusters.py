@@ -98,13 +98,10 @@ def _clusters(
         )
     rows = trace.once(affinity)
     grid = trace.embedded.grid if guide is None else trace.guide(guide).grid
-    if noise is None:
-        keep = [None] * len(rows)
-    else:
-        keep = list(~noise(trace, trace.layer(noise_layer)))
+    kept = None if noise is None else ~noise(trace, trace.layer(noise_layer))  # (B, N)
     labels = [
-        dbscan(each, eps=eps, min_samples=min_samples, keep=kept)
-        for each, kept in zip(rows, keep, strict=True)
+        dbscan(own, eps=eps, min_samples=min_samples, keep=None if kept is None else kept[i])
+        for i, own in enumerate(rows)
     ]
     return rows, labels, grid
 
@@ -127,13 +124,8 @@ def cluster_points(
         affinity, eps, min_samples, noise, noise_layer, guide: as in `cluster_vote`.
         count: points of each cluster.
     """
-    rows, labels, grid = _clusters(
-        trace, affinity, eps, min_samples, noise, noise_layer, guide
-    )
-    return [
-        cluster_peaks(own, found, grid, count)
-        for own, found in zip(rows, labels, strict=True)
-    ]
+    rows, labels, grid = _clusters(trace, affinity, eps, min_samples, noise, noise_layer, guide)
+    return [cluster_peaks(own, found, grid, count) for own, found in zip(rows, labels, strict=True)]
 
 
 @op("points")
@@ -182,9 +174,7 @@ def cluster_vote(
     """
     if vote not in ("mode", "mean"):
         raise ValueError(f"cluster_vote: unknown vote={vote!r}{suggest(vote, ('mode', 'mean'))}")
-    rows, clusters, grid = _clusters(
-        trace, affinity, eps, min_samples, noise, noise_layer, guide
-    )
+    rows, clusters, grid = _clusters(trace, affinity, eps, min_samples, noise, noise_layer, guide)
     height, width = trace.image.shape[-2:]
     size = (height, width) if cells is None else (cells * grid[0], cells * grid[1])
     index = torch.tensor(trace.index or range(logits.shape[1]), device=logits.device)

@@ -53,6 +53,8 @@ class TransformersGuide(nn.Module):
         ImportError: if a model is to be loaded and `transformers` is not installed.
     """
 
+    model: Any
+
     def __init__(
         self,
         *,
@@ -63,7 +65,7 @@ class TransformersGuide(nn.Module):
         image_std: Sequence[float] = CLIP_STD,
     ) -> None:
         super().__init__()
-        self.model: Any = _load(model) if isinstance(model, str) else model
+        self.model = _load(model) if isinstance(model, str) else model
         self.model.requires_grad_(False)
         size: int | Sequence[int] = self.model.config.patch_size
         self.patch: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])

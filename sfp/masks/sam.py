@@ -38,6 +38,8 @@ class SamMasks(nn.Module):
         ValueError: if the model is neither.
     """
 
+    model: Any
+
     def __init__(
         self,
         *,
@@ -48,7 +50,7 @@ class SamMasks(nn.Module):
         image_std: Sequence[float] = CLIP_STD,
     ) -> None:
         super().__init__()
-        self.model: Any = _load(model) if isinstance(model, str) else model
+        self.model = _load(model) if isinstance(model, str) else model
         self.model.requires_grad_(False)
         kind = getattr(getattr(self.model, "config", None), "model_type", type(model).__name__)
         if kind not in KINDS:

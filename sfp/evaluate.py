@@ -140,6 +140,8 @@ def check(config: Config) -> None:
         ValueError: if a setting, the method or the vocabulary is not right.
     """
     init_default_scope(config.get("default_scope", "mmseg"))
+    if "clusters" in config:
+        cluster_config(config)
     if MODELS.get(config.model.type) is None:
         raise ConfigError(f"model.type={config.model.type!r} is not registered in mmseg's MODELS")
     known = inspect.signature(OpenVocabSegmentor).parameters
@@ -148,8 +150,6 @@ def check(config: Config) -> None:
             raise ConfigError(f"the segmentor has no setting {name!r}{suggest(name, known)}")
     prompt_templates(config.model.get("templates", "imagenet"))
     build_method(config.model.get("method", "sfp"))
-    if "clusters" in config:
-        cluster_config(config)
     names = load_vocabulary(config.model.classes).names
     try:
         dataset = DATASETS.build(config.test_dataloader.dataset)

@@ -166,9 +166,9 @@ def patch_features(segmentor: OpenVocabSegmentor, image: Tensor) -> Tensor:
         multiple=vit.patch if segmentor.pad_windows else 1,
         least=vit.patch,
     )
-    parts = []
-    for i in range(0, len(grid.places), segmentor.window_batch):
-        places = grid.places[i : i + segmentor.window_batch]
+    parts, step = [], segmentor.windows_at_once
+    for i in range(0, len(grid.places), step):
+        places = grid.places[i : i + step]
         windows = torch.stack([grid.cut(image, place) for place in places])
         tokens, _ = segmentor.method.features(vit, windows, guides=dict(segmentor.guides.items()))
         parts.append(F.normalize(tokens.patches.float(), dim=-1).flatten(0, 1))

@@ -17,8 +17,7 @@ import sfp
 from sfp.functional import masks as functional
 from sfp.functional.clusters import cluster_peaks
 from sfp.functional.labels import Labels
-from sfp.functional.masks import same_area, vote_in_masks
-from sfp.functional.windows import LogitSheet
+from sfp.functional.masks import MaskSheet, same_area, vote_in_masks
 from sfp.guides import TransformersGuide
 from sfp.guides.transformers import CLIP_MEAN, CLIP_STD
 from sfp.masks import DinoMasks, MaskVote, SamMasks, build_masks
@@ -32,10 +31,10 @@ CLUSTERS = dict(type="cluster_points", affinity=dict(type="head_cosine"), eps=2.
 GRID = dict(type="grid_points", side=3)
 
 
-def sheet(masks: Tensor) -> LogitSheet:
+def sheet(masks: Tensor) -> MaskSheet:
     """Masks (M, H, W) that need no resampling."""
     height, width = masks.shape[1:]
-    return LogitSheet(masks.float() - 0.5, torch.eye(height), torch.eye(width))
+    return MaskSheet(masks.float() - 0.5, torch.eye(height), torch.eye(width))
 
 
 def random_labels(height: int, width: int, classes: int, seed: int = 0) -> Labels:
@@ -296,7 +295,7 @@ def test_sam_by_hand(model):
     some = SamMasks(model=model, min_iou=middle)(normalised(pixels), points, (33, 70))
     torch.testing.assert_close(some.rows(0, 33), expected[iou >= middle], atol=2e-3, rtol=1e-3)
     none = SamMasks(model=model, min_iou=1e9)(normalised(pixels), points, (33, 70))
-    assert len(none.tiles) == 0
+    assert len(none.maps) == 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (300, 2)], ids=str)
@@ -352,12 +351,12 @@ def test_dino_by_similarity():
     height, width = tokens.grid
     assert (height, width) == (7, 10)  # of 52.3 x 78.4 pixels
     unit = F.normalize(tokens.data[0].double(), dim=1)
-    for ours, prompt in zip(masks.tiles, points, strict=True):
+    for ours, prompt in zip(masks.maps, points, strict=True):
         cells = [int(y * height) * width + int(x * width) for x, y in prompt.tolist()]
         mean = np.mean([[float(a @ b) for b in unit] for a in unit])
         expected = [np.mean([float(unit[c] @ u) for c in cells]) - 0.9 * mean for u in unit]
         np.testing.assert_allclose(ours.flatten().numpy(), expected, atol=1e-5)
-    full = F.interpolate(masks.tiles[None], (30, 50), mode="bilinear")[0]
+    full = F.interpolate(masks.maps[None], (30, 50), mode="bilinear")[0]
     torch.testing.assert_close(masks.rows(0, 30), full, atol=1e-5, rtol=0)
     assert 0 < (full > 0).float().mean() < 1
 
@@ -368,7 +367,7 @@ def test_dino_by_attention():
     points = torch.tensor([[[0.1, 0.2]], [[0.99, 0.99]]])
     masks = DinoMasks(model=model, side=64, by="attention", mass=0.5)(image, points, (8, 8))
     weights, _ = TransformersGuide(model=model).attention(image[None])
-    torch.testing.assert_close(masks.tiles.flatten(1), above_mass(weights[0, [8, 63]], 0.5))
+    torch.testing.assert_close(masks.maps.flatten(1), above_mass(weights[0, [8, 63]], 0.5))
 
 
 @pytest.mark.parametrize("mass", [0.0, 0.3, 0.6, 1.0])
@@ -401,7 +400,7 @@ NAMES = [["sky", "wall"], "cat", "tv", "boat"]
 class Halves(nn.Module):
     """A stand-in for SAM: the left half of any image, and what the image was."""
 
-    def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> LogitSheet:
+    def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:
         self.image, self.points = image, points
         mask = torch.zeros(1, *size)
         mask[:, :, : size[1] // 2] = 1

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.functional.labels import BUDGET, Labels
-from sfp.functional.windows import LogitSheet
+from sfp.functional.labels import Labels
+
+BUDGET = 2**24  # numbers held at once
+
+
+@dataclass(frozen=True)
+class MaskSheet:
+    """Masks of an image as small maps of logits, positive inside; any slab of rows on demand.
+
+    Attributes:
+        maps: (M, h, w).
+        row_matrix: (H, h).
+        column_matrix: (W, w).
+    """
+
+    maps: Tensor
+    row_matrix: Tensor
+    column_matrix: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the image."""
+        return len(self.row_matrix), len(self.column_matrix)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Mask logits of image rows start to stop, (M, stop - start, W)."""
+        return self.row_matrix[start:stop] @ self.maps @ self.column_matrix.T
 
 
 def same_area(image: Tensor, side: int, multiple: int = 1) -> Tensor:
@@ -29,7 +56,7 @@ def same_area(image: Tensor, side: int, multiple: int = 1) -> Tensor:
 
 
 def vote_in_masks(
-    masks: LogitSheet,
+    masks: MaskSheet,
     labels: Labels,
     classes: int,
     *,
@@ -65,7 +92,7 @@ def vote_in_masks(
     if mean and labels.scores is None:
         raise ValueError("the mean of probabilities needs labels with scores")
     height, width = labels.labels.shape
-    count = len(masks.tiles)
+    count = len(masks.maps)
     if not count:
         return labels
     step = max(BUDGET // (max(count, classes) * width), 1)

@@ -8,7 +8,7 @@ A config names a proposer, where its prompts come from, and how pixels vote::
     )
 
 A proposer is a module, registered in `MASKS`: an image (3, h, w) normalised for CLIP, points
-(P, n, 2) with x and y in 0..1, n of them for each mask, and a size (H, W) -> a `LogitSheet` of
+(P, n, 2) with x and y in 0..1, n of them for each mask, and a size (H, W) -> a `MaskSheet` of
 (M, H, W) mask logits, positive inside. Masks may overlap and leave pixels out.
 """
 
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from sfp.clip.vit import VisionTransformer
 from sfp.functional.labels import Labels
-from sfp.functional.masks import same_area, vote_in_masks
-from sfp.functional.windows import LogitSheet
+from sfp.functional.masks import MaskSheet, same_area, vote_in_masks
 from sfp.masks.dino import DinoMasks
 from sfp.masks.sam import SamMasks
 from sfp.registry import MASKS, bind, check_knobs, find, suggest
@@ -101,7 +100,7 @@ class MaskVote(nn.Module):
         size: tuple[int, int],
         *,
         guides: Mapping[str, Callable[[Tensor], Tokens]] | None = None,
-    ) -> LogitSheet:
+    ) -> MaskSheet:
         """The mask logits of an image, as `forward` uses them."""
         small = same_area(image.float(), self.side, vit.patch)
         trace = vit.trace(small[None], guides=guides, depth=12)

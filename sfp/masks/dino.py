@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfp.functional.masks import same_area
-from sfp.functional.windows import LogitSheet, interpolation
+from sfp.functional.masks import MaskSheet, same_area
+from sfp.functional.windows import interpolation
 from sfp.guides.transformers import (
     CLIP_MEAN,
     CLIP_STD,
@@ -63,7 +63,7 @@ class DinoMasks(nn.Module):
         self.side = side
 
     @torch.no_grad()
-    def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> LogitSheet:
+    def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:
         """Mask logits of an image (3, h, w) for points (P, n, 2), to be rendered at a size.
 
         A prompt of several points has the mean of their maps.
@@ -78,7 +78,7 @@ class DinoMasks(nn.Module):
             weights, grid = self.guide.attention(pixels)
             maps = above_mass(_at(weights[0], points, grid), self.mass)
         rows, columns = (interpolation(c, s).to(maps) for c, s in zip(grid, size, strict=True))
-        return LogitSheet(maps.unflatten(1, grid), rows, columns)
+        return MaskSheet(maps.unflatten(1, grid), rows, columns)
 
 
 def _at(relations: Tensor, points: Tensor, grid: tuple[int, int]) -> Tensor:

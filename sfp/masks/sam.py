@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfp.functional.windows import LogitSheet, interpolation
+from sfp.functional.masks import MaskSheet
+from sfp.functional.windows import interpolation
 from sfp.guides.transformers import CLIP_MEAN, CLIP_STD, renormalise
 from sfp.numerics import finite
 from sfp.registry import MASKS
@@ -66,7 +67,7 @@ class SamMasks(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> LogitSheet:
+    def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:
         """Mask logits of an image (3, h, w) for points (P, n, 2), to be rendered at a size.
 
         Raises:
@@ -88,7 +89,7 @@ class SamMasks(nn.Module):
         dtype = next(self.model.parameters()).dtype
         # the prompt encoder adds half a pixel
         at = points.float() * points.new_tensor([inner[1], inner[0]]).float() - 0.5
-        tiles = [pixels.new_zeros(0, side // 4, side // 4)]
+        maps = [pixels.new_zeros(0, side // 4, side // 4)]
         embeddings = self.model.get_image_embeddings(pixels.to(dtype)) if len(at) else None
         for part in at.split(self.prompt_batch) if len(at) else ():
             out = self.model(input_points=part[None], image_embeddings=embeddings)
@@ -101,13 +102,13 @@ class SamMasks(nn.Module):
                 )
             best = iou.argmax(1)
             rows = torch.arange(len(best), device=best.device)
-            tiles.append(masks[rows, best][iou[rows, best] >= self.min_iou])
-        cells = tiles[-1].shape[-2:]
+            maps.append(masks[rows, best][iou[rows, best] >= self.min_iou])
+        cells = maps[-1].shape[-2:]
         matrices = [
             _enlarge(cells[i], side, inner[i], size[i], direct=self.stretch).to(pixels)
             for i in range(2)
         ]
-        return LogitSheet(torch.cat([t for t in tiles if len(t)] or tiles[:1]), *matrices)
+        return MaskSheet(torch.cat([t for t in maps if len(t)] or maps[:1]), *matrices)
 
 
 def _enlarge(cells: int, side: int, inner: int, target: int, *, direct: bool) -> Tensor:

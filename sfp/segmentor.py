@@ -16,6 +16,7 @@ from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.models.segmentors.base import BaseSegmentor
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -175,7 +176,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         self.masks = build_masks(masks)
         self.clip = weights if isinstance(weights, CLIP) else load_clip(weights)
         if isinstance(query_features, (str, Path)):
-            query_features = load_file(query_features)["queries"]
+            query_features = _read_queries(query_features)
         if query_features is not None:
             expected = (len(self.vocabulary.queries), self.clip.text_projection.shape[1])
             if tuple(query_features.shape) != expected:
@@ -455,6 +456,16 @@ class OpenVocabSegmentor(BaseSegmentor):
             for i in sharing:
                 logits[i] = methods[i].read_logits(trace)
         return logits  # type: ignore[return-value]
+
+
+def _read_queries(path: str | Path) -> Tensor:
+    try:
+        return load_file(path)["queries"]
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"query_features={str(path)!r}: expected a safetensors file with a tensor 'queries' of one "
+            f"row for each query ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _unpad(image: Tensor, sample: SegDataSample) -> Tensor:

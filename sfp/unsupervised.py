@@ -123,13 +123,9 @@ def fit_clusters(
     segmentor = MODELS.build(config.model)
     segmentor = segmentor.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     built = _dataset(config, dataset)
-    loader = Runner.build_dataloader(
-        dict(
-            config.test_dataloader,
-            dataset=built,
-            sampler=dict(type="DefaultSampler", shuffle=False),
-        )
-    )
+    # all images in this process: mmengine's samplers would wait for the others, and share the images
+    order = list(range(len(built)))
+    loader = Runner.build_dataloader(dict(config.test_dataloader, dataset=built, sampler=order))
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Tensor] = []
     for data in loader:

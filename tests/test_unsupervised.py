@@ -306,6 +306,13 @@ def test_query_features_from_a_file(tmp_path):
         sfp.OpenVocabSegmentor(
             **dict(settings, classes=["a", "b"]), query_features=tmp_path / "q.safetensors"
         )
+    with pytest.raises(FileNotFoundError, match="no_such"):
+        sfp.OpenVocabSegmentor(**settings, query_features=tmp_path / "no_such.safetensors")
+    save_file(dict(texts=tiny.queries(3)), tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    for name in ("other", "broken"):
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors.*a tensor 'queries'"):
+            sfp.OpenVocabSegmentor(**settings, query_features=tmp_path / f"{name}.safetensors")
 
 
 # -- the other applications, from their configs ----------------------------------------------------

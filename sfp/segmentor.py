@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.clip.int8 import quantised
 from sfp.clip.loading import load_clip
 from sfp.clip.model import CLIP
 from sfp.clip.text import prompt_templates, text_bank
@@ -40,7 +41,12 @@ from sfp.vocabulary import load_vocabulary
 CLIP_MEAN = (122.771, 116.746, 104.094)  # RGB, 0..255, as the segmentation repositories round them
 CLIP_STD = (68.501, 66.632, 70.323)
 LARGE = 2**24  # pixels from which an image is normalised window by window, to stay in 8 bits
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,  # what is not 8-bit
+}
 
 
 @MODELS.register_module()
@@ -105,7 +111,9 @@ class OpenVocabSegmentor(BaseSegmentor):
         masks: knobs of a `MaskVote`, or a module like it: labels follow the masks of SAM or DINO.
             They see the image at the size that a step `KeepImage` of the pipeline had kept, else at
             the network's.
-        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16" or "bf16".
+        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
+            products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
+        compiled: whether the blocks' MLPs go through `torch.compile`.
         scores: whether results carry `seg_logits`, (K, H, W) probabilities, besides the labels.
         palette: colours per class for visualizers; by default those of Pascal VOC, continued.
         data_preprocessor: by default an `ImagePreprocessor` with CLIP's constants.
@@ -134,6 +142,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         guides: Mapping[str, Any] | None = None,
         masks: Mapping[str, Any] | nn.Module | None = None,
         precision: str = "auto",
+        compiled: bool = False,
         scores: bool = True,
         palette: Sequence[Sequence[int]] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
@@ -177,6 +186,13 @@ class OpenVocabSegmentor(BaseSegmentor):
         self.clip = weights if isinstance(weights, CLIP) else load_clip(weights)
         if isinstance(query_features, (str, Path)):
             query_features = _read_queries(query_features)
+        if precision == "int8" or compiled:  # of these the caller's model shall know nothing
+            self.clip = copy.deepcopy(self.clip, {id(p): p for p in self.clip.parameters()})
+        if precision == "int8":
+            self.clip.visual = quantised(self.clip.visual)
+        if compiled:
+            for block in self.clip.visual.blocks:
+                block.mlp.compile(dynamic=True)
         if query_features is not None:
             expected = (len(self.vocabulary.queries), self.clip.text_projection.shape[1])
             if tuple(query_features.shape) != expected:
@@ -208,6 +224,8 @@ class OpenVocabSegmentor(BaseSegmentor):
         name = self.precision
         if name == "auto":
             name = "fp16" if self.clip.text_projection.device.type == "cuda" else "fp32"
+        if name == "int8" and self.clip.text_projection.device.type != "cpu":
+            raise ValueError("precision='int8' is for CPUs: on a GPU use 'fp16' or 'bf16'")
         self.clip.to(PRECISIONS[name])
         self.guides.to(PRECISIONS[name])
         if self.masks is not None:

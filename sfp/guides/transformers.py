@@ -19,24 +19,31 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1; of DINO, DINOv2 and most o
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def renormalise(
-    image: Tensor,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    image_mean: Sequence[float] = CLIP_MEAN,
-    image_std: Sequence[float] = CLIP_STD,
-) -> Tensor:
-    """Images (..., 3, H, W) out of one normalisation and into another, in float32.
+class Renormalise:
+    """Images out of CLIP's normalisation and into that of another model.
 
     Args:
-        image: normalised by `image_mean`, `image_std`.
         mean, std: of the result, RGB in 0..1.
-        image_mean, image_std: as above, RGB in 0..255.
+        image_mean, image_std: of the images that come in, RGB in 0..255.
     """
-    pairs = list(zip(image_mean, image_std, mean, std, strict=True))
-    factor = torch.tensor([own / (255 * new) for _, own, _, new in pairs], device=image.device)
-    shift = torch.tensor([(m / 255 - new) / s for m, _, new, s in pairs], device=image.device)
-    return image.float() * factor[:, None, None] + shift[:, None, None]
+
+    def __init__(
+        self,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+    ) -> None:
+        own, given = (
+            [torch.tensor(list(x)) for x in y] for y in ((mean, std), (image_mean, image_std))
+        )
+        self.factor = given[1] / (255 * own[1])
+        self.shift = (given[0] / 255 - own[0]) / own[1]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Images (..., 3, H, W) in float32."""
+        factor, shift = (x.to(image.device)[:, None, None] for x in (self.factor, self.shift))
+        return image.float() * factor + shift
 
 
 @GUIDES.register_module(name="transformers")
@@ -74,7 +81,7 @@ class TransformersGuide(nn.Module):
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in forward else {}
         )
-        self._normalisation = (mean, std, image_mean, image_std)
+        self.renormalise = Renormalise(mean, std, image_mean, image_std)
         self.eval()
 
     def train(self, mode: bool = True) -> TransformersGuide:
@@ -113,7 +120,7 @@ class TransformersGuide(nn.Module):
         return weights[:, -patches:, -patches:], grid
 
     def _run(self, image: Tensor, **options: bool) -> tuple[Any, tuple[int, int]]:
-        pixels = renormalise(image, *self._normalisation)
+        pixels = self.renormalise(image)
         height, width = (
             max(round(length / side), 1)
             for length, side in zip(image.shape[-2:], self.patch, strict=True)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sfp.functional.masks import MaskSheet
 from sfp.functional.windows import interpolation
-from sfp.guides.transformers import CLIP_MEAN, CLIP_STD, renormalise
+from sfp.guides.transformers import CLIP_MEAN, CLIP_STD, Renormalise
 from sfp.numerics import finite
 from sfp.registry import MASKS
 
@@ -59,7 +59,7 @@ class SamMasks(nn.Module):
         self.stretch = KINDS[kind]
         self.min_iou = min_iou
         self.prompt_batch = prompt_batch
-        self._normalisation = (tuple(image_mean), tuple(image_std))
+        self.renormalise = Renormalise(image_mean=image_mean, image_std=image_std)
         self.eval()
 
     def train(self, mode: bool = True) -> SamMasks:
@@ -79,11 +79,12 @@ class SamMasks(nn.Module):
         if not self.stretch:
             scale = side / max(height, width)
             inner = (max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1))
-        pixels = renormalise(
-            image, image_mean=self._normalisation[0], image_std=self._normalisation[1]
-        )
         pixels = F.interpolate(
-            pixels[None], inner, mode="bilinear", align_corners=False, antialias=True
+            self.renormalise(image)[None],
+            inner,
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
         )
         pixels = F.pad(pixels, (0, side - inner[1], 0, side - inner[0]))
         dtype = next(self.model.parameters()).dtype

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sfp
+from sfp.clip.weights import CLIP_MEAN, CLIP_STD
 from sfp.functional import masks as functional
 from sfp.functional.clusters import cluster_peaks
 from sfp.functional.labels import Labels
 from sfp.functional.masks import MaskSheet, same_area, vote_in_masks
 from sfp.guides import TransformersGuide
-from sfp.guides.transformers import CLIP_MEAN, CLIP_STD
 from sfp.masks import DinoMasks, MaskVote, SamMasks, build_masks
 from sfp.masks.dino import above_mass
 from sfp.ops.clusters import cluster_points, grid_points
@@ -470,6 +470,23 @@ def test_the_kept_image_reaches_the_masks(direction):
     voted = labels[:, 60:] if direction in ("horizontal", "diagonal") else labels[:, :60]
     assert len(voted.unique()) == 1
     assert len(halves.points) == 9
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["followed", "given"])
+@pytest.mark.parametrize("kind", ["sam", "dino"])
+def test_masks_are_the_same_whatever_the_weights_normalise_by(kind, given):
+    pixels, points = picture(40, 60), torch.tensor([[[0.3, 0.4]]])
+    node = dict(type=kind, model=getattr(segmentors, kind)())
+    expected = MaskVote(propose=node, points=GRID).propose(normalised(pixels), points, (40, 60))
+    clip = tiny.clip()
+    clip.mean, clip.std = (127.5,) * 3, (63.75,) * 3
+    if given:  # the config's word comes before the weights'
+        node.update(image_mean=(127.5,) * 3, image_std=(63.75,) * 3)
+        clip.mean = (1.0, 2.0, 3.0)
+    model = segmentor(weights=clip, masks=dict(propose=node, points=GRID))
+    image = (torch.from_numpy(pixels).permute(2, 0, 1).float() - 127.5) / 63.75
+    ours = model.masks.propose(image, points, (40, 60))
+    torch.testing.assert_close(ours.maps, expected.maps, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 90), (64, 64), (130, 40)], ids=str)

@@ -4,45 +4,57 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.clip.weights import CLIP_MEAN, CLIP_STD
 from sfp.registry import GUIDES
 from sfp.tokens import Tokens
 
-CLIP_MEAN = (122.771, 116.746, 104.094)  # what `ImagePreprocessor` subtracts, RGB in 0..255
-CLIP_STD = (68.501, 66.632, 70.323)
+if TYPE_CHECKING:
+    from sfp.clip.model import CLIP
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1; of DINO, DINOv2 and most others
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Renormalise:
-    """Images out of CLIP's normalisation and into that of another model.
+    """Images out of the normalisation of CLIP's weights and into that of another model.
 
     Args:
         mean, std: of the result, RGB in 0..1.
-        image_mean, image_std: of the images that come in, RGB in 0..255.
+        image_mean, image_std: of the images that come in, RGB in 0..255; None for OpenAI's until
+            `follow` says which weights it is about.
     """
 
     def __init__(
         self,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        image_mean: Sequence[float] = CLIP_MEAN,
-        image_std: Sequence[float] = CLIP_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
-        own, given = (
-            [torch.tensor(list(x)) for x in y] for y in ((mean, std), (image_mean, image_std))
-        )
-        self.factor = given[1] / (255 * own[1])
-        self.shift = (given[0] / 255 - own[0]) / own[1]
+        self._own = (mean, std)
+        self._given = (image_mean, image_std)
+        self._expect(CLIP_MEAN, CLIP_STD)
+
+    def follow(self, clip: CLIP) -> None:
+        """Expects images normalised for `clip`, unless their normalisation was given."""
+        self._expect(clip.mean, clip.std)
+
+    def _expect(self, *normalisation: Sequence[float]) -> None:
+        pairs = zip(self._given, normalisation, strict=True)
+        mean, std = (torch.tensor(list(own if given is None else given)) for given, own in pairs)
+        own_mean, own_std = (torch.tensor(list(x)) for x in self._own)
+        self._factor = std / (255 * own_std)
+        self._shift = (mean / 255 - own_mean) / own_std
 
     def __call__(self, image: Tensor) -> Tensor:
         """Images (..., 3, H, W) in float32."""
-        factor, shift = (x.to(image.device)[:, None, None] for x in (self.factor, self.shift))
+        factor, shift = (x.to(image.device)[:, None, None] for x in (self._factor, self._shift))
         return image.float() * factor + shift
 
 
@@ -54,7 +66,8 @@ class TransformersGuide(nn.Module):
         model: a name on the Hugging Face hub or a folder, loaded with `AutoModel`; or a model, e.g.
             one made from a config.
         mean, std: the model's normalisation, RGB in 0..1.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255.
+        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+            that of the segmentor's weights, for most OpenAI's.
 
     Raises:
         ImportError: if a model is to be loaded and `transformers` is not installed.
@@ -68,8 +81,8 @@ class TransformersGuide(nn.Module):
         model: str | nn.Module,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        image_mean: Sequence[float] = CLIP_MEAN,
-        image_std: Sequence[float] = CLIP_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.model = _load(model) if isinstance(model, str) else model
@@ -83,6 +96,10 @@ class TransformersGuide(nn.Module):
         )
         self.renormalise = Renormalise(mean, std, image_mean, image_std)
         self.eval()
+
+    def follow(self, clip: CLIP) -> None:
+        """Expects images normalised for `clip`, unless their normalisation was given."""
+        self.renormalise.follow(clip)
 
     def train(self, mode: bool = True) -> TransformersGuide:
         """Stays in evaluation mode: nothing of it is trained."""

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from sfp.clip.model import CLIP
 from sfp.clip.vit import VisionTransformer
 from sfp.functional.labels import Labels
 from sfp.functional.masks import MaskSheet, same_area, vote_in_masks
@@ -45,6 +46,8 @@ class MaskVote(nn.Module):
         side: as above; 224, for which the release of CLIPtrase sets `eps=0.7, min_samples=3`.
     """
 
+    propose: Any
+
     def __init__(
         self,
         *,
@@ -62,6 +65,11 @@ class MaskVote(nn.Module):
         self.share = share
         self.side = side
         self.propose = propose if isinstance(propose, nn.Module) else _proposer(propose)
+
+    def follow(self, clip: CLIP) -> None:
+        """Tells the proposer for which weights images are normalised, if it wants to know."""
+        if hasattr(self.propose, "follow"):
+            self.propose.follow(clip)
 
     def forward(
         self,

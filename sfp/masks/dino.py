@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.clip.model import CLIP
 from sfp.functional.masks import MaskSheet, same_area
 from sfp.functional.windows import interpolation
 from sfp.guides.transformers import (
-    CLIP_MEAN,
-    CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
     TransformersGuide,
@@ -35,7 +34,8 @@ class DinoMasks(nn.Module):
         mass: as above; 0.6 in DINO.
         side: the image is resized to the area of a square of so many pixels.
         mean, std: the model's normalisation, RGB in 0..1.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255.
+        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+            that of the segmentor's weights, for most OpenAI's.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class DinoMasks(nn.Module):
         side: int = 336,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        image_mean: Sequence[float] = CLIP_MEAN,
-        image_std: Sequence[float] = CLIP_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if by not in ("similarity", "attention"):
@@ -61,6 +61,10 @@ class DinoMasks(nn.Module):
         self.centre = centre
         self.mass = mass
         self.side = side
+
+    def follow(self, clip: CLIP) -> None:
+        """Expects images normalised for `clip`, unless their normalisation was given."""
+        self.guide.follow(clip)
 
     @torch.no_grad()
     def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:

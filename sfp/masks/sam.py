@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.clip.model import CLIP
 from sfp.functional.masks import MaskSheet
 from sfp.functional.windows import interpolation
-from sfp.guides.transformers import CLIP_MEAN, CLIP_STD, Renormalise
+from sfp.guides.transformers import Renormalise
 from sfp.numerics import finite
 from sfp.registry import MASKS
 
@@ -32,7 +33,8 @@ class SamMasks(nn.Module):
             a `SamModel` or `Sam2Model`.
         min_iou: masks with a lower predicted IoU are left out (SAM's automatic mode: 0.88).
         prompt_batch: most prompts that are decoded at once.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255.
+        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+            that of the segmentor's weights, for most OpenAI's.
 
     Raises:
         ImportError: if a model is to be loaded and `transformers` is not installed.
@@ -47,8 +49,8 @@ class SamMasks(nn.Module):
         model: str | nn.Module,
         min_iou: float = 0.0,
         prompt_batch: int = 64,
-        image_mean: Sequence[float] = CLIP_MEAN,
-        image_std: Sequence[float] = CLIP_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.model = _load(model) if isinstance(model, str) else model
@@ -65,6 +67,10 @@ class SamMasks(nn.Module):
     def train(self, mode: bool = True) -> SamMasks:
         """Stays in evaluation mode: nothing of it is trained."""
         return super().train(False)
+
+    def follow(self, clip: CLIP) -> None:
+        """Expects images normalised for `clip`, unless their normalisation was given."""
+        self.renormalise.follow(clip)
 
     @torch.no_grad()
     def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:

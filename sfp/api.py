@@ -261,7 +261,7 @@ class Model:
             trace = model.trace("photo.jpg")
             trace.masks  # {layer: (1, N) bool}, the outliers that were replaced
             trace.attention(11)[0].mean(0)[1 + patch]  # (T,), where a patch looks
-            sfp.visualize.outliers(model.resized("photo.jpg"), trace, layers=[5, 10])
+            visualize.outliers(model.resized("photo.jpg"), trace, layers=[5, 10])
         """
         vocabulary = NOTHING if classes is None else as_vocabulary(classes)
         segmentor = self._segmentor(vocabulary, self._method(method))

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SEPARATOR = ", "
 
@@ -71,7 +72,8 @@ def load_vocabulary(
         classes = _read(path)
         places = [f"{path}, line {number}" for number in range(1, len(classes) + 1)]
     else:
-        classes = [[entry] if isinstance(entry, str) else list(entry) for entry in source]
+        entries: Sequence[Any] = source
+        classes = [list(x) if isinstance(x, (list, tuple)) else [x] for x in entries]
         places = [f"entry {number} of the class list" for number in range(len(classes))]
         if not classes:
             raise ValueError("the class list is empty: give at least one class name")

@@ -151,7 +151,8 @@ class Model:
         self._settings = dict(settings)
         self._build_method = lru_cache(build_method)  # names only: a dict has no hash
         self._embed = lru_cache(WORDS)(self._embed_one)
-        self._segmentor(NOTHING, method)  # moves weights, and says what is wrong now
+        # moves weights and guides to their device, and says now what is wrong with the settings
+        self._segmentor(NOTHING, method).to(device)
 
     @overload
     def segment(
@@ -194,7 +195,7 @@ class Model:
             background: None: every pixel becomes one of the classes. Words, one or a list: they
                 describe what is none of them, as class 0, "background". A number: pixels whose
                 best probability is less become "background": that class if there is one, else a
-                new class 0. Probabilities fall as classes are added; 0.15 to 0.35 is usual.
+                new class 0. Probabilities depend on all classes; benchmarks use 0.15 to 0.35.
             method: in place of the model's own.
 
         Returns:
@@ -296,7 +297,8 @@ class Model:
         """A segmentor for these words around the same weights; a new one for each call is cheap."""
         segmentor = _Segmentor(self.clip, vocabulary, method, **self._settings)
         segmentor.memory = self.memory
-        segmentor.to(self._device).eval()
+        segmentor.data_preprocessor.to(self._device)  # the one part that is new
+        segmentor.eval()
         if vocabulary.queries:
             segmentor.query_features = self.encode(vocabulary.queries)
         return segmentor

@@ -210,7 +210,8 @@ class Model:
         vocabulary = as_vocabulary(classes, background)
         segmentor = self._segmentor(vocabulary, self._method(method))
         if not isinstance(images, (list, tuple)):
-            return self._segment(segmentor, [as_image(images)], threshold, "")[0]
+            where = f"{images}: " if isinstance(images, (str, os.PathLike)) else ""
+            return self._segment(segmentor, [as_image(images)], threshold, where)[0]
         results: list[Result] = []
         for first in range(0, len(images), PORTION):
             portion = [
@@ -310,7 +311,7 @@ class Model:
         return prepared
 
     def __repr__(self) -> str:
-        weights = self.clip.text_projection
+        weights = next(self.clip.parameters())
         return (
             f"Model({len(self.clip.visual.blocks)} blocks, patch {self.clip.visual.patch}, "
             f"{weights.device}, {str(weights.dtype).removeprefix('torch.')}, "
@@ -366,13 +367,15 @@ def _result(
         labels[confidence < threshold] = names.index(BACKGROUND)
 
     def slabs() -> Iterator[NDArray[np.float32]]:
-        rows = segmentor.final_rows(pixels, sheet)
+        with torch.inference_mode():
+            rows = segmentor.final_rows(pixels, sheet)
         height, width = sheet.size
         step = max(BUDGET // (len(names) * width), 1)
         for start in range(0, height, step):
             stop = min(start + step, height)
-            slab = partial(_shifted, rows, start)
-            scores = label(slab, (stop - start, width), keep_scores=True).scores
+            with torch.inference_mode():
+                slab = partial(_shifted, rows, start)
+                scores = label(slab, (stop - start, width), keep_scores=True).scores
             assert scores is not None  # they were asked for
             known = scores.float().cpu().numpy()
             yield np.pad(known, ((1, 0), (0, 0), (0, 0))) if added else known

@@ -101,11 +101,7 @@ def _from_pillow(image: Image.Image, name: str) -> NDArray[np.uint8]:
         raise ImageError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS}")
     try:
         return pillow_pixels(image, name)
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-    ) as error:  # a file that Pillow opened, but cannot decode
+    except (OSError, SyntaxError, EOFError) as error:  # Pillow decodes a file only now
         raise ImageError(f"{name}: damaged or truncated image ({error})") from error
 
 

@@ -38,6 +38,7 @@ class Result:
             background, of the class that did not reach it.
         names: of the classes.
         image: the picture, (H, W, 3) uint8 RGB.
+        _slabs: computes `scores`, some rows (K, rows, W) after the other.
     """
 
     labels: NDArray[np.int32]
@@ -54,18 +55,22 @@ class Result:
         makes has no words, and 0. They are computed each time, and not kept: K maps of a large image
         take much memory (`score` computes one).
         """
-        scores = np.empty((len(self.names), *self.labels.shape), np.float32)
-        start = 0
-        for slab in self._slabs():
-            stop = start + slab.shape[1]
-            scores[:, start:stop] = slab
-            start = stop
-        return scores
+        return self._read(slice(None))
 
     def score(self, which: str | int) -> NDArray[np.float32]:
         """Probability of one class, by name or label, (H, W); memory does not grow with the classes."""
-        label = self._label(which)
-        return np.concatenate([slab[label] for slab in self._slabs()])
+        return self._read(slice(self._label(which), self._label(which) + 1))[0]
+
+    def _read(self, classes: slice) -> NDArray[np.float32]:
+        """Some rows of `scores`, filled slab by slab."""
+        count = len(range(len(self.names))[classes])
+        scores = np.empty((count, *self.labels.shape), np.float32)
+        start = 0
+        for slab in self._slabs():
+            stop = start + slab.shape[1]
+            scores[:, start:stop] = slab[classes]
+            start = stop
+        return scores
 
     def mask(self, which: str | int) -> NDArray[np.bool_]:
         """The pixels of a class, by name or label, (H, W)."""

@@ -376,11 +376,15 @@ def test_half_precision(clip):
     assert "bfloat16" in repr(model)
 
 
-def test_damaged_weights_are_named():
+def test_damaged_weights_are_named(tmp_path):
     broken = tiny.clip(**tiny.WORDS)
     broken.visual.transformer.resblocks[3].ln_1.weight[0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"images 0 to 1: NaN.*resblocks\.3"):
         door(broken).segment([picture(), picture()], WORDS)
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), picture())
+    with pytest.raises(FloatingPointError, match=r"a\.png: NaN"):
+        door(broken).segment(path, WORDS)
 
 
 # -- words ---------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ class OpenVocabSegmentor(BaseSegmentor):
             pixels beyond the last whole patch out.
         whole_via_input: with `slide_crop=0`, logits go through the size of the network's input on
             their way to the original one (NACLIP's release).
-        window_batch: most windows in one forward pass.
+        window_batch: most windows in one forward pass; None for 32 on a GPU and one for each thread
+            (at least 2) on a CPU, where more cost memory and gain next to nothing.
         pamr_steps: steps of pixel-adaptive refinement on the final logits; 0 for none.
         pamr_dilations: distances of its neighbours, in pixels.
         guides: external encoders by name, config nodes or modules, for methods that ask for them.
@@ -120,7 +121,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         slide_stride: int = 112,
         pad_windows: bool = False,
         whole_via_input: bool = False,
-        window_batch: int = 32,
+        window_batch: int | None = None,
         pamr_steps: int = 0,
         pamr_dilations: Sequence[int] = (8, 16),
         guides: Mapping[str, Any] | None = None,
@@ -144,7 +145,7 @@ class OpenVocabSegmentor(BaseSegmentor):
                 f"slide_stride={slide_stride} must be between 1 and slide_crop={slide_crop}: "
                 "larger strides leave pixels without a label"
             )
-        if window_batch < 1:
+        if window_batch is not None and window_batch < 1:
             raise ValueError(f"window_batch={window_batch}: at least one window runs at a time")
         prompt_templates(templates)
         self.method = build_method(method)
@@ -364,8 +365,9 @@ class OpenVocabSegmentor(BaseSegmentor):
             queues[grid.window] += [(n, place) for place in grid.places]
         logits: list[list[list[Tensor]]] = [[[] for _ in images] for _ in methods]
         for queue in queues.values():
-            for i in range(0, len(queue), self.window_batch):
-                batch = queue[i : i + self.window_batch]
+            step = self.windows_at_once
+            for i in range(0, len(queue), step):
+                batch = queue[i : i + step]
                 windows = torch.stack(
                     [grids[n].cut(images[n], place, self._normalised) for n, place in batch]
                 )
@@ -379,6 +381,14 @@ class OpenVocabSegmentor(BaseSegmentor):
             ]
             for each in logits
         ]
+
+    @property
+    def windows_at_once(self) -> int:
+        """Most windows in one forward pass: `window_batch`, or what suits the device."""
+        if self.window_batch is not None:
+            return self.window_batch
+        on_cpu = self.clip.text_projection.device.type == "cpu"
+        return max(torch.get_num_threads(), 2) if on_cpu else 32
 
     def window_logits(self, methods: Sequence[Method], windows: Tensor) -> list[Tensor]:
         """Logits of windows (B, 3, H, W) by several methods, at patch resolution: (B, Q, h, w).

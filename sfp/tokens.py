@@ -115,5 +115,5 @@ class Heads:
 
 def cosine_logits(features: Tokens, text: Tensor) -> Tensor:
     """Cosine of patch features with unit queries (Q, C): (B, Q, h, w) in at least float32."""
-    maps = F.normalize(upcast(features.as_map()), dim=1)  # (B, C, h, w)
-    return torch.einsum("bchw,qc->bqhw", maps, text.to(maps))
+    unit = F.normalize(upcast(features.patches), dim=-1)  # (B, N, C)
+    return (unit @ text.to(unit).T).mT.unflatten(2, features.grid)

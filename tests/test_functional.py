@@ -241,7 +241,7 @@ def test_assign_by_hand(index, height, width, prob_thd, area_thd, keep, budget, 
         return logits[:, start:stop]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labels, "BUDGET", budget)
+        patch.setitem(labels.BUDGET, "cpu", budget)
         ours = labels.assign(
             rows,
             (height, width),
@@ -258,7 +258,7 @@ def test_assign_by_hand(index, height, width, prob_thd, area_thd, keep, budget, 
         torch.testing.assert_close(ours.scores, scores)
     else:
         assert ours.scores is None
-    most = max(stop - start for start, stop in slabs)
+    most = max(stop - start for start, stop in slabs[1:])  # the first call asks for the device
     assert most == min(height, max(budget // (len(index) * width), 1))
 
 

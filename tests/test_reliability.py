@@ -530,7 +530,7 @@ def test_large_images_stay_in_8_bits_and_give_the_same_labels(monkeypatch):
     assert torch.equal(label(model, image), whole)
     assert set(kept) == {torch.uint8}
     monkeypatch.setattr(windows_module, "BLOCK", 30)  # merged in parts
-    monkeypatch.setattr(labels_module, "BUDGET", 5000)
+    monkeypatch.setitem(labels_module.BUDGET, "cpu", 5000)
     assert (label(model, image) != whole).float().mean() < 1e-3  # rounding of ties at most
 
 
@@ -676,15 +676,17 @@ def test_five_thousand_classes(monkeypatch):
     assert max(at_once) <= text_module.CHUNK
     model = segmentor(weights=clip, classes=names, query_features=features)
     slabs = []
-    monkeypatch.setattr(
-        labels_module,
-        "class_scores",
-        lambda x, *more, of=labels_module.class_scores: slabs.append(x.numel()) or of(x, *more),
-    )
+    rows = windows_module.LogitSheet.rows
+
+    def watched(sheet, start, stop):
+        slabs.append(5000 * (stop - start) * sheet.size[1])
+        return rows(sheet, start, stop)
+
+    monkeypatch.setattr(windows_module.LogitSheet, "rows", watched)
     labels = label(model, np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8))
     assert len(labels.unique()) > 1
-    assert sum(slabs) == 5000 * 70 * 100
-    assert max(slabs) <= labels_module.BUDGET
+    assert sum(slabs[1:]) == 5000 * 70 * 100  # the first call asks for the device
+    assert max(slabs) <= labels_module.BUDGET["cpu"]
 
 
 def test_queries_in_chunks_are_the_same_queries(monkeypatch):
@@ -969,7 +971,7 @@ def test_labels_do_not_depend_on_the_slabs(classes, height, width, budget, seed)
 
     whole = run()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labels_module, "BUDGET", budget)
+        patch.setitem(labels_module.BUDGET, "cpu", budget)
         parts = run()
     assert torch.equal(whole.labels, parts.labels)
     # vectorised exponentials round their last elements differently

@@ -1,13 +1,20 @@
-"""Measures a method against the plain CLIP forward over the same windows, in one run.
+"""Measures methods end to end against two things that it also runs, in turns, in one process.
 
-Random weights and a random photo-like image; no download. Each round times the floor (CLIP's own
-forward of the image's windows in one batch, fused attention, no dense output) and each method end to
-end (JPEG bytes to label map), one after the other, so that a busy machine slows them alike; the
-medians are compared.
+The *floor* is CLIP's own forward pass over the same windows in one batch: fused attention, no dense
+output. The *sequential reference* is the way that the official repositories work: one window at a
+time, the attention weights of every block kept, logits of every window at full resolution, OpenAI's
+expression for QuickGELU. It gives the same labels, which is checked. Weights are random and the image
+is drawn; nothing is downloaded.
+
+Printed for each case: ms and images per second from JPEG bytes to the label map, the ratios, the
+peak memory above the loaded model (resident set on a CPU, allocator on CUDA), and where the time goes.
 
 Examples:
     python tools/bench.py
-    python tools/bench.py --arch ViT-L/14 --size 1024 2048 --short 560 --classes 19 --methods sfp clip
+    python tools/bench.py --methods all --classes 21
+    python tools/bench.py --arch ViT-B/16 ViT-L/14 --image voc cityscapes --classes 21 847 --rounds 2
+    python tools/bench.py --variants fp32 bf16 int8 --sequential
+    python tools/bench.py --text 12
 """
 
 from __future__ import annotations
@@ -15,12 +22,17 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -28,9 +40,13 @@ import torch
 from mmseg.structures import SegDataSample
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
 
 import sfp
 from sfp.cache import atomic_write
+from sfp.clip import text, vit
+from sfp.functional import windows as windows_module
 from sfp.functional.windows import WindowGrid
 
 ARCHS = {
@@ -38,7 +54,18 @@ ARCHS = {
     "ViT-B/16": dict(patch=16, width=768, layers=12, embed_dim=512),
     "ViT-L/14": dict(patch=14, width=1024, layers=24, embed_dim=768),
 }
-TEXT = dict(context=77, vocab=512, text_width=64, text_layers=1)  # not measured here
+TEXT = dict(context=77, vocab=512, text_width=64, text_layers=1)  # only --text encodes words
+IMAGES = {  # size, and the short side that it is resized to
+    "tiny": ((64, 64), 64),
+    "voc": ((375, 500), 336),
+    "cityscapes": ((1024, 2048), 560),
+}
+CROP, STRIDE = 224, 112
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: dict(precision=name) for name in ("auto", "fp32", "bf16", "fp16", "int8")},
+    "compiled": dict(compiled=True),
+}
+STAGES = ("I/O", "trunk", "readout", "text", "merge", "post-processing", "rest")
 
 
 def jpeg(height: int, width: int) -> bytes:
@@ -51,7 +78,7 @@ def jpeg(height: int, width: int) -> bytes:
     return cv2.imencode(".jpg", image.clip(0, 255).astype(np.uint8))[1].tobytes()
 
 
-def load(data: bytes, short: int) -> torch.Tensor:
+def load(data: bytes, short: int) -> Tensor:
     """Decodes and resizes as the evaluation pipeline does: (3, h, w) uint8, BGR."""
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     scale = short / min(image.shape[:2])
@@ -59,7 +86,158 @@ def load(data: bytes, short: int) -> torch.Tensor:
     return torch.from_numpy(cv2.resize(image, size)).permute(2, 0, 1)
 
 
-def median_times(tasks: dict[str, Callable[[], object]], rounds: int, device: str) -> dict:
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a model, an image and a number of classes."""
+
+    arch: str
+    image: str
+    classes: int
+    device: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the image."""
+        return IMAGES[self.image][0]
+
+    @property
+    def short(self) -> int:
+        """The short side that it is resized to."""
+        return IMAGES[self.image][1]
+
+    def clip(self) -> sfp.CLIP:
+        """A model with random weights, the same every time."""
+        torch.manual_seed(0)
+        return sfp.CLIP(image_size=224, **ARCHS[self.arch], **TEXT).requires_grad_(False).eval()
+
+    def segmentor(self, clip: sfp.CLIP, method: str, variant: str) -> sfp.OpenVocabSegmentor:
+        """A method with random text features; `clip` is converted to the variant's precision."""
+        features = torch.randn(
+            self.classes, clip.text_projection.shape[1], generator=torch.Generator().manual_seed(0)
+        )
+        return sfp.OpenVocabSegmentor(
+            clip,
+            [f"class {i}" for i in range(self.classes)],
+            method,
+            query_features=features,
+            scores=False,
+            **VARIANTS[variant],
+        ).to(self.device)
+
+
+def fast(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> Tensor:
+    """End to end as the evaluation runs: JPEG bytes -> labels (H, W)."""
+    sample = SegDataSample(metainfo=dict(ori_shape=case.size))
+    batch = dict(inputs=[load(data, case.short)], data_samples=[sample])
+    return segmentor.test_step(batch)[0].pred_sem_seg.data[0].cpu()
+
+
+@torch.inference_mode()
+def sequential(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> Tensor:
+    """The same labels in the way of the official repositories: JPEG bytes -> labels (H, W)."""
+    batch = segmentor.data_preprocessor(dict(inputs=[load(data, case.short)]))
+    image = batch["inputs"][0][None]
+    grid = WindowGrid.over(image.shape[2:], CROP, STRIDE)
+    height, width = grid.window
+    queries = segmentor.text_features()
+    logits = image.new_zeros(1, len(queries), *image.shape[2:])
+    covered = image.new_zeros(1, 1, *image.shape[2:])
+    for y, x in grid.places:
+        window = image[..., y : y + height, x : x + width]
+        with official_blocks():
+            low, _ = segmentor.method.logits(segmentor.clip.visual, window, queries)
+        full = F.interpolate(low, grid.window, mode="bilinear")
+        margins = (x, image.shape[3] - x - width, y, image.shape[2] - y - height)
+        logits += F.pad(full, margins)  # as mmsegmentation's slide_inference does
+        covered[..., y : y + height, x : x + width] += 1
+    logits = F.interpolate(logits / covered, case.size, mode="bilinear")
+    return (logits * segmentor.logit_scale).softmax(1)[0].argmax(0).cpu()
+
+
+@contextmanager
+def official_blocks() -> Iterator[list[Tensor]]:
+    """Blocks keep their attention as a map, (B, H, T, T) each; QuickGELU as OpenAI wrote it."""
+    kept: list[Tensor] = []
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool = False, hidden: Tensor | None = None
+    ) -> Tensor:
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT
+        logits = logits if hidden is None else logits.masked_fill(hidden, -torch.inf)
+        kept.append(logits.softmax(-1))
+        return (kept[-1] @ v).transpose(1, 2).flatten(2)
+
+    def quick_gelu(_: vit.QuickGELU, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+    with (
+        patch.object(vit, "fused_attention", attend),
+        patch.object(vit.QuickGELU, "forward", quick_gelu),
+    ):
+        yield kept
+
+
+class Stopwatch:
+    """Seconds by stage, each without the stages that run inside it."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._running: list[str] = []
+        self._since = 0.0
+
+    def _switch(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Counts the time inside as stage `name`."""
+        self._switch()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def watched(self, name: str, function: Callable) -> Callable:
+        """`function`, its time counted as stage `name`."""
+
+        def timed(*args: Any, **knobs: Any) -> Any:
+            with self.stage(name):
+                return function(*args, **knobs)
+
+        return timed
+
+
+def stages(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> dict[str, float]:
+    """Seconds of one end-to-end run by stage."""
+    watch = Stopwatch(case.device)
+    places = [
+        (sys.modules[__name__], "load", "I/O"),
+        (segmentor.data_preprocessor, "forward", "I/O"),
+        (sfp.Method, "run", "trunk"),
+        (sfp.Method, "read", "readout"),
+        (sfp.Method, "read_logits", "text"),  # what is left of it: similarities, refiners
+        (windows_module.WindowGrid, "sheet", "merge"),
+        (windows_module.LogitSheet, "rows", "merge"),
+        (segmentor, "_label", "post-processing"),
+    ]
+    with ExitStack() as stack:
+        for owner, name, stage in places:
+            timed = watch.watched(stage, getattr(owner, name))
+            stack.enter_context(patch.object(owner, name, timed))
+        with watch.stage("rest"):
+            fast(segmentor, case, data)
+    return {stage: watch.seconds[stage] for stage in STAGES}
+
+
+def take_turns(tasks: dict[str, Callable[[], Tensor]], rounds: int, device: str) -> dict:
     """Median seconds of each task, the tasks taking turns; the first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_ in range(rounds + 1):
@@ -73,85 +251,241 @@ def median_times(tasks: dict[str, Callable[[], object]], rounds: int, device: st
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def main() -> int:
+def peak_mib(task: Callable[[], Tensor], device: str) -> float | None:
+    """Most memory that a task holds above what is held before it; None where it cannot be told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        task()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        before_kib = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+        task()
+        return (_resident("VmHWM") - before_kib) / 2**10
+    except OSError:
+        return None
+
+
+def _resident(field: str) -> int:
+    """A field of Linux' process status, in KiB."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+
+
+def first_peak(run: Callable, case: Case, method: str, variant: str, data: bytes) -> float | None:
+    """`peak_mib` of a first run, in a process of its own: nothing has filled the allocator there."""
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(
+            _first_peak, (run.__name__, case, method, variant, data, torch.get_num_threads())
+        )
+
+
+def _first_peak(
+    run: str, case: Case, method: str, variant: str, data: bytes, threads: int
+) -> float | None:
+    torch.set_num_threads(threads)
+    segmentor = case.segmentor(case.clip(), method, variant)
+    tiny = Case(case.arch, "tiny", case.classes, case.device)
+    globals()[run](segmentor, tiny, jpeg(*tiny.size))  # libraries load, thread pools start
+    return peak_mib(lambda: globals()[run](segmentor, case, data), case.device)
+
+
+def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """All contenders of one case."""
+    data = jpeg(*case.size)
+    models = {variant: case.clip() for variant in args.variants}
+    contenders = {
+        (method, variant): case.segmentor(models[variant], method, variant)
+        for method, variant in product(args.methods, args.variants)
+    }
+    any_segmentor = next(iter(contenders.values()))
+    image = any_segmentor.data_preprocessor(dict(inputs=[load(data, case.short)]))["inputs"][0]
+    grid = WindowGrid.over(image.shape[1:], CROP, STRIDE)
+    windows = torch.stack([grid.cut(image, place) for place in grid.places])
+    plain = any_segmentor.clip.visual
+
+    @torch.inference_mode()
+    def floor() -> Tensor:
+        return torch.cat(
+            [plain(part) for part in windows.split(any_segmentor.windows_at_once)]
+        ).cpu()
+
+    def task(run: Callable, segmentor: sfp.OpenVocabSegmentor) -> Callable[[], Tensor]:
+        return lambda: run(segmentor, case, data)
+
+    tasks: dict[Any, Callable[[], Tensor]] = {"floor": floor}
+    for (method, variant), segmentor in contenders.items():
+        tasks[method, variant, "fast"] = task(fast, segmentor)
+        if method in args.sequential:
+            tasks[method, variant, "sequential"] = task(sequential, segmentor)
+    times = take_turns(tasks, args.rounds, case.device)
+    rows = []
+    for (method, variant), segmentor in contenders.items():
+        row: dict[str, Any] = dict(method=method, variant=variant)
+        for run in (fast, sequential):
+            key = (method, variant, run.__name__)
+            if key in times:
+                peak = first_peak(run, case, method, variant, data) if args.memory else None
+                row[run.__name__] = dict(seconds=times[key], peak_mib=peak)
+        row["stages"] = stages(segmentor, case, data)
+        if "sequential" in row:
+            same = fast(segmentor, case, data) == sequential(segmentor, case, data)
+            row["equal_labels"] = same.double().mean().item()
+        rows.append(row)
+    return dict(
+        arch=case.arch,
+        image=case.image,
+        size=case.size,
+        short=case.short,
+        classes=case.classes,
+        windows=len(windows),
+        device=case.device,
+        floor_seconds=times["floor"],
+        rows=rows,
+    )
+
+
+def text_bank(classes: int) -> dict[str, Any]:
+    """Seconds for the prompts of some of ADE20K's classes, by the bank and as official codes do.
+
+    The reference pads every prompt to 77 tokens and encodes one class at a time. The text tower is
+    ViT-B/16's, with random weights.
+    """
+    torch.manual_seed(0)
+    words = dict(context=77, vocab=49408, text_width=512, text_layers=12)
+    clip = sfp.CLIP(image_size=224, **ARCHS["ViT-B/16"], **words).requires_grad_(False).eval()
+    every = sfp.datasets.DATASETS.get("ADE20KDataset").METAINFO["classes"]
+    step = len(every) / classes
+    queries = [every[int(i * step)] for i in range(classes)]
+    templates = text.prompt_templates("imagenet")
+
+    @torch.inference_mode()
+    def class_by_class() -> Tensor:
+        rows = []
+        for query in queries:
+            ids = text.tokenize([template.format(query) for template in templates])
+            features = clip.encode_text(F.pad(ids, (0, 77 - ids.shape[1])), cut=False)
+            rows.append(F.normalize(F.normalize(features, dim=-1).mean(0), dim=-1))
+        return torch.stack(rows)
+
+    tasks = {"bank": lambda: text.encode_queries(clip, queries, templates)}
+    tasks["class_by_class"] = class_by_class
+    difference = (tasks["bank"]() - class_by_class()).abs().max().item()
+    times = take_turns(tasks, 1, "cpu")
+    return dict(
+        classes=classes, prompts=classes * len(templates), max_difference=difference, **times
+    )
+
+
+def show(console: Console, record: dict[str, Any], threads: int) -> None:
+    """A case's table and where the time of each contender goes."""
+    floor, windows = record["floor_seconds"], record["windows"]
+    table = Table(
+        title=f"{record['arch']}, {'x'.join(map(str, record['size']))} image, {windows} windows, "
+        f"{record['classes']} classes, {record['device']}, {threads} threads"
+    )
+    columns = (
+        "",
+        "ms",
+        "x floor",
+        "images/s",
+        "windows/s",
+        "peak MiB",
+        "sequential ms",
+        "peak MiB",
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+
+    def figures(seconds: float) -> list[str]:
+        rates = (1 / seconds, windows / seconds)
+        return [f"{1e3 * seconds:.0f}", f"{seconds / floor:.2f}", *(f"{r:.2f}" for r in rates)]
+
+    def mib(peak: float | None) -> str:
+        return "" if peak is None else f"{peak:.0f}"
+
+    table.add_row("floor: plain CLIP forward", *figures(floor), "", "", "")
+    for row in record["rows"]:
+        name = row["method"] + f" {row['variant']}" * (row["variant"] != "auto")
+        cells = [name, *figures(row["fast"]["seconds"]), mib(row["fast"]["peak_mib"])]
+        if slow := row.get("sequential"):
+            faster = slow["seconds"] / row["fast"]["seconds"]
+            cells += [f"{1e3 * slow['seconds']:.0f} ({faster:.2f}x)", mib(slow["peak_mib"])]
+        table.add_row(*cells)
+    console.print(table)
+    for row in record["rows"]:
+        whole = sum(row["stages"].values())
+        parts = [f"{name} {100 * s / whole:.1f} %" for name, s in row["stages"].items()]
+        console.print(f"  {row['method']} {row['variant']}: {', '.join(parts)}", highlight=False)
+        if "equal_labels" in row:
+            equal = 100 * row["equal_labels"]
+            console.print(f"  labels equal to the sequential reference's: {equal:.3f} %")
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", choices=ARCHS, default="ViT-B/16")
-    parser.add_argument("--size", type=int, nargs=2, default=(375, 500), metavar=("H", "W"))
-    parser.add_argument("--short", type=int, default=336, help="short side after resizing")
-    parser.add_argument("--classes", type=int, default=21)
-    parser.add_argument("--methods", nargs="+", default=["sfp"], help="presets to measure")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["ViT-B/16"])
+    parser.add_argument("--image", nargs="+", choices=IMAGES, default=["voc"])
+    parser.add_argument("--classes", type=int, nargs="+", default=[21, 171])
+    parser.add_argument("--methods", nargs="+", default=["sfp"], help="presets, or all")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=["auto"],
+        help="precisions, or compiled; the floor runs in the first (auto: fp32, fp16 on CUDA)",
+    )
+    parser.add_argument(
+        "--sequential",
+        nargs="*",
+        default=["sfp"],
+        help="methods that get the reference (default: sfp)",
+    )
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", default="auto", help="auto, fp32, fp16 or bf16")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument(
+        "--text",
+        type=int,
+        metavar="CLASSES",
+        help="measure the text bank with so many classes only",
+    )
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
+    if args.methods == ["all"]:
+        args.methods = [name for name in sfp.list_methods() if name != "proxyclip"]
+    return args
+
+
+def main() -> int:
+    args = parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-
-    clip = sfp.CLIP(image_size=224, **ARCHS[args.arch], **TEXT).requires_grad_(False).eval()
-    features = torch.randn(args.classes, clip.text_projection.shape[1])
-    segmentors = {
-        name: sfp.OpenVocabSegmentor(
-            clip,
-            [f"class {i}" for i in range(args.classes)],
-            name,
-            query_features=features,
-            precision=args.precision,
-            scores=False,
-        ).to(args.device)
-        for name in args.methods
-    }
-    data = jpeg(*args.size)
-    any_segmentor = next(iter(segmentors.values()))
-    image = any_segmentor.data_preprocessor(dict(inputs=[load(data, args.short)]))["inputs"][0]
-    grid = WindowGrid.over(image.shape[1:], 224, 112)
-    windows = torch.stack([grid.cut(image, place) for place in grid.places])
-
-    def end_to_end(segmentor: sfp.OpenVocabSegmentor) -> Callable[[], object]:
-        def run() -> object:
-            sample = SegDataSample(metainfo=dict(ori_shape=tuple(args.size)))
-            batch = dict(inputs=[load(data, args.short)], data_samples=[sample])
-            return segmentor.test_step(batch)[0].pred_sem_seg.data.cpu()
-
-        return run
-
-    def floor() -> torch.Tensor:
-        with torch.inference_mode():
-            return clip.visual(windows).cpu()
-
-    tasks = {"floor": floor} | {name: end_to_end(s) for name, s in segmentors.items()}
-    times = median_times(tasks, args.rounds, args.device)
-    if args.device == "cuda":
-        peak, kind = torch.cuda.max_memory_allocated() / 2**20, "allocator peak"
-    else:
-        peak, kind = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "process RSS peak"
-
-    table = Table(
-        title=f"{args.arch}, {args.size[0]}x{args.size[1]} image, {len(windows)} windows, "
-        f"{args.classes} classes, {args.device}, {args.threads} threads"
+    console = Console()
+    record: dict[str, Any] = dict(
+        torch=torch.__version__,
+        sfp=sfp.__version__,
+        machine=platform.machine(),
+        threads=args.threads,
+        cases=[],
     )
-    for column in ("", "ms / image", "x floor", "images / s", "windows / s"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, seconds in times.items():
-        label = "floor: plain CLIP forward" if name == "floor" else f"{name}, end to end"
-        ratio = seconds / times["floor"]
-        rates = (1 / seconds, len(windows) / seconds)
-        table.add_row(label, f"{1e3 * seconds:.0f}", f"{ratio:.2f}", *(f"{r:.2f}" for r in rates))
-    Console().print(table)
-    print(f"{kind}: {peak:.0f} MiB (all of the above in one process)")
-    if args.out:
-        record = dict(
-            vars(args),
-            out=str(args.out),
-            seconds=times,
-            peak_mib=peak,
-            windows=len(windows),
-            torch=torch.__version__,
-            machine=platform.machine(),
+    if args.text:
+        record["text"] = bank = text_bank(args.text)
+        console.print(
+            f"{bank['prompts']} prompts of {bank['classes']} ADE20K classes: text bank "
+            f"{bank['bank']:.2f} s, 77 tokens class by class {bank['class_by_class']:.2f} s "
+            f"({bank['class_by_class'] / bank['bank']:.1f}x), largest difference of unit features "
+            f"{bank['max_difference']:.1e}"
         )
+    else:
+        for arch, image, classes in product(args.arch, args.image, args.classes):
+            record["cases"].append(measure(Case(arch, image, classes, args.device), args))
+            show(console, record["cases"][-1], args.threads)
+    if args.out:
         with atomic_write(args.out) as path:
             path.write_text(json.dumps(record, indent=2) + "\n")
     return 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BUDGET = 2**24  # probabilities held at once
+BUDGET = {"cpu": 2**20, "cuda": 2**24}  # probabilities held at once; on a CPU its cache holds them
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,11 @@ def class_scores(logits: Tensor, index: Sequence[int], scale: float) -> Tensor:
         index: class of each query; classes 0..K-1 all have one, and are in order.
         scale: inverse temperature.
     """
-    probs = (logits * scale).softmax(0)
+    return best_of_class((logits * scale).softmax(0), index)
+
+
+def best_of_class(probs: Tensor, index: Sequence[int]) -> Tensor:
+    """The best query of each class, (Q, ...) -> (K, ...)."""
     if len(index) == index[-1] + 1:  # one query each
         return probs
     sizes = torch.tensor(index).bincount().tolist()
@@ -65,34 +69,35 @@ def assign(
             other than 0 win is left out (SCLIP's protocol for VOC21).
         keep_scores: whether to return the class probabilities too, (K, H, W).
     """
+    first = rows(0, 1)
     height, width = size
-    step = max(BUDGET // (len(index) * width), 1)
-    classes = index[-1] + 1
+    step = max(BUDGET.get(first.device.type, BUDGET["cuda"]) // (len(index) * width), 1)
+    classes = torch.tensor(index, device=first.device)
+    confidence = first.new_empty(size)
+    query = first.new_empty(size, dtype=torch.long)
+    scores = first.new_empty(index[-1] + 1, *size) if keep_scores else None
 
-    def sweep(dropped: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        labels = confidence = None  # made once the device is known, then filled slab by slab
-        kept = []
+    def sweep(dropped: Tensor | None = None) -> Tensor:
         for start in range(0, height, step):
-            stop = min(start + step, height)
-            scores = class_scores(rows(start, stop), index, scale)
+            own = slice(start, min(start + step, height))
+            # queries last: a pixel's softmax and maximum run over adjacent numbers
+            logits = rows(own.start, own.stop).permute(1, 2, 0)
+            probs = (logits * scale).softmax(-1)
             if dropped is not None:
-                scores = scores.masked_fill(dropped[:, None, None], 0)
-            if labels is None or confidence is None:
-                labels = scores.new_empty(size, dtype=torch.long)
-                confidence = scores.new_empty(size)
-            torch.max(scores, 0, out=(confidence[start:stop], labels[start:stop]))
-            if keep_scores:
-                kept.append(scores)
-        assert labels is not None
-        assert confidence is not None
-        return labels, confidence, torch.cat(kept, 1) if kept else None
+                probs.masked_fill_(dropped, 0)
+            torch.max(probs, -1, out=(confidence[own], query[own]))
+            if scores is not None:
+                scores[:, own] = best_of_class(probs.permute(2, 0, 1), index)
+        return classes[query]
 
-    labels, confidence, scores = sweep(None)
+    labels = sweep()
     if area_thd is not None:
-        won = labels.flatten().bincount(minlength=classes)
+        won = labels.flatten().bincount(minlength=index[-1] + 1)
         dropped = won <= area_thd * won[1:].sum()
         dropped[0] = False
-        if bool((dropped & (won > 0)).any()) or (keep_scores and bool(dropped.any())):
-            labels, confidence, scores = sweep(dropped)
+        if bool((dropped & (won > 0)).any()):
+            labels = sweep(dropped[classes])
+        elif scores is not None:
+            scores[dropped] = 0
     labels.masked_fill_(confidence < prob_thd, 0)
     return Labels(labels, confidence, scores)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 4096  # pixels of a side above which the merging matrices are used in parts
+BLOCK = 256  # pixels of a side above which the merging matrices are used in parts
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:
@@ -139,7 +139,7 @@ class WindowGrid:
     def sheet(self, logits: Tensor, target: tuple[int, int]) -> LogitSheet:
         """Patch logits of all windows, (windows, Q, h, w), merged for an output size."""
         tiles = logits.unflatten(0, (len(self.ys), len(self.xs)))
-        tiles = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (Q, ys * h, xs * w)
+        tiles = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (ys * h, xs * w, Q)
         via, window = (target, target) if self.direct else (self.size, self.window)
         cells = logits.shape[2:]
         rows, columns = (
@@ -161,7 +161,7 @@ class LogitSheet:
     """An image's query logits, kept at patch resolution; any slab of rows is rendered on demand.
 
     Attributes:
-        tiles: (Q, R, S), the patches of all windows side by side.
+        tiles: (R, S, Q), the patches of all windows side by side.
         row_matrix: (H, R).
         column_matrix: (W, S).
     """
@@ -176,11 +176,14 @@ class LogitSheet:
         return len(self.row_matrix), len(self.column_matrix)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Logits of output rows start to stop, (Q, stop - start, W)."""
+        """Logits of output rows start to stop, (Q, stop - start, W); a pixel's are adjacent in memory."""
         if max(self.size) <= BLOCK:
-            return self.row_matrix[start:stop] @ self.tiles @ self.column_matrix.T
-        # in large images almost every product is with zero: only the windows around take part
-        own, rows = _band(self.row_matrix[start:stop])
-        part = rows @ self.tiles[:, own]  # (Q, stop - start, S)
-        blocks = [_band(block) for block in self.column_matrix.split(BLOCK)]
-        return torch.cat([part[..., own] @ columns.T for own, columns in blocks], dim=-1)
+            own, rows = slice(None), self.row_matrix[start:stop]
+            blocks = [(slice(None), self.column_matrix)]
+        else:  # almost every product is with zero: only the windows around take part
+            own, rows = _band(self.row_matrix[start:stop])
+            blocks = [_band(block) for block in self.column_matrix.split(BLOCK)]
+        part = rows @ self.tiles[own].flatten(1)  # one product for all columns and queries
+        part = part.unflatten(1, self.tiles.shape[1:])  # (stop - start, S, Q)
+        parts = [columns @ part[:, own] for own, columns in blocks]  # (stop - start, block, Q)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).permute(2, 0, 1)

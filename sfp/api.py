@@ -25,7 +25,7 @@ from sfp.clip.loading import load_clip
 from sfp.clip.model import CLIP
 from sfp.clip.text import prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
-from sfp.functional.labels import BUDGET, assign
+from sfp.functional.labels import assign
 from sfp.functional.windows import LogitSheet
 from sfp.guides import build_guides
 from sfp.inputs import as_image
@@ -38,6 +38,7 @@ from sfp.vocabulary import Vocabulary
 from sfp.words import BACKGROUND, Classes, as_vocabulary
 
 LONG_SIDE = 2048  # of the benchmarks: longer images are resized by their long side
+SLAB = 2**24  # scores that are computed at once
 PORTION = 8  # images of a list that are in work together
 NOTHING = Vocabulary((), (), ())
 WORDS = 2**14  # queries whose features are kept, 2 kB each
@@ -55,7 +56,7 @@ def load(
     templates: str | Sequence[str] = "imagenet",
     logit_scale: float = 40.0,
     pamr_steps: int = 0,
-    window_batch: int = 32,
+    window_batch: int | None = None,
     guides: Mapping[str, Any] | None = None,
     memory_mb: int = 512,
 ) -> Model:
@@ -72,7 +73,7 @@ def load(
         templates: prompts with one `{}`, or the name of a set that mmseg ships.
         logit_scale: inverse temperature of the softmax over all queries.
         pamr_steps: steps of pixel-adaptive refinement; 0 for none.
-        window_batch: most windows in one forward pass.
+        window_batch: most windows in one forward pass; None for what suits the device.
         guides: external encoders by name, for methods that ask for them (ProxyCLIP).
         memory_mb: MiB on the device for features of recent images, so that other words for them are
             quick; 0 keeps none.
@@ -370,7 +371,7 @@ def _result(
         with torch.inference_mode():
             rows = segmentor.final_rows(pixels, sheet)
         height, width = sheet.size
-        step = max(BUDGET // (len(names) * width), 1)
+        step = max(SLAB // (len(names) * width), 1)
         for start in range(0, height, step):
             stop = min(start + step, height)
             with torch.inference_mode():

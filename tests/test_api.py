@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sfp
-from sfp import datasets, mini, visualize, words
+from sfp import api, datasets, mini, visualize, words
 from sfp.clip import text
 from sfp.clip.vit import VisionTransformer
 from sfp.memory import Memory
@@ -278,12 +278,8 @@ def test_scores(clip):
 
 def test_scores_come_in_slabs(clip, monkeypatch):
     """A large image has them a few rows at a time, and they are the same."""
-    from sfp import api
-    from sfp.functional import labels
-
     expected = door(clip).segment(picture(), WORDS, background=0.4)
-    for module in (api, labels):
-        monkeypatch.setattr(module, "BUDGET", 130 * 4 * 17)
+    monkeypatch.setattr(api, "SLAB", 130 * 4 * 17)
     result = door(clip).segment(picture(), WORDS, background=0.4)
     assert len(list(result._slabs())) == 6
     np.testing.assert_allclose(result.scores, expected.scores, atol=1e-6)

@@ -35,13 +35,10 @@ from sfp.metrics import SegmentationMetric
 from sfp.registry import suggest
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.sheet import Panel, at_size, picture_sheet
+from sfp.shipped import ConfigError, find_config, read_config, require
 from sfp.vocabulary import load_vocabulary
 
 METRICS = ("mIoU", "aAcc", "mAcc", "fwIoU")
-
-
-class ConfigError(ValueError):
-    """A config that does not exist or says something that nobody understands."""
 
 
 @HOOKS.register_module()
@@ -103,7 +100,7 @@ def load_config(
     """A config with what the command line says put on top of it.
 
     Args:
-        path: of the config file.
+        path: of the config file, or the name of a shipped one (`sfp.shipped.find_config`).
         method: preset that replaces the whole `model.method` (a merge would leave the other
             method's flags behind).
         weights: replaces `model.weights`.
@@ -111,14 +108,10 @@ def load_config(
         options: dotted keys and values, e.g. {"model.method.pm": "lof"}; applied last.
 
     Raises:
-        ConfigError: if there is no such file.
+        ConfigError: if there is no such file, or it is no config.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"there is no config {path}; see configs/cfg_*.py")
-    try:
-        config = Config.fromfile(str(path))
-    except (OSError, SyntaxError) as error:
-        raise ConfigError(f"{path} is no config: {error}") from None
+    path = find_config(path)
+    config = read_config(path, "model.type")
     if method is not None:
         config.model.pop("method", None)  # assigning a dict would merge it
         config.model.method = dict(type=method)
@@ -145,6 +138,8 @@ def check(config: Config) -> None:
     for name in config.model:
         if name != "type" and name not in known:
             raise ConfigError(f"the segmentor has no setting {name!r}{suggest(name, known)}")
+    require(config, "model.classes", "model.weights", "test_dataloader.dataset")
+    require(config, "test_evaluator", "test_cfg.type")
     prompt_templates(config.model.get("templates", "imagenet"))
     build_method(config.model.get("method", "sfp"))
     names = load_vocabulary(config.model.classes).names

@@ -75,7 +75,7 @@ def read_image(
             if pixels is not None:
                 return _ordered(pixels.astype(np.uint8, copy=False), not bgr)
             # what OpenCV gives up on may still have a reason, which Pillow tells
-        return _ordered(_pillow_pixels(image, name), bgr)
+        return _ordered(pillow_pixels(image, name), bgr)
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, cv2.error) as error:
         if isinstance(error, ImageError):
             raise
@@ -164,7 +164,12 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def _pillow_pixels(image: Image.Image, name: str) -> NDArray[np.uint8]:
+def pillow_pixels(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    """A Pillow image of any mode as RGB, upright, (H, W, 3); its own errors are not translated.
+
+    Raises:
+        ImageError: if its pixels have no known range.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would clip
         grey = np.asarray(image)

@@ -37,7 +37,7 @@ from sfp.method import Method, build_method
 from sfp.numerics import finite, first_bad
 from sfp.registry import suggest
 from sfp.tokens import Tokens
-from sfp.vocabulary import load_vocabulary
+from sfp.vocabulary import Vocabulary, load_vocabulary
 
 LARGE = 2**24  # pixels from which an image is normalised window by window, to stay in 8 bits
 PRECISIONS = {
@@ -104,7 +104,8 @@ class OpenVocabSegmentor(BaseSegmentor):
 
     Args:
         weights: name, path or state dict for `load_clip`.
-        classes: path of a class file, or a list of names or of lists of synonyms; class 0 first.
+        classes: path of a class file, a list of names or of lists of synonyms, class 0 first, or a
+            `Vocabulary`.
         method: preset name or config for `build_method`.
         templates: prompt templates, a list or the name of a set that mmseg ships.
         query_features: text features (Q, C) to use instead of encoding the names, or a safetensors
@@ -139,7 +140,7 @@ class OpenVocabSegmentor(BaseSegmentor):
     def __init__(
         self,
         weights: str | Path | Mapping[str, Tensor] | CLIP,
-        classes: str | Path | Sequence[str | Sequence[str]],
+        classes: str | Path | Sequence[str | Sequence[str]] | Vocabulary,
         method: str | Mapping[str, Any] | Method = "sfp",
         *,
         templates: str | Sequence[str] = "imagenet",
@@ -366,20 +367,23 @@ class OpenVocabSegmentor(BaseSegmentor):
         """`image`, normalised now if its preprocessor has put it off."""
         return self.data_preprocessor.normalise(image) if image.dtype == torch.uint8 else image
 
+    def final_rows(self, image: Tensor, sheet: LogitSheet) -> Callable[[int, int], Tensor]:
+        """`sheet.rows`, or slabs of what PAMR makes of them, which takes all of them at once."""
+        if not self.pamr_steps:
+            return sheet.rows
+        image = self._normalised(image)
+        guide = F.interpolate(image[None], sheet.size, mode="bilinear", align_corners=False)
+        refined = pamr(
+            guide,
+            sheet.rows(0, sheet.size[0])[None],
+            steps=self.pamr_steps,
+            dilations=self.pamr_dilations,
+        )[0]
+        return lambda start, stop: refined[:, start:stop]
+
     def _label(self, image: Tensor, sheet: LogitSheet) -> Labels:
-        rows = sheet.rows
-        if self.pamr_steps:
-            image = self._normalised(image)
-            guide = F.interpolate(image[None], sheet.size, mode="bilinear", align_corners=False)
-            refined = pamr(
-                guide,
-                rows(0, sheet.size[0])[None],
-                steps=self.pamr_steps,
-                dilations=self.pamr_dilations,
-            )[0]
-            rows = lambda start, stop: refined[:, start:stop]  # noqa: E731
         return assign(
-            rows,
+            self.final_rows(image, sheet),
             sheet.size,
             self.vocabulary.index,
             scale=self.logit_scale,

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 from torch import Tensor
 
 from sfp.cache import atomic_write
@@ -40,6 +41,14 @@ def overlay(panel: Panel, palette: Sequence[Sequence[int]], opacity: float = 0.7
     mixed[edges] = 255
     shown = (labels < len(palette))[..., None]
     return np.where(shown, mixed, panel.image).astype(np.uint8)
+
+
+def label_picture(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:
+    """A label map (H, W), uint8 with a palette or uint16 (which PNG has none for), as a picture."""
+    picture = Image.fromarray(labels)
+    if labels.dtype == np.uint8:
+        picture.putpalette([value for colour in palette for value in colour])
+    return picture
 
 
 def at_size(image: Tensor, size: Sequence[int]) -> np.ndarray:

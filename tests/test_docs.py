@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import torch
+from mmengine import Config
+from PIL import Image
 
 import sfp
+from sfp import mini
 from sfp.describe import methods_markdown
 from sfp.registry import METHODS, OPS
 
@@ -54,3 +57,23 @@ def test_adding_a_method_as_the_page_does():
     finally:
         METHODS.module_dict.pop("lookback", None)
         OPS.module_dict.pop("lookback_keys", None)
+
+
+def test_the_quickstart(tmp_path, monkeypatch):
+    """Executes the page's blocks, in order, with the mini world in place of what is not here."""
+    for i, name in enumerate(["street.jpg", "photo.jpg"]):
+        Image.fromarray(mini.scene(900_009 + i, 120)[0]).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    config = str(DOCS.parent / "configs" / "base_config.py")
+    base = Config.fromfile(config)
+    base.model.weights = "mini"
+    monkeypatch.setattr(Config, "fromfile", lambda path: base if path == config else None)
+    namespace: dict[str, object] = {}
+    for block in code_blocks("quickstart.md"):
+        block = block.replace('"ViT-B/16"', '"mini"').replace("configs/base_config.py", config)
+        exec(compile(block, "quickstart.md", "exec"), namespace)
+    for name in ("labels.png", "seen.jpg"):
+        assert Image.open(tmp_path / name).size == (120, 120)
+    assert namespace["features"].as_map().shape == (1, 128, 28, 28)  # 448 / 16
+    assert namespace["labels"].shape == (120, 120)
+    assert namespace["figure"].axes

@@ -380,16 +380,6 @@ def test_compare_gives_the_numbers_of_single_runs(evaluated, monkeypatch, capsys
     assert cv2.imread(str(tmp_path / "compare.png")) is not None
 
 
-def test_bench(monkeypatch, capsys, tmp_path):
-    """Its numbers are what they are; all of them have to be there."""
-    arguments = ["--arch", "ViT-B/32", "--size", "90", "120", "--short", "224", "--rounds", "1"]
-    out = ["--methods", "sfp", "--threads", "1", "--out", str(tmp_path / "bench.json")]
-    assert tool(monkeypatch, "tools/bench.py", *arguments, *out) == 0
-    record = json.loads((tmp_path / "bench.json").read_text())
-    assert record["windows"] == 2
-    assert "sfp" in capsys.readouterr().out
-
-
 # -- imports and environments --------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from importlib import import_module
 from sfp.version import __version__
 
 COMMANDS = (  # in the order of the help
+    "segment",
     "eval",
     "compare",
     "ablate",

@@ -11,6 +11,7 @@ import pytest
 import segmentors
 import tiny
 import torch
+import trees
 from mmengine.config import Config
 from safetensors.torch import load_file
 from sklearn.cluster import KMeans
@@ -346,13 +347,20 @@ def test_the_voc_config_sees_whole_images():
 
 
 @pytest.mark.parametrize("name", ["coco27", "city_scapes27"])
-def test_benchmarks_without_words(name):
-    if not (FOLDER / f"cfg_{name}.py").is_file():
-        pytest.skip(f"cfg_{name}.py is not here yet")
-    cfg, base = (
-        Config.fromfile(str(FOLDER / f"cfg_{n}.py")) for n in (f"{name}_unsupervised", name)
+def test_benchmarks_without_words(name, tmp_path, monkeypatch):
+    """From files in the benchmark's layout to scores, with a random CLIP."""
+    weights = tiny.save(tmp_path / "tiny.safetensors", **dict(tiny.WORDS, patch=32, image_size=224))
+    trees.build(name, tmp_path / "data")
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
+    cfg = evaluate.load_config(
+        FOLDER / f"cfg_{name}_unsupervised.py",
+        weights=f"{weights}@quick_gelu",
+        work_dir=str(tmp_path / "work"),
+        options={"test_dataloader.num_workers": 0},
     )
-    assert cfg.test_dataloader == base.test_dataloader
-    ready = unsupervised.cluster_config(cfg)
-    assert len(ready.model.classes) == ready.test_evaluator.clusters == 27
-    assert base.test_dataloader.dataset.type in sfp.datasets.DATASETS
+    base = Config.fromfile(str(FOLDER / f"cfg_{name}.py"))
+    assert cfg.test_dataloader.dataset == base.test_dataloader.dataset
+    evaluate.check(cfg)
+    result = evaluate.evaluate(cfg, pictures=1)
+    assert sorted(result["assignment"].values()) == list(range(27))
+    assert result["aAcc"] > 100 / 27  # the best of all matchings is better than chance

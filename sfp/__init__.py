@@ -2,11 +2,15 @@
 
 from sfp import mm  # first: it imports mmsegmentation quietly
 from sfp import datasets, methods, metrics, ops
+from sfp.api import Model, load
 from sfp.clip.loading import WeightsError, load_clip
 from sfp.clip.model import CLIP
+from sfp.coco import coco_document
 from sfp.images import DataError, ImageError, read_image
+from sfp.inputs import as_image
 from sfp.method import Method, Purify, Readout, build_method
 from sfp.registry import METHODS, OPS, list_methods, list_ops, op
+from sfp.result import Result
 from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
@@ -22,18 +26,23 @@ __all__ = [
     "ImageError",
     "ImagePreprocessor",
     "Method",
+    "Model",
     "OpenVocabSegmentor",
     "Purify",
     "Readout",
+    "Result",
     "Tokens",
     "Trace",
     "Vocabulary",
     "WeightsError",
     "__version__",
+    "as_image",
     "build_method",
+    "coco_document",
     "datasets",
     "list_methods",
     "list_ops",
+    "load",
     "load_clip",
     "load_vocabulary",
     "methods",

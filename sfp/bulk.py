@@ -29,9 +29,9 @@ from PIL import Image
 
 from sfp.cache import atomic_write
 from sfp.card import NOTED, settings
-from sfp.datasets import colour_map
+from sfp.datasets import LABEL_STEPS, colour_map
 from sfp.segmentor import OpenVocabSegmentor
-from sfp.sheet import Panel, overlay
+from sfp.sheet import Panel, label_picture, overlay
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SHARDS = {".tar", ".tgz", ".gz"}
@@ -198,7 +198,7 @@ def bulk_config(config: Config, short_side: int | None = None) -> Config:
             config's, or 336 if it has no steps.
     """
     config = config.copy()
-    steps = [s for s in config.get("test_pipeline", []) if s["type"] != "LoadAnnotations"]
+    steps = [s for s in config.get("test_pipeline", []) if s["type"] not in LABEL_STEPS]
     if short_side is not None or not steps:
         resize = dict(type="Resize", scale=(2048, short_side or 336), keep_ratio=True)
         steps = [dict(type="LoadImageFromFile"), resize, dict(type="PackSegInputs")]
@@ -358,10 +358,9 @@ class Labeller:
         if what == "overlay":
             rgb = np.ascontiguousarray(result.image[..., ::-1])
             return Image.fromarray(overlay(Panel(rgb, result.labels), self.palette[:255]))
-        picture = Image.fromarray(result.labels if what == "labels" else result.confidence)
-        if what == "labels" and self.dtype == np.uint8:
-            picture.putpalette([value for colour in self.palette for value in colour])
-        return picture
+        if what == "labels":
+            return label_picture(result.labels, self.palette)
+        return Image.fromarray(result.confidence)
 
 
 def _failed(name: str, error: Exception) -> Outcome:

@@ -31,12 +31,14 @@ from mmengine.config import Config
 from torch import Tensor
 
 from sfp.cache import atomic_write, sha256_file
-from sfp.clip.loading import PUBLISHED, WeightsError, locate
+from sfp.clip.loading import WeightsError, weights_digest
 from sfp.clip.text import prompt_templates
+from sfp.datasets import LABEL_STEPS
 from sfp.describe import knobs
 from sfp.journal import fingerprint
 from sfp.registry import METHODS, OPS, find
 from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
+from sfp.shipped import ConfigError, find_config, read_config
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary
 
@@ -50,7 +52,7 @@ PACKAGES = [
 # arguments of the segmentor that are not protocol, or that stand elsewhere on the card
 _ELSEWHERE = {"weights", "classes", "method", "templates", "precision", "window_batch", "compiled"}
 _ELSEWHERE |= {"data_preprocessor", "scores", "palette", "init_cfg", "pretrained", "train_cfg"}
-_STEPS_OF_LABELS = {"LoadAnnotations", "PackSegInputs"}  # no image passes through them
+_STEPS_OF_LABELS = {*LABEL_STEPS, "PackSegInputs"}  # no image passes through them
 
 
 def plain(value: Any) -> Any:
@@ -94,6 +96,8 @@ def settings(
     )
     if device is not None:
         groups["run"]["device"] = device
+    if "clusters" in config and config.model.get("query_features"):
+        groups["run"]["clusters_sha256"] = sha256_file(config.model.query_features)
     if "test_dataloader" in config:
         groups["run"]["batch_size"] = config.test_dataloader.get("batch_size", 1)
     if dataset is not None:
@@ -107,6 +111,11 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
     result = {
         k: node.get(k, v) for k, v in knobs(OpenVocabSegmentor).items() if k not in _ELSEWHERE
     }
+    if "clusters" in config:  # its knobs are the setting; `run` has the file that they led to
+        result["clusters"] = config.clusters
+        del result["query_features"]
+    elif isinstance(path := result["query_features"], (str, Path)):
+        result["query_features"] = sha256_file(path)
     result.update(_defaults(ImagePreprocessor), **preprocessor)
     templates = prompt_templates(node.get("templates", "imagenet"))
     result["templates"] = f"{len(templates)} {fingerprint(dict(templates=templates))[:16]}"
@@ -213,12 +222,11 @@ def _weights(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any]
         result["load_from"] = config.load_from
     if model is not None:
         return dict(result, sha256=model.clip.digest)
-    if str(source) in PUBLISHED:
-        return dict(result, sha256=PUBLISHED[str(source)].sha256)
     try:
-        return dict(result, sha256=sha256_file(locate(source)))
+        digest = weights_digest(source)
     except (WeightsError, FileNotFoundError):
         return result  # of a config one may only want to know what it asks for
+    return dict(result, sha256=digest) if digest else result
 
 
 def _versions() -> dict[str, Any]:
@@ -262,7 +270,7 @@ def write_card(folder: Path, groups: Mapping[str, Any], result: Mapping[str, Any
     """
     card = dict(groups)
     card["scores"] = {k: result[k] for k in ("mIoU", "aAcc", "mAcc", "fwIoU", "classes")}
-    card["command"] = shlex.join([Path(sys.executable).name, *sys.argv])
+    card["command"] = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
     for name, text in (("card.json", json.dumps(card, indent=1) + "\n"), ("card.md", _page(card))):
         with atomic_write(folder / name) as path:
             path.write_text(text, encoding="utf-8")
@@ -292,22 +300,25 @@ def _cell(value: float | None) -> str:
 
 
 def read_side(path: str | Path) -> dict[str, Any]:
-    """One side of a comparison: a card (.json), a work folder that has one, or a config (.py).
+    """One side of a comparison: a card (.json), a work folder that has one, or a config.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        ConfigError: if there is no such file.
         ValueError: if it is neither.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "card.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no card or config {path}: give a card.json, a work folder of tools/test.py that has "
-            "one, or a config"
+    if path.suffix != ".json":
+        path = find_config(path)
+    elif not path.is_file():
+        raise ConfigError(
+            f"there is no card {path}: give a card.json, a work folder of `sfp eval` that has one, or "
+            "a config"
         )
     if path.suffix == ".py":
-        groups = settings(Config.fromfile(str(path)))
+        config = read_config(path, "model.type", "model.classes", "test_dataloader.dataset")
+        groups = settings(config)
         return {k: v for k, v in groups.items() if k not in NOTED}  # of a run, and there was none
     try:
         card = json.loads(path.read_text(encoding="utf-8"))

@@ -62,6 +62,11 @@ def measure(
     Returns:
         "methods": for each name mIoU, mAcc, aAcc, fwIoU and the classes' IoU, in percent.
     """
+    if "clusters" in config:
+        raise ValueError(
+            "clusters are fitted to one method's features: evaluate configs without words one by one, "
+            "with tools/test.py --method"
+        )
     init_default_scope(config.get("default_scope", "mmseg"))
     built = {name: build_method(method) for name, method in methods.items()}
     dataset = DATASETS.build(config.test_dataloader.dataset)
@@ -118,7 +123,12 @@ def measure(
             for name, labels in zip(names, results, strict=True):
                 for i, truth, result in zip(batch, truths, labels, strict=True):
                     if images[i] not in counts[name]:
-                        entries = count(result.labels, truth.to(result.labels), len(classes), 255)
+                        entries = count(
+                            result.labels,
+                            truth.to(result.labels),
+                            len(classes),
+                            dataset.ignore_index,
+                        )
                         journals[name].append(images[i], entries)
                         counts[name][images[i]] = entries
             for n, i in enumerate(batch):

@@ -75,7 +75,7 @@ def read_image(
             if pixels is not None:
                 return _ordered(pixels.astype(np.uint8, copy=False), not bgr)
             # what OpenCV gives up on may still have a reason, which Pillow tells
-        return _ordered(_pillow_pixels(image, name), bgr)
+        return _ordered(pillow_pixels(image, name), bgr)
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, cv2.error) as error:
         if isinstance(error, ImageError):
             raise
@@ -87,6 +87,26 @@ def _ordered(pixels: NDArray[np.uint8], swap: bool) -> NDArray[np.uint8]:
     if swap:
         cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
     return pixels
+
+
+def read_labels(path: str | os.PathLike[str]) -> NDArray[np.integer]:
+    """The numbers in a label map as they are stored, of 8 or 16 bits: (H, W), palettes ignored.
+
+    A file with several channels gives (H, W, C); nobody's label maps, but that is for the caller to
+    say.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    name = str(path)
+    data = read_bytes(path)
+    image = _open(data, name, MAX_PIXELS)
+    check_whole(data, name)
+    try:
+        labels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError) as error:
+        raise ImageError(f"{name}: damaged or truncated label map ({error})") from error
+    return labels.astype(np.uint8) if labels.dtype == bool else labels
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -144,7 +164,12 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def _pillow_pixels(image: Image.Image, name: str) -> NDArray[np.uint8]:
+def pillow_pixels(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    """A Pillow image of any mode as RGB, upright, (H, W, 3); its own errors are not translated.
+
+    Raises:
+        ImageError: if its pixels have no known range.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would clip
         grey = np.asarray(image)

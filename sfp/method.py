@@ -209,7 +209,11 @@ class Method:
 
     def read_logits(self, trace: Trace) -> Tensor:
         """Refined query logits (B, Q, h, w) of such a trace, which must have the text features."""
-        logits = cosine_logits(self.read(trace), trace.query_features())
+        return self.compare(self.read(trace), trace)
+
+    def compare(self, features: Tokens, trace: Trace) -> Tensor:
+        """Refined query logits (B, Q, h, w) of features that were read from such a trace."""
+        logits = cosine_logits(features, trace.query_features())
         for refine in self.refiners:
             logits = refine(logits, trace)
         return logits

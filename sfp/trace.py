@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -51,6 +52,8 @@ class Trace:
         masks: outliers by absolute layer, (B, N) bool, written by edits.
         text: text features (Q, C) where the caller has them, else None.
         index: class of each query, or None if every query is a class of its own.
+        asked_words: whether anything so far came from `text` or `index`; what did not serves other
+            words too (`with_words`).
         guides: external encoders by name: images as `image` -> Tokens.
         depth: number of blocks that layer numbers are written for; None takes them literally.
         keep: absolute layers whose projections stay at hand after the block has run. A layer that is
@@ -75,14 +78,51 @@ class Trace:
         self.embedded = embedded
         self.outputs: list[Tokens] = []
         self.masks: dict[int, Tensor] = {}
-        self.text = text
-        self.index = index
+        self._text = text
+        self._index = index
+        self.asked_words = False
         self.guides = {} if guides is None else guides
         self.depth = depth
         self.keep = set() if keep is None else keep
         self._running: tuple[int, Heads] | None = None
         self._kept: dict[int, Heads] = {}
         self._once: dict[Hashable, Any] = {}
+        self._worded: set[Hashable] = set()  # those of `_once` that came from the words
+
+    @property
+    def text(self) -> Tensor | None:
+        """The text features, or None; who asks depends on the words."""
+        self.asked_words = True
+        return self._text
+
+    @property
+    def index(self) -> Sequence[int] | None:
+        """The class of each query, or None; who asks depends on the words."""
+        self.asked_words = True
+        return self._index
+
+    def with_words(self, text: Tensor | None, index: Sequence[int] | None) -> Trace:
+        """The same run of the trunk with other words; what came from the words is left behind.
+
+        Right only if `asked_words` was False when the trunk had run: no edit of it asked for them.
+        """
+        other = copy.copy(self)
+        other._text, other._index, other.asked_words = text, index, False
+        other._once = {k: v for k, v in self._once.items() if k not in self._worded}
+        other._worded = set()
+        other._kept = dict(self._kept)  # what the others ask for shall not add to this one
+        return other
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it holds, for counting."""
+        heads = [*self._kept.values(), *([self._running[1]] if self._running else [])]
+        tokens = [self.embedded, *self.outputs]
+        tokens += [value for value in self._once.values() if isinstance(value, Tokens)]
+        yield self.image
+        yield from (each.data for each in tokens)
+        yield from (x for each in heads for x in each.tensors())
+        yield from self.masks.values()
+        yield from (value for value in self._once.values() if isinstance(value, Tensor))
 
     def layer(self, index: int) -> int:
         """The absolute number of a method's layer.
@@ -128,9 +168,20 @@ class Trace:
 
     def once(self, op: Callable[[Trace], Tensor]) -> Tensor:
         """`op(trace)`, computed the first time that an equal op is asked for."""
-        if op not in self._once:
-            self._once[op] = op(self)
-        return self._once[op]
+        return self._noted(op, lambda: op(self))
+
+    def _noted(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """`compute()`, the first time; and a note whether the words had a part in it."""
+        if key not in self._once:
+            before, self.asked_words = self.asked_words, False
+            try:
+                self._once[key] = compute()
+                if self.asked_words:
+                    self._worded.add(key)
+            finally:
+                self.asked_words |= before
+        self.asked_words |= key in self._worded
+        return self._once[key]
 
     def guide(self, name: str) -> Tokens:
         """What an external encoder sees in the image, without its prefix; computed once.
@@ -141,10 +192,7 @@ class Trace:
         if name not in self.guides:
             known = ", ".join(self.guides) or "none"
             raise GuideError(f"the method asks for the guide {name!r}; given: {known}")
-        key = ("guide", name)
-        if key not in self._once:
-            self._once[key] = self.guides[name](self.image).only_patches()
-        return self._once[key]
+        return self._noted(("guide", name), lambda: self.guides[name](self.image).only_patches())
 
     def query_features(self) -> Tensor:
         """The text features, (Q, C), for ops that cannot do without.
@@ -152,17 +200,18 @@ class Trace:
         Raises:
             LookupError: if the caller gave none.
         """
-        if self.text is None:
+        text = self.text
+        if text is None:
             raise LookupError("this method needs the text features: pass text=, (Q, C)")
-        return self.text
+        return text
 
     def guess(self, source: Callable[[Trace], Tokens]) -> Tensor:
         """First-pass logits (B, Q, h, w) of tokens read from this trace; computed once."""
-        key = ("guess", source)
-        if key not in self._once:
-            features = self.vit.project(source(self))
-            self._once[key] = cosine_logits(features, self.query_features())
-        return self._once[key]
+
+        def read() -> Tensor:
+            return cosine_logits(self.vit.project(source(self)), self.query_features())
+
+        return self._noted(("guess", source), read)
 
     def attention(self, i: int) -> Tensor:
         """Block `i`'s attention weights, (B, H, T, T)."""

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SEPARATOR = ", "
 
@@ -39,7 +40,9 @@ class Vocabulary:
         return len(self.names)
 
 
-def load_vocabulary(source: str | os.PathLike[str] | Sequence[str | Sequence[str]]) -> Vocabulary:
+def load_vocabulary(
+    source: str | os.PathLike[str] | Sequence[str | Sequence[str]] | Vocabulary,
+) -> Vocabulary:
     """Reads class names.
 
     Names are stripped of surrounding blanks, and a separator or blank lines at the end are ignored.
@@ -48,7 +51,8 @@ def load_vocabulary(source: str | os.PathLike[str] | Sequence[str | Sequence[str
 
     Args:
         source: Path of a class file, or a list with one entry per class: its name, or a list of its
-            synonyms. In a list a name is taken as it is, commas included.
+            synonyms. In a list a name is taken as it is, commas included. A `Vocabulary` is
+            returned as it is.
 
     Returns:
         The queries, their classes and the class names.
@@ -61,12 +65,15 @@ def load_vocabulary(source: str | os.PathLike[str] | Sequence[str | Sequence[str
         >>> load_vocabulary([["cat", "kitten"], "dog"])
         Vocabulary(queries=('cat', 'kitten', 'dog'), index=(0, 0, 1), names=('cat', 'dog'))
     """
+    if isinstance(source, Vocabulary):
+        return source
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         classes = _read(path)
         places = [f"{path}, line {number}" for number in range(1, len(classes) + 1)]
     else:
-        classes = [[entry] if isinstance(entry, str) else list(entry) for entry in source]
+        entries: Sequence[Any] = source
+        classes = [list(x) if isinstance(x, (list, tuple)) else [x] for x in entries]
         places = [f"entry {number} of the class list" for number in range(len(classes))]
         if not classes:
             raise ValueError("the class list is empty: give at least one class name")

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import torch
+from mmengine import Config
+from PIL import Image
 import yaml
 
 import sfp
+from sfp import mini
 from sfp.describe import methods_markdown
 from sfp.registry import METHODS, OPS
 
@@ -75,3 +78,23 @@ def test_citation_file_agrees_with_the_readme_and_the_version():
     assert " and ".join(authors) == shown["author"]
     assert (paper["title"], paper["collection-title"]) == (shown["title"], shown["booktitle"])
     assert str(paper["year"]) == shown["year"]
+
+
+def test_the_quickstart(tmp_path, monkeypatch):
+    """Executes the page's blocks, in order, with the mini world in place of what is not here."""
+    for i, name in enumerate(["street.jpg", "photo.jpg"]):
+        Image.fromarray(mini.scene(900_009 + i, 120)[0]).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    config = str(DOCS.parent / "configs" / "base_config.py")
+    base = Config.fromfile(config)
+    base.model.weights = "mini"
+    monkeypatch.setattr(Config, "fromfile", lambda path: base if path == config else None)
+    namespace: dict[str, object] = {}
+    for block in code_blocks("quickstart.md"):
+        block = block.replace('"ViT-B/16"', '"mini"').replace("configs/base_config.py", config)
+        exec(compile(block, "quickstart.md", "exec"), namespace)
+    for name in ("labels.png", "seen.jpg"):
+        assert Image.open(tmp_path / name).size == (120, 120)
+    assert namespace["features"].as_map().shape == (1, 128, 28, 28)  # 448 / 16
+    assert namespace["labels"].shape == (120, 120)
+    assert namespace["figure"].axes

@@ -1,0 +1,166 @@
+"""`sfp segment`: a few pictures and words in, label maps out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfp.cli import options
+
+if TYPE_CHECKING:
+    from sfp.bulk import Unit
+    from sfp.result import Result
+
+TEXT = """\
+Segments images with your own words and prints what is in them.
+
+Examples:
+    sfp segment photo.jpg --classes "cat, grass, sky" --out out
+    sfp segment photos --classes "cat|kitten, sofa|couch" --background "wall, floor" --out out --overlay
+    sfp segment street.jpg --classes cityscapes --short-side 560 --method sclip --out out --coco
+
+With --out it writes OUT/labels/<name>.png, the label of each pixel as a palette picture; with --overlay
+also OUT/overlay/<name>.jpg, a picture to look at; with --coco also OUT/coco.json, all images as COCO
+annotations. Very many images: `sfp label`, which continues where it was stopped.
+
+Exit codes: 0 done; 1 some images could not be read; 2 wrong command line or settings; 3 the only image,
+or the weights, are missing or damaged.
+"""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = options.add_command(
+        commands, "segment", run, help="segment images with your own words", text=TEXT
+    )
+    parser.add_argument("images", nargs="+", help="images, folders of them, lists of paths (.txt)")
+    parser.add_argument(
+        "--classes",
+        required=True,
+        help='names separated by commas, synonyms by "|"; or a class file; or a benchmark\'s name',
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results (default: only print)")
+    parser.add_argument("--overlay", action="store_true", help="write pictures to look at")
+    parser.add_argument("--coco", action="store_true", help="write coco.json")
+    parser.add_argument(
+        "--parts", action="store_true", help="in coco.json, one annotation per connected region"
+    )
+    parser.add_argument(
+        "--background",
+        help="words for what is none of the classes, separated by commas; or a number: pixels whose "
+        "best probability is less are background (default: every pixel gets a class)",
+    )
+    parser.add_argument("--method", default="sfp", help="preset (default: sfp)")
+    parser.add_argument(
+        "--weights", default="ViT-B/16", help=f"{options.WEIGHTS} (default: ViT-B/16)"
+    )
+    parser.add_argument("--short-side", type=int, default=336, help="pixels (default: 336)")
+    parser.add_argument("--pamr", type=int, default=0, metavar="STEPS", help="refinement at edges")
+    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "fp16", "bf16"],
+        help="default: auto",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Segments the images of a command line: 0, or 1 if some could not be read."""
+    import sfp
+    from sfp import bulk
+    from sfp.cache import atomic_write
+    from sfp.evaluate import quiet
+
+    quiet()
+    if args.out is None and (args.overlay or args.coco):
+        raise ValueError("--overlay and --coco write files: say where with --out FOLDER")
+    if args.parts and not args.coco:
+        raise ValueError("--parts says how coco.json is written: give --coco too")
+    units = bulk.list_units(args.images)
+    shards = [unit.path for unit in units if Path(unit.path).suffix.lower() in bulk.SHARDS]
+    if shards:
+        raise ValueError(f"{shards[0]} is a tar shard: `sfp label` reads those")
+    classes, background = parse_classes(args.classes), parse_background(args.background)
+    sfp.words.as_vocabulary(
+        classes, background
+    )  # what is wrong with them, before weights are loaded
+    model = sfp.load(
+        args.weights,
+        args.method,
+        device=args.device,
+        precision=args.precision,
+        short_side=args.short_side,
+        pamr_steps=args.pamr,
+        memory_mb=0,  # each image is seen once
+    )
+    failures: list[Exception] = []
+
+    def results() -> Iterator[tuple[str, Result]]:
+        for unit in units:
+            try:
+                result = model.segment(unit.path, classes, background=background)
+            except sfp.ImageError as error:  # the others go on
+                if len(units) == 1:
+                    raise
+                print(f"failed: {error}", file=sys.stderr)
+                failures.append(error)
+                continue
+            print(f"{unit.path}: {result.summary()}")
+            if args.out:
+                _write(args, unit, result)
+            yield unit.path, result
+
+    if args.coco:
+        document = sfp.coco_document(results(), parts=args.parts)
+        with atomic_write(args.out / "coco.json") as path:
+            path.write_text(json.dumps(document), encoding="utf-8")
+    else:
+        for _ in results():
+            pass
+    if args.out:
+        print(
+            f"{len(units) - len(failures)} of {len(units)} images segmented; results in {args.out}"
+        )
+    return 1 if failures else 0
+
+
+def _write(args: argparse.Namespace, unit: Unit, result: Result) -> None:
+    result.save(args.out / "labels" / f"{unit.name}.png")
+    if args.overlay:
+        result.save(args.out / "overlay" / f"{unit.name}.jpg", overlay=True)
+
+
+def parse_classes(text: str) -> str | list[list[str]]:
+    """A class file or a benchmark as it is; else names by commas, and synonyms by "|".
+
+    Example:
+        >>> parse_classes("cat|kitten, sky")
+        [['cat', 'kitten'], ['sky']]
+    """
+    from sfp.words import ALIASES, BENCHMARKS
+
+    if text in (*BENCHMARKS, *ALIASES) or Path(text).is_file():
+        return text
+    if Path(text).suffix == ".txt":
+        raise FileNotFoundError(f"--classes {text}: there is no such file")
+    return [entry.strip().split("|") for entry in text.split(",")]
+
+
+def parse_background(text: str | None) -> list[str] | float | None:
+    """A threshold, or words by commas.
+
+    Example:
+        >>> parse_background("wall, floor"), parse_background("0.3")
+        (['wall', 'floor'], 0.3)
+    """
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return [word.strip() for word in text.split(",")]

@@ -1,0 +1,222 @@
+"""What came out for one image: labels, probabilities, pictures, files."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageShow
+
+from sfp.cache import atomic_write
+from sfp.coco import coco_document
+from sfp.datasets import colour_map
+from sfp.registry import suggest
+from sfp.sheet import Panel, label_picture, overlay
+from sfp.words import BACKGROUND
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 640  # pixels of the long side in notebooks
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Result:
+    """A segmented image, at its original size.
+
+    Attributes:
+        labels: class of each pixel, (H, W) int32; `names[label]` is its name.
+        confidence: probability of the best class, (H, W) float32; where a threshold made the pixel
+            background, of the class that did not reach it.
+        names: of the classes.
+        image: the picture, (H, W, 3) uint8 RGB.
+        _slabs: computes `scores`, some rows (K, rows, W) after the other.
+    """
+
+    labels: NDArray[np.int32]
+    confidence: NDArray[np.float32]
+    names: tuple[str, ...]
+    image: NDArray[np.uint8]
+    _slabs: Callable[[], Iterator[NDArray[np.float32]]] = field(repr=False)
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """Class probabilities, (K, H, W): softmax over all queries, then each class's best synonym.
+
+        So they sum to 1 where no class has synonyms, else to less. A background that a threshold
+        makes has no words, and 0. They are computed each time, and not kept: K maps of a large image
+        take much memory (`score` computes one).
+        """
+        return self._read(slice(None))
+
+    def score(self, which: str | int) -> NDArray[np.float32]:
+        """Probability of one class, by name or label, (H, W); memory does not grow with the classes."""
+        return self._read(slice(self._label(which), self._label(which) + 1))[0]
+
+    def _read(self, classes: slice) -> NDArray[np.float32]:
+        """Some rows of `scores`, filled slab by slab."""
+        count = len(range(len(self.names))[classes])
+        scores = np.empty((count, *self.labels.shape), np.float32)
+        start = 0
+        for slab in self._slabs():
+            stop = start + slab.shape[1]
+            scores[:, start:stop] = slab[classes]
+            start = stop
+        return scores
+
+    def mask(self, which: str | int) -> NDArray[np.bool_]:
+        """The pixels of a class, by name or label, (H, W)."""
+        return self.labels == self._label(which)
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Share of the picture of each class that occurs, largest first."""
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.names))
+        order = np.argsort(-counts, kind="stable").tolist()
+        return {self.names[i]: counts[i] / counts.sum() for i in order if counts[i]}
+
+    def _label(self, which: str | int) -> int:
+        if isinstance(which, str):
+            if which not in self.names:
+                raise ValueError(f"no class {which!r} here{suggest(which, self.names)}")
+            return self.names.index(which)
+        if not 0 <= which < len(self.names):
+            raise ValueError(f"no label {which}: there are {len(self.names)} classes, from 0")
+        return which
+
+    # -- pictures --------------------------------------------------------------------------------
+
+    @cached_property
+    def palette(self) -> list[tuple[int, int, int]]:
+        """RGB colour of each class; the background is black."""
+        return class_palette(self.names)
+
+    def overlay(self, opacity: float = 0.7) -> Image.Image:
+        """The classes in their colours over the picture, with white borders between them."""
+        return Image.fromarray(self._overlay(self.image, self.labels, opacity))
+
+    def _overlay(
+        self, image: NDArray[Any], labels: NDArray[Any], opacity: float
+    ) -> NDArray[np.uint8]:
+        # numbered anew: a picture rarely has the 255 classes that `overlay` can tell apart
+        present, ranks = np.unique(labels, return_inverse=True)
+        ranks = ranks.reshape(labels.shape) % 255
+        return overlay(Panel(image, ranks), [self.palette[i] for i in present[:255]], opacity)
+
+    def figure(self) -> Figure:
+        """The overlay, with a legend of the classes that occur and their shares."""
+        from matplotlib.patches import Patch
+
+        from sfp.visualize.canvas import Picture
+
+        height, width = self.labels.shape
+        scale = min(SHOWN / max(height, width), 1)
+        size = (max(round(width * scale), 1), max(round(height * scale), 1))
+        image = cv2.resize(self.image, size, interpolation=cv2.INTER_AREA)
+        labels = cv2.resize(self.labels, size, interpolation=cv2.INTER_NEAREST)
+        longest = max(map(len, self.shares))
+        figure = Picture(max(4.5 * width / max(height, width), 1.5) + 1.2 + 0.08 * longest, 4.5, "")
+        axes = figure.subplots()
+        axes.imshow(self._overlay(image, labels, 0.7))
+        axes.set_axis_off()
+        handles = [
+            Patch(
+                color="#{:02x}{:02x}{:02x}".format(*self.palette[self.names.index(name)]),
+                label=f"{name}, {share:.0%}",
+            )
+            for name, share in list(self.shares.items())[:20]
+        ]
+        axes.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+            fontsize=9,
+            frameon=False,
+        )
+        return figure
+
+    def show(self) -> None:
+        """Shows the figure, in the notebook or in the system's viewer of pictures.
+
+        Raises:
+            RuntimeError: if there is neither.
+        """
+        try:
+            from IPython import get_ipython
+            from IPython.display import display
+        except ImportError:
+            get_ipython = lambda: None  # noqa: E731
+        if get_ipython() is not None:
+            display(self)
+        elif not ImageShow.show(Image.open(io.BytesIO(self._repr_png_()))):
+            raise RuntimeError("nothing here shows pictures: result.save('file.jpg', overlay=True)")
+
+    def _repr_png_(self) -> bytes:
+        """What notebooks show."""
+        return self.figure()._repr_png_()  # type: ignore[attr-defined]
+
+    def summary(self) -> str:
+        """The classes that occur and their shares, the eight largest."""
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in list(self.shares.items())[:8])
+        return shares + (f" and {len(self.shares) - 8} more" if len(self.shares) > 8 else "")
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        return f"Result({width} x {height}: {self.summary()})"
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], *, overlay: bool = False) -> None:
+        """Writes a picture, whole or not at all; folders are made.
+
+        Args:
+            path: a `.png` holds the label of each pixel, in the colours of `palette` (16 bits without
+                colours above 256 classes).
+            overlay: writes the overlay instead, in the format of the path's ending.
+
+        Raises:
+            ValueError: if the ending names a format that would change the labels, or none.
+        """
+        path = Path(path)
+        known = Image.registered_extensions()
+        if path.suffix.lower() not in known or known[path.suffix.lower()] not in Image.SAVE:
+            raise ValueError(f"{path}: no picture format has the ending {path.suffix!r}; try .png")
+        if not overlay and path.suffix.lower() != ".png":
+            raise ValueError(
+                f"{path}: labels are saved as .png, {path.suffix} may change them; overlay=True saves "
+                "a picture to look at"
+            )
+        dtype = np.uint8 if len(self.names) <= 256 else np.uint16
+        picture = (
+            self.overlay() if overlay else label_picture(self.labels.astype(dtype), self.palette)
+        )
+        with atomic_write(path) as temporary:
+            picture.save(temporary)
+
+    def to_coco(self, file_name: str = "", *, parts: bool = False) -> dict[str, Any]:
+        """The labels as a COCO document of one image: see `sfp.coco_document`.
+
+        Args:
+            file_name: of the image, as the document shall have it.
+            parts: an annotation for each connected region, not for each class.
+        """
+        return coco_document({file_name: self}, parts=parts)
+
+
+def class_palette(names: Sequence[str]) -> list[tuple[int, int, int]]:
+    """RGB of each class: 24 that all kinds of colour vision tell apart, then those of Pascal VOC."""
+    from sfp.visualize.canvas import class_colours
+
+    colours = [*class_colours(24), *((r, g, b) for r, g, b in colour_map(256)[24:])]
+    return [
+        (0, 0, 0) if name == BACKGROUND else colours[i % len(colours)]
+        for i, name in enumerate(names)
+    ]

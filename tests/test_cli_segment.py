@@ -1,0 +1,124 @@
+"""`sfp segment`, on the mini world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import sfp
+from sfp import cli, mini
+
+MINI = ["--weights", "mini", "--short-side", "224", "--device", "cpu"]
+
+
+def run(*words: str) -> int:
+    args = cli.build_parser().parse_args(["segment", *words])
+    return args.run(args)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for i, name in enumerate(["a.png", "deep/b.png"]):
+        cv2.imwrite(str(folder / name), mini.scene(900_009 + i, 240)[0][..., ::-1])
+    return folder
+
+
+def test_a_folder(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--classes", "cat|kitten, grass,sky", "--background", "sand, water"]
+    assert run(str(photos), *words, *MINI, "--out", str(out), "--overlay", "--coco") == 0
+    printed = capsys.readouterr()
+    assert f"{photos}/a.png: " in printed.out
+    assert f"2 of 2 images segmented; results in {out}" in printed.out
+    assert not printed.err
+    model = sfp.load("mini", device="cpu", short_side=224)
+    document = json.loads((out / "coco.json").read_text())
+    for i, name in enumerate(["a", "deep/b"]):
+        expected = model.segment(
+            photos / f"{name}.png",
+            [["cat", "kitten"], "grass", "sky"],
+            background=["sand", "water"],
+        )
+        labels = np.array(Image.open(out / "labels" / f"{name}.png"))
+        assert np.array_equal(labels, expected.labels)
+        assert Image.open(out / "overlay" / f"{name}.jpg").size == (240, 240)
+        assert f"{name}.png: {expected.summary()}" in printed.out
+        assert document["images"][i]["file_name"] == str(photos / f"{name}.png")
+    assert [c["name"] for c in document["categories"]] == ["cat", "grass", "sky"]
+    assert {a["image_id"] for a in document["annotations"]} == {1, 2}
+
+
+def test_settings_arrive(photos, tmp_path, capsys):
+    words = ["--classes", "mini", "--background", "0.5", "--method", "sclip", "--pamr", "2"]
+    assert run(str(photos / "a.png"), *words, *MINI, "--out", str(tmp_path / "out")) == 0
+    model = sfp.load("mini", "sclip", device="cpu", short_side=224, pamr_steps=2)
+    expected = model.segment(photos / "a.png", "mini", background=0.5)
+    labels = np.array(Image.open(tmp_path / "out" / "labels" / "a.png"))
+    assert np.array_equal(labels, expected.labels)
+    assert "background" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "coco.json").exists()
+    assert run(str(photos / "a.png"), *words, *MINI) == 0  # prints, writes nothing
+
+
+def test_one_broken_image_among_others(photos, tmp_path, capsys):
+    (photos / "c.png").write_bytes((photos / "a.png").read_bytes()[:500])
+    words = ["--classes", "cat, sky", *MINI, "--out", str(tmp_path / "out"), "--coco", "--parts"]
+    assert run(str(photos), *words) == 1
+    printed = capsys.readouterr()
+    assert "c.png: truncated" in printed.err
+    assert "2 of 3 images" in printed.out
+    assert len(json.loads((tmp_path / "out" / "coco.json").read_text())["images"]) == 2
+    with pytest.raises(sfp.ImageError, match=r"c\.png: truncated"):
+        run(str(photos / "c.png"), *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["--classes", "cat, ,sky"], ValueError, "entry 1 of the class list"),
+        (["--classes", ""], ValueError, "the class has no name"),
+        (["--classes", "no.txt"], FileNotFoundError, "no.txt: there is no such file"),
+        (["--classes", "cat", "--background", "2"], ValueError, "between 0 and 1"),
+        (["--classes", "cat", "--background", "cat"], ValueError, "'cat' is also a name"),
+        (["--classes", "cat", "--overlay"], ValueError, "say where with --out"),
+        (["--classes", "cat", "--parts"], ValueError, "--coco"),
+        (["--classes", "cat", "--method", "scilp"], ValueError, "did you mean 'sclip'"),
+        (["--classes", "cat", "--weights", "no.pt"], sfp.WeightsError, "no.pt"),
+        (["--classes", "cat", "--device", "gpu"], ValueError, "device='gpu'"),
+    ],
+    ids=str,
+)
+def test_command_lines_that_are_wrong(photos, words, error, message):
+    with pytest.raises(error, match=message):
+        run(str(photos), *MINI, *words)
+
+
+def test_inputs_that_are_wrong(photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        run(str(tmp_path / "none.jpg"), "--classes", "cat")
+    (tmp_path / "some.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="`sfp label` reads those"):
+        run(str(tmp_path / "some.tar"), "--classes", "cat")
+    with pytest.raises(SystemExit) as exit_:
+        run(str(photos))
+    assert exit_.value.code == 2
+
+
+def test_exit_codes(photos, capsys):
+    """Through the one place that turns errors into codes."""
+    for words, code in (
+        (["--classes", "voc21", "--background", "sky"], 2),
+        (["--classes", "cat", "--weights", "no.pt"], 3),
+        (["--classes", "cat", *MINI], 0),
+    ):
+        assert cli.main(["segment", str(photos / "a.png"), *words]) == code
+    (photos / "a.png").write_bytes(b"")
+    assert cli.main(["segment", str(photos / "a.png"), "--classes", "cat", *MINI]) == 3
+    assert "a.png: the file is empty" in capsys.readouterr().err

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import torch
+import yaml
 from mmengine import Config
 from PIL import Image
-import yaml
 
 import sfp
 from sfp import mini

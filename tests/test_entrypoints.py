@@ -411,10 +411,10 @@ def pins(text: str, python: str) -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    """What pyproject.toml asks for, the extra `test` included."""
+    """What pyproject.toml asks for, the extras `docs` and `test` included."""
     text = (ROOT / "pyproject.toml").read_text()  # tomllib is of Python 3.11
-    lists = re.findall(r"^(?:dependencies|test) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
-    assert len(lists) == 2
+    lists = re.findall(r"^(?:dependencies|docs|test) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+    assert len(lists) == 3
     names = [name for one in lists for name in re.findall(r'"(.+?)"|\'(.+?)\'', one)]
     return [Requirement(double or single) for double, single in names]
 

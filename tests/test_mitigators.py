@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import sfp
 from sfp.clip.vit import VisionTransformer
 from sfp.functional.attention import hide
+from sfp.ops.mitigators import inpaint
 from sfp.plant import Plant
 from sfp.registry import OPS, bind
 from sfp.tokens import Tokens
@@ -286,6 +287,20 @@ def test_every_pair_gives_finite_features(method, purify, pm):
     first = replace(planted, edits=(replace(plant, mask=plant.mask[:1]), *composed.edits))
     single, _ = first.features(vit(), batch[:1])
     torch.testing.assert_close(single.data[0], features.data[0], atol=2e-4, rtol=1e-3)
+
+
+def test_inpainting_survives_a_change_of_threads():
+    """After `torch.set_num_threads`, PyTorch 2.13's solver of batches is wrong on the CPU."""
+    tokens = Tokens(torch.randn(3, 1 + 12 * 16, 8), (12, 16))
+    mask = torch.rand(3, 12 * 16) < 0.2
+    before = inpaint(tokens, mask).data
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        torch.set_num_threads(2)
+        torch.testing.assert_close(inpaint(tokens, mask).data, before)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("method", ["sfp", "sfp_paper"])

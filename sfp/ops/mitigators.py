@@ -90,7 +90,11 @@ def inpaint(tokens: Tokens, mask: Tensor) -> Tokens:
     replaced = (mask & ~mask.all(-1, keepdim=True))[..., None]  # (B, N, 1)
     # valid patches are known (rows of the identity), outliers are where the Laplacian is 0
     system = torch.where(replaced, laplace, torch.eye(len(laplace)).to(x))  # (B, N, N)
-    solved = torch.linalg.solve(system, x.masked_fill(replaced, 0)).to(tokens.data.dtype)
+    given = x.masked_fill(replaced, 0)
+    # one by one: after torch.set_num_threads, PyTorch 2.13 solves batches on the CPU wrongly
+    solved = torch.stack([torch.linalg.solve(a, b) for a, b in zip(system, given, strict=True)]).to(
+        tokens.data.dtype
+    )
     return tokens.with_patches(torch.where(replaced, solved, tokens.patches))
 
 

@@ -12,12 +12,10 @@
 # Exit code: 0 if every benchmark was evaluated; 3 if some were skipped because their data or weights
 # are missing; 1 if one failed. What each run printed is in WORK_DIR/<config name>/output.txt.
 set -eu
-cd "$(dirname "$0")"
-PYTHON=${PYTHON:-python}
+TOOLS=$(dirname "$0")/tools
+# shellcheck source=tools/benchmarks.sh
+. "$TOOLS/benchmarks.sh"
 WORK_DIR=${WORK_DIR:-work/all}
-CONFIGS=${CONFIGS:-"configs/cfg_voc21.py configs/cfg_context60.py configs/cfg_coco_object.py \
-configs/cfg_voc20.py configs/cfg_context59.py configs/cfg_coco_stuff164k.py configs/cfg_ade20k.py \
-configs/cfg_city_scapes.py"}
 GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
 
 # One worker per GPU takes every GPUS-th config; without a GPU a single worker takes them all.
@@ -27,16 +25,13 @@ worker() {
     position=0
     for config in $CONFIGS; do
         if [ $((position % workers)) -eq "$number" ]; then
-            name=$(basename "$config" .py)
-            folder=$WORK_DIR/$name
-            mkdir -p "$folder"
-            rm -f "$folder/metrics.json"
+            start "$config"
             if [ "$GPUS" -gt 0 ]; then
                 export CUDA_VISIBLE_DEVICES="$number"
             fi
             echo "$name: started"
             code=0
-            "$PYTHON" tools/test.py "$config" --work-dir "$folder" "$@" \
+            "$PYTHON" "$TOOLS/test.py" "$config" --work-dir "$folder" "$@" \
                 >"$folder/output.txt" 2>&1 || code=$?
             echo "$code" >"$folder/exit_code"
             case $code in
@@ -56,18 +51,4 @@ while [ "$number" -lt "$workers" ]; do
     number=$((number + 1))
 done
 wait
-
-folders=
-status=0
-for config in $CONFIGS; do
-    folder=$WORK_DIR/$(basename "$config" .py)
-    folders="$folders $folder"
-    case $(cat "$folder/exit_code") in
-        0) ;;
-        3) [ "$status" -eq 0 ] && status=3 ;;
-        *) status=1 ;;
-    esac
-done
-# shellcheck disable=SC2086  # a list of folders
-"$PYTHON" tools/summary.py $folders --out "$WORK_DIR/summary"
-exit "$status"
+finish

@@ -38,7 +38,7 @@ model = dict(
     slide_stride=112,
     pamr_steps=0,  # steps of pixel-adaptive refinement; published SFP numbers use none
     precision="auto",  # half precision on CUDA, fp32 elsewhere
-    window_batch=32,  # windows per forward; lower it if memory runs out
+    window_batch=None,  # windows per forward; a number where memory runs out
     scores=False,  # the metric reads labels; True adds the score map of each class to the results
     # The ablation flags. Each changes the result; to use another preset, replace the whole node
     # (tools/test.py --method sclip), since its flags are others.

@@ -8,6 +8,7 @@ fails is recorded, and the run goes on. An engine only decides which process get
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tarfile
 from collections import deque
@@ -414,7 +415,7 @@ def run_on_ray(
             f"--engine ray needs Ray Data ({error}): pip install 'sfp[scale]', or leave --engine out"
         ) from None
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="ERROR")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
     gpus = int(ray.cluster_resources().get("GPU", 0))
     processes = processes or gpus or 1

@@ -37,6 +37,7 @@ from sfp.describe import knobs
 from sfp.journal import fingerprint
 from sfp.registry import METHODS, OPS, find
 from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
+from sfp.shipped import ConfigError, find_config
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary
 
@@ -48,7 +49,7 @@ PACKAGES = [
     f"{line}{name}" for name in ("mmcv", "mmengine", "mmsegmentation") for line in ("onedl-", "")
 ]
 # arguments of the segmentor that are not protocol, or that stand elsewhere on the card
-_ELSEWHERE = {"weights", "classes", "method", "templates", "precision", "window_batch"}
+_ELSEWHERE = {"weights", "classes", "method", "templates", "precision", "window_batch", "compiled"}
 _ELSEWHERE |= {"data_preprocessor", "scores", "palette", "init_cfg", "pretrained", "train_cfg"}
 _STEPS_OF_LABELS = {"LoadAnnotations", "PackSegInputs"}  # no image passes through them
 
@@ -90,7 +91,7 @@ def settings(
         method=method_settings(config.model.get("method", "sfp")),
         weights=_weights(config, model),
         versions=_versions(),
-        run=dict(window_batch=config.model.get("window_batch", 32)),
+        run={name: config.model.get(name) for name in ("window_batch", "compiled")},
     )
     if device is not None:
         groups["run"]["device"] = device
@@ -111,7 +112,7 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
     templates = prompt_templates(node.get("templates", "imagenet"))
     result["templates"] = f"{len(templates)} {fingerprint(dict(templates=templates))[:16]}"
     precision = node.get("precision", "auto")
-    if model is not None:
+    if model is not None and precision != "int8":  # which the parameters do not tell
         precision = str(model.clip.text_projection.dtype).removeprefix("torch.")
         precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[precision]
     if precision != "auto":
@@ -262,7 +263,7 @@ def write_card(folder: Path, groups: Mapping[str, Any], result: Mapping[str, Any
     """
     card = dict(groups)
     card["scores"] = {k: result[k] for k in ("mIoU", "aAcc", "mAcc", "fwIoU", "classes")}
-    card["command"] = shlex.join([Path(sys.executable).name, *sys.argv])
+    card["command"] = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
     for name, text in (("card.json", json.dumps(card, indent=1) + "\n"), ("card.md", _page(card))):
         with atomic_write(folder / name) as path:
             path.write_text(text, encoding="utf-8")
@@ -292,19 +293,21 @@ def _cell(value: float | None) -> str:
 
 
 def read_side(path: str | Path) -> dict[str, Any]:
-    """One side of a comparison: a card (.json), a work folder that has one, or a config (.py).
+    """One side of a comparison: a card (.json), a work folder that has one, or a config.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        ConfigError: if there is no such file.
         ValueError: if it is neither.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "card.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no card or config {path}: give a card.json, a work folder of tools/test.py that has "
-            "one, or a config"
+    if path.suffix != ".json":
+        path = find_config(path)
+    elif not path.is_file():
+        raise ConfigError(
+            f"there is no card {path}: give a card.json, a work folder of `sfp eval` that has one, or "
+            "a config"
         )
     if path.suffix == ".py":
         groups = settings(Config.fromfile(str(path)))

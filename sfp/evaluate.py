@@ -35,13 +35,10 @@ from sfp.metrics import SegmentationMetric
 from sfp.registry import suggest
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.sheet import Panel, at_size, picture_sheet
+from sfp.shipped import ConfigError, find_config
 from sfp.vocabulary import load_vocabulary
 
 METRICS = ("mIoU", "aAcc", "mAcc", "fwIoU")
-
-
-class ConfigError(ValueError):
-    """A config that does not exist or says something that nobody understands."""
 
 
 @HOOKS.register_module()
@@ -103,7 +100,7 @@ def load_config(
     """A config with what the command line says put on top of it.
 
     Args:
-        path: of the config file.
+        path: of the config file, or the name of a shipped one (`sfp.shipped.find_config`).
         method: preset that replaces the whole `model.method` (a merge would leave the other
             method's flags behind).
         weights: replaces `model.weights`.
@@ -111,10 +108,9 @@ def load_config(
         options: dotted keys and values, e.g. {"model.method.pm": "lof"}; applied last.
 
     Raises:
-        ConfigError: if there is no such file.
+        ConfigError: if there is no such file, or it is no config.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"there is no config {path}; see configs/cfg_*.py")
+    path = find_config(path)
     try:
         config = Config.fromfile(str(path))
     except (OSError, SyntaxError) as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from sfp.clip.vit import Rule, VisionTransformer
@@ -151,6 +152,8 @@ class Method:
     surgery: Sequence[Surgery] = ()
     positions: Callable[..., Tensor] = resample_positions
     depth: int | None = 12
+    # layers whose projections its readouts asked for: the next trace keeps them
+    _asked: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
     _operated: WeakKeyDictionary[VisionTransformer, tuple] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
@@ -189,7 +192,12 @@ class Method:
     def run(self, vit: VisionTransformer, image: Tensor, **context: Any) -> Trace:
         """The trunk alone, edited; arguments as in `features`."""
         return self.operate(vit).trace(
-            image, self.edits, positions=self.positions, depth=self.depth, **context
+            image,
+            self.edits,
+            positions=self.positions,
+            depth=self.depth,
+            keep=self._asked,
+            **context,
         )
 
     def read(self, trace: Trace) -> Tokens:
@@ -219,6 +227,10 @@ class Method:
         """The model with this method's surgery: `vit` itself if there is none."""
         if not self.surgery:
             return vit
+        if any(buffer.dtype == torch.int8 for buffer in vit.buffers()):
+            raise ValueError(
+                "this method edits weights, which 8-bit models have no more: use precision='fp32'"
+            )
         form = (vit.proj.device, vit.proj.dtype)
         operated, made_for = self._operated.get(vit, (None, None))
         if operated is None or made_for != form:

@@ -18,6 +18,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.clip.int8 import quantised
 from sfp.clip.loading import load_clip
 from sfp.clip.model import CLIP
 from sfp.clip.text import prompt_templates, text_bank
@@ -36,7 +37,12 @@ from sfp.vocabulary import Vocabulary, load_vocabulary
 CLIP_MEAN = (122.771, 116.746, 104.094)  # RGB, 0..255, as the segmentation repositories round them
 CLIP_STD = (68.501, 66.632, 70.323)
 LARGE = 2**24  # pixels from which an image is normalised window by window, to stay in 8 bits
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,  # what is not 8-bit
+}
 
 
 @MODELS.register_module()
@@ -98,7 +104,9 @@ class OpenVocabSegmentor(BaseSegmentor):
         pamr_steps: steps of pixel-adaptive refinement on the final logits; 0 for none.
         pamr_dilations: distances of its neighbours, in pixels.
         guides: external encoders by name, config nodes or modules, for methods that ask for them.
-        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16" or "bf16".
+        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
+            products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
+        compiled: whether the blocks' MLPs go through `torch.compile`.
         scores: whether results carry `seg_logits`, (K, H, W) probabilities, besides the labels.
         palette: colours per class for visualizers; by default those of Pascal VOC, continued.
         data_preprocessor: by default an `ImagePreprocessor` with CLIP's constants.
@@ -126,6 +134,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         pamr_dilations: Sequence[int] = (8, 16),
         guides: Mapping[str, Any] | None = None,
         precision: str = "auto",
+        compiled: bool = False,
         scores: bool = True,
         palette: Sequence[Sequence[int]] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
@@ -166,6 +175,13 @@ class OpenVocabSegmentor(BaseSegmentor):
         self._palette = palette
         self.guides = build_guides(guides)
         self.clip = weights if isinstance(weights, CLIP) else load_clip(weights)
+        if precision == "int8" or compiled:  # of these the caller's model shall know nothing
+            self.clip = copy.deepcopy(self.clip, {id(p): p for p in self.clip.parameters()})
+        if precision == "int8":
+            self.clip.visual = quantised(self.clip.visual)
+        if compiled:
+            for block in self.clip.visual.blocks:
+                block.mlp.compile(dynamic=True)
         if query_features is not None:
             expected = (len(self.vocabulary.queries), self.clip.text_projection.shape[1])
             if tuple(query_features.shape) != expected:
@@ -197,6 +213,8 @@ class OpenVocabSegmentor(BaseSegmentor):
         name = self.precision
         if name == "auto":
             name = "fp16" if self.clip.text_projection.device.type == "cuda" else "fp32"
+        if name == "int8" and self.clip.text_projection.device.type != "cpu":
+            raise ValueError("precision='int8' is for CPUs: on a GPU use 'fp16' or 'bf16'")
         self.clip.to(PRECISIONS[name])
         self.guides.to(PRECISIONS[name])
 

@@ -6,7 +6,8 @@ Letters used everywhere: `B` windows, `H` heads, `P` prefix tokens (CLS), `N = h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -77,23 +78,48 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Heads:
-    """One block's projections of the tokens that entered it.
+    """One block's projections of the tokens that entered it, each made when it is first asked for.
 
     Attributes:
-        q, k, v: (B, H, T, d).
-        x: (B, T, D), the normalised tokens that they were projected from.
+        project: gives projections of `x` by name, neighbours in "qkv": (B, H, T, d) each.
+        x: (B, T, D), the normalised tokens that are projected.
         scale: factor on the attention logits, d ** -0.5.
         grid, prefix, hidden: as in `Tokens`.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    project: Callable[[Tensor, str], tuple[Tensor, ...]]
     x: Tensor
     scale: float
     grid: tuple[int, int]
     prefix: int
     hidden: Tensor | None = None
+    _made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def q(self) -> Tensor:
+        """Queries, (B, H, T, d)."""
+        return self._make("q")
+
+    @property
+    def k(self) -> Tensor:
+        """Keys, (B, H, T, d)."""
+        return self._make("k")
+
+    @property
+    def v(self) -> Tensor:
+        """Values, (B, H, T, d)."""
+        return self._make("v")
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, by one product if none is there yet."""
+        if not self._made:
+            self._made.update(zip("qkv", self.project(self.x, "qkv"), strict=True))
+        return self.q, self.k, self.v
+
+    def _make(self, name: str) -> Tensor:
+        if name not in self._made:
+            (self._made[name],) = self.project(self.x, name)
+        return self._made[name]
 
     @property
     def hidden_keys(self) -> Tensor | None:
@@ -107,7 +133,11 @@ class Heads:
 
         Columns of hidden tokens hold the lowest finite number, which softmax makes 0.
         """
-        products = (upcast(getattr(self, a)) * self.scale) @ upcast(getattr(self, b)).mT
+        return self.similar(getattr(self, a), getattr(self, b))
+
+    def similar(self, a: Tensor, b: Tensor) -> Tensor:
+        """`logits` of tensors, (B, H, M, d) and (B, H, T, d): (B, H, M, T)."""
+        products = (upcast(a) * self.scale) @ upcast(b).mT
         if (hidden := self.hidden_keys) is None:
             return products
         return products.masked_fill(hidden, torch.finfo(products.dtype).min)

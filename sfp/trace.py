@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -57,6 +56,9 @@ class Trace:
             words too (`with_words`).
         guides: external encoders by name: images as `image` -> Tokens.
         depth: number of blocks that layer numbers are written for; None takes them literally.
+        keep: absolute layers whose projections stay at hand after the block has run. A layer that is
+            asked for without being among them is added: whoever passes the set again saves the second
+            product.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Trace:
         index: Sequence[int] | None = None,
         guides: Mapping[str, Callable[[Tensor], Tokens]] | None = None,
         depth: int | None = None,
+        keep: set[int] | None = None,
     ) -> None:
         self.vit = vit
         self.image = image
@@ -80,7 +83,9 @@ class Trace:
         self.asked_words = False
         self.guides = {} if guides is None else guides
         self.depth = depth
+        self.keep = set() if keep is None else keep
         self._running: tuple[int, Heads] | None = None
+        self._kept: dict[int, Heads] = {}
         self._once: dict[Hashable, Any] = {}
         self._worded: set[Hashable] = set()  # those of `_once` that came from the words
 
@@ -137,13 +142,18 @@ class Trace:
         """Called by the trunk before block `i`: its projections stay at hand while edits run."""
         heads = self.vit.blocks[i].heads(self.entering(i))
         self._running = (i, heads)
+        if i in self.keep:
+            self._kept[i] = heads
         return heads
 
     def heads(self, i: int) -> Heads:
-        """Block `i`'s projections (absolute): at hand while it runs, else computed again."""
+        """Block `i`'s projections (absolute): at hand while it runs or if kept, else made again."""
         if self._running is not None and self._running[0] == i:
             return self._running[1]
-        return self.vit.blocks[i].heads(self.entering(i))
+        if i not in self._kept:
+            self._kept[i] = self.vit.blocks[i].heads(self.entering(i))
+            self.keep.add(i)
+        return self._kept[i]
 
     def once(self, op: Callable[[Trace], Tensor]) -> Tensor:
         """`op(trace)`, computed the first time that an equal op is asked for."""
@@ -199,7 +209,7 @@ class Trace:
     def cls_row(self, i: int) -> Tensor:
         """How much the class token attends to each patch in block `i`, (B, H, N)."""
         heads = self.heads(i)
-        row = replace(heads, q=heads.q[:, :, :1]).logits("q", "k")  # (B, H, 1, T)
+        row = heads.similar(heads.q[:, :, :1], heads.k)  # (B, H, 1, T)
         return row.softmax(-1)[:, :, 0, heads.prefix :]
 
     def self_weight(self, i: int) -> Tensor:

@@ -1,29 +1,24 @@
-"""The tool that says whether two results can be compared."""
+"""The command that says whether two results can be compared."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from sfp import card, evaluate
+from sfp import card, cli, evaluate
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture
 def audit(monkeypatch, capsys):
-    """Runs tools/audit.py in this process: the exit code and what it printed."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    """Runs `sfp audit` in this process: the exit code and what it printed."""
     monkeypatch.setenv("COLUMNS", "200")
-    import audit as tool
 
     def run(*sides) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["audit.py", *map(str, sides)])
-        code = tool.main()
+        code = cli.main(["audit", *map(str, sides)])
         said = capsys.readouterr()
         return code, said.out + said.err
 
@@ -93,7 +88,7 @@ def test_configs(tmp_path, audit):
     assert "differ in protocol, vocabulary and data" in said
     for line in ("logit_scale", "number of classes", "PascalVOC20Dataset"):
         assert line in said
-    assert audit(CONFIGS / "cfg_voc20.py", CONFIGS / "cfg_voc20.py")[0] == 0
+    assert audit("voc20", CONFIGS / "cfg_voc20.py")[0] == 0
 
     code, said = audit(write(tmp_path / "a"), CONFIGS / "cfg_mini.py")
     assert code == 0
@@ -121,4 +116,11 @@ def test_not_a_card(tmp_path, audit, text):
     code, said = audit(file, file)
     assert code == 2
     assert f"{file} is not a card" in said
-    assert audit(tmp_path / "nowhere", file)[0] == 2
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.json", "."])
+def test_nothing_there(tmp_path, audit, name):
+    code, said = audit(tmp_path / name, "mini")
+    assert code == 2
+    assert "error: there is no c" in said  # config or card
+    assert str(tmp_path / name) in said

@@ -23,17 +23,20 @@ from sfp.mini import CLASSES
 ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tools/**/*.py"))
 SCRIPTS = ["test.sh", "multi_test.sh", "distribute_test.sh"]
+SHARED = "tools/benchmarks.sh"  # read by two of them
 SCENES = 5  # an odd number: two processes do not share it evenly
 FEW = ["--cfg-options", f"test_dataloader.dataset.scenes={SCENES}"]
 NOISE = re.compile(r"OneDL|Traceback|[Ww]arn|Deprecat|\bWARNING\b|\bINFO\b|randomly initialized")
 
 
-def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script, from a folder that is not the repository's."""
+def run(
+    script: str, *arguments: str, folder: str | Path = "/", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A script, called from a folder that is not the repository's."""
     return subprocess.run(
         ["sh", str(ROOT / script), *arguments],
         env=dict(os.environ, PYTHON=sys.executable, PYTHONPATH=str(ROOT)) | environment,
-        cwd="/",
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
@@ -65,11 +68,14 @@ def cache(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def evaluated(tmp_path_factory, cache):
     """`sh test.sh` on a few scenes, with a picture of each image: the folder and what it printed."""
-    folder = tmp_path_factory.mktemp("evaluated") / "deep" / "mini"
+    here = tmp_path_factory.mktemp("evaluated")  # where relative paths start
     done = run(
-        "test.sh", "--show-dir", str(folder / "show"), *FEW, WORK_DIR=str(folder), SFP_CACHE=cache
+        *("test.sh", "--show-dir", "deep/mini/show", *FEW),
+        folder=here,
+        WORK_DIR="deep/mini",
+        SFP_CACHE=cache,
     )
-    return folder, done
+    return here / "deep/mini", done
 
 
 def test_test_sh(evaluated):
@@ -80,7 +86,7 @@ def test_test_sh(evaluated):
     for word in (*CLASSES, "IoU", "Acc", "mIoU", "aAcc", "mAcc", "fwIoU"):
         assert word in done.stdout
     assert f"{SCENES}/{SCENES}" in done.stderr  # the progress bar
-    assert str(folder) in done.stdout
+    assert "results in deep/mini: metrics.json" in done.stdout
     metrics = json.loads((folder / "metrics.json").read_text())
     assert tuple(metrics["classes"]) == CLASSES
     assert metrics["images"] == SCENES
@@ -175,42 +181,43 @@ def test_multi_test_sh_with_missing_data(evaluated, tmp_path, cache):
 
 def test_multi_test_sh_with_a_failure(tmp_path, cache):
     """A config that is not there is no benchmark without data."""
-    work = tmp_path / "work"
     done = run(
         "multi_test.sh",
+        folder=tmp_path,
         GPUS="0",
         CONFIGS="configs/cfg_voc22.py",
-        WORK_DIR=str(work),
+        WORK_DIR="work",
         SFP_CACHE=cache,
     )
     assert done.returncode == 1
-    assert f"cfg_voc22: failed, see {work}/cfg_voc22/output.txt" in done.stdout
-    assert (
-        "there is no config configs/cfg_voc22.py" in (work / "cfg_voc22" / "output.txt").read_text()
-    )
+    output = "work/cfg_voc22/output.txt"
+    assert f"cfg_voc22: failed, see {output}" in done.stdout
+    assert "there is no config configs/cfg_voc22.py" in (tmp_path / output).read_text()
+    assert (tmp_path / "work/summary.md").is_file()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, SHARED])
 def test_scripts_are_what_their_first_line_says(script):
     text = (ROOT / script).read_text()
-    shell = re.match(r"#!(?:/usr/bin/env |/bin/)(sh|bash)\n", text)[1]
-    assert os.access(ROOT / script, os.X_OK)
-    subprocess.run([shell, "-n", str(ROOT / script)], check=True)
+    assert text.startswith("#!/bin/sh\n" if script in SCRIPTS else "# shellcheck shell=sh\n")
+    assert os.access(ROOT / script, os.X_OK) == (script in SCRIPTS)
+    for shell in filter(shutil.which, ("sh", "dash")):
+        subprocess.run([shell, "-n", str(ROOT / script)], check=True)
     header = re.match(r"(?:#.*\n)+", text)[0]
     for variable in set(re.findall(r"\$\{(\w+):-", text)):
         assert variable in header, f"{script} does not say what {variable} is"
-    if shell == "sh":
-        assert not re.search(r"\[\[|\bfunction\b|\bsource\b|<\(|\$'|\blocal\b", text)
-        if shutil.which("dash"):
-            subprocess.run(["dash", "-n", str(ROOT / script)], check=True)
+    assert not re.search(r"\[\[|\bfunction\b|\bsource \b|<\(|\$'|\blocal\b", text)
 
 
-def test_scripts_name_every_benchmark():
-    configs = {path.name for path in ROOT.glob("configs/cfg_*.py")} - {"cfg_mini.py"}
+def test_scripts_name_the_eight_benchmarks():
+    text = (ROOT / SHARED).read_text()
+    assert re.findall(r"configs/cfg_(\w+)\.py", text) == [
+        *("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff164k"),
+        *("ade20k", "city_scapes"),
+    ]
+    assert all((ROOT / path).is_file() for path in re.findall(r"configs/\w+\.py", text))
     for script in ("multi_test.sh", "distribute_test.sh"):
-        named = set(re.findall(r"configs/(cfg_\w+\.py)", (ROOT / script).read_text()))
-        assert named - {"cfg_mini.py"} == configs
-    assert len(configs) == 8
+        assert '. "$TOOLS/benchmarks.sh"' in (ROOT / script).read_text()
 
 
 # -- tools ---------------------------------------------------------------------------------------

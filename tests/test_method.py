@@ -19,6 +19,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 import sfp
+from sfp.clip import vit
 from sfp.methods.sfp import ENHANCERS
 from sfp.ops.detectors import l2_norm, som
 from sfp.ops.mitigators import neighbour_mean
@@ -528,3 +529,24 @@ def test_masks_are_recorded_where_edits_ran():
     assert {i: mask.sum(1).tolist() for i, mask in trace.masks.items()} == {2: [4, 4], 10: [4, 4]}
     unedited = tiny.clip().visual.trace(tiny.images(2))
     assert torch.equal(trace.masks[2], l2_norm(unedited, 2, top_k=4))
+
+
+def test_projections_that_a_method_asks_for_are_made_once(monkeypatch):
+    """From the second run on: the first shows which layers they are of."""
+    clip, image = tiny.clip(), tiny.images(2)
+    made = []
+    project = vit.Attention.project
+    monkeypatch.setattr(
+        vit.Attention, "project", lambda *given: made.append(given[2]) or project(*given)
+    )
+    method = sfp.build_method("sfp_paper")
+    runs = []
+    for _ in range(3):
+        made.clear()
+        runs.append((method.features(clip.visual, image)[0].data, sorted(made)))
+    first, second, third = runs
+    blocks = len(clip.visual.blocks)
+    assert second[1] == third[1] == sorted(["qkv"] * (blocks - 1) + ["q", "k", "v"])
+    assert len(first[1]) > len(second[1])
+    torch.testing.assert_close(first[0], second[0])
+    assert torch.equal(second[0], third[0])

@@ -13,7 +13,6 @@ import math
 import multiprocessing
 import os
 import re
-import runpy
 import struct
 import subprocess
 import sys
@@ -37,7 +36,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sfp
-from sfp import evaluate
+from sfp import cli, evaluate
 from sfp.clip import loading
 from sfp.clip import text as text_module
 from sfp.clip.loading import PUBLISHED, Published, WeightsError, load_clip, read_state
@@ -627,21 +626,13 @@ def test_opencv_alone_would_have_read_half_an_image(voc):
         check_whole(image.read_bytes(), str(image))
 
 
-def test_the_tool_names_the_file_in_one_line(voc, tmp_path, monkeypatch, capsys):
+def test_the_tool_names_the_file_in_one_line(voc, tmp_path, capsys):
     """Through the data loader's processes, as an evaluation meets it."""
     _, image, _ = voc
     image.write_bytes(image.read_bytes()[:-500])
     weights = tiny.save(tmp_path / "tiny.safetensors", **tiny.WORDS)
-    command = [
-        "test.py",
-        str(CONFIGS / "cfg_voc21.py"),
-        "--weights",
-        str(weights),
-        "--pictures",
-        "0",
-    ]
-    monkeypatch.setattr(sys, "argv", [*command, "--work-dir", str(tmp_path / "work")])
-    assert runpy.run_path(str(CONFIGS.parent / "tools" / "test.py"))["main"]() == 3
+    command = ["eval", "voc21", "--weights", str(weights), "--pictures", "0"]
+    assert cli.main([*command, "--work-dir", str(tmp_path / "work")]) == 3
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: " in last
     assert str(image) in last

@@ -1,73 +1,12 @@
-"""Says in which settings two results differ, and whether their numbers can be compared.
+"""`sfp audit`.
 
-Each side is a card.json, a work folder of tools/test.py that has one, or a config. Numbers compare if
-protocol, vocabulary and data are equal; method and weights are what one compares.
-
-Examples:
+Example:
     python tools/audit.py work/voc21 work/voc21_sclip
-    python tools/audit.py work/voc21/card.json configs/cfg_voc20.py
-
-Exit codes: 0 comparable; 1 not comparable; 2 a side cannot be read.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 
-from rich.console import Console
-from rich.table import Table
-
-from sfp import card
-from sfp.evaluate import METRICS, quiet
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("a", help="card.json, work folder or config")
-    parser.add_argument("b", help="likewise")
-    args = parser.parse_args()
-    quiet()
-    try:
-        a, b = card.read_side(args.a), card.read_side(args.b)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-    console = Console(soft_wrap=True)
-    found = card.differences(a, b)
-    if found:
-        table = Table("group", "setting", "A", "B")
-        for row in found:
-            table.add_row(row.group, row.name, row.a, row.b)
-        console.print(table)
-    open_questions = card.unknown(a, b)
-    if open_questions:
-        print(f"Only one side knows: {', '.join(open_questions)}.")
-    different = [group for group in card.STRICT if any(row.group == group for row in found)]
-    if different:
-        print(
-            f"NOT COMPARABLE: they differ in {_and(different)}, so a difference between the two "
-            "numbers says nothing about method or weights."
-        )
-        return 1
-    if "scores" in a and "scores" in b:
-        for name in METRICS:
-            one, two = a["scores"][name], b["scores"][name]
-            print(f"{name:6} {one:8.2f} {two:8.2f}   {two - one:+.2f}")
-    compared = [group for group in card.FREE if any(row.group == group for row in found)]
-    print(
-        f"Comparable{', as far as both sides tell' * bool(open_questions)}: "
-        + (f"they differ only in {_and(compared)}." if compared else "the same method and weights.")
-    )
-    return 0
-
-
-def _and(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
-
+from sfp.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["audit", *sys.argv[1:]]))

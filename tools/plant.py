@@ -102,66 +102,53 @@ def crops(folder: Path, count: int, size: int) -> Iterator:
         yield image[top : top + size, left : left + size, ::-1]
 
 
-def main() -> int:
-    args = parse_args()
+def run(args: argparse.Namespace) -> int:
     import numpy as np
     import torch
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
     import sfp
     from sfp import plant, plant_report
     from sfp.cache import atomic_write
+    from sfp.cli.terminal import print_table
     from sfp.mini import scene
     from sfp.mini.train import normalise
 
-    try:
-        paths = {
-            kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "png", "md")
-        }
-        plant_report.frame(paths["md"])  # before the work, not after
-        setting = plant.Setting(
-            layer=args.layer,
-            detect=args.detect,
-            planted=args.planted,
-            varied=not args.fixed,
-            patterns=args.patterns,
-            strengths=args.strengths,
-            at=args.at,
-            channel_share=args.channel_share,
-            seed=args.seed,
-        )
-        detectors = plant.detectors(args.detectors)
-        mitigators = plant.mitigators(args.mitigators)
-        vit = sfp.load_clip(args.weights).visual.to(args.device)
-        setting.blocks(vit)
-        size = args.size or vit.native_grid[0] * vit.patch
-        if args.images:
-            pictures = list(crops(args.images, args.count, size))
-        else:
-            pictures = [scene(900_000 + i, size)[0] for i in range(args.count)]
-        pixels = normalise(np.stack(pictures))  # (count, 3, size, size)
-        console = Console()
-        if not console.is_terminal:
-            console.width = 160  # a file or a pipe has no width to fit
-        batches = track(
-            pixels.to(torch.device(args.device)).split(args.batch),
-            description="planting",
-            console=Console(stderr=True),
-        )
-        result = plant.benchmark(vit, batches, setting, detectors, mitigators)
-        what = f"images of {args.images.name}" if args.images else "drawn scenes"
-        source = f"{Path(args.weights).name}, {result['images']} {what}"
-        command = shlex.join(["python", "tools/plant.py", *sys.argv[1:]])
-        text = plant_report.report(result, source, command, paths["png"].name)
-        plant_report.write_page(paths["md"], text)
-    except (FileNotFoundError, sfp.WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    paths = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "png", "md")}
+    plant_report.frame(paths["md"])  # before the work, not after
+    setting = plant.Setting(
+        layer=args.layer,
+        detect=args.detect,
+        planted=args.planted,
+        varied=not args.fixed,
+        patterns=args.patterns,
+        strengths=args.strengths,
+        at=args.at,
+        channel_share=args.channel_share,
+        seed=args.seed,
+    )
+    detectors = plant.detectors(args.detectors)
+    mitigators = plant.mitigators(args.mitigators)
+    vit = sfp.load_clip(args.weights).visual.to(args.device)
+    setting.blocks(vit)
+    size = args.size or vit.native_grid[0] * vit.patch
+    if args.images:
+        pictures = list(crops(args.images, args.count, size))
+    else:
+        pictures = [scene(900_000 + i, size)[0] for i in range(args.count)]
+    pixels = normalise(np.stack(pictures))  # (count, 3, size, size)
+    batches = track(
+        pixels.to(torch.device(args.device)).split(args.batch),
+        description="planting",
+        console=Console(stderr=True),
+    )
+    result = plant.benchmark(vit, batches, setting, detectors, mitigators)
+    what = f"images of {args.images.name}" if args.images else "drawn scenes"
+    source = f"{Path(args.weights).name}, {result['images']} {what}"
+    command = shlex.join(["python", "tools/plant.py", *sys.argv[1:]])
+    text = plant_report.report(result, source, command, paths["png"].name)
+    plant_report.write_page(paths["md"], text)
     with atomic_write(paths["json"]) as path:
         path.write_text(json.dumps(result, indent=1) + "\n")
     plant_report.plot(result, paths["png"])
@@ -171,14 +158,15 @@ def main() -> int:
             "restoration given the true mask": plant_report.restoration_sheet(result, pattern),
         }
         for title, (header, rows) in sheets.items():
-            table = Table(title=f"{pattern}: {title}")
-            for column in header:
-                table.add_column(column, justify="left" if column == header[0] else "right")
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
+            print_table(header, rows, title=f"{pattern}: {title}")
     print("results in " + ", ".join(map(str, paths.values())))
     return 0
+
+
+def main() -> int:
+    from sfp.cli import guarded
+
+    return guarded(run, parse_args())
 
 
 if __name__ == "__main__":

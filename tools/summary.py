@@ -10,10 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from sfp.cache import atomic_write
+from sfp.cli.terminal import print_table
 
 COLUMNS = ("mIoU", "mAcc", "aAcc", "fwIoU")
 
@@ -46,10 +44,7 @@ def main() -> None:
         cells.append([f"mean of {len(done)}", *(f"{mean:.2f}" for mean in means), ""])
 
     header = ["benchmark", *COLUMNS, "images"]
-    table = Table(*header)
-    for row in cells:
-        table.add_row(*row)
-    Console().print(table)
+    print_table(header, cells)
     if args.out:
         lines = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
         markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -52,11 +52,21 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of `x`, each (B, H, T, d)."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+    def linear(self, x: Tensor, rows: slice) -> Tensor:
+        """Some rows of the packed projection of `x`, (B, T, D) -> (B, T, rows)."""
+        return F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+
+    def project(self, x: Tensor, names: str = "qkv") -> tuple[Tensor, ...]:
+        """Some of the queries, keys and values of `x`, each (B, H, T, d), by one product.
+
+        Args:
+            x: (B, T, D).
+            names: neighbours in "qkv".
+        """
+        width = x.shape[-1]
+        start = "qkv".index(names) * width
+        out = self.linear(x, slice(start, start + len(names) * width))
+        return out.unflatten(-1, (len(names), self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Block(nn.Module):
@@ -81,14 +91,14 @@ class Block(nn.Module):
         return self._finish(fused_attention(q, k, v, causal), residual=x, ffn=True)
 
     def heads(self, x: Tokens) -> Heads:
-        """The projections with which this block reads `x`."""
-        normed = self.ln_1(x.data)
-        q, k, v = self.attn.project(normed)
-        return Heads(q, k, v, normed, q.shape[-1] ** -0.5, x.grid, x.prefix, x.hidden)
+        """The projections with which this block reads `x`, each made when it is asked for."""
+        width = x.data.shape[-1] // self.attn.num_heads
+        return Heads(self.attn.project, self.ln_1(x.data), width**-0.5, x.grid, x.prefix, x.hidden)
 
     def advance(self, x: Tokens, heads: Heads) -> Tokens:
         """`forward` for tokens whose `heads` are already there."""
-        mixed = fused_attention(heads.q, heads.k, heads.v, hidden=heads.hidden_keys)
+        q, k, v = heads.all()
+        mixed = fused_attention(q, k, v, hidden=heads.hidden_keys)
         return x.with_data(self._finish(mixed, residual=x.data, ffn=True))
 
     def read(
@@ -114,7 +124,8 @@ class Block(nn.Module):
         """
         heads = self.heads(x)
         if attention is None:
-            mixed = fused_attention(heads.q, heads.k, heads.v, hidden=heads.hidden_keys)
+            q, k, v = heads.all()
+            mixed = fused_attention(q, k, v, hidden=heads.hidden_keys)
         else:
             weights = attention(heads, trace)
             if (hidden := heads.hidden_keys) is not None:

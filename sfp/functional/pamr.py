@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,27 +29,30 @@ def pamr(
     """
     size = image.shape[-2:]
     masks = F.interpolate(masks, size, mode="bilinear", align_corners=True)
-    around = _neighbours(image, dilations)  # (B, 3, 8 * dilations, H, W)
+    around = torch.stack(list(_neighbours(image, dilations)), 2)  # (B, 3, 8 * dilations, H, W)
     with_self = torch.cat([around, image[:, :, None].expand_as(around[:, :, : len(dilations)])], 2)
     std = with_self.std(2, keepdim=True)
-    closeness = -((around - image[:, :, None]).abs() / (1e-8 + 0.1 * std)).mean(1, keepdim=True)
-    weights = closeness.softmax(2)  # (B, 1, 8 * dilations, H, W)
+    closeness = -((around - image[:, :, None]).abs() / (1e-8 + 0.1 * std)).mean(1)
+    weights = closeness.softmax(1).unbind(1)  # (B, H, W) for each neighbour
     refined = []
-    for mask in masks.split(1, dim=1):  # one at a time: the neighbourhoods of all would not fit
+    for mask in masks.unbind(1):  # one at a time: it stays in the cache, and so do its neighbours
         for _ in range(steps):
-            mask = (_neighbours(mask, dilations) * weights).sum(2)
+            total = torch.zeros_like(mask)
+            for neighbour, weight in zip(_neighbours(mask, dilations), weights, strict=True):
+                total.addcmul_(neighbour, weight)
+            mask = total
         refined.append(mask)
-    return torch.cat(refined, dim=1)
+    return torch.stack(refined, dim=1)
 
 
-def _neighbours(x: Tensor, dilations: Sequence[int]) -> Tensor:
-    """The eight neighbours of every pixel at each distance, (B, C, 8 * dilations, H, W)."""
+def _neighbours(x: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
+    """The eight neighbours of every pixel at each distance, views of the shape of `x`."""
     height, width = x.shape[-2:]
-    parts = []
+    reach = max(dilations)
+    padded = F.pad(x, (reach,) * 4, mode="replicate")
     for d in dilations:
-        padded = F.pad(x, (d, d, d, d), mode="replicate")
-        corners = itertools.product((0, d, 2 * d), repeat=2)
-        parts += [
-            padded[..., y : y + height, z : z + width] for y, z in corners if (y, z) != (d, d)
-        ]
-    return torch.stack(parts, dim=2)
+        offsets = itertools.product((-d, 0, d), repeat=2)
+        for y, z in offsets:
+            if (y, z) != (0, 0):
+                top, left = reach + y, reach + z
+                yield padded[..., top : top + height, left : left + width]

@@ -176,7 +176,7 @@ class LogitSheet:
         return len(self.row_matrix), len(self.column_matrix)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Logits of output rows start to stop, (Q, stop - start, W); a pixel's are adjacent in memory."""
+        """Logits of output rows start to stop, (Q, stop - start, W), a pixel's adjacent in memory."""
         if max(self.size) <= BLOCK:
             own, rows = slice(None), self.row_matrix[start:stop]
             blocks = [(slice(None), self.column_matrix)]

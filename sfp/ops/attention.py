@@ -82,7 +82,8 @@ def normalised_self_self(
     for y in (heads.q, heads.k, heads.v):
         unit = F.normalize(upcast(y), dim=-1)
         for _ in range(iterations):
-            unit = F.normalize((t * unit @ unit.mT).softmax(-1) @ unit, dim=-1)
+            mixed = F.scaled_dot_product_attention(t * unit, unit, unit, scale=1.0)
+            unit = F.normalize(mixed, dim=-1)
         maps.append((t * unit @ unit.mT).softmax(-1))
     return (maps[0] + maps[1] + maps[2]) / 3
 

@@ -3,6 +3,8 @@
 They see the features of a layer's output, one image at a time, on the host: one copy per batch. Their
 parameters are given in ways that do not depend on the scale of the features or the size of the grid:
 distances as multiples of the image's own, least sizes of a group as shares of its patches.
+
+scikit-learn is imported where it is used: that takes most of a second, and few methods need it.
 """
 
 from __future__ import annotations
@@ -12,9 +14,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from sklearn.cluster import DBSCAN, HDBSCAN, OPTICS
-from sklearn.ensemble import IsolationForest
-from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 from torch import Tensor
 
 from sfp.registry import op
@@ -41,6 +40,8 @@ def members(share: float, n: int) -> int:
 
 def usual_distance(x: np.ndarray, k: int) -> float:
     """The median over points of the distance to the k-th nearest other point."""
+    from sklearn.neighbors import NearestNeighbors
+
     distances, _ = NearestNeighbors(n_neighbors=k).fit(x).kneighbors()
     return max(float(np.median(distances[:, -1])), np.finfo(np.float32).tiny)
 
@@ -58,6 +59,7 @@ def lof_textbook(
         neighbours: k; 20 in scikit-learn.
         contamination: share of patches to mark; None marks factors above 1.5, as scikit-learn does.
     """
+    from sklearn.neighbors import LocalOutlierFactor
 
     def label(x: np.ndarray) -> np.ndarray:
         k = min(neighbours, len(x) - 1)
@@ -76,6 +78,7 @@ def dbscan(trace: Trace, layer: int, *, eps: float = 2.0, share: float = 0.1) ->
         share: k and `min_samples`, as a share of the patches. Outliers that are alike are a dense
             region too, unless they are fewer than that.
     """
+    from sklearn.cluster import DBSCAN
 
     def label(x: np.ndarray) -> np.ndarray:
         k = members(share, len(x))
@@ -94,6 +97,7 @@ def hdbscan(
         share: least size of a cluster, as a share of the patches.
         selection: which clusters of the tree count: "eom", the lasting ones, or the "leaf" ones.
     """
+    from sklearn.cluster import HDBSCAN
 
     def label(x: np.ndarray) -> np.ndarray:
         # a picture of one texture is one cluster
@@ -116,6 +120,7 @@ def optics(trace: Trace, layer: int, *, xi: float = 0.05, share: float = 0.1) ->
         xi: relative steepness at which a valley begins; 0.05 in scikit-learn.
         share: `min_samples` and least size of a cluster, as a share of the patches.
     """
+    from sklearn.cluster import OPTICS
 
     def label(x: np.ndarray) -> np.ndarray:
         return OPTICS(min_samples=members(share, len(x)), xi=xi).fit_predict(x)
@@ -139,6 +144,7 @@ def isolation_forest(
         contamination: share of patches to mark; None marks scores above 0.5, as the paper does.
         seed: of the cuts, the same for every image.
     """
+    from sklearn.ensemble import IsolationForest
 
     def label(x: np.ndarray) -> np.ndarray:
         share = "auto" if contamination is None else contamination

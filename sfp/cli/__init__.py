@@ -1,0 +1,96 @@
+"""The command `sfp`: one module per subcommand, one place that turns errors into exit codes.
+
+A module `sfp.cli.<command>` has `register(commands)`, which adds its parser and says with
+`set_defaults(run=...)` which function does the work, from the parsed arguments to an exit code. What
+is heavy to import is imported there, and errors are raised, not printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from sfp.version import __version__
+
+COMMANDS = (  # in the order of the help
+    "eval",
+    "compare",
+    "ablate",
+    "audit",
+    "label",
+    "methods",
+    "completion",
+    "version",
+)
+
+DESCRIPTION = "Training-free open-vocabulary segmentation with frozen CLIP."
+EPILOG = """\
+`sfp COMMAND --help` has options and examples.
+
+Exit codes: 0 done; 1 finished with failures, or unexpected; 2 wrong command line or config; 3 data or
+weights are missing or damaged.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="sfp",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sfp {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        import_module(f"sfp.cli.{name}").register(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        argv: words after `sfp`; by default those that the process was started with.
+
+    Returns:
+        The exit code. Errors that have none, bugs that is, are raised.
+    """
+    args = build_parser().parse_args(argv)
+    return guarded(args.run, args)
+
+
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Runs a command and turns its errors into a line on stderr and an exit code."""
+    try:
+        code = run(args)
+        sys.stdout.flush()  # a reader that has gone shows up here, and not in the interpreter's end
+    except BrokenPipeError:  # `sfp methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        code = exit_code(error)
+        if code == 1:
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
+    return code
+
+
+def exit_code(error: Exception) -> int:
+    """2 for a wrong command line or config, 3 for data or weights, 1 for anything else."""
+    from sfp import DataError, WeightsError
+
+    # a DataError is a ValueError too; a module that is missing is of an extra that is not installed
+    missing = (OSError, WeightsError, DataError, FloatingPointError, ModuleNotFoundError)
+    if isinstance(error, missing):
+        return 3
+    return 2 if isinstance(error, ValueError) else 1
+
+
+def _message(error: Exception) -> str:
+    """What an error says; from a data loader's process comes a traceback that ends with it."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text

@@ -1,0 +1,60 @@
+"""`sfp ablate`: an ablation study over one config."""
+
+from __future__ import annotations
+
+import argparse
+
+from sfp.cli import options
+
+TEXT = """\
+Runs an ablation study over one config and prints its table, with published numbers beside ours.
+
+Studies: modules, self_attention, layers (SFP's poster); detectors (SFP as released); backbones (CLIP
+and SFP by weights); cliptrase; gclip. Variants that do not touch the trunk share its run on every
+image. Writes ablate_<study>.md, .json and .png into the work folder. Killed and started again it
+continues; --no-resume starts over.
+
+Examples:
+    sfp ablate mini --study modules
+    sfp ablate voc21 --study layers --work-dir work/voc21_layers
+    sfp ablate ade20k --study backbones --weights ViT-B/16 ViT-L/14
+    sfp ablate mini --study detectors --no-resume
+
+Exit codes as of `sfp eval`.
+"""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = options.add_command(
+        commands, "ablate", run, help="run an ablation study: one table", text=TEXT
+    )
+    options.add_evaluation(parser, many_weights=True)
+    parser.add_argument("--study", required=True, help="which, e.g. modules")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ablates."""
+    from sfp import ablate
+    from sfp.cli.terminal import print_table, progress
+
+    study = ablate.find_study(args.study)
+    weights = args.weights or []
+    for source in weights or [None]:  # all are looked for before the first runs for hours
+        config = options.load(args, weights=source)
+    with progress() as bar:
+        task = bar.add_task(f"{len(study.rows)} variants", total=None)
+        result = ablate.ablate(
+            config,
+            args.study,
+            weights=weights if len(weights) > 1 else (),
+            resume=not args.no_resume,
+            progress=lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+        )
+    header, rows = ablate.sheet(result)
+    print_table(header, rows, title=result["title"], caption=ablate.caption(result))
+    base = f"ablate_{args.study}"
+    print(f"results in {config.work_dir}: {base}.md, {base}.json, {base}.png")
+    return 0

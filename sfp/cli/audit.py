@@ -1,0 +1,71 @@
+"""`sfp audit`: whether two numbers can be compared."""
+
+from __future__ import annotations
+
+import argparse
+
+from sfp.cli.options import add_command
+
+TEXT = """\
+Says in which settings two results differ, and whether their numbers can be compared.
+
+Each side is a card.json, a work folder of `sfp eval` that has one, or a config. Numbers compare if
+protocol, vocabulary and data are equal; method and weights are what one compares.
+
+Examples:
+    sfp audit work/voc21 work/voc21_sclip
+    sfp audit work/voc21/card.json voc20
+
+Exit codes: 0 comparable; 1 not comparable; 2 a side is not there or cannot be read.
+"""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "audit", run, help="say whether two results can be compared", text=TEXT
+    )
+    parser.add_argument("a", help="card.json, work folder or config")
+    parser.add_argument("b", help="likewise")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audits: 1 if the numbers do not compare."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sfp import card
+    from sfp.evaluate import METRICS, quiet
+
+    quiet()
+    a, b = card.read_side(args.a), card.read_side(args.b)
+    found = card.differences(a, b)
+    if found:
+        table = Table("group", "setting", "A", "B")
+        for row in found:
+            table.add_row(row.group, row.name, row.a, row.b)
+        Console(soft_wrap=True).print(table)
+    open_questions = card.unknown(a, b)
+    if open_questions:
+        print(f"Only one side knows: {', '.join(open_questions)}.")
+    different = [group for group in card.STRICT if any(row.group == group for row in found)]
+    if different:
+        print(
+            f"NOT COMPARABLE: they differ in {_and(different)}, so a difference between the two "
+            "numbers says nothing about method or weights."
+        )
+        return 1
+    if "scores" in a and "scores" in b:
+        for name in METRICS:
+            one, two = a["scores"][name], b["scores"][name]
+            print(f"{name:6} {one:8.2f} {two:8.2f}   {two - one:+.2f}")
+    compared = [group for group in card.FREE if any(row.group == group for row in found)]
+    print(
+        f"Comparable{', as far as both sides tell' * bool(open_questions)}: "
+        + (f"they differ only in {_and(compared)}." if compared else "the same method and weights.")
+    )
+    return 0
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])

@@ -1,0 +1,56 @@
+"""`sfp compare`: several methods over one config."""
+
+from __future__ import annotations
+
+import argparse
+
+from sfp.cli import options
+
+TEXT = """\
+Evaluates several methods over one config in one go, and prints one table.
+
+Weights and text features are loaded once, and methods that do not touch the trunk share its run.
+Writes compare.json, compare.md and compare.png (side by side) into the work folder. Killed and started
+again it continues, also with more methods; --no-resume starts over.
+
+Examples:
+    sfp compare mini
+    sfp compare voc21 --methods clip sclip sfp --work-dir work/three
+
+Exit codes as of `sfp eval`.
+"""
+GUIDED = ("proxyclip",)  # cannot run without a guide's weights
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = options.add_command(
+        commands, "compare", run, help="evaluate several methods in one go: one table", text=TEXT
+    )
+    options.add_evaluation(parser)
+    parser.add_argument("--methods", nargs="+", help="presets (default: all that need no guide)")
+    options.add_pictures(parser, default=4)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compares."""
+    import sfp
+    from sfp import compare
+    from sfp.cli.terminal import print_table, progress
+
+    methods = args.methods or [name for name in sfp.list_methods() if name not in GUIDED]
+    config = options.load(args, weights=args.weights)
+    with progress() as bar:
+        task = bar.add_task(f"{len(methods)} methods", total=None)
+        record = compare.compare(
+            config,
+            {name: name for name in methods},
+            pictures=args.pictures,
+            resume=not args.no_resume,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    title = f"{args.config}, {record['images']} images"
+    print_table(["method", *compare.COLUMNS], compare.compare_rows(record), title=title)
+    files = "compare.json, compare.md" + ", compare.png" * bool(args.pictures)
+    print(f"results in {config.work_dir}: {files}")
+    return 0

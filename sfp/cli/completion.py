@@ -1,0 +1,75 @@
+"""`sfp completion`: what makes TAB complete in a shell."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+
+from sfp.cli.options import add_command
+
+TEXT = """\
+Prints the script that lets TAB complete commands, options and names. The script knows all words by
+itself: TAB starts no Python. Write it again after an update.
+
+Examples:
+    sfp completion bash > ~/.local/share/bash-completion/completions/sfp
+    sfp completion zsh > ~/.zfunc/_sfp      # with fpath+=~/.zfunc before compinit in ~/.zshrc
+    sfp completion fish > ~/.config/fish/completions/sfp.fish
+
+Needs shtab: pip install 'sfp[completion]'.
+"""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "completion", run, help="print a script for completion with TAB", text=TEXT
+    )
+    parser.add_argument("shell", choices=["bash", "zsh", "fish"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the script."""
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "completion needs shtab: pip install 'sfp[completion]'", name=error.name
+        ) from None
+    from sfp.cli import build_parser
+
+    parser = build_parser()
+    words = _words()
+    for action in _actions(parser):
+        if action.choices is None and action.dest in words:
+            action.choices = words[action.dest]
+    print(shtab.complete(parser, args.shell))
+    return 0
+
+
+def _words() -> dict[str, list[str]]:
+    """Names of an option or a positional argument: what may stand there, files aside."""
+    from sfp.ablate import studies
+    from sfp.clip.loading import MINI, PUBLISHED
+    from sfp.registry import OPS, list_methods
+    from sfp.shipped import config_names
+
+    methods = list_methods()
+    return dict(
+        config=config_names(),
+        weights=[MINI, *PUBLISHED],
+        method=methods,
+        methods=methods,
+        study=sorted(studies()),
+        kind=sorted({op.kind for op in OPS.module_dict.values()}),
+    )
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The arguments of a parser and its commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            commands: Iterable[argparse.ArgumentParser] = action.choices.values()
+            for command in commands:
+                yield from _actions(command)

@@ -1,0 +1,144 @@
+"""`sfp label`: label maps of very many images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfp.cli import options
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+TEXT = """\
+Segments a folder, a list or tar shards of images into PNG label maps.
+
+Examples:
+    sfp label photos --out labelled --classes cat "sofa, couch" floor wall
+    sfp label files.txt --out labelled --vocabulary words.txt --overlay
+    sfp label shards/*.tar --out labelled --config ade20k --confidence
+    sfp label photos --out labelled --vocabulary words.txt --engine ray
+    sfp label shards --out labelled --vocabulary words.txt --part $SLURM_ARRAY_TASK_ID/64
+
+Writes OUT/labels/<name>.png (palette; 16 bits above 256 classes), with --confidence and --overlay
+also OUT/confidence/<name>.png and OUT/overlay/<name>.jpg, OUT/failures.jsonl and OUT/report.json.
+Started again it skips what is done. <name> is the path below the input folder or list; images of a
+shard get a folder of the shard's name.
+
+Exit codes: 0 all done; 1 some images failed (failures.jsonl says which and why); 2 wrong command line
+or settings; 3 images, weights or Ray are missing.
+"""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = options.add_command(
+        commands, "label", run, help="label very many images, with one or many machines", text=TEXT
+    )
+    parser.add_argument("inputs", nargs="+", help="folders, lists (.txt), shards (.tar) or images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument("--classes", nargs="+", help="classes, synonyms separated by ', '")
+    words.add_argument("--vocabulary", help="class file, e.g. configs/cls_voc21.txt")
+    parser.add_argument("--config", help="take model, protocol and classes from it, e.g. ade20k")
+    parser.add_argument("--method", help="preset, e.g. sclip")
+    parser.add_argument("--weights", help=options.WEIGHTS)
+    parser.add_argument("--short-side", type=int, help="pixels (default: the config's, or 336)")
+    parser.add_argument("--confidence", action="store_true", help="write probabilities as well")
+    parser.add_argument("--overlay", action="store_true", help="write pictures as well")
+    parser.add_argument("--batch-size", type=int, default=4, help="images (default: 4)")
+    parser.add_argument("--workers", type=int, default=4, help="threads per process (default: 4)")
+    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
+    parser.add_argument("--part", help="I/N: only every N-th input, from the I-th (0 to N-1)")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local")
+    parser.add_argument("--processes", type=int, help="with ray (default: one per GPU, or one)")
+    options.add_cfg_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Labels: 1 if some images failed."""
+    from sfp import bulk, evaluate
+    from sfp.cache import atomic_write
+    from sfp.cli.terminal import progress
+
+    evaluate.quiet()
+    config = _config(args)
+    units, suffix = bulk.list_units(args.inputs), ""
+    if args.part:
+        number, count = _part(args.part)
+        units, suffix = units[number::count], f"-{number}"
+    bulk.claim(args.out, config)
+    knobs = dict(
+        config=config,
+        out=args.out,
+        confidence=args.confidence,
+        overlay=args.overlay,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device=args.device,
+    )
+    if args.engine == "ray":
+        outcomes = bulk.run_on_ray(units, knobs, processes=args.processes)
+    else:
+        outcomes = bulk.Labeller(**knobs).run(units)
+
+    statuses: Counter[str] = Counter()
+    shards = any(Path(unit.path).suffix.lower() in bulk.SHARDS for unit in units)
+    bar = progress("{task.fields[rate]}")
+    start = time.perf_counter()
+    with open(args.out / f"failures{suffix}.jsonl", "w", encoding="utf-8") as failures, bar:
+        task = bar.add_task("labelling", total=None if shards else len(units), rate="")
+        for outcome in outcomes:
+            statuses[outcome.status] += 1
+            rate = statuses["done"] / (time.perf_counter() - start)
+            bar.update(task, advance=1, rate=f"{rate:.2f} images/s")
+            if outcome.status == "failed":
+                failures.write(json.dumps(dict(name=outcome.name, error=outcome.error)) + "\n")
+                failures.flush()
+
+    seconds = time.perf_counter() - start
+    report: dict[str, float] = {key: statuses[key] for key in ("done", "skipped", "failed")}
+    report.update(seconds=round(seconds, 3), images_per_second=statuses["done"] / seconds)
+    with atomic_write(args.out / f"report{suffix}.json") as path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    print(
+        f"{report['done']} labelled, {report['skipped']} skipped, {report['failed']} failed in "
+        f"{seconds:.1f} s: {report['images_per_second']:.2f} images/s; results in {args.out}"
+    )
+    return 1 if statuses["failed"] else 0
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """What the command line says about model, words and size."""
+    from sfp import bulk, evaluate
+    from sfp.shipped import CONFIGS
+
+    config = evaluate.load_config(
+        args.config or CONFIGS / "base_config.py",
+        method=args.method,
+        weights=args.weights,
+        options=args.cfg_options,
+    )
+    if args.classes:
+        config.model.classes = [word.split(", ") for word in args.classes]
+    elif args.vocabulary:
+        config.model.classes = args.vocabulary
+    elif "classes" not in config.model:
+        raise ValueError("nothing to look for: give --classes, --vocabulary or --config")
+    return bulk.bulk_config(config, args.short_side)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Both numbers of "I/N".
+
+    Raises:
+        ValueError: if they are not 0 <= I < N.
+    """
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise ValueError(f"--part {text}: expected I/N with I from 0 to N-1, e.g. 0/64")
+    return int(number), int(count)

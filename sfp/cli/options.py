@@ -1,0 +1,109 @@
+"""What the parsers of several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mmengine.config import DictAction
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+WEIGHTS = "name or path of CLIP weights, e.g. ViT-L/14"
+
+
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    help: str,
+    text: str,
+) -> argparse.ArgumentParser:
+    """Adds a command.
+
+    Args:
+        commands: where.
+        name: of the command.
+        run: what it does, from the parsed arguments to an exit code.
+        help: its line in the help of `sfp`.
+        text: its own help: what it does, and examples.
+    """
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_evaluation(parser: argparse.ArgumentParser, *, many_weights: bool = False) -> None:
+    """The options of commands that evaluate a config; `load` makes a config of them.
+
+    Args:
+        parser: gets them.
+        many_weights: whether --weights takes several, as a list.
+    """
+    parser.add_argument("config", help="shipped config by name, e.g. voc21, or the path of one")
+    if many_weights:
+        parser.add_argument("--weights", nargs="+", help=f"{WEIGHTS}; several for backbones")
+    else:
+        parser.add_argument("--weights", help=WEIGHTS)
+    parser.add_argument("--work-dir", help="folder for the results (default: work/<config name>)")
+    parser.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="forget what an earlier, killed start has done (by default it is continued)",
+    )
+    add_cfg_options(parser)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """The option that replaces any setting of a config."""
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="settings that replace the config's, e.g. model.prob_thd=0.2",
+    )
+
+
+def add_pictures(parser: argparse.ArgumentParser, default: int) -> None:
+    """The option that says how many images the picture sheet has."""
+    parser.add_argument(
+        "--pictures", type=_count, default=default, help=f"images on the sheet (default: {default})"
+    )
+
+
+def _count(text: str) -> int:
+    """A number of pictures, for argparse."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError("pictures cannot be fewer than 0")
+    return number
+
+
+def load(args: argparse.Namespace, *, weights: str | None, method: str | None = None) -> Config:
+    """The config that the options of `add_evaluation` describe, loaded and checked.
+
+    Raises:
+        ValueError: if the config or a setting is wrong.
+        OSError: if data are missing.
+        WeightsError: if weights are.
+    """
+    from sfp import evaluate
+
+    evaluate.quiet()
+    config = evaluate.load_config(
+        args.config,
+        method=method,
+        weights=weights,
+        work_dir=args.work_dir,
+        options=args.cfg_options,
+    )
+    evaluate.check(config)
+    return config

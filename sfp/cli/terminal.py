@@ -1,0 +1,45 @@
+"""Tables on stdout, and progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def progress(*more: str) -> Progress:
+    """A progress bar; `more` are further columns, e.g. "{task.fields[rate]}"."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        *map(TextColumn, more),
+        console=Console(stderr=True),
+    )
+
+
+def console(width: int = 160) -> Console:
+    """Standard output; a file or a pipe, which has no width to fit, gets `width` columns."""
+    found = Console()
+    if not found.is_terminal:
+        found.width = width
+    return found
+
+
+def print_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str | None = None,
+    caption: str | None = None,
+) -> None:
+    """Prints a table whose first column is text and whose others are numbers."""
+    table = Table(title=title, caption=caption)
+    for column in header:
+        table.add_column(column, justify="left" if column == header[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)

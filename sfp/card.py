@@ -37,7 +37,7 @@ from sfp.describe import knobs
 from sfp.journal import fingerprint
 from sfp.registry import METHODS, OPS, find
 from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
-from sfp.shipped import ConfigError, find_config
+from sfp.shipped import ConfigError, find_config, read_config
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary
 
@@ -310,7 +310,8 @@ def read_side(path: str | Path) -> dict[str, Any]:
             "a config"
         )
     if path.suffix == ".py":
-        groups = settings(Config.fromfile(str(path)))
+        config = read_config(path, "model.type", "model.classes", "test_dataloader.dataset")
+        groups = settings(config)
         return {k: v for k, v in groups.items() if k not in NOTED}  # of a run, and there was none
     try:
         card = json.loads(path.read_text(encoding="utf-8"))

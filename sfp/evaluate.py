@@ -35,7 +35,7 @@ from sfp.metrics import SegmentationMetric
 from sfp.registry import suggest
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.sheet import Panel, at_size, picture_sheet
-from sfp.shipped import ConfigError, find_config
+from sfp.shipped import ConfigError, find_config, read_config, require
 from sfp.vocabulary import load_vocabulary
 
 METRICS = ("mIoU", "aAcc", "mAcc", "fwIoU")
@@ -111,10 +111,7 @@ def load_config(
         ConfigError: if there is no such file, or it is no config.
     """
     path = find_config(path)
-    try:
-        config = Config.fromfile(str(path))
-    except (OSError, SyntaxError) as error:
-        raise ConfigError(f"{path} is no config: {error}") from None
+    config = read_config(path, "model.type")
     if method is not None:
         config.model.pop("method", None)  # assigning a dict would merge it
         config.model.method = dict(type=method)
@@ -141,6 +138,8 @@ def check(config: Config) -> None:
     for name in config.model:
         if name != "type" and name not in known:
             raise ConfigError(f"the segmentor has no setting {name!r}{suggest(name, known)}")
+    require(config, "model.classes", "model.weights", "test_dataloader.dataset")
+    require(config, "test_evaluator", "test_cfg.type")
     prompt_templates(config.model.get("templates", "imagenet"))
     build_method(config.model.get("method", "sfp"))
     names = load_vocabulary(config.model.classes).names

@@ -6,6 +6,9 @@ In the repository they are the folder `configs`; installed they are `sfp.configs
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
 
 from sfp.registry import suggest
 
@@ -41,3 +44,38 @@ def find_config(name: str | Path) -> Path:
     raise ConfigError(
         f"there is no config {name}: give the path of one, or a name{suggest(short, config_names())}"
     )
+
+
+def read_config(path: Path, *settings: str) -> Config:
+    """A config, parsed.
+
+    Args:
+        path: of the file.
+        settings: dotted names of what it has to have.
+
+    Raises:
+        ConfigError: if it is no config, or lacks a setting.
+    """
+    try:
+        config = Config.fromfile(str(path))
+    except Exception as error:  # a config is a program: whatever goes wrong in it is wrong with it
+        raise ConfigError(f"{path} is no config: {type(error).__name__}: {error}") from error
+    require(config, *settings)
+    return config
+
+
+def require(config: Config, *settings: str) -> None:
+    """Looks whether settings are there.
+
+    Raises:
+        ConfigError: naming the first that is missing.
+    """
+    for name in settings:
+        node: Any = config
+        for key in name.split("."):
+            if key not in node:
+                raise ConfigError(
+                    f"{config.filename or 'the config'} has no {name}: a config starts from "
+                    "base_config.py and adds its data and classes, as cfg_voc21.py does"
+                )
+            node = node[key]

@@ -25,6 +25,7 @@ BENCHMARKS = dict(  # name: (its class file, its dataset in `sfp.datasets`)
     cityscapes=("cls_city_scapes.txt", "Cityscapes19Dataset"),
     mini=("cls_mini.txt", "MiniSceneDataset"),
 )
+ALIASES = dict(city_scapes="cityscapes", coco_stuff164k="coco_stuff")  # as their configs are named
 Classes: TypeAlias = "str | os.PathLike[str] | Sequence[str | Sequence[str]] | Vocabulary"
 
 
@@ -76,8 +77,8 @@ def as_vocabulary(
 def _vocabulary(classes: Classes) -> Vocabulary:
     if isinstance(classes, Vocabulary):
         return classes
-    if isinstance(classes, str) and classes in BENCHMARKS:
-        return benchmark(classes)
+    if isinstance(classes, str) and ALIASES.get(classes, classes) in BENCHMARKS:
+        return benchmark(ALIASES.get(classes, classes))
     if isinstance(classes, str) and not Path(classes).is_file():
         if Path(classes).suffix or os.sep in classes:
             return load_vocabulary(classes)  # whose error says that the file is missing

@@ -22,7 +22,14 @@ from sfp.memory import Memory
 from sfp.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[1]
-SMALL = dict(device="cpu", short_side=80, slide_crop=64, slide_stride=32, templates=["a {}.", "{}"])
+SMALL = dict(
+    device="cpu",
+    short_side=80,
+    slide_crop=64,
+    slide_stride=32,
+    window_batch=32,
+    templates=["a {}.", "{}"],
+)
 WORDS = [["sky", "clouds"], "grass", "a person on a bike"]
 OTHER = ["road", "grass", ["car", "bus"], "tree"]
 
@@ -397,6 +404,9 @@ def test_benchmarks_by_name(name):
     expected = getattr(datasets, dataset).METAINFO["classes"]
     assert [each.strip() for each in expected] == list(vocabulary.names)
     assert len(vocabulary.names) == listed.num_classes
+    config = file.removeprefix("cls_").removesuffix(".txt").replace("coco_stuff", "coco_stuff164k")
+    assert (ROOT / "configs" / f"cfg_{config}.py").is_file()
+    assert words.as_vocabulary(config) == vocabulary  # by the name of its config, too
 
 
 def test_benchmarks_of_an_installed_package(tmp_path, monkeypatch):

@@ -70,7 +70,35 @@ def test_exit_codes(command, code, message, elsewhere, capsys):
     assert "Traceback" not in printed.err
 
 
-@pytest.mark.parametrize("command", ["", "evl mini", "eval", "eval mini --launcher mpi"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no model.type"),
+        ('model = dict(type="OpenVocabSegmentor")', "has no model.classes"),
+        ("model = undefined", "is no config: NameError: name 'undefined'"),
+        ("model = dict(", "is no config: SyntaxError"),
+        ('_base_ = "base_config.py"', "is no config: .*base_config.py"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "audit mini"])
+def test_configs_that_are_none(command, text, message, elsewhere, capsys):
+    (elsewhere / "mine.py").write_text(text)
+    assert cli.main([*command.split(), "mine.py"]) == 2
+    assert re.match(rf"error: mine\.py .*{message}", capsys.readouterr().err)
+
+
+def test_ctrl_c(capsys):
+    def run(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    assert cli.guarded(run, argparse.Namespace()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "evl mini", "eval", "eval mini --launcher mpi", "eval mini --cfg-options model.method"],
+)
 def test_wrong_command_lines(command, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(command.split())

@@ -71,6 +71,9 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
     except BrokenPipeError:  # `sfp methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # what shells say of a program that Ctrl-C ended
     except Exception as error:
         code = exit_code(error)
         if code == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmengine.config import DictAction
 
@@ -12,6 +12,22 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 WEIGHTS = "name or path of CLIP weights, e.g. ViT-L/14"
+
+
+class _Settings(DictAction):
+    """mmengine's KEY=VALUE pairs; a word that is none is an error of the command line."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for word in values:
+            if "=" not in word:
+                raise argparse.ArgumentError(self, f"{word!r} is not KEY=VALUE")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_command(
@@ -67,7 +83,7 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=_Settings,
         metavar="KEY=VALUE",
         help="settings that replace the config's, e.g. model.prob_thd=0.2",
     )

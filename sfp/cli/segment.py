@@ -144,9 +144,9 @@ def parse_classes(text: str) -> str | list[list[str]]:
         >>> parse_classes("cat|kitten, sky")
         [['cat', 'kitten'], ['sky']]
     """
-    from sfp.words import BENCHMARKS
+    from sfp.words import ALIASES, BENCHMARKS
 
-    if text in BENCHMARKS or Path(text).is_file():
+    if text in (*BENCHMARKS, *ALIASES) or Path(text).is_file():
         return text
     if Path(text).suffix == ".txt":
         raise FileNotFoundError(f"--classes {text}: there is no such file")

@@ -16,6 +16,8 @@ from importlib import import_module
 from sfp.version import __version__
 
 COMMANDS = (  # in the order of the help
+    "segment",
+    "demo",
     "eval",
     "compare",
     "ablate",

@@ -23,13 +23,9 @@ default_hooks = dict(logger=dict(type="LoggerHook", interval=50))
 
 model = dict(
     type="OpenVocabSegmentor",
-    data_preprocessor=dict(  # CLIP's mean and deviation
-        type="ImagePreprocessor",
-        mean=[122.771, 116.746, 104.094],
-        std=[68.501, 66.632, 70.323],
-        bgr_to_rgb=True,
-    ),
-    weights="ViT-B/16",  # or ViT-B/32, ViT-L/14, ViT-L/14@336px, a .pt or .safetensors file
+    # mean and std, RGB in 0..255, are those of the weights unless they stand here
+    data_preprocessor=dict(type="ImagePreprocessor", bgr_to_rgb=True),
+    weights="ViT-B/16",  # or ViT-L/14, ViT-B-16:dfn2b, ... (docs/weights.md), or a file of one's own
     templates="imagenet",  # the 80 prompts of CLIP's zero-shot classifier
     logit_scale=40.0,  # factor of the cosines before the softmax over all queries
     prob_thd=0.0,  # pixels whose best probability is below it become class 0 (background)

@@ -2,7 +2,7 @@
 # Published: only the mean is known to us, 43.9 mIoU over the eight benchmarks in the paper of
 # SC-CLIP, whose pipeline the released SFP builds on.
 #     CONFIG=configs/cfg_coco_object.py WORK_DIR=work/coco_object sh test.sh
-# The label maps come from tools/dataset_converters/coco_object.py (docs/data.md).
+# The label maps come from `sfp data prepare coco_object` (docs/data.md).
 
 _base_ = "./base_config.py"
 

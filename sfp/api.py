@@ -9,6 +9,7 @@ Example::
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -21,13 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sfp.clip.loading import load_clip
 from sfp.clip.model import CLIP
-from sfp.clip.text import prompt_templates, text_bank
+from sfp.clip.text import text_bank
 from sfp.clip.vit import VisionTransformer
 from sfp.functional.labels import assign
 from sfp.functional.windows import LogitSheet
-from sfp.guides import build_guides
 from sfp.inputs import as_image
 from sfp.memory import Memory
 from sfp.method import Method, build_method
@@ -50,6 +49,7 @@ def load(
     *,
     device: str | torch.device = "auto",
     precision: str = "auto",
+    compiled: bool = False,
     short_side: int | None = 336,
     slide_crop: int = 224,
     slide_stride: int = 112,
@@ -66,7 +66,9 @@ def load(
         weights: name, path or state dict for `load_clip`; or a `CLIP`, which is moved.
         method: preset name, `dict(type=name, knob=value, ...)` or a `Method`; `sfp.list_methods()`.
         device: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
-        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16" or "bf16".
+        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8", an
+            approximation for CPUs.
+        compiled: whether the blocks' MLPs go through `torch.compile`.
         short_side: pixels that the short side is resized to (the long one to 2048 at most); None
             leaves images as they are. The mini CLIP was trained on 224.
         slide_crop, slide_stride: side and distance of the windows; crop 0 takes images whole.
@@ -87,21 +89,24 @@ def load(
     if memory_mb < 0:
         raise ValueError(f"memory_mb={memory_mb}: expected 0 (nothing is kept) or more")
     device = _device(device)
-    settings = dict(
+    segmentor = _Segmentor(
+        weights,
+        NOTHING,
+        method,
         precision=precision,
+        compiled=compiled,
         slide_crop=slide_crop,
         slide_stride=slide_stride,
-        templates=tuple(prompt_templates(templates)),
+        templates=templates,
         logit_scale=logit_scale,
         pamr_steps=pamr_steps,
         window_batch=window_batch,
-        guides=dict(build_guides(guides).items()),
+        guides=guides,
         scores=False,
         data_preprocessor=dict(type="ImagePreprocessor", bgr_to_rgb=False),
     )
-    method = build_method(method)
-    clip = weights if isinstance(weights, CLIP) else load_clip(weights)
-    return Model(clip, method, device, settings, short_side, memory_mb * 2**20)
+    segmentor.memory = Memory(memory_mb * 2**20)
+    return Model(segmentor.to(device).eval(), short_side)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -135,25 +140,14 @@ class Model:
         memory: what is kept of recent images; `memory.clear()` forgets it.
     """
 
-    def __init__(
-        self,
-        clip: CLIP,
-        method: Method,
-        device: torch.device,
-        settings: Mapping[str, Any],
-        short_side: int | None,
-        memory: int,
-    ) -> None:
-        self.clip = clip
-        self.method = method
+    def __init__(self, segmentor: _Segmentor, short_side: int | None) -> None:
+        self.clip = segmentor.clip
+        self.method = segmentor.method
         self.short_side = short_side
-        self.memory = Memory(memory)
-        self._device = device
-        self._settings = dict(settings)
+        self.memory = segmentor.memory
+        self._wordless = segmentor
         self._build_method = lru_cache(build_method)  # names only: a dict has no hash
         self._embed = lru_cache(WORDS)(self._embed_one)
-        # moves weights and guides to their device, and says now what is wrong with the settings
-        self._segmentor(NOTHING, method).to(device)
 
     @overload
     def segment(
@@ -288,7 +282,7 @@ class Model:
     def _embed_one(self, query: str) -> Tensor:
         # one by one: what shares a batch would change the last bits
         with torch.inference_mode(False):  # kept for calls in which that may be on or off
-            return text_bank(self.clip, [query], self._settings["templates"])[0]
+            return text_bank(self.clip, [query], self._wordless.templates)[0]
 
     def _method(self, method: str | Mapping[str, Any] | Method | None) -> Method:
         if method is None:
@@ -296,14 +290,8 @@ class Model:
         return self._build_method(method) if isinstance(method, str) else build_method(method)
 
     def _segmentor(self, vocabulary: Vocabulary, method: Method) -> _Segmentor:
-        """A segmentor for these words around the same weights; a new one for each call is cheap."""
-        segmentor = _Segmentor(self.clip, vocabulary, method, **self._settings)
-        segmentor.memory = self.memory
-        segmentor.data_preprocessor.to(self._device)  # the one part that is new
-        segmentor.eval()
-        if vocabulary.queries:
-            segmentor.query_features = self.encode(vocabulary.queries)
-        return segmentor
+        features = self.encode(vocabulary.queries) if vocabulary.queries else None
+        return self._wordless.about(vocabulary, features, method)
 
     def _input(self, segmentor: _Segmentor, image: NDArray[np.uint8]) -> Tensor:
         """What the segmentor's windows are cut from, (3, h, w)."""
@@ -324,6 +312,13 @@ class _Segmentor(OpenVocabSegmentor):
     """The segmentor, with a memory between it and the network."""
 
     memory: Memory
+
+    def about(self, vocabulary: Vocabulary, features: Tensor | None, method: Method) -> _Segmentor:
+        """One with words, their features (Q, C) and a method of its own; all modules are shared."""
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)
+        other.vocabulary, other.query_features, other.method = vocabulary, features, method
+        return other
 
     def _window_logits(
         self, methods: Sequence[Method], windows: Tensor, vit: VisionTransformer

@@ -29,7 +29,7 @@ from PIL import Image
 
 from sfp.cache import atomic_write
 from sfp.card import NOTED, settings
-from sfp.datasets import colour_map
+from sfp.datasets import LABEL_STEPS, colour_map
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.sheet import Panel, label_picture, overlay
 
@@ -198,7 +198,7 @@ def bulk_config(config: Config, short_side: int | None = None) -> Config:
             config's, or 336 if it has no steps.
     """
     config = config.copy()
-    steps = [s for s in config.get("test_pipeline", []) if s["type"] != "LoadAnnotations"]
+    steps = [s for s in config.get("test_pipeline", []) if s["type"] not in LABEL_STEPS]
     if short_side is not None or not steps:
         resize = dict(type="Resize", scale=(2048, short_side or 336), keep_ratio=True)
         steps = [dict(type="LoadImageFromFile"), resize, dict(type="PackSegInputs")]

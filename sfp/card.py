@@ -30,9 +30,10 @@ import torch
 from mmengine.config import Config
 from torch import Tensor
 
-from sfp.cache import atomic_write, sha256_file
-from sfp.clip.loading import PUBLISHED, WeightsError, locate
+from sfp.cache import atomic_write
+from sfp.clip.loading import WeightsError, weights_digest
 from sfp.clip.text import prompt_templates
+from sfp.datasets import LABEL_STEPS
 from sfp.describe import knobs
 from sfp.journal import fingerprint
 from sfp.registry import METHODS, OPS, find
@@ -51,7 +52,7 @@ PACKAGES = [
 # arguments of the segmentor that are not protocol, or that stand elsewhere on the card
 _ELSEWHERE = {"weights", "classes", "method", "templates", "precision", "window_batch", "compiled"}
 _ELSEWHERE |= {"data_preprocessor", "scores", "palette", "init_cfg", "pretrained", "train_cfg"}
-_STEPS_OF_LABELS = {"LoadAnnotations", "PackSegInputs"}  # no image passes through them
+_STEPS_OF_LABELS = {*LABEL_STEPS, "PackSegInputs"}  # no image passes through them
 
 
 def plain(value: Any) -> Any:
@@ -214,12 +215,11 @@ def _weights(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any]
         result["load_from"] = config.load_from
     if model is not None:
         return dict(result, sha256=model.clip.digest)
-    if str(source) in PUBLISHED:
-        return dict(result, sha256=PUBLISHED[str(source)].sha256)
     try:
-        return dict(result, sha256=sha256_file(locate(source)))
+        digest = weights_digest(source)
     except (WeightsError, FileNotFoundError):
         return result  # of a config one may only want to know what it asks for
+    return dict(result, sha256=digest) if digest else result
 
 
 def _versions() -> dict[str, Any]:

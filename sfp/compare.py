@@ -118,7 +118,12 @@ def measure(
             for name, labels in zip(names, results, strict=True):
                 for i, truth, result in zip(batch, truths, labels, strict=True):
                     if images[i] not in counts[name]:
-                        entries = count(result.labels, truth.to(result.labels), len(classes), 255)
+                        entries = count(
+                            result.labels,
+                            truth.to(result.labels),
+                            len(classes),
+                            dataset.ignore_index,
+                        )
                         journals[name].append(images[i], entries)
                         counts[name][images[i]] = entries
             for n, i in enumerate(batch):

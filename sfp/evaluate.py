@@ -142,11 +142,11 @@ def check(config: Config) -> None:
     require(config, "test_evaluator", "test_cfg.type")
     prompt_templates(config.model.get("templates", "imagenet"))
     build_method(config.model.get("method", "sfp"))
-    names = load_vocabulary(config.model.classes).names
     try:
         dataset = DATASETS.build(config.test_dataloader.dataset)
     except TypeError as error:
         raise ConfigError(f"test_dataloader.dataset: {error}") from None
+    names = load_vocabulary(config.model.classes).names  # some come with the data
     expected = dataset.metainfo.get("classes") or names
     if len(names) != len(expected):
         raise ValueError(

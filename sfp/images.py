@@ -89,6 +89,26 @@ def _ordered(pixels: NDArray[np.uint8], swap: bool) -> NDArray[np.uint8]:
     return pixels
 
 
+def read_labels(path: str | os.PathLike[str]) -> NDArray[np.integer]:
+    """The numbers in a label map as they are stored, of 8 or 16 bits: (H, W), palettes ignored.
+
+    A file with several channels gives (H, W, C); nobody's label maps, but that is for the caller to
+    say.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    name = str(path)
+    data = read_bytes(path)
+    image = _open(data, name, MAX_PIXELS)
+    check_whole(data, name)
+    try:
+        labels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError) as error:
+        raise ImageError(f"{name}: damaged or truncated label map ({error})") from error
+    return labels.astype(np.uint8) if labels.dtype == bool else labels
+
+
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The contents of a regular file of reasonable size.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,22 +42,11 @@ class Seen:
     @property
     def nbytes(self) -> int:
         """Memory that its tensors hold."""
-        storages = [x.untyped_storage() for x in _tensors([self.features, self.trace])]
+        tensors = [] if self.trace is None else [*self.trace.tensors()]
+        if self.features is not None:
+            tensors.append(self.features.data)
+        storages = [x.untyped_storage() for x in tensors]  # views share theirs
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """All tensors inside."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Tokens):
-        yield values.data
-    elif isinstance(values, Trace):
-        yield from _tensors([values.image, values.embedded, *values.outputs])
-        yield from _tensors([*values.masks.values(), *values._once.values()])
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _tensors(value)
 
 
 def look(

@@ -23,6 +23,7 @@ from sfp.clip.loading import load_clip
 from sfp.clip.model import CLIP
 from sfp.clip.text import prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
+from sfp.clip.weights import CLIP_MEAN, CLIP_STD
 from sfp.datasets import colour_map
 from sfp.functional.labels import Labels, assign
 from sfp.functional.pamr import pamr
@@ -34,8 +35,6 @@ from sfp.registry import suggest
 from sfp.tokens import Tokens
 from sfp.vocabulary import Vocabulary, load_vocabulary
 
-CLIP_MEAN = (122.771, 116.746, 104.094)  # RGB, 0..255, as the segmentation repositories round them
-CLIP_STD = (68.501, 66.632, 70.323)
 LARGE = 2**24  # pixels from which an image is normalised window by window, to stay in 8 bits
 PRECISIONS = {
     "fp32": torch.float32,
@@ -47,15 +46,31 @@ PRECISIONS = {
 
 @MODELS.register_module()
 class ImagePreprocessor(SegDataPreProcessor):
-    """Normalises each image of a batch and leaves them as a list, so that their sizes may differ."""
+    """Normalises each image of a batch and leaves them as a list, so that their sizes may differ.
+
+    Args:
+        mean, std: RGB in 0..255; by default those of the segmentor's weights, for most OpenAI's.
+        bgr_to_rgb: whether images come as mmseg loads them.
+    """
 
     def __init__(
         self,
-        mean: Sequence[float] = CLIP_MEAN,
-        std: Sequence[float] = CLIP_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         bgr_to_rgb: bool = True,
     ) -> None:
-        super().__init__(mean=mean, std=std, bgr_to_rgb=bgr_to_rgb)
+        super().__init__(
+            mean=CLIP_MEAN if mean is None else mean,
+            std=CLIP_STD if std is None else std,
+            bgr_to_rgb=bgr_to_rgb,
+        )
+        self._given = dict(mean=mean, std=std)
+
+    def follow(self, clip: CLIP) -> None:
+        """Takes the normalisation that `clip` was trained with, where none was given."""
+        for name, given in self._given.items():
+            if given is None:
+                getattr(self, name).copy_(torch.tensor(getattr(clip, name))[:, None, None])
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
         """`inputs`: images (3, H, W) in 0..255, BGR as mmseg loads them -> a list of float images.
@@ -109,7 +124,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         compiled: whether the blocks' MLPs go through `torch.compile`.
         scores: whether results carry `seg_logits`, (K, H, W) probabilities, besides the labels.
         palette: colours per class for visualizers; by default those of Pascal VOC, continued.
-        data_preprocessor: by default an `ImagePreprocessor` with CLIP's constants.
+        data_preprocessor: by default an `ImagePreprocessor` with the constants of the weights.
         init_cfg: mmengine's.
         pretrained, train_cfg: `mmseg.apis.init_model` sets them; only None has a meaning here.
     """
@@ -175,6 +190,9 @@ class OpenVocabSegmentor(BaseSegmentor):
         self._palette = palette
         self.guides = build_guides(guides)
         self.clip = weights if isinstance(weights, CLIP) else load_clip(weights)
+        for part in (self.data_preprocessor, *self.guides.values()):
+            if hasattr(part, "follow"):  # whose input is normalised as these weights want it
+                part.follow(self.clip)
         if precision == "int8" or compiled:  # of these the caller's model shall know nothing
             self.clip = copy.deepcopy(self.clip, {id(p): p for p in self.clip.parameters()})
         if precision == "int8":

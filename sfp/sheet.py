@@ -16,8 +16,6 @@ from torch import Tensor
 
 from sfp.cache import atomic_write
 
-IGNORED = 255
-
 
 @dataclass(frozen=True)
 class Panel:
@@ -30,19 +28,18 @@ class Panel:
 def overlay(panel: Panel, palette: Sequence[Sequence[int]], opacity: float = 0.7) -> np.ndarray:
     """Labels in their colours over the picture, with white borders between them: (H, W, 3) uint8.
 
-    Ignored pixels (255) stay as they are.
+    Pixels whose label is none of the palette's, the ignored ones, stay as they are.
     """
     if panel.labels is None:
         return panel.image
-    colours = np.zeros((256, 3), np.float32)
-    colours[: len(palette)] = palette
-    labels = panel.labels.astype(np.uint8)
+    colours = np.array([*palette, (0, 0, 0)], np.float32)
+    labels = np.minimum(panel.labels, len(palette)).astype(np.uint16)
     # the picture keeps its light and dark under the colour
     grey = cv2.cvtColor(panel.image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
     mixed = opacity * colours[labels] + (1 - opacity) * grey
     edges = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
     mixed[edges] = 255
-    shown = (labels != IGNORED)[..., None]
+    shown = (labels < len(palette))[..., None]
     return np.where(shown, mixed, panel.image).astype(np.uint8)
 
 
@@ -76,10 +73,8 @@ def picture_sheet(
     rows = len(next(iter(columns.values())))
     ratio = np.mean([p.image.shape[0] / p.image.shape[1] for p in next(iter(columns.values()))])
     panels = [panel for column in columns.values() for panel in column]
-    present = sorted(
-        set().union(*(np.unique(p.labels).tolist() for p in panels if p.labels is not None))
-        - {IGNORED}
-    )
+    found = set().union(*(np.unique(p.labels).tolist() for p in panels if p.labels is not None))
+    present = sorted(i for i in found if i < len(names))
     longest = max((len(names[i]) for i in present), default=0)
     entry = 0.45 + 0.085 * longest  # inches that a colour and its name take
     side = 2.6

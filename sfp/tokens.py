@@ -121,6 +121,10 @@ class Heads:
             (self._made[name],) = self.project(self.x, name)
         return self._made[name]
 
+    def tensors(self) -> list[Tensor]:
+        """What it holds by now, for counting."""
+        return [self.x, *self._made.values()]
+
     @property
     def hidden_keys(self) -> Tensor | None:
         """`hidden` for all tokens, in the shape of attention weights: (B, 1, 1, T) bool."""

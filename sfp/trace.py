@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -110,8 +110,19 @@ class Trace:
         other._text, other._index, other.asked_words = text, index, False
         other._once = {k: v for k, v in self._once.items() if k not in self._worded}
         other._worded = set()
-        other._running = None
+        other._kept = dict(self._kept)  # what the others ask for shall not add to this one
         return other
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it holds, for counting."""
+        heads = [*self._kept.values(), *([self._running[1]] if self._running else [])]
+        tokens = [self.embedded, *self.outputs]
+        tokens += [value for value in self._once.values() if isinstance(value, Tokens)]
+        yield self.image
+        yield from (each.data for each in tokens)
+        yield from (x for each in heads for x in each.tensors())
+        yield from self.masks.values()
+        yield from (value for value in self._once.values() if isinstance(value, Tensor))
 
     def layer(self, index: int) -> int:
         """The absolute number of a method's layer.
@@ -157,9 +168,9 @@ class Trace:
 
     def once(self, op: Callable[[Trace], Tensor]) -> Tensor:
         """`op(trace)`, computed the first time that an equal op is asked for."""
-        return self._kept(op, lambda: op(self))
+        return self._noted(op, lambda: op(self))
 
-    def _kept(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+    def _noted(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """`compute()`, the first time; and a note whether the words had a part in it."""
         if key not in self._once:
             before, self.asked_words = self.asked_words, False
@@ -181,7 +192,7 @@ class Trace:
         if name not in self.guides:
             known = ", ".join(self.guides) or "none"
             raise GuideError(f"the method asks for the guide {name!r}; given: {known}")
-        return self._kept(("guide", name), lambda: self.guides[name](self.image).only_patches())
+        return self._noted(("guide", name), lambda: self.guides[name](self.image).only_patches())
 
     def query_features(self) -> Tensor:
         """The text features, (Q, C), for ops that cannot do without.
@@ -200,7 +211,7 @@ class Trace:
         def read() -> Tensor:
             return cosine_logits(self.vit.project(source(self)), self.query_features())
 
-        return self._kept(("guess", source), read)
+        return self._noted(("guess", source), read)
 
     def attention(self, i: int) -> Tensor:
         """Block `i`'s attention weights, (B, H, T, T)."""

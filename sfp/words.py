@@ -96,27 +96,13 @@ def _vocabulary(classes: Classes) -> Vocabulary:
 
 @cache
 def benchmark(name: str) -> Vocabulary:
-    """The words of a benchmark, under its dataset's own class names ("background", not "sky").
-
-    Raises:
-        FileNotFoundError: if this copy of the package came without its class files.
-    """
+    """The words of a benchmark, under its dataset's own class names ("background", not "sky")."""
     from sfp import datasets
+    from sfp.shipped import CONFIGS
 
     file, dataset = BENCHMARKS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # COCO-Object names "bed" twice, which is its protocol
-        vocabulary = load_vocabulary(_class_file(file))
+        vocabulary = load_vocabulary(CONFIGS / file)
     names = getattr(datasets, dataset).METAINFO["classes"]
     return replace(vocabulary, names=tuple(each.strip() for each in names))
-
-
-def _class_file(name: str) -> Path:
-    """A file of the folder configs: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(
-        f"this copy of sfp came without configs/{name}: install it again, or give the classes as a list"
-    )

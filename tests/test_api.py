@@ -367,16 +367,22 @@ def test_sizes_as_they_are(clip):
     assert long.shape == (102, 2048, 3)  # as the benchmarks: 2048 at most
 
 
-def test_half_precision(clip):
-    """The words and the image, from memory too; the caller's model is moved, not copied."""
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("int8", torch.float32)]
+)
+def test_precisions(clip, precision, dtype, runs):
+    """Words and image, from memory too. Weights that are given are moved, but never rounded."""
     own = tiny.clip(**tiny.WORDS)
-    model = door(own, precision="bf16")
-    assert own.visual.proj.dtype == torch.bfloat16
+    model = door(own, precision=precision)
+    assert own.visual.proj.dtype == dtype
+    assert str(dtype).removeprefix("torch.") in repr(model)
     result = model.segment(picture(), WORDS)
     same(result, model.segment(picture(), WORDS))
+    assert len(runs) == 1
     exact = door(clip).segment(picture(), WORDS)
-    assert np.median(abs(result.scores - exact.scores)) < 0.02
-    assert "bfloat16" in repr(model)
+    assert 0 < np.median(abs(result.scores - exact.scores)) < 0.02
+    if precision == "int8":
+        same(door(own).segment(picture(), WORDS), exact)
 
 
 def test_damaged_weights_are_named(tmp_path):
@@ -407,16 +413,6 @@ def test_benchmarks_by_name(name):
     config = file.removeprefix("cls_").removesuffix(".txt").replace("coco_stuff", "coco_stuff164k")
     assert (ROOT / "configs" / f"cfg_{config}.py").is_file()
     assert words.as_vocabulary(config) == vocabulary  # by the name of its config, too
-
-
-def test_benchmarks_of_an_installed_package(tmp_path, monkeypatch):
-    """There the class files lie inside the package, as `sfp.configs`."""
-    (tmp_path / "sfp" / "configs").mkdir(parents=True)
-    (tmp_path / "sfp" / "configs" / "cls_mini.txt").write_text("\n".join(mini.CLASSES))
-    monkeypatch.setattr(words, "__file__", str(tmp_path / "sfp" / "words.py"))
-    assert words.benchmark.__wrapped__("mini").queries == mini.CLASSES
-    with pytest.raises(FileNotFoundError, match=r"without configs/cls_voc21\.txt"):
-        words.benchmark.__wrapped__("voc21")
 
 
 def test_forms_of_classes(tmp_path):

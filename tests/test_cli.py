@@ -135,11 +135,11 @@ def test_bugs_are_not_hidden():
 
 
 def test_a_reader_that_leaves():
-    """`sfp methods | head -1`, with a reader that is gone before the table comes: no traceback."""
+    """`sfp methods --markdown | head -1`, the reader gone before the table comes: no traceback."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "sfp", "methods"],
+        [sys.executable, "-m", "sfp", "methods", "--markdown"],
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,

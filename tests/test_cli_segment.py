@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -12,16 +11,13 @@ import pytest
 from PIL import Image
 
 import sfp
-from sfp import mini
-from sfp.cli import segment
+from sfp import cli, mini
 
 MINI = ["--weights", "mini", "--short-side", "224", "--device", "cpu"]
 
 
 def run(*words: str) -> int:
-    parser = argparse.ArgumentParser(prog="sfp")
-    segment.register(parser.add_subparsers(required=True))
-    args = parser.parse_args(["segment", *words])
+    args = cli.build_parser().parse_args(["segment", *words])
     return args.run(args)
 
 
@@ -115,10 +111,14 @@ def test_inputs_that_are_wrong(photos, tmp_path):
     assert exit_.value.code == 2
 
 
-def test_help(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        run("--help")
-    assert exit_.value.code == 0
-    printed = capsys.readouterr().out
-    assert "examples:" in printed
-    assert "--background" in printed
+def test_exit_codes(photos, capsys):
+    """Through the one place that turns errors into codes."""
+    for words, code in (
+        (["--classes", "voc21", "--background", "sky"], 2),
+        (["--classes", "cat", "--weights", "no.pt"], 3),
+        (["--classes", "cat", *MINI], 0),
+    ):
+        assert cli.main(["segment", str(photos / "a.png"), *words]) == code
+    (photos / "a.png").write_bytes(b"")
+    assert cli.main(["segment", str(photos / "a.png"), "--classes", "cat", *MINI]) == 3
+    assert "a.png: the file is empty" in capsys.readouterr().err

@@ -63,7 +63,8 @@ def test_class_lists():
 def test_nothing_there(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "nowhere"))
     message = raises(lambda: build(name), tmp_path / "nowhere")
-    assert "there is no image folder" in message
+    first = "file of class names" if trees.LAYOUTS[name].classes else "image folder"
+    assert f"there is no {first}" in message
 
 
 def test_default_root(tmp_path, monkeypatch):
@@ -79,8 +80,7 @@ def test_a_label_is_missing(name, tree):
     label = root / trees.LAYOUTS[name].label.format(trees.LAYOUTS[name].stems[1])
     label.unlink()
     assert f"1 of {len(files)} labels missing" in raises(load, label)
-    if name == "coco_object":
-        assert "tools/dataset_converters/coco_object.py" in raises(load, label)
+    assert f"`sfp data prepare {name}` what to download" in raises(load, label)
 
 
 def test_images_are_missing(tree):

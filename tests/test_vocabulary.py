@@ -41,6 +41,8 @@ COUNTS = {  # classes, queries
     "coco_stuff": (171, 171),
     "ade20k": (150, 150),
     "city_scapes": (19, 19),
+    "city_scapes27": (27, 27),
+    "coco27": (27, 171),
     "mini": (18, 18),
 }
 

@@ -63,7 +63,7 @@ def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     method = sfp.build_method(args.method)
     classes = class_names(args)
     clip = sfp.load_clip(args.weights)
-    pixels = visualize.normalised(image)
+    pixels = visualize.normalised(image, clip)
 
     trace = clip.visual.trace(pixels, depth=None if args.layers else 12)
     layers = args.layers or LAYERS

@@ -23,7 +23,9 @@ COMMANDS = (  # in the order of the help
     "ablate",
     "audit",
     "label",
+    "data",
     "methods",
+    "weights",
     "completion",
     "version",
 )
@@ -70,7 +72,7 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
     try:
         code = run(args)
         sys.stdout.flush()  # a reader that has gone shows up here, and not in the interpreter's end
-    except BrokenPipeError:  # `sfp methods | head`
+    except BrokenPipeError:  # `sfp methods --markdown | head`; rich does the same for its tables
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

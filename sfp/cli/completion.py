@@ -58,6 +58,8 @@ def _words() -> dict[str, list[str]]:
     return dict(
         config=config_names(),
         weights=[MINI, *PUBLISHED],
+        names=list(PUBLISHED),
+        source=[MINI, *PUBLISHED],
         method=methods,
         methods=methods,
         study=sorted(studies()),

@@ -9,34 +9,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfp.cli import options
+
 if TYPE_CHECKING:
     from sfp.bulk import Unit
     from sfp.result import Result
 
-HELP = "segment images with your own words"
-DESCRIPTION = """\
+TEXT = """\
 Segments images with your own words and prints what is in them.
+
+Examples:
+    sfp segment photo.jpg --classes "cat, grass, sky" --out out
+    sfp segment photos --classes "cat|kitten, sofa|couch" --background "wall, floor" --out out --overlay
+    sfp segment street.jpg --classes cityscapes --short-side 560 --method sclip --out out --coco
 
 With --out it writes OUT/labels/<name>.png, the label of each pixel as a palette picture; with --overlay
 also OUT/overlay/<name>.jpg, a picture to look at; with --coco also OUT/coco.json, all images as COCO
 annotations. Very many images: `sfp label`, which continues where it was stopped.
-"""
-EXAMPLES = """\
-examples:
-  sfp segment photo.jpg --classes "cat, grass, sky" --out out
-  sfp segment photos --classes "cat|kitten, sofa|couch" --background "wall, floor" --out out --overlay
-  sfp segment street.jpg --classes cityscapes --short-side 560 --method sclip --out out --coco
+
+Exit codes: 0 done; 1 some images could not be read; 2 wrong command line or settings; 3 the only image,
+or the weights, are missing or damaged.
 """
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the parser of this command."""
-    parser = commands.add_parser(
-        "segment",
-        help=HELP,
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = options.add_command(
+        commands, "segment", run, help="segment images with your own words", text=TEXT
     )
     parser.add_argument("images", nargs="+", help="images, folders of them, lists of paths (.txt)")
     parser.add_argument(
@@ -57,7 +56,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--method", default="sfp", help="preset (default: sfp)")
     parser.add_argument(
-        "--weights", default="ViT-B/16", help="name or path of CLIP weights (default: ViT-B/16)"
+        "--weights", default="ViT-B/16", help=f"{options.WEIGHTS} (default: ViT-B/16)"
     )
     parser.add_argument("--short-side", type=int, default=336, help="pixels (default: 336)")
     parser.add_argument("--pamr", type=int, default=0, metavar="STEPS", help="refinement at edges")
@@ -68,7 +67,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         choices=["auto", "fp32", "fp16", "bf16"],
         help="default: auto",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

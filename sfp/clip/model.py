@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sfp.clip.vit import Transformer, VisionTransformer
+from sfp.clip.vit import HEAD_WIDTH, Transformer, VisionTransformer
+from sfp.clip.weights import CLIP_MEAN, CLIP_STD, HEAD_WIDTHS, LayoutError
 
 
 class CLIP(nn.Module):
@@ -18,8 +19,12 @@ class CLIP(nn.Module):
         image_size, patch, width, layers: of the image tower.
         context, vocab, text_width, text_layers: of the text tower.
         activation: "quick_gelu" (OpenAI) or "gelu".
+        head_width, hidden: of the image tower, as in `VisionTransformer`.
+        text_head_width, text_hidden: of the text tower.
 
     Attributes:
+        activation: as above.
+        mean, std: normalisation of the images it was trained with, RGB in 0..255.
         digest: SHA-256 of the weights it was loaded from, the key of cached text features.
     """
 
@@ -36,6 +41,10 @@ class CLIP(nn.Module):
         text_width: int,
         text_layers: int,
         activation: str = "quick_gelu",
+        head_width: int = HEAD_WIDTH,
+        hidden: int | None = None,
+        text_head_width: int = HEAD_WIDTH,
+        text_hidden: int | None = None,
     ) -> None:
         super().__init__()
         self.visual = VisionTransformer(
@@ -45,13 +54,19 @@ class CLIP(nn.Module):
             layers=layers,
             embed_dim=embed_dim,
             activation=activation,
+            head_width=head_width,
+            hidden=hidden,
         )
-        self.transformer = Transformer(text_width, text_layers, activation)
+        self.transformer = Transformer(
+            text_width, text_layers, activation, head_width=text_head_width, hidden=text_hidden
+        )
         self.token_embedding = nn.Embedding(vocab, text_width)
         self.positional_embedding = nn.Parameter(torch.randn(context, text_width) * 0.01)
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.randn(text_width, embed_dim) * text_width**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.activation = activation
+        self.mean, self.std = CLIP_MEAN, CLIP_STD
         self.digest = ""
 
     @property
@@ -85,53 +100,69 @@ class CLIP(nn.Module):
         return self.ln_final(x) @ self.text_projection
 
 
-def build_clip(state: Mapping[str, Tensor], activation: str = "quick_gelu") -> CLIP:
-    """A CLIP that holds `state`, every size inferred from the shapes.
+def build_clip(
+    state: Mapping[str, Tensor],
+    activation: str = "quick_gelu",
+    *,
+    head_width: int | None = None,
+    text_head_width: int | None = None,
+) -> CLIP:
+    """A CLIP that holds `state`, every other size inferred from the shapes.
 
     Args:
-        state: OpenAI-layout state dict; its bookkeeping scalars are ignored.
+        state: state dict in OpenAI's layout, as `sfp.clip.layouts.recognise` gives it.
         activation: which the shapes cannot tell.
+        head_width: of the image tower, which they cannot tell either; by default that of the published
+            model of this width, or 64.
+        text_head_width: of the text tower, by default 64.
 
     Raises:
-        ValueError: if names are missing, left over or of a wrong shape; the message lists them.
+        LayoutError: if names are missing, left over or of a wrong shape; the message lists them.
     """
-    state = {k: v for k, v in state.items() if k not in _SCALARS}
-    if "logit_scale" in state:  # a scalar that some files store as (1,)
-        state["logit_scale"] = state["logit_scale"].reshape(())
-    if "visual.layer1.0.conv1.weight" in state:
-        raise ValueError(
-            "this is a ResNet CLIP: only ViT towers have the patch tokens methods need"
-        )
     try:
         conv = state["visual.conv1.weight"]
         positions = state["visual.positional_embedding"]
         vocab, text_width = state["token_embedding.weight"].shape
         context = state["positional_embedding"].shape[0]
         embed_dim = state["text_projection"].shape[1]
+        sizes = dict(width=conv.shape[0], patch=conv.shape[-1], rows=positions.shape[0])
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"not a CLIP state dict in OpenAI's layout: {error} is missing or misshapen; it should "
-            "hold visual.*, transformer.*, token_embedding.weight, positional_embedding, ln_final.*, "
-            "text_projection and logit_scale"
+        raise LayoutError(
+            f"not a CLIP state dict: {error} is missing or misshapen; expected visual.*, "
+            "transformer.*, token_embedding.weight, positional_embedding, ln_final.*, "
+            f"text_projection and logit_scale; found {_some(state)}"
         ) from None
-    side = round((len(positions) - 1) ** 0.5)
-    if side * side + 1 != len(positions):
-        raise ValueError(
-            f"position table of {len(positions)} rows: expected a square grid plus CLS"
+    if vocab > VOCABULARY:
+        raise LayoutError(
+            f"a vocabulary of {vocab} tokens: the text tower was trained with another tokenizer than "
+            f"CLIP's ({VOCABULARY} byte pairs), which this package does not have"
         )
-    with torch.device("meta"):
-        clip = CLIP(
-            embed_dim=embed_dim,
-            image_size=side * conv.shape[-1],
-            patch=conv.shape[-1],
-            width=conv.shape[0],
-            layers=_count_blocks(state, "visual.transformer.resblocks."),
-            context=context,
-            vocab=vocab,
-            text_width=text_width,
-            text_layers=_count_blocks(state, "transformer.resblocks."),
-            activation=activation,
+    side = round((sizes["rows"] - 1) ** 0.5) if sizes["rows"] else 0
+    if side * side + 1 != sizes["rows"]:
+        raise LayoutError(
+            f"position table of {sizes['rows']} rows: expected a square grid plus CLS"
         )
+    width = sizes["width"]
+    try:
+        with torch.device("meta"):
+            clip = CLIP(
+                embed_dim=embed_dim,
+                image_size=side * sizes["patch"],
+                patch=sizes["patch"],
+                width=width,
+                layers=_count_blocks(state, "visual."),
+                context=context,
+                vocab=vocab,
+                text_width=text_width,
+                text_layers=_count_blocks(state, ""),
+                activation=activation,
+                head_width=head_width or HEAD_WIDTHS.get(width, HEAD_WIDTH),
+                hidden=_hidden(state, "visual."),
+                text_head_width=text_head_width or HEAD_WIDTH,
+                text_hidden=_hidden(state, ""),
+            )
+    except ValueError as error:  # heads that do not fill the width
+        raise LayoutError(f"{error} (head_width, text_head_width)") from None
     own = clip.state_dict()
     problems = [f"missing {k}" for k in own if k not in state]
     problems += [f"unexpected {k}" for k in state if k not in own]
@@ -143,19 +174,29 @@ def build_clip(state: Mapping[str, Tensor], activation: str = "quick_gelu") -> C
     problems += [f"{k} is {v.dtype}, not of floats" for k, v in state.items() if not _floats(v)]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(
-            "not a CLIP state dict in OpenAI's layout: " + "; ".join(problems[:8]) + more
-        )
+        raise LayoutError("not the state dict of a CLIP: " + "; ".join(problems[:8]) + more)
     clip.load_state_dict({k: v.detach() for k, v in state.items()}, assign=True)
     return clip.requires_grad_(False).eval()
 
 
-_SCALARS = ("input_resolution", "context_length", "vocab_size")
+VOCABULARY = 49408  # OpenAI's byte pairs, which open_clip, MetaCLIP and DFN share
+
+
+def _some(state: Mapping[str, Tensor]) -> str:
+    names = ", ".join(list(state)[:4])
+    return f"{len(state)} tensors: {names}{', ...' if len(state) > 4 else ''}"
 
 
 def _floats(x: Tensor) -> bool:
     return x.is_floating_point() and x.layout == torch.strided
 
 
-def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
+def _count_blocks(state: Mapping[str, Tensor], tower: str) -> int:
+    prefix = f"{tower}transformer.resblocks."
     return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
+
+
+def _hidden(state: Mapping[str, Tensor], tower: str) -> int | None:
+    """Width of the MLPs, read off the first one; 4.36 or 4.92 times the tokens' in some."""
+    first = state.get(f"{tower}transformer.resblocks.0.mlp.c_fc.weight")
+    return first.shape[0] if first is not None and first.ndim == 2 else None

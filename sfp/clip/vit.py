@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Rule = Callable[[Heads, Trace], Tensor]
 """An attention rule: (heads, trace) -> weights, (B, H or 1, M, T)."""
 
-HEAD_WIDTH = 64  # of every CLIP tower, whatever its width
+HEAD_WIDTH = 64  # of every CLIP tower but the image towers of open_clip's largest models
 
 
 class QuickGELU(nn.Module):
@@ -70,17 +70,27 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual attention block: x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+    """A residual attention block: x + attention(ln_1(x)), then x + mlp(ln_2(x)).
 
-    def __init__(self, width: int, heads: int, activation: str = "quick_gelu") -> None:
+    Args:
+        width: token width D.
+        heads: number of attention heads.
+        activation: of the MLP, "quick_gelu" or "gelu".
+        hidden: width of the MLP's hidden layer, 4 D by default.
+    """
+
+    def __init__(
+        self, width: int, heads: int, activation: str = "quick_gelu", hidden: int | None = None
+    ) -> None:
         super().__init__()
+        hidden = hidden or 4 * width
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(
-                c_fc=nn.Linear(width, 4 * width),
+                c_fc=nn.Linear(width, hidden),
                 gelu=ACTIVATIONS[activation](),
-                c_proj=nn.Linear(4 * width, width),
+                c_proj=nn.Linear(hidden, width),
             )
         )
         self.ln_2 = nn.LayerNorm(width)
@@ -161,12 +171,34 @@ def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, under the name that OpenAI's checkpoints give it."""
+    """A stack of blocks, under the name that OpenAI's checkpoints give it.
 
-    def __init__(self, width: int, layers: int, activation: str = "quick_gelu") -> None:
+    Args:
+        width, activation, hidden: as in `Block`.
+        layers: number of blocks.
+        head_width: width d of an attention head.
+
+    Raises:
+        ValueError: if the heads do not fill the width.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        activation: str = "quick_gelu",
+        *,
+        head_width: int = HEAD_WIDTH,
+        hidden: int | None = None,
+    ) -> None:
         super().__init__()
+        if head_width < 1 or width % head_width:
+            raise ValueError(
+                f"tokens of width {width} cannot be divided into attention heads of {head_width}: "
+                "say how wide the heads are"
+            )
         self.resblocks = nn.ModuleList(
-            Block(width, width // HEAD_WIDTH, activation) for _ in range(layers)
+            Block(width, width // head_width, activation, hidden) for _ in range(layers)
         )
 
 
@@ -176,10 +208,12 @@ class VisionTransformer(nn.Module):
     Args:
         image_size: side of the square training images, in pixels.
         patch: side of a patch, in pixels.
-        width: token width D; there are D / 64 heads.
+        width: token width D.
         layers: number of blocks.
         embed_dim: width C of the joint image-text space.
         activation: "quick_gelu" (OpenAI) or "gelu".
+        head_width: width of an attention head.
+        hidden: width of the MLPs' hidden layer, 4 D by default.
     """
 
     def __init__(
@@ -191,6 +225,8 @@ class VisionTransformer(nn.Module):
         layers: int,
         embed_dim: int,
         activation: str = "quick_gelu",
+        head_width: int = HEAD_WIDTH,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         self.patch = patch
@@ -200,7 +236,9 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, activation)
+        self.transformer = Transformer(
+            width, layers, activation, head_width=head_width, hidden=hidden
+        )
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.clip.weights import CLIP_MEAN, CLIP_STD
 from sfp.registry import GUIDES
 from sfp.tokens import Tokens
 
-CLIP_MEAN = (122.771, 116.746, 104.094)  # what `ImagePreprocessor` subtracts, RGB in 0..255
-CLIP_STD = (68.501, 66.632, 70.323)
+if TYPE_CHECKING:
+    from sfp.clip.model import CLIP
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1; of DINO, DINOv2 and most others
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -26,7 +29,8 @@ class TransformersGuide(nn.Module):
         model: a name on the Hugging Face hub or a folder, loaded with `AutoModel`; or a model, e.g.
             one made from a config.
         mean, std: the model's normalisation, RGB in 0..1.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255.
+        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+            that of the segmentor's weights, for most OpenAI's.
 
     Raises:
         ImportError: if a model is to be loaded and `transformers` is not installed.
@@ -41,8 +45,8 @@ class TransformersGuide(nn.Module):
         model: str | nn.Module,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        image_mean: Sequence[float] = CLIP_MEAN,
-        image_std: Sequence[float] = CLIP_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.model = _load(model) if isinstance(model, str) else model
@@ -54,13 +58,27 @@ class TransformersGuide(nn.Module):
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in forward else {}
         )
-        # images * factor + shift: out of one normalisation and into the other
-        own = [torch.tensor(list(x)) * 255 for x in (mean, std)]
-        factor = torch.tensor(list(image_std)) / own[1]
-        shift = (torch.tensor(list(image_mean)) - own[0]) / own[1]
-        self.register_buffer("factor", factor[:, None, None], persistent=False)
-        self.register_buffer("shift", shift[:, None, None], persistent=False)
+        self._own = [torch.tensor(list(x)) * 255 for x in (mean, std)]
+        self._given = (image_mean, image_std)
+        self.register_buffer("factor", torch.empty(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.empty(3, 1, 1), persistent=False)
+        self._expect(CLIP_MEAN, CLIP_STD)
         self.eval()
+
+    def follow(self, clip: CLIP) -> None:
+        """Expects images normalised for `clip`, unless their normalisation was given."""
+        self._expect(clip.mean, clip.std)
+
+    def _expect(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Images * factor + shift: out of one normalisation and into the other."""
+        mean, std = (
+            given if given is not None else own
+            for given, own in zip(self._given, (mean, std), strict=True)
+        )
+        factor = torch.tensor(list(std)) / self._own[1]
+        shift = (torch.tensor(list(mean)) - self._own[0]) / self._own[1]
+        self.factor.copy_(factor[:, None, None])
+        self.shift.copy_(shift[:, None, None])
 
     def train(self, mode: bool = True) -> TransformersGuide:
         """Stays in evaluation mode: nothing of it is trained."""

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfp.clip.model import CLIP
+from sfp.clip.weights import CLIP_MEAN, CLIP_STD
 from sfp.mini import scene
-from sfp.segmentor import CLIP_MEAN, CLIP_STD
 
 SHORT_SIDE = 336  # of most benchmarks, docs/protocol.md
 SCENE_SIDE = 224  # what the mini CLIP was trained on
@@ -41,9 +42,13 @@ def load_image(source: str | Path | int, short_side: int | None = None) -> np.nd
     return cv2.cvtColor(cv2.resize(image, size, interpolation=kind), cv2.COLOR_BGR2RGB)
 
 
-def normalised(image: np.ndarray) -> Tensor:
-    """A batch of one for the image tower: (H, W, 3) uint8 RGB -> (1, 3, H, W)."""
-    pixels = (torch.from_numpy(image.copy()).float() - torch.tensor(CLIP_MEAN)) / torch.tensor(
-        CLIP_STD
-    )
+def normalised(image: np.ndarray, clip: CLIP | None = None) -> Tensor:
+    """A batch of one for the image tower: (H, W, 3) uint8 RGB -> (1, 3, H, W).
+
+    Args:
+        image: the picture.
+        clip: whose normalisation is used; OpenAI's by default.
+    """
+    mean, std = (clip.mean, clip.std) if clip else (CLIP_MEAN, CLIP_STD)
+    pixels = (torch.from_numpy(image.copy()).float() - torch.tensor(mean)) / torch.tensor(std)
     return pixels.permute(2, 0, 1)[None]  # (1, 3, H, W)

@@ -42,7 +42,7 @@ def segment(segmentor: OpenVocabSegmentor, image: np.ndarray) -> Segmented:
         image: scaled as the segmentor should see it, e.g. by `load_image`.
     """
     with torch.inference_mode():
-        pixels = normalised(image).to(segmentor.text_features().device)
+        pixels = normalised(image, segmentor.clip).to(segmentor.text_features().device)
         sample = segmentor.predict(pixels)[0]
     return Segmented(
         sample.pred_sem_seg.data[0].cpu().numpy(), sample.seg_logits.data.amax(0).cpu().numpy()

@@ -1,0 +1,216 @@
+"""`sfp data`: which datasets are there, what to download, label maps, and whether files are whole."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+from sfp.cli.options import add_command
+
+if TYPE_CHECKING:
+    from sfp.data.catalogue import Entry
+
+TEXT = """\
+Lists, prepares and checks the datasets (docs/data.md); `sfp data ACTION --help` has more.
+
+Examples:
+    sfp data list
+    sfp data prepare coco_stuff164k
+    sfp data check coco_stuff164k
+"""
+LIST = """\
+Lists the datasets, where each is looked for, and whether it is there.
+
+Examples:
+    sfp data list
+    sfp data list --data-root /path/to/data
+"""
+PREPARE = """\
+Says what to download from where, under which terms, and how it lies on disk; then writes the label maps
+that evaluation reads. Files that are there are kept, so a stopped conversion goes on where it was.
+
+Examples:
+    sfp data prepare voc21                   # nothing to convert: only says what is needed
+    sfp data prepare coco_stuff164k coco27
+    sfp data prepare context60 --force       # write label maps again
+
+Exit codes: 0 all is there; 2 no such dataset; 3 files are missing or damaged.
+"""
+CHECK = """\
+Reads every image and label map: their number, pairs, sizes, ids and whether files are damaged; every
+kind of problem is shown with its first examples.
+
+A manifest holds SHA-256s of an evenly spread sample: of the bytes of images, and of the numbers in
+label maps. Written here and compared there, it tells whether two machines have the same data.
+
+Examples:
+    sfp data check voc21
+    sfp data check voc21 --write-manifest    # to DATA_ROOT/voc21.manifest.json
+    sfp data check voc21 --manifest voc21.manifest.json
+
+A manifest that is at its place in the root of the data is compared without being asked for.
+
+Exit codes: 0 all is right; 2 no such dataset; 3 something is missing, damaged or different.
+"""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds `data` and its own commands."""
+    parser = commands.add_parser(
+        "data",
+        help="list, prepare and check the datasets",
+        description=TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    add = partial(add_command, actions)
+    listed = add("list", _list, help="which datasets are there", text=LIST)
+    prepared = add("prepare", _prepare, help="what to download; write label maps", text=PREPARE)
+    checked = add("check", _check, help="read every file, name every problem", text=CHECK)
+    for action in (listed, prepared, checked):
+        action.add_argument(
+            "--data-root", type=Path, help="folder of all data (default: $DATA_ROOT, or data)"
+        )
+    for action in (prepared, checked):
+        action.add_argument("names", nargs="+", metavar="NAME", help="as `sfp data list` has it")
+        action.add_argument(
+            "--workers", type=_positive, help="threads (default: one per core, up to 8)"
+        )
+    prepared.add_argument("--force", action="store_true", help="write what is there again")
+    files = checked.add_mutually_exclusive_group()
+    files.add_argument(
+        "--write-manifest", action="store_true", help="record hashes, to compare elsewhere"
+    )
+    files.add_argument("--manifest", type=Path, metavar="FILE", help="compare with this one")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
+
+
+def _root(args: argparse.Namespace) -> Path:
+    return args.data_root or Path(os.environ.get("DATA_ROOT") or "data")
+
+
+def _entries(names: Iterable[str]) -> dict[str, Entry]:
+    """Entries of the catalogue; an unknown name is refused before anything runs."""
+    from sfp.data.catalogue import CATALOGUE
+    from sfp.registry import pick
+
+    return {name: pick("dataset", name, CATALOGUE) for name in names}
+
+
+def _list(args: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from sfp.cli.terminal import console
+    from sfp.data.catalogue import CATALOGUE
+    from sfp.data.check import state
+
+    root = _root(args)
+    table = Table("name", "dataset", "images", "classes", "looked for in", "state")
+    for name, entry in CATALOGUE.items():
+        _, what = state(entry, root)
+        style = {"ready": "green", "missing": "dim"}.get(what, "yellow")
+        images = " or ".join(map(str, entry.images))
+        where = str(root / entry.folder)
+        table.add_row(name, entry.title, images, str(entry.classes), where, f"[{style}]{what}[/]")
+    console().print(table)
+    print("`sfp data prepare NAME` says how to get one, `sfp data check NAME` reads every file")
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from sfp.data.check import state
+    from sfp.data.convert import WORKERS, run
+
+    root = _root(args)
+    complete = True
+    for name, entry in _entries(args.names).items():
+        print(_card(name, entry, root))
+        for step in entry.steps:
+            written, kept = run(
+                step.jobs(entry, root),
+                f"{entry.title}: {step.what}",
+                workers=args.workers or WORKERS,
+                force=args.force,
+            )
+            print(f"{step.what}: {written} written, {kept} were there")
+        entry.build(root).load_data_list()  # raises what is still missing
+        images, what = state(entry, root)
+        print(f"{name}: {images} images, {what}; `sfp data check {name}` reads every file\n")
+        complete &= what == "ready"
+    return 0 if complete else 3
+
+
+def _card(name: str, entry: Entry, root: Path) -> str:
+    """What a dataset consists of, in lines."""
+    lines = [f"{entry.title} ({name}): {entry.images[0]} images, {entry.classes} classes"]
+    lines += ["", "Download, and unpack in"]
+    for file in entry.downloads:
+        folder = os.path.normpath(root / file.into)
+        lines.append(f"  {file.file} from {file.url}\n    {folder}")
+    lines += ["", *wrap(f"Terms: {entry.terms} Read them where you download.", 100), ""]
+    lines.append(f"Then there are, below {root / entry.folder}")
+    width = max(map(len, entry.layout))
+    lines += [f"  {path:{width}}  {what}".rstrip() for path, what in entry.layout.items()]
+    if entry.note:
+        lines += ["", *wrap(f"Note: {entry.note}", 100)]
+    return "\n".join(lines) + "\n"
+
+
+def _check(args: argparse.Namespace) -> int:
+    from sfp.data import check
+    from sfp.data.convert import WORKERS
+    from sfp.evaluate import quiet
+
+    quiet()  # what mmseg says about odd label maps is said here in other words
+    root, workers = _root(args), args.workers or WORKERS
+    entries = _entries(args.names)
+    if args.manifest and len(entries) > 1:
+        raise ValueError("--manifest is of one dataset: check one at a time")
+    wrong = False
+    for name, entry in entries.items():
+        report = check.check(entry, root, workers=workers)
+        problems = dict(report.problems)
+        known = root / f"{name}.manifest.json"
+        other = args.manifest or (known if known.is_file() else None)
+        if problems:
+            if args.write_manifest or other:
+                print(f"{name}: hashes wait until the problems below are solved")
+        elif args.write_manifest:
+            check.write_manifest(known, check.manifest(entry, root, workers=workers))
+            print(f"{name}: wrote {known}")
+        elif other:
+            differ = check.compare(other, check.manifest(entry, root, workers=workers))
+            if differ:
+                problems[f"differs from {other}"] = differ
+            else:
+                print(f"{name}: as {other} says")
+        print(
+            f"{name}: {report.images} images; {report.occurring} of {entry.classes} classes occur, "
+            f"{report.ignored:.1%} of the pixels do not count"
+        )
+        _print_problems(name, problems)
+        wrong |= bool(problems)
+    return 3 if wrong else 0
+
+
+def _print_problems(name: str, problems: Mapping[str, list[str]], examples: int = 3) -> None:
+    if not problems:
+        print(f"{name}: no problems")
+    for kind, lines in problems.items():
+        print(f"{name}: {kind}: {len(lines)}")
+        for line in lines[:examples]:
+            print(f"    {line}")
+        if len(lines) > examples:
+            print(f"    and {len(lines) - examples} more")
+    if any("missing" in kind for kind in problems):
+        print(f"{name}: `sfp data prepare {name}` says what to download, and writes label maps")

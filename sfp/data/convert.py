@@ -1,0 +1,317 @@
+"""Label maps out of what the datasets' authors publish: jobs, and what runs them.
+
+A job is a file to write and a function that gives its content. Files that exist are kept, each appears
+under its name only when it is whole, and one that cannot be made does not stop the others: a killed or
+failed conversion is continued by starting it again.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from sfp.cache import atomic_write
+from sfp.data import ids
+from sfp.datasets import COCOStuff164kDataset, LocalFiles, PascalContext59Dataset, absent
+from sfp.images import DataError, read_bytes, read_labels
+
+Labels = NDArray[np.integer]
+WORKERS = min(os.cpu_count() or 1, 8)
+IGNORED = 255
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A file to make.
+
+    Attributes:
+        target: its path; a PNG, or text.
+        make: gives labels (H, W), or text. Raises DataError if what it reads is not right.
+        source: what it reads, if that is a file of its own.
+    """
+
+    target: Path
+    make: Callable[[], Labels | str]
+    source: Path | None = None
+
+
+def run(
+    jobs: Sequence[Job], what: str, *, workers: int = WORKERS, force: bool = False
+) -> tuple[int, int]:
+    """Makes the files that are not there yet.
+
+    Args:
+        jobs: what to make.
+        what: name of the progress bar, on stderr.
+        workers: threads; NumPy and OpenCV leave the interpreter to the others.
+        force: whether files that exist are made again.
+
+    Returns:
+        How many files were written, and how many were there.
+
+    Raises:
+        FileNotFoundError: if sources are missing; nothing is made then.
+        DataError: if some could not be made; all others are.
+    """
+    missing = set(absent(job.target for job in jobs))
+    todo = [job for job in jobs if force or str(job.target) in missing]
+    sources = [job.source for job in todo if job.source is not None]
+    if lost := absent(sources):
+        raise FileNotFoundError(
+            f"{what}: {len(lost)} of {len(sources)} files to convert are missing, first {lost[0]}"
+        )
+    failures = [error for error in parallel(_make, todo, what, workers) if error]
+    if failures:
+        raise DataError(
+            f"{what}: {len(failures)} of {len(todo)} files could not be made (all others are), first: "
+            f"{failures[0]}"
+        )
+    return len(todo), len(jobs) - len(todo)
+
+
+def _make(job: Job) -> str:
+    """Writes the file of a job; returns what is wrong, if its source is."""
+    try:
+        content = job.make()
+    except DataError as error:
+        return str(error)
+    if isinstance(content, str):
+        data = content.encode()
+    else:
+        done, png = cv2.imencode(".png", np.ascontiguousarray(content))
+        assert done, job.target
+        data = png.tobytes()
+    with atomic_write(job.target) as path:
+        path.write_bytes(data)
+    return ""
+
+
+def parallel(fn: Callable[[T], R], items: Sequence[T], what: str, workers: int) -> Iterator[R]:
+    """`map(fn, items)` in threads, in order, with a progress bar on stderr."""
+    if not items:
+        return
+    with ThreadPoolExecutor(workers) as pool, closing(_cancelling(pool, fn, items)) as results:
+        yield from track(results, what, total=len(items), console=Console(stderr=True))
+
+
+def _cancelling(
+    pool: ThreadPoolExecutor, fn: Callable[[T], R], items: Iterable[T]
+) -> Generator[R, None, None]:
+    """`pool.map`; whoever stops reading, with Ctrl-C for example, stops the pool as well."""
+    try:
+        yield from pool.map(fn, items)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# -- jobs ----------------------------------------------------------------------------------------
+
+
+def per_image(
+    dataset: LocalFiles, source: Path | str, convert: Callable[[Path], Labels]
+) -> list[Job]:
+    """A label map for each image of a dataset, from a file that belongs to the image.
+
+    Args:
+        dataset: what will read the label maps; built with `lazy_init`, since they are not there.
+        source: path with `{}` in the place of the image's name, which is its path below the
+            image folder without its suffix.
+        convert: from such a file to labels, (H, W).
+
+    Raises:
+        FileNotFoundError: if there are no images.
+    """
+    jobs = []
+    for record in dataset.records():
+        path = Path(str(source).replace("{}", image_name(dataset, record)))
+        jobs.append(Job(Path(record["seg_map_path"]), partial(convert, path), path))
+    return jobs
+
+
+def image_name(dataset: LocalFiles, record: Mapping[str, Any]) -> str:
+    """An image's path below the image folder, with forward slashes, without its suffix."""
+    path = os.path.relpath(record["img_path"], dataset.data_prefix["img_path"])
+    return Path(path).as_posix().removesuffix(dataset.img_suffix)
+
+
+def translate(path: Path, table: Mapping[int, int]) -> NDArray[np.uint8]:
+    """A label map with other numbers.
+
+    Args:
+        path: of an image file with a number for each pixel.
+        table: what becomes of each number that may occur.
+
+    Raises:
+        DataError: if there are others.
+    """
+    return _looked_up(read_labels(path), table, str(path)).astype(np.uint8)
+
+
+def _looked_up(numbers: Labels, table: Mapping[int, int], name: str) -> NDArray[np.int32]:
+    if numbers.ndim != 2 or not numbers.size or numbers.min() < 0:
+        raise DataError(f"{name}: {numbers.shape}; expected a number from 0 on for each pixel")
+    row = np.full(max(*table, int(numbers.max())) + 1, -1, np.int32)
+    row[list(table)] = list(table.values())
+    result = row[numbers]
+    if (wrong := numbers[result < 0]).size:
+        raise DataError(
+            f"{name}: number {int(wrong[0])} in {int((wrong == wrong[0]).sum())} pixels is none of "
+            f"those that this dataset has ({min(table)} to {max(table)}); is it another dataset's?"
+        )
+    return result
+
+
+def stuff_labels(path: Path) -> NDArray[np.uint8]:
+    """A map of stuffthingmaps as labels of 171 classes, 255 where nobody labelled."""
+    table = {pixel: label for label, pixel in enumerate(ids.COCO_STUFF_PIXELS)}
+    return translate(path, table | {IGNORED: IGNORED})
+
+
+def coarse_labels(path: Path) -> NDArray[np.uint8]:
+    """A label map of COCO-Stuff's 171 classes as labels of its 27 supercategories."""
+    coarse = {
+        member: label for label, group in enumerate(ids.COCO_COARSE.values()) for member in group
+    }
+    fine = COCOStuff164kDataset.METAINFO["classes"]
+    return translate(path, {k: coarse[name] for k, name in enumerate(fine)} | {IGNORED: IGNORED})
+
+
+def cityscapes_labels(path: Path, classes: Sequence[str]) -> NDArray[np.uint8]:
+    """A _labelIds map of Cityscapes as labels of some of its classes, 255 elsewhere.
+
+    Args:
+        path: of the map.
+        classes: their names in the order of the labels.
+    """
+    table = dict.fromkeys(range(ids.CITYSCAPES_FIRST), IGNORED)
+    for number, name in enumerate(ids.CITYSCAPES_27, start=ids.CITYSCAPES_FIRST):
+        table[number] = classes.index(name) if name in classes else IGNORED
+    return translate(path, table)
+
+
+# -- Pascal Context and the full ADE20K ----------------------------------------------------------
+
+
+def read_names(path: Path, *, count: int, consecutive: bool = True) -> dict[int, str]:
+    """A list of classes, a line "<number>: <name>" for each, as Pascal Context's labels.txt.
+
+    Args:
+        path: of the list; a number 0 is left out.
+        count: how many there must be.
+        consecutive: whether numbers must be 1, 2, 3, ...
+
+    Returns:
+        The name of each number, in the order of the file.
+
+    Raises:
+        DataError: if it is another list.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error})") from None
+    names: dict[int, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\S.*?)\s*", line)
+        if not match:
+            raise DataError(f"{path}, line {number}: expected '<number>: <name>', found {line!r}")
+        key, name = int(match[1]), match[2]
+        if key == 0:
+            continue
+        if key in names or name in names.values():
+            raise DataError(f"{path}, line {number}: {line!r}, of which one part was there before")
+        names[key] = name
+    if len(names) != count or (consecutive and list(names) != list(range(1, count + 1))):
+        raise DataError(
+            f"{path} names {len(names)} classes, expected {count}"
+            + ", numbered from 1 without gaps" * consecutive
+        )
+    return names
+
+
+def class_file(names: Iterable[str]) -> str:
+    """Names as a class file; a synonym that a class repeats is left out, since each is a query."""
+    lines = (", ".join(dict.fromkeys(name.split(", "))) for name in names)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def context_map(path: Path) -> Labels:
+    """The LabelMap of a .mat file of Pascal Context: (H, W), 1 to 459 and 0 for unlabelled."""
+    from scipy.io import loadmat
+
+    data = read_bytes(path)
+    try:
+        labels = loadmat(io.BytesIO(data))["LabelMap"].astype(np.int32)  # MATLAB knows few integers
+    except Exception as error:  # of a format with many ways to be damaged
+        raise DataError(
+            f"{path}: no LabelMap can be read ({type(error).__name__}: {error}); fetch it again"
+        ) from error
+    return labels
+
+
+def context_all(path: Path) -> NDArray[np.uint16]:
+    """All 459 classes as 1 to 459, 0 where nobody labelled."""
+    table = {number: number for number in range(460)}
+    return _looked_up(context_map(path), table, str(path)).astype(np.uint16)
+
+
+def context_frequent(path: Path) -> NDArray[np.uint8]:
+    """The 59 frequent classes as 1 to 59, 0 for everything else."""
+    table = dict.fromkeys(range(460), 0)
+    table |= {number: label for label, number in enumerate(ids.CONTEXT_59, start=1)}
+    return _looked_up(context_map(path), table, str(path)).astype(np.uint8)
+
+
+def check_context_names(path: Path) -> None:
+    """Refuses a labels.txt that has one of the 59 classes at another number than we know.
+
+    Raises:
+        DataError: if it does.
+    """
+    number = {name: key for key, name in read_names(path, count=459).items()}
+    for name, known in zip(PascalContext59Dataset.METAINFO["classes"], ids.CONTEXT_59, strict=True):
+        if number.get(name, known) != known:
+            raise DataError(
+                f"{path}: {name!r} is number {number[name]}, expected {known}: this is another "
+                "release of Pascal Context than the one whose numbers are known"
+            )
+
+
+def ade_objects(path: Path, labels: Mapping[int, int]) -> NDArray[np.uint16]:
+    """The whole objects in a _seg.png of the full ADE20K.
+
+    An object's number is 256 times the tens of red, plus green (ADE20K's development kit).
+
+    Args:
+        path: of the file.
+        labels: label of each object's number; others become 0.
+
+    Raises:
+        DataError: if it is no such file.
+    """
+    pixels = read_labels(path)
+    if pixels.ndim != 3 or pixels.shape[2] < 3:
+        raise DataError(
+            f"{path}: {pixels.shape}, expected the red, green and blue of ADE20K's maps"
+        )
+    row = np.zeros(max(26 * 256, *labels) + 1, np.uint16)
+    row[list(labels)] = list(labels.values())
+    return row[pixels[..., 0] // 10 * np.uint16(256) + pixels[..., 1]]

@@ -24,7 +24,7 @@ from sfp.visualize.tokens import as_map, named_detectors, patch_index
 from sfp.words import as_vocabulary
 
 MAX_PIXELS = 2**27  # 134 million, 0.4 GB while they are read
-OWN = "of the method"
+OWN = "the method's own"
 FALLBACK = "som"  # for methods that look for no outliers
 
 

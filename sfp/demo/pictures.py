@@ -20,7 +20,7 @@ from sfp.visualize.labels import write_names
 
 LONGEST = 1600  # pixels of a photo's long side; more is scaled down on arrival
 SHOWN = 900  # pixels of a picture's long side
-DPI = 150  # by which its letters have their size
+DPI = 220  # by which its letters have their size
 BAR = 0.36  # inches of a colour bar with its numbers
 
 Pixels = NDArray[np.uint8]
@@ -75,7 +75,7 @@ def labelled(result: Result) -> Pixels:
 
 def marked(image: Pixels, mask: NDArray[np.bool_], patch: int) -> Pixels:
     """The patches of a mask (h, w) over a pale picture."""
-    figure, axes = _whole(image)
+    figure, axes = _whole(image, below=BAR)  # as large as its neighbour, which has a bar
     draw_image(axes, image, patch, pale=True)
     mark(axes, mask)
     axes.set_axis_off()
@@ -84,7 +84,7 @@ def marked(image: Pixels, mask: NDArray[np.bool_], patch: int) -> Pixels:
 
 def framed(image: Pixels, chosen: tuple[int, int], patch: int) -> Pixels:
     """The picture with one patch (row, column) framed."""
-    figure, axes = _whole(image)
+    figure, axes = _whole(image, below=BAR)
     draw_image(axes, image, patch)
     _frame(axes, chosen, image, patch)
     axes.set_axis_off()
@@ -113,14 +113,13 @@ def heat(
     height = figure.get_figheight()
     bar = figure.colorbar(
         drawn,
-        cax=figure.add_axes((0.03, (BAR - 0.13) / height, 0.52, 0.09 / height)),
+        cax=figure.add_axes((0.03, (BAR - 0.14) / height, 0.5, 0.1 / height)),
         orientation="horizontal",
         format=ticks,
     )
-    bar.solids.set_alpha(1)
     bar.ax.xaxis.set_major_locator(MaxNLocator(4))
-    bar.ax.tick_params(labelsize=6, length=2, pad=1)
-    figure.text(0.58, (BAR - 0.13) / height, unit, fontsize=7, va="bottom")
+    bar.ax.tick_params(labelsize=7.5, length=2, pad=1)
+    figure.text(0.56, (BAR - 0.16) / height, unit, fontsize=8, va="bottom")
     return rendered(figure)
 
 

@@ -8,6 +8,9 @@ import os
 import re
 import shutil
 import socket
+import struct
+import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -34,8 +37,8 @@ from sfp.demo.words import parse_words, unknown_to_mini
 from sfp.mini import scene
 
 ROOT = Path(__file__).parents[1]
-WORDS = "house, mushroom, cat|kitten, sand"
-CLASSES = [["house"], ["mushroom"], ["cat", "kitten"], ["sand"]]
+WORDS = "house, mushroom, cat|kitten, sand, box, water, night"
+CLASSES = parse_words(WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +48,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory) -> Path:
-    """A wide photo, 1100 x 900, of a whole number of patches neither way."""
+    """Two scenes beside each other, 880 x 440, of a whole number of patches neither way."""
     path = tmp_path_factory.mktemp("photos") / "beach.png"
-    pixels, _ = scene(900_047, 1100)
-    Image.fromarray(pixels[100:1000]).save(path)
+    pixels = np.hstack([scene(seed, 440)[0] for seed in (900_047, 900_060)])
+    Image.fromarray(pixels).save(path)
     return path
 
 
@@ -81,9 +84,13 @@ def test_large_photos_are_scaled_down():
 
 
 def test_huge_photos_are_refused(desk, tmp_path):
-    """By what the header says: 60,000 x 60,000 in a file of a few kilobytes."""
-    pixels = Image.new("1", (60_000, 60_000))
-    pixels.save(tmp_path / "huge.png", compress_level=9)
+    """By what the header says."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "png")
+    data = bytearray(file.getvalue())
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "huge.png").write_bytes(data)
     with pytest.raises(sfp.ImageError, match=r"huge\.png: claims 60000 x 60000 pixels"):
         desk.photo(str(tmp_path / "huge.png"))
 
@@ -151,8 +158,8 @@ def test_pictures_and_legend_of_a_result(model):
 
 
 def test_segmentation_is_the_models(desk, model, photo):
-    timed = desk.segment(str(photo), CLASSES, ["night"], "naclip")
-    expected = model.segment(photo, CLASSES, background=["night"], method="naclip")
+    timed = desk.segment(str(photo), CLASSES, ["sky"], "naclip")
+    expected = model.segment(photo, CLASSES, background=["sky"], method="naclip")
     np.testing.assert_array_equal(timed.result.labels, expected.labels)
     assert timed.result.names[0] == "background"
     assert re.fullmatch(r"text [\d.]+ s, image [\d.]+ s, total [\d.]+ s", str(timed))
@@ -207,8 +214,8 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_asks_for_its_extra(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    monkeypatch.delitem(__import__("sys").modules, "sfp.demo.page", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "sfp.demo.page", raising=False)
     assert cli.main(["demo"]) == 3
     assert "pip install 'sfp[demo]'" in capsys.readouterr().err
 
@@ -222,6 +229,17 @@ def test_weights_that_are_there_are_taken(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "ViT-B-16.pt").touch()
     assert default_weights() == "ViT-B/16"
+
+
+def test_only_uploads_are_read(tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    from sfp.demo.page import _uploaded
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    assert _uploaded(dict(path=f"{tmp_path}/a/b.png")) == f"{tmp_path.resolve()}/a/b.png"
+    for path in ("/etc/passwd", f"{tmp_path}/../b.png"):
+        with pytest.raises(ValueError, match="no uploaded file"):
+            _uploaded(dict(path=path))
 
 
 # -- the page in a browser -----------------------------------------------------------------------
@@ -291,7 +309,7 @@ def page(address, chromium):
 def snapshot(page, name: str) -> None:
     """For the documentation if it is asked for; taken in any case."""
     page.mouse.move(640, 5)
-    page.wait_for_timeout(300)  # for the browser to paint
+    page.wait_for_timeout(700)  # for the browser to paint
     kept = os.environ.get("SFP_SCREENSHOTS") == "1"
     path = ROOT / "docs/images" / f"demo_{name}.png" if kept else None
     data = page.screenshot()
@@ -314,6 +332,19 @@ def choose(page, place: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
+def click_patch(page, grid: tuple[int, int], cell: tuple[int, int]) -> None:
+    """Clicks the middle of a patch (row, column), wherever the picture lies in its box."""
+    picture = page.locator("#clicked img")
+    box = picture.bounding_box()
+    natural = picture.evaluate("x => [x.naturalWidth, x.naturalHeight]")
+    scale = min(box["width"] / natural[0], box["height"] / natural[1])  # it is contained
+    left, top = (
+        (box[k] - scale * n) / 2 for k, n in zip(("width", "height"), natural, strict=True)
+    )
+    side = SHOWN / max(grid) * scale
+    picture.click(position=dict(x=left + (cell[1] + 0.5) * side, y=top + (cell[0] + 0.5) * side))
+
+
 def alt(page, place: str, text: str):
     """Waits for a picture with this alternative text."""
     page.locator(f'#{place} img[alt="{text}"]').wait_for()
@@ -328,7 +359,7 @@ def test_from_a_photo_to_two_methods(page, model, photo):
     alt(page, "segmented", f"Segmentation by sfp: {results['sfp'].summary()}")
     np.testing.assert_array_equal(shown(page, "segmented"), labelled(results["sfp"]))
     assert page.locator("#legend li").all_inner_texts() == [
-        f"{name} {share:.0%}" for name, share in results["sfp"].shares.items()
+        f"{name}\n{share:.0%}" for name, share in results["sfp"].shares.items()
     ]
     assert re.match(r"sfp: text [\d.]+ s, image", page.locator("#told").inner_text())
     snapshot(page, "segmentation")
@@ -345,6 +376,11 @@ def test_from_a_photo_to_two_methods(page, model, photo):
     choose(page, "second", "sfp")
     alt(page, "right", f"Segmentation by sfp: {results['sfp'].summary()}")
     snapshot(page, "compare")
+
+    page.get_by_role("tab", name="Attention").click()
+    alt(page, "attention", "Where the patch at row 7, column 14 looks in layer 11")
+    click_patch(page, (14, 28), (2, 25))  # a wide picture
+    alt(page, "attention", "Where the patch at row 2, column 25 looks in layer 11")
 
 
 def test_a_scene_its_outliers_and_a_click(page, model):
@@ -368,14 +404,7 @@ def test_a_scene_its_outliers_and_a_click(page, model):
 
     page.get_by_role("tab", name="Attention").click()
     alt(page, "attention", "Where the patch at row 7, column 7 looks in layer 11")
-    picture = page.locator("#clicked img")
-    box = picture.bounding_box()
-    natural = picture.evaluate("x => [x.naturalWidth, x.naturalHeight]")
-    scale = min(box["width"] / natural[0], box["height"] / natural[1])  # it is contained
-    left, top = ((box[k] - scale * n) / 2 for k, n in zip(("width", "height"), natural, strict=True))
-    cell = SHOWN / 14 * scale
-    # the middle of row 12, column 3: the cat's
-    picture.click(position=dict(x=left + 3.5 * cell, y=top + 12.5 * cell))
+    click_patch(page, (14, 14), (12, 3))  # the cat's
     alt(page, "attention", "Where the patch at row 12, column 3 looks in layer 11")
     row = trace.attention(11)[0].mean(0)[1 + 12 * 14 + 3]
     text = page.locator("#attention-caption").inner_text()
@@ -396,7 +425,6 @@ def test_what_is_wrong_is_told(page, photo, tmp_path):
     upload(page, broken)
     told.filter(has_text="broken.png: not an image, or a damaged one").wait_for()
     assert "Traceback" not in page.content()
-    snapshot(page, "error")
     cut = tmp_path / "cut.png"
     cut.write_bytes(photo.read_bytes()[:5000])
     upload(page, cut)

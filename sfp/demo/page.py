@@ -12,6 +12,7 @@ import numpy as np
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also for who imports this module alone
 import gradio as gr
+from gradio.utils import get_upload_folder
 from matplotlib.ticker import PercentFormatter
 
 from sfp.demo.desk import OWN, Desk, Timed, usable_methods
@@ -46,18 +47,6 @@ START = "Drop a photo, or pick a scene below it, then type words and press Segme
 OURS = (ValueError, OSError, FloatingPointError)  # errors whose message tells what to do
 
 Values = dict[Any, Any]  # of components
-
-
-class Photo(gr.Image):
-    """An upload whose file `sfp.read_image` reads: it knows more formats, and names what is wrong."""
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The path of the uploaded file."""
-        return payload.path if payload else None
-
-    def get_block_name(self) -> str:
-        """What the browser draws it as."""
-        return "image"
 
 
 def launch(page: gr.Blocks, *, host: str, port: int | None, share: bool, browser: bool) -> None:
@@ -115,7 +104,8 @@ def build(desk: Desk, *, weights: str, method: str) -> gr.Blocks:
         patch = gr.State(None)
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300, elem_id="inputs"):
-                photo = Photo(
+                photo = gr.Image(
+                    type="filepath",
                     label="Photo",
                     sources=["upload", "clipboard"],
                     format="png",
@@ -298,7 +288,7 @@ def build(desk: Desk, *, weights: str, method: str) -> gr.Blocks:
             if not values[photo]:
                 if asked:
                     raise ValueError("first drop a photo, or pick a scene")
-                return {told: status(START)}
+                return {told: gr.skip()}  # which may say why
             if name in (TABS[0], TABS[3]) and not asked and not (values[words] or "").strip():
                 return {told: status("Now type words and press Segment.")}
             return drawers[name](values)
@@ -313,7 +303,7 @@ def build(desk: Desk, *, weights: str, method: str) -> gr.Blocks:
                 try:
                     return fn(values)
                 except OURS as error:
-                    blank = {x: None for x in shown[values[tab]]}
+                    blank = dict.fromkeys(shown[values[tab]])
                     return blank | {told: status(str(error), error=True)}
 
             listen(
@@ -324,23 +314,23 @@ def build(desk: Desk, *, weights: str, method: str) -> gr.Blocks:
                 show_progress_on=told,
                 api_visibility="private",
                 concurrency_id="model",
+                trigger_mode="always_last",  # a slider on its way asks often
             )
 
         inputs = [photo, words, rest, chosen, tab, patch, outlier_layer, detector]
         inputs += [attention_layer, second]
         outputs = [*everything, told, photo, words, tab, patch, tabs]
 
-        def take(values: Values) -> Values:
+        def take(payload: dict[str, Any]) -> Values:
             """A new photo: what cannot be read goes, what can comes back as the server read it."""
+            blank = dict.fromkeys([*everything, patch])
             try:
-                picture = desk.photo(values[photo])
+                return blank | {photo: desk.photo(_uploaded(payload))}
             except OURS as error:
-                blank = {x: None for x in everything}
-                return blank | {photo: None, patch: None, told: status(str(error), error=True)}
-            return {photo: picture, patch: None, **draw(values | {patch: None})}
+                return blank | {photo: None, told: status(str(error), error=True)}
 
         def clear(_: Values) -> Values:
-            return {x: None for x in everything} | {patch: None, told: status(START)}
+            return dict.fromkeys(everything) | {patch: None, told: status(START)}
 
         def ask(values: Values) -> Values:
             """The button: from a tab without words to the one that has them."""
@@ -360,12 +350,16 @@ def build(desk: Desk, *, weights: str, method: str) -> gr.Blocks:
             size = [SHOWN * length / max(seen) for length in seen]
             return patch_at(event.index, size, seen, desk.patch)
 
-        quietly = dict(api_visibility="private", show_progress="hidden")
-        on(photo.upload, take)
+        quietly: Values = dict(api_visibility="private", show_progress="hidden")
+        # not preprocessed: gradio's Pillow knows fewer files, and does not name what is wrong
+        taken = photo.upload(
+            take, photo, [*everything, photo, patch, told], preprocess=False, **quietly
+        )
+        on(taken.then, draw)
         on(photo.clear, clear)
         asking = [button.click, words.submit, rest.submit]
-        changing = [chosen.input, outlier_layer.release, detector.input]
-        changing += [attention_layer.release, second.input]
+        changing = [chosen.input, outlier_layer.input, detector.input]
+        changing += [attention_layer.input, second.input]
         on(functools.partial(gr.on, asking), ask)
         on(functools.partial(gr.on, changing), draw)
         every_tab = (tab_segmentation, tab_outliers, tab_attention, tab_compare)
@@ -374,6 +368,18 @@ def build(desk: Desk, *, weights: str, method: str) -> gr.Blocks:
         on(scenes.click(pick, scenes, [photo, words, patch], **quietly).then, draw)
         on(clicked.select(click, photo, patch, **quietly).then, draw)
     return page
+
+
+def _uploaded(payload: dict[str, Any]) -> str:
+    """The path of an upload.
+
+    Raises:
+        ValueError: if it is another file of this machine.
+    """
+    path = Path(payload["path"]).resolve()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise ValueError("this is no uploaded file")
+    return str(path)
 
 
 def _picture(name: str, height: int) -> gr.Image:

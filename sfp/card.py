@@ -30,7 +30,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor
 
-from sfp.cache import atomic_write
+from sfp.cache import atomic_write, sha256_file
 from sfp.clip.loading import WeightsError, weights_digest
 from sfp.clip.text import prompt_templates
 from sfp.datasets import LABEL_STEPS
@@ -96,6 +96,8 @@ def settings(
     )
     if device is not None:
         groups["run"]["device"] = device
+    if "clusters" in config and config.model.get("query_features"):
+        groups["run"]["clusters_sha256"] = sha256_file(config.model.query_features)
     if "test_dataloader" in config:
         groups["run"]["batch_size"] = config.test_dataloader.get("batch_size", 1)
     if dataset is not None:
@@ -109,6 +111,11 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
     result = {
         k: node.get(k, v) for k, v in knobs(OpenVocabSegmentor).items() if k not in _ELSEWHERE
     }
+    if "clusters" in config:  # its knobs are the setting; `run` has the file that they led to
+        result["clusters"] = config.clusters
+        del result["query_features"]
+    elif isinstance(path := result["query_features"], (str, Path)):
+        result["query_features"] = sha256_file(path)
     result.update(_defaults(ImagePreprocessor), **preprocessor)
     templates = prompt_templates(node.get("templates", "imagenet"))
     result["templates"] = f"{len(templates)} {fingerprint(dict(templates=templates))[:16]}"

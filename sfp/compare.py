@@ -62,6 +62,11 @@ def measure(
     Returns:
         "methods": for each name mIoU, mAcc, aAcc, fwIoU and the classes' IoU, in percent.
     """
+    if "clusters" in config:
+        raise ValueError(
+            "clusters are fitted to one method's features: evaluate configs without words one by one, "
+            "with tools/test.py --method"
+        )
     init_default_scope(config.get("default_scope", "mmseg"))
     built = {name: build_method(method) for name, method in methods.items()}
     dataset = DATASETS.build(config.test_dataloader.dataset)

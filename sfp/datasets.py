@@ -72,6 +72,20 @@ class LabelValueError(DataError):
 
 
 @TRANSFORMS.register_module()
+class KeepImage(BaseTransform):
+    """Keeps the image as it is at this step, before it is resized, as `full_image`.
+
+    With `PackSegInputs(meta_keys=(..., "full_image"))` the segmentor gets it, for masks that are found
+    at full resolution. Steps that flip come after it.
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Sets `full_image`, (H, W, 3) as loaded."""
+        results["full_image"] = results["img"]
+        return results
+
+
+@TRANSFORMS.register_module()
 class LoadImage(BaseTransform):
     """`read_image` as the first step of a pipeline, for images of every kind.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import init_dist, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, init_default_scope
@@ -31,11 +31,12 @@ from sfp.clip.text import prompt_templates
 from sfp.datasets import DATASETS
 from sfp.loop import ResumableTestLoop
 from sfp.method import build_method
-from sfp.metrics import SegmentationMetric
+from sfp.metrics import HungarianMetric, SegmentationMetric
 from sfp.registry import suggest
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.sheet import Panel, at_size, picture_sheet
 from sfp.shipped import ConfigError, find_config, read_config, require
+from sfp.unsupervised import cluster_config, ensure_clusters
 from sfp.vocabulary import load_vocabulary
 
 METRICS = ("mIoU", "aAcc", "mAcc", "fwIoU")
@@ -132,6 +133,8 @@ def check(config: Config) -> None:
         ValueError: if a setting, the method or the vocabulary is not right.
     """
     init_default_scope(config.get("default_scope", "mmseg"))
+    if "clusters" in config:
+        cluster_config(config)
     if MODELS.get(config.model.type) is None:
         raise ConfigError(f"model.type={config.model.type!r} is not registered in mmseg's MODELS")
     known = inspect.signature(OpenVocabSegmentor).parameters
@@ -172,8 +175,9 @@ def evaluate(
 
     Returns:
         "mIoU", "aAcc", "mAcc", "fwIoU" in percent, "classes" with IoU and Acc of each, and what was
-        evaluated; written to `metrics.json` as well, and with every setting to the reproduction
-        card, `card.json` and `card.md`. Empty on processes other than the first.
+        evaluated (without words also "assignment", the cluster of each class); written to
+        `metrics.json` as well, and with every setting to the reproduction card, `card.json` and
+        `card.md`. Empty on processes other than the first.
     """
     config = config.copy()
     if config.get("launcher", "none") != "none":
@@ -186,6 +190,10 @@ def evaluate(
                 )
             # mmengine's own start asks for CUDA, and leaves a group that is there alone
             torch.distributed.init_process_group("gloo")
+    if "clusters" in config:
+        if config.get("launcher", "none") != "none" and not torch.distributed.is_initialized():
+            init_dist(config.launcher, **config.env_cfg.dist_cfg)  # else the runner does, later
+        config = ensure_clusters(config)
     if config.test_cfg.type == "TestLoop":
         # a picture of each image needs each image to be run
         config.test_cfg.update(type="ResumableTestLoop", resume=resume and show_dir is None)
@@ -207,6 +215,8 @@ def evaluate(
         name: dict(IoU=_number(iou), Acc=_number(acc))
         for name, iou, acc in zip(names, metric.summary["IoU"], metric.summary["Acc"], strict=True)
     }
+    if isinstance(metric, HungarianMetric) and metric.assignment is not None:
+        result["assignment"] = dict(zip(names, metric.assignment.tolist(), strict=True))
     model = config.model
     result["images"] = len(runner.test_dataloader.dataset)
     result["method"] = model.get("method", "sfp")
@@ -222,7 +232,7 @@ def evaluate(
             groups["data"]["truth_sha256"] = truth_hash(metric.records)
         write_card(work_dir, groups, result)
     if pictures:
-        _write_sheet(runner, work_dir / "sheet.png", pictures)
+        _write_sheet(runner, work_dir / "sheet.png", pictures, metric)
     return result
 
 
@@ -255,7 +265,7 @@ def _method_name(result: Mapping[str, Any]) -> str:
     return method if isinstance(method, str) else method.get("type", "Method")
 
 
-def _write_sheet(runner: Runner, path: Path, count: int) -> None:
+def _write_sheet(runner: Runner, path: Path, count: int, metric: SegmentationMetric) -> None:
     """Some test images with their truth, plain CLIP's labels and the method's."""
     dataset = runner.test_dataloader.dataset
     model = runner.model.module if isinstance(runner.model, FrozenReplica) else runner.model
@@ -269,6 +279,8 @@ def _write_sheet(runner: Runner, path: Path, count: int) -> None:
     name = method if isinstance(method, str) else method.get("type", "Method")
     if name != "sfp":
         named = {"plain CLIP": named["plain CLIP"], name: ours}
+    if isinstance(metric, HungarianMetric):
+        named.pop("plain CLIP")  # clusters of one method's features mean nothing in another's
     for i in chosen:
         record = dataset[i]
         truth = record["data_samples"].gt_sem_seg.data[0]
@@ -279,7 +291,7 @@ def _write_sheet(runner: Runner, path: Path, count: int) -> None:
             model.method = each
             batch = dict(inputs=[record["inputs"]], data_samples=[record["data_samples"]])
             (sample,) = model.test_step(batch)
-            labels = sample.pred_sem_seg.data[0].cpu().numpy()
+            labels = metric.relabel(sample.pred_sem_seg.data[0]).cpu().numpy()
             columns.setdefault(title, []).append(Panel(picture, labels))
     model.method = ours
     meta = dataset.metainfo

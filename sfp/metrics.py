@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from mmengine.dist import barrier, broadcast_object_list, is_main_process
 from mmengine.logging import MMLogger, print_log
 from mmseg.evaluation.metrics import IoUMetric
@@ -125,8 +126,9 @@ class SegmentationMetric(IoUMetric):
         if self.format_only:
             return super().compute_metrics(results)
         names = self.dataset_meta["classes"]
-        self.confusion = matrix = confusion(results, len(names))
-        self.summary = summarize(matrix.diagonal(), matrix.sum(0), matrix.sum(1))
+        self.confusion = matrix = self._confusion(results)
+        counts = (matrix.diagonal(), matrix.sum(0), matrix.sum(1))
+        self.summary = summarize(*(x[: len(names)] for x in counts))
         table = PrettyTable(["Class", "IoU", "Acc"], align="r")
         table.align["Class"] = "l"
         for name, iou, acc in zip(names, self.summary["IoU"], self.summary["Acc"], strict=True):
@@ -134,3 +136,81 @@ class SegmentationMetric(IoUMetric):
         if is_main_process():
             print_log(f"per class results:\n{table}", MMLogger.get_current_instance())
         return {k: round(self.summary[k], 2) for k in ("mIoU", "aAcc", "mAcc", "fwIoU")}
+
+    def _confusion(self, results: Sequence[Tensor]) -> Tensor:
+        return confusion(results, len(self.dataset_meta["classes"]))
+
+    def relabel(self, labels: Tensor) -> Tensor:
+        """Predictions as class numbers, for pictures; here they are."""
+        return labels
+
+
+def match(matrix: Tensor) -> Tensor:
+    """The cluster of each class that together agree on most pixels (Hungarian matching).
+
+    Args:
+        matrix: pixels by class and cluster, (K, C), K and C of any size.
+
+    Returns:
+        (K,) int64: every cluster at most once, and min(K, C) of them; -1 for classes without one.
+    """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
+    classes, clusters = linear_sum_assignment(matrix.numpy(), maximize=True)
+    result = torch.full((len(matrix),), -1)
+    result[torch.from_numpy(classes)] = torch.from_numpy(clusters)
+    return result
+
+
+@METRICS.register_module()
+class HungarianMetric(SegmentationMetric):
+    """Scores of clusters without names: each class is given the cluster that fits it best.
+
+    The protocol of unsupervised segmentation (IIC, PiCIE, STEGO): one matching for the whole dataset,
+    the one-to-one assignment of clusters to classes with the most pixels right; then mIoU, and pixel
+    accuracy (`aAcc`). Pixels of clusters that no class was given are wrong, and classes without a
+    cluster score 0. The journal holds counts per cluster, so that a killed run continues.
+
+    Args:
+        clusters: number of clusters; None for as many as there are classes.
+        **kwargs: of `SegmentationMetric`.
+
+    Attributes:
+        assignment: cluster of each class, as in `match`, after an evaluation.
+        confusion: its columns are the matched clusters, in the order of the classes, then the others.
+    """
+
+    def __init__(self, clusters: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.clusters = clusters
+        self.assignment: Tensor | None = None
+
+    @property
+    def _labels(self) -> int:
+        """How many numbers there are for classes and clusters."""
+        classes = len(self.dataset_meta["classes"])
+        return max(classes, self.clusters or 0)
+
+    def intersect_and_union(  # type: ignore[override]
+        self, pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
+    ) -> Tensor:
+        """Pixel counts by class and cluster."""
+        return count(pred_label, label, self._labels, ignore_index)
+
+    def _confusion(self, results: Sequence[Tensor]) -> Tensor:
+        classes = len(self.dataset_meta["classes"])
+        matrix = confusion(results, self._labels)
+        self.assignment = match(matrix[:classes, : self.clusters or classes])
+        chosen = self.assignment.tolist()
+        others = [c for c in range(self._labels) if c not in chosen]
+        # a class without a cluster: all clusters are given away, so the others' columns are empty
+        order = [c if c >= 0 else others.pop() for c in chosen]
+        return matrix[:, order + others]
+
+    def relabel(self, labels: Tensor) -> Tensor:
+        """Clusters as the classes that they were given; 255 for none."""
+        assert self.assignment is not None
+        table = torch.full((self._labels,), 255)
+        given = self.assignment >= 0
+        table[self.assignment[given]] = given.nonzero()[:, 0]
+        return table[labels.cpu()]

@@ -25,6 +25,7 @@ from mmengine.registry import Registry
 OPS = Registry("op")
 METHODS = Registry("method")
 GUIDES = Registry("guide")
+MASKS = Registry("mask proposer")
 
 NESTED = dict(
     affinity="affinity", fill="mitigator", rule="attention", rules="attention", source="source"

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.models.segmentors.base import BaseSegmentor
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfp.clip.int8 import quantised
@@ -29,6 +32,7 @@ from sfp.functional.labels import Labels, assign
 from sfp.functional.pamr import pamr
 from sfp.functional.windows import LogitSheet, WindowGrid
 from sfp.guides import build_guides
+from sfp.masks import build_masks
 from sfp.method import Method, build_method
 from sfp.numerics import finite, first_bad
 from sfp.registry import suggest
@@ -104,7 +108,8 @@ class OpenVocabSegmentor(BaseSegmentor):
             `Vocabulary`.
         method: preset name or config for `build_method`.
         templates: prompt templates, a list or the name of a set that mmseg ships.
-        query_features: text features (Q, C) to use instead of encoding the names.
+        query_features: text features (Q, C) to use instead of encoding the names, or a safetensors
+            file that has them as "queries".
         logit_scale: inverse temperature of the softmax over queries.
         prob_thd: pixels whose best class is less probable become class 0.
         area_thd: classes that win no more than this share of the foreground are left out.
@@ -119,6 +124,9 @@ class OpenVocabSegmentor(BaseSegmentor):
         pamr_steps: steps of pixel-adaptive refinement on the final logits; 0 for none.
         pamr_dilations: distances of its neighbours, in pixels.
         guides: external encoders by name, config nodes or modules, for methods that ask for them.
+        masks: knobs of a `MaskVote`, or a module like it: labels follow the masks of SAM or DINO.
+            They see the image at the size that a step `KeepImage` of the pipeline had kept, else at
+            the network's.
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
             products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
         compiled: whether the blocks' MLPs go through `torch.compile`.
@@ -136,7 +144,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         method: str | Mapping[str, Any] | Method = "sfp",
         *,
         templates: str | Sequence[str] = "imagenet",
-        query_features: Tensor | None = None,
+        query_features: Tensor | str | Path | None = None,
         logit_scale: float = 40.0,
         prob_thd: float = 0.0,
         area_thd: float | None = None,
@@ -148,6 +156,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         pamr_steps: int = 0,
         pamr_dilations: Sequence[int] = (8, 16),
         guides: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Any] | nn.Module | None = None,
         precision: str = "auto",
         compiled: bool = False,
         scores: bool = True,
@@ -189,8 +198,11 @@ class OpenVocabSegmentor(BaseSegmentor):
         self.scores = scores
         self._palette = palette
         self.guides = build_guides(guides)
+        self.masks = build_masks(masks)
         self.clip = weights if isinstance(weights, CLIP) else load_clip(weights)
-        for part in (self.data_preprocessor, *self.guides.values()):
+        if isinstance(query_features, (str, Path)):
+            query_features = _read_queries(query_features)
+        for part in (self.data_preprocessor, self.masks, *self.guides.values()):
             if hasattr(part, "follow"):  # whose input is normalised as these weights want it
                 part.follow(self.clip)
         if precision == "int8" or compiled:  # of these the caller's model shall know nothing
@@ -235,6 +247,8 @@ class OpenVocabSegmentor(BaseSegmentor):
             raise ValueError("precision='int8' is for CPUs: on a GPU use 'fp16' or 'bf16'")
         self.clip.to(PRECISIONS[name])
         self.guides.to(PRECISIONS[name])
+        if self.masks is not None:
+            self.masks.to(PRECISIONS[name])
 
     def text_features(self) -> Tensor:
         """Unit features of the queries, (Q, C) float32; encoded, or read from the cache, once."""
@@ -343,7 +357,7 @@ class OpenVocabSegmentor(BaseSegmentor):
             raise FloatingPointError(": ".join([*paths, str(error)])) from None
         return [
             [
-                _unflip(self._label(image, sheet), sample)
+                _unflip(self._in_masks(image, self._label(image, sheet), sample), sample)
                 for image, sheet, sample in zip(images, sheets, samples, strict=True)
             ]
             for sheets in each
@@ -375,8 +389,25 @@ class OpenVocabSegmentor(BaseSegmentor):
             scale=self.logit_scale,
             prob_thd=self.prob_thd,
             area_thd=self.area_thd,
-            keep_scores=self.scores,
+            keep_scores=self.scores or getattr(self.masks, "vote", None) == "mean",
         )
+
+    def _in_masks(self, image: Tensor, labels: Labels, sample: SegDataSample) -> Labels:
+        """The labels after the vote in the masks, if there are any."""
+        if self.masks is None:
+            return labels
+        if (full := sample.metainfo.get("full_image")) is not None:  # (H, W, 3), not flipped
+            image = torch.as_tensor(full, device=image.device).permute(2, 0, 1)
+            image = self.data_preprocessor.normalise(image).flip(_flipped(sample))
+        result = self.masks(
+            self.clip.visual,
+            self._normalised(image),
+            labels,
+            self.vocabulary.num_classes,
+            guides=dict(self.guides.items()),
+            prob_thd=self.prob_thd,
+        )
+        return result if self.scores else replace(result, scores=None)
 
     def sheets(
         self,
@@ -467,6 +498,16 @@ class OpenVocabSegmentor(BaseSegmentor):
         return logits  # type: ignore[return-value]
 
 
+def _read_queries(path: str | Path) -> Tensor:
+    try:
+        return load_file(path)["queries"]
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"query_features={str(path)!r}: expected a safetensors file with a tensor 'queries' of one "
+            f"row for each query ({type(error).__name__}: {error})"
+        ) from None
+
+
 def _unpad(image: Tensor, sample: SegDataSample) -> Tensor:
     """The image without what a pipeline or preprocessor padded: (left, right, top, bottom)."""
     meta = sample.metainfo
@@ -474,11 +515,17 @@ def _unpad(image: Tensor, sample: SegDataSample) -> Tensor:
     return image[:, top : image.shape[1] - bottom, left : image.shape[2] - right]
 
 
-def _unflip(result: Labels, sample: SegDataSample) -> Labels:
-    """Turned back, if the pipeline had mirrored the image (mmseg's test-time augmentation)."""
+def _flipped(sample: SegDataSample) -> tuple[int, ...]:
+    """Along which dimensions the pipeline had mirrored the image (test-time augmentation)."""
     if not sample.metainfo.get("flip"):
-        return result
+        return ()
     direction = sample.metainfo.get("flip_direction", "horizontal")
-    sides = dict(horizontal=(-1,), vertical=(-2,), diagonal=(-2, -1))[direction]
+    return dict(horizontal=(-1,), vertical=(-2,), diagonal=(-2, -1))[direction]
+
+
+def _unflip(result: Labels, sample: SegDataSample) -> Labels:
+    """Turned back, if the pipeline had mirrored the image."""
+    if not (sides := _flipped(sample)):
+        return result
     scores = None if result.scores is None else result.scores.flip(sides)
     return Labels(result.labels.flip(sides), result.confidence.flip(sides), scores)

@@ -15,7 +15,12 @@ from sfp import build_method
 from sfp.vocabulary import load_vocabulary
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(path.stem.removeprefix("cfg_") for path in FOLDER.glob("cfg_*.py"))
+APPLICATIONS = ("_sam.py", "_dino.py", "_unsupervised.py")  # see test_unsupervised.py
+CONFIGS = sorted(
+    path.stem.removeprefix("cfg_")
+    for path in FOLDER.glob("cfg_*.py")
+    if not path.name.endswith(APPLICATIONS)
+)
 
 # protocol.md, SFP's column: short side, logit scale, prob_thd, area_thd; the last four have none, and
 # take the settings of the nearest benchmark

@@ -113,6 +113,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(affinity=COSINES),
             dict(affinity=COSINES, eps=1.5, min_samples=5, vote="mean"),
             dict(affinity=COSINES, noise=dict(type="som"), noise_layer=-2, cells=2),
+            dict(affinity=GUIDED["affinity"], guide="colours", eps=1.0),
         ],
         "text_aware_propagation": [
             {},
@@ -123,6 +124,15 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "key_smoothing": [{}, dict(ks_thresh=0.3, scale=40.0)],
         "prompt_denoising": [{}, dict(pd_thresh=0.9, scale=10.0)],
         "remove_redundancy": [{}, dict(temperature=5.0)],
+    },
+    "points": {
+        "cluster_points": [
+            dict(affinity=COSINES, eps=1.5),
+            dict(affinity=COSINES, eps=1.5, min_samples=5, count=3),
+            dict(affinity=COSINES, eps=1.6, noise=dict(type="som"), noise_layer=-2),
+            dict(affinity=GUIDED["affinity"], guide="colours", eps=1.0),
+        ],
+        "grid_points": [{}, dict(side=3)],
     },
     "surgery": {
         "suppress_channel": [{}, dict(blocks=[2, 7], channel=3)],
@@ -219,6 +229,10 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
         return {"all": op(tokens, tokens), "patches": op(tokens.only_patches(), tokens)}
     if kind == "refiner":
         return {"": op(on.logits, trace)}
+    if kind == "points":
+        each = op(trace)
+        assert len(each) == len(trace.image)
+        return {"": torch.cat(each)}  # as many of each image as it has
     assert kind == "positions"
     return {"": op(torch.randn(8, 8, 64, dtype=tokens.data.dtype), tokens.grid)}
 
@@ -362,6 +376,12 @@ def check_result(kind: str, call: str, result: Any, on: Given) -> None:
         return
     assert data.is_floating_point()
     assert data.isfinite().all()
+    if kind == "points":
+        assert data.ndim == 3
+        assert data.shape[2] == 2
+        assert len(data)  # or the example tests nothing
+        assert ((data > 0) & (data < 1)).all()
+        return
     tokens = patches + (call != "patches")
     if kind == "affinity":
         assert data.dtype == torch.float32  # whatever the weights are

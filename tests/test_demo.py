@@ -309,7 +309,8 @@ def page(address, chromium):
 def snapshot(page, name: str) -> None:
     """For the documentation if it is asked for; taken in any case."""
     page.mouse.move(640, 5)
-    page.wait_for_timeout(700)  # for the browser to paint
+    page.wait_for_function("document.querySelector('#told .pending') === null")
+    page.wait_for_timeout(300)  # for the browser to paint
     kept = os.environ.get("SFP_SCREENSHOTS") == "1"
     path = ROOT / "docs/images" / f"demo_{name}.png" if kept else None
     data = page.screenshot()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+import yaml
 from mmengine import Config
 from PIL import Image
 
@@ -14,7 +15,8 @@ from sfp import mini
 from sfp.describe import methods_markdown
 from sfp.registry import METHODS, OPS
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 
 
 def code_blocks(page: str) -> list[str]:
@@ -57,6 +59,25 @@ def test_adding_a_method_as_the_page_does():
     finally:
         METHODS.module_dict.pop("lookback", None)
         OPS.module_dict.pop("lookback_keys", None)
+
+
+def test_the_home_page_runs():
+    """Its one block of Python asserts what it says."""
+    (block,) = code_blocks("index.md")
+    assert "assert" in block
+    exec(compile(block, "index.md", "exec"), {})
+
+
+def test_citation_file_agrees_with_the_readme_and_the_version():
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    paper = cff["preferred-citation"]
+    bibtex = (ROOT / "README.md").read_text().split("```bibtex\n")[1].split("\n}")[0]
+    shown = dict(re.findall(r"(\w+) += \{(.*)\}", bibtex))
+    authors = (f"{a['family-names']}, {a['given-names']}" for a in paper["authors"])
+    assert cff["version"] == sfp.__version__
+    assert " and ".join(authors) == shown["author"]
+    assert (paper["title"], paper["collection-title"]) == (shown["title"], shown["booktitle"])
+    assert str(paper["year"]) == shown["year"]
 
 
 def test_the_quickstart(tmp_path, monkeypatch):

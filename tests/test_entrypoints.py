@@ -380,16 +380,6 @@ def test_compare_gives_the_numbers_of_single_runs(evaluated, monkeypatch, capsys
     assert cv2.imread(str(tmp_path / "compare.png")) is not None
 
 
-def test_bench(monkeypatch, capsys, tmp_path):
-    """Its numbers are what they are; all of them have to be there."""
-    arguments = ["--arch", "ViT-B/32", "--size", "90", "120", "--short", "224", "--rounds", "1"]
-    out = ["--methods", "sfp", "--threads", "1", "--out", str(tmp_path / "bench.json")]
-    assert tool(monkeypatch, "tools/bench.py", *arguments, *out) == 0
-    record = json.loads((tmp_path / "bench.json").read_text())
-    assert record["windows"] == 2
-    assert "sfp" in capsys.readouterr().out
-
-
 # -- imports and environments --------------------------------------------------------------------
 
 
@@ -421,10 +411,10 @@ def pins(text: str, python: str) -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    """What pyproject.toml asks for, the extra `test` included."""
+    """What pyproject.toml asks for, the extras `docs` and `test` included."""
     text = (ROOT / "pyproject.toml").read_text()  # tomllib is of Python 3.11
-    lists = re.findall(r"^(?:dependencies|test) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
-    assert len(lists) == 2
+    lists = re.findall(r"^(?:dependencies|docs|test) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+    assert len(lists) == 3
     names = [name for one in lists for name in re.findall(r'"(.+?)"|\'(.+?)\'', one)]
     return [Requirement(double or single) for double, single in names]
 

@@ -30,6 +30,7 @@ def colours(pixels: Tensor) -> sfp.Tokens:
 
 
 CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
+    "cliptrase": lambda: dict(guides=dict(dino=colours)),
     "proxyclip": lambda: dict(guides=dict(dino=colours)),
 }
 """Further context of `Method.logits` by method, made when it is needed."""
@@ -38,6 +39,7 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     # a knob of a switched-off part, or with another knob that it needs: the whole set of knobs
     ("clip_surgery", "surgery_blocks"): [0, 3],
     ("cliptrase", "cells"): [1, 4],
+    ("cliptrase", "guide"): ["dino"],
     ("gclip", "blocks"): [(3,), ()],
     ("gclip", "cs_blocks"): [(2, 3)],
     ("gclip", "channel"): [3],

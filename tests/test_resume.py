@@ -229,3 +229,16 @@ def test_a_journal_survives_a_cut_at_every_byte(tmp_path):
         found = cut.read()
         # a record is whole with its last byte; the newline after it adds nothing
         assert list(found) == [f"{i}.png" for i in range(3) if size >= ends[i + 1]]
+
+
+def test_clusters_are_fitted_by_one_process(tmp_path):
+    """The others wait, and all of them use the same file."""
+    options = {"clusters.count": 18, "test_evaluator.type": "HungarianMetric"}
+    results = []
+    for processes in (1, 2):
+        said = run(tmp_path / str(processes), processes=processes, **options)
+        assert said.count("clustering the patches of 10 images") == 1
+        results.append((tmp_path / str(processes) / "metrics.json").read_text())
+        outputs = sorted((tmp_path / str(processes)).glob("output.*"))
+        assert ["clustering" in path.read_text() for path in outputs] == [True, False][:processes]
+    assert results[0] == results[1]

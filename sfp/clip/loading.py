@@ -197,11 +197,10 @@ def weights_digest(source: str | Path) -> str | None:
     Raises:
         WeightsError, ValueError: as `load_clip`.
     """
-    bare, _ = split_activation(source)
+    bare, suffix = split_activation(source)
     row = PUBLISHED.get(str(bare))
     if row is not None and row.sha256:
         known = facts(None, "", row)
-        _, suffix = split_activation(source)
         return _digest(row.sha256, replace(known, activation=suffix or known.activation))
     if row is not None and find(str(bare)) is None:
         return None

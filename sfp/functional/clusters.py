@@ -40,6 +40,36 @@ def prototypes(rows: Tensor, labels: Tensor) -> Tensor:
     return member @ rows / member.sum(1, keepdim=True)
 
 
+def cluster_peaks(rows: Tensor, labels: Tensor, grid: tuple[int, int], count: int = 1) -> Tensor:
+    """Points that stand for clusters, at the centres of patches: (K, count, 2).
+
+    The first is where the prototype is largest among the cluster's patches; each further one is the
+    patch farthest from those before (a cluster with fewer patches repeats its first).
+
+    Args:
+        rows: affinities of one image, (N, N).
+        labels: clusters of the patches, (N,); -1 for none.
+        grid: rows and columns of patches.
+        count: points of each cluster.
+
+    Returns:
+        x and y, in 0..1 of the image's width and height; K is 0 if no patch has a cluster.
+    """
+    height, width = grid
+    maps = prototypes(rows, labels)
+    places = torch.arange(height * width, device=rows.device)
+    at = torch.stack([places % width, places // width], dim=1).to(maps)  # (N, 2), in patches
+    points = []
+    for k, prototype in enumerate(maps):
+        members = (labels == k).nonzero()[:, 0]
+        chosen = members[prototype[members].argmax()][None]
+        for _ in range(1, count):
+            far = torch.cdist(at[members], at[chosen]).amin(1)
+            chosen = torch.cat([chosen, members[far.argmax()][None] if far.any() else chosen[:1]])
+        points.append((at[chosen] + 0.5) / at.new_tensor([width, height]))
+    return torch.stack(points) if points else at.new_zeros(0, count, 2)
+
+
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resampling (`align_corners=False`), (..., h, w) -> (..., H, W)."""
     rows, columns = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,43 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1; of DINO, DINOv2 and most others
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Renormalise:
+    """Images out of the normalisation of CLIP's weights and into that of another model.
+
+    Args:
+        mean, std: of the result, RGB in 0..1.
+        image_mean, image_std: of the images that come in, RGB in 0..255; None for OpenAI's until
+            `follow` says which weights it is about.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+    ) -> None:
+        self._own = (mean, std)
+        self._given = (image_mean, image_std)
+        self._expect(CLIP_MEAN, CLIP_STD)
+
+    def follow(self, clip: CLIP) -> None:
+        """Expects images normalised for `clip`, unless their normalisation was given."""
+        self._expect(clip.mean, clip.std)
+
+    def _expect(self, *normalisation: Sequence[float]) -> None:
+        pairs = zip(self._given, normalisation, strict=True)
+        mean, std = (torch.tensor(list(own if given is None else given)) for given, own in pairs)
+        own_mean, own_std = (torch.tensor(list(x)) for x in self._own)
+        self._factor = std / (255 * own_std)
+        self._shift = (mean / 255 - own_mean) / own_std
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Images (..., 3, H, W) in float32."""
+        factor, shift = (x.to(image.device)[:, None, None] for x in (self._factor, self._shift))
+        return image.float() * factor + shift
 
 
 @GUIDES.register_module(name="transformers")
@@ -36,8 +73,7 @@ class TransformersGuide(nn.Module):
         ImportError: if a model is to be loaded and `transformers` is not installed.
     """
 
-    factor: Tensor
-    shift: Tensor
+    model: Any
 
     def __init__(
         self,
@@ -51,34 +87,19 @@ class TransformersGuide(nn.Module):
         super().__init__()
         self.model = _load(model) if isinstance(model, str) else model
         self.model.requires_grad_(False)
-        size: int | Sequence[int] = self.model.config.patch_size  # type: ignore[union-attr, assignment]
+        size: int | Sequence[int] = self.model.config.patch_size
         self.patch: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         forward = inspect.signature(self.model.forward).parameters
         # ViT (DINO) resamples its position table only when told to, DINOv2 always does
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in forward else {}
         )
-        self._own = [torch.tensor(list(x)) * 255 for x in (mean, std)]
-        self._given = (image_mean, image_std)
-        self.register_buffer("factor", torch.empty(3, 1, 1), persistent=False)
-        self.register_buffer("shift", torch.empty(3, 1, 1), persistent=False)
-        self._expect(CLIP_MEAN, CLIP_STD)
+        self.renormalise = Renormalise(mean, std, image_mean, image_std)
         self.eval()
 
     def follow(self, clip: CLIP) -> None:
         """Expects images normalised for `clip`, unless their normalisation was given."""
-        self._expect(clip.mean, clip.std)
-
-    def _expect(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Images * factor + shift: out of one normalisation and into the other."""
-        mean, std = (
-            given if given is not None else own
-            for given, own in zip(self._given, (mean, std), strict=True)
-        )
-        factor = torch.tensor(list(std)) / self._own[1]
-        shift = (torch.tensor(list(mean)) - self._own[0]) / self._own[1]
-        self.factor.copy_(factor[:, None, None])
-        self.shift.copy_(shift[:, None, None])
+        self.renormalise.follow(clip)
 
     def train(self, mode: bool = True) -> TransformersGuide:
         """Stays in evaluation mode: nothing of it is trained."""
@@ -90,22 +111,43 @@ class TransformersGuide(nn.Module):
 
         Images are resized (bilinear) so that each side is the nearest multiple of the patch.
         """
-        dtype = next(self.model.parameters()).dtype
-        pixels = image.float() * self.factor.float() + self.shift.float()
-        grid = tuple(
+        out, grid = self._run(image)
+        tokens = out.last_hidden_state  # (B, prefix + h * w, D): class token and registers first
+        return Tokens(tokens[:, tokens.shape[1] - grid[0] * grid[1] :], grid, prefix=0)
+
+    @torch.no_grad()
+    def attention(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """What patches attend to in the last block, the heads' mean: (B, N, N), and their grid.
+
+        Rows sum to less than 1, since patches attend to the class token and registers too.
+
+        Raises:
+            ValueError: if the model keeps its attention to itself.
+        """
+        if hasattr(self.model, "set_attn_implementation"):
+            self.model.set_attn_implementation("eager")  # fused attention has no weights to show
+        out, grid = self._run(image, output_attentions=True)
+        if not out.attentions or out.attentions[-1] is None:
+            raise ValueError(
+                f"{type(self.model).__name__} gives no attention: load it with "
+                "attn_implementation='eager'"
+            )
+        patches = grid[0] * grid[1]
+        weights = out.attentions[-1].float().mean(1)  # (B, T, T)
+        return weights[:, -patches:, -patches:], grid
+
+    def _run(self, image: Tensor, **options: bool) -> tuple[Any, tuple[int, int]]:
+        pixels = self.renormalise(image)
+        height, width = (
             max(round(length / side), 1)
             for length, side in zip(image.shape[-2:], self.patch, strict=True)
         )
-        size = (grid[0] * self.patch[0], grid[1] * self.patch[1])
+        size = (height * self.patch[0], width * self.patch[1])
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
-        out = self.model(pixel_values=pixels.to(dtype), **self._options)
-        tokens = (
-            out.last_hidden_state
-        )  # (B, prefix + h * w, D); the prefix is the class and registers
-        return Tokens(
-            tokens[:, tokens.shape[1] - grid[0] * grid[1] :], (grid[0], grid[1]), prefix=0
-        )
+        dtype = next(self.model.parameters()).dtype
+        out = self.model(pixel_values=pixels.to(dtype), **self._options, **options)
+        return out, (height, width)
 
 
 def _load(name: str) -> nn.Module:

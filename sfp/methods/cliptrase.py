@@ -39,6 +39,7 @@ def cliptrase(
     layer: int = -2,
     unit_rows: bool = False,
     denoise: Literal["release", "paper", "none"] = "release",
+    guide: str | None = None,
     eps: float = 0.7,
     min_samples: int = 3,
     vote: Literal["mode", "mean"] = "mode",
@@ -54,7 +55,9 @@ def cliptrase(
         layer: whose correlations are clustered.
         unit_rows: whether rows are scaled to unit length before.
         denoise: "release", "paper" or "none".
-        eps, min_samples: DBSCAN's.
+        guide: external encoder, e.g. "dino", whose patches' cosines are clustered instead of CLIP's
+            correlations; `layer`, `unit_rows` and `denoise`, which are about those, then do nothing.
+        eps, min_samples: DBSCAN's; the defaults are for CLIP's correlations.
         vote: "mode" of the pixels' classes, or "mean" of their logits (the detectron2 release, which
             takes dot products with features that are not normalised; here they are cosines).
         cls_logits: whether logits are multiplied by the class token's (the release on VOC20).
@@ -62,9 +65,11 @@ def cliptrase(
     """
     rule = pick("correlation", correlation, RULES)
     noise = pick("denoise", denoise, DENOISE)
-    affinity = dict(
+    affinity: dict[str, Any] = dict(
         type="head_cosine", layer=layer, subtract_cls=denoise == "release", unit_rows=unit_rows
     )
+    if guide is not None:
+        affinity, noise = dict(type="guide_similarity", guide=guide), None
     refiners: list[dict[str, Any]] = []
     if cls_logits:
         source = dict(type="read_last", attention=rule, reduced=False)
@@ -78,6 +83,7 @@ def cliptrase(
                 min_samples=min_samples,
                 noise=noise,
                 noise_layer=layer,
+                guide=guide,
                 vote=pick("vote", vote, VOTES),
                 cells=cells,
             )

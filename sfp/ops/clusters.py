@@ -1,4 +1,4 @@
-"""Ops of CLIPtrase: correlated patches, which of them are noise, and masks that vote."""
+"""Ops of CLIPtrase: correlated patches, which of them are noise, masks that vote, point prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.functional.attention import mean_cosine
-from sfp.functional.clusters import dbscan, mask_means, resize, segments, vote_shares
+from sfp.functional.clusters import (
+    cluster_peaks,
+    dbscan,
+    mask_means,
+    resize,
+    segments,
+    vote_shares,
+)
 from sfp.ops.attention import self_self
 from sfp.registry import op, suggest
 from sfp.tokens import Heads, Tokens, upcast
@@ -74,6 +81,67 @@ def cls_product(logits: Tensor, trace: Trace, *, source: Callable[[Trace], Token
     return logits * weights[..., None, None]
 
 
+def _clusters(
+    trace: Trace,
+    affinity: Callable[[Trace], Tensor],
+    eps: float,
+    min_samples: int,
+    noise: Callable[[Trace, int], Tensor] | None,
+    noise_layer: int,
+    guide: str | None,
+) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+    """Affinities (B, N, N), the cluster of each patch (N,) by image, and the grid they live on."""
+    if guide is not None and noise is not None:
+        raise ValueError(
+            f"clusters on the grid of the guide {guide!r} cannot leave out noise: detectors judge "
+            "CLIP's patches; set noise=None"
+        )
+    rows = trace.once(affinity)
+    grid = trace.embedded.grid if guide is None else trace.guide(guide).grid
+    kept = None if noise is None else ~noise(trace, trace.layer(noise_layer))  # (B, N)
+    labels = [
+        dbscan(own, eps=eps, min_samples=min_samples, keep=None if kept is None else kept[i])
+        for i, own in enumerate(rows)
+    ]
+    return rows, labels, grid
+
+
+@op("points")
+def cluster_points(
+    trace: Trace,
+    *,
+    affinity: Callable[[Trace], Tensor],
+    eps: float = 0.7,
+    min_samples: int = 3,
+    noise: Callable[[Trace, int], Tensor] | None = None,
+    noise_layer: int = -1,
+    guide: str | None = None,
+    count: int = 1,
+) -> list[Tensor]:
+    """Point prompts from clusters of patches, the peaks of their prototypes: (K, count, 2) each.
+
+    Args:
+        affinity, eps, min_samples, noise, noise_layer, guide: as in `cluster_vote`.
+        count: points of each cluster.
+    """
+    rows, labels, grid = _clusters(trace, affinity, eps, min_samples, noise, noise_layer, guide)
+    return [cluster_peaks(own, found, grid, count) for own, found in zip(rows, labels, strict=True)]
+
+
+@op("points")
+def grid_points(trace: Trace, *, side: int = 16) -> list[Tensor]:
+    """The same point prompts for every image, a regular grid: (side * side, 1, 2) each.
+
+    SAM's way to segment everything, with 32 points a side; x and y in 0..1.
+
+    Args:
+        side: points in a row and in a column.
+    """
+    at = (torch.arange(side, device=trace.image.device) + 0.5) / side
+    points = torch.cartesian_prod(at, at).flip(1)[:, None]  # rows first
+    return [points for _ in trace.image]
+
+
 @op("refiner")
 def cluster_vote(
     logits: Tensor,
@@ -84,6 +152,7 @@ def cluster_vote(
     min_samples: int = 3,
     noise: Callable[[Trace, int], Tensor] | None = None,
     noise_layer: int = -1,
+    guide: str | None = None,
     vote: Literal["mode", "mean"] = "mode",
     cells: int | None = None,
 ) -> Tensor:
@@ -94,6 +163,8 @@ def cluster_vote(
         eps, min_samples: DBSCAN's.
         noise: detector of patches that are left out of the clusters.
         noise_layer: method layer that it judges.
+        guide: external encoder on whose grid the affinities live; None for CLIP's own. Then noise,
+            which judges CLIP's patches, must be None.
         vote: "mode": a pixel's logit is the share of its mask that chooses the query's class;
             "mean": its mask's mean logit.
         cells: output cells per patch; None for one per pixel.
@@ -103,20 +174,15 @@ def cluster_vote(
     """
     if vote not in ("mode", "mean"):
         raise ValueError(f"cluster_vote: unknown vote={vote!r}{suggest(vote, ('mode', 'mean'))}")
-    grid = trace.embedded.grid
+    rows, clusters, grid = _clusters(trace, affinity, eps, min_samples, noise, noise_layer, guide)
     height, width = trace.image.shape[-2:]
     size = (height, width) if cells is None else (cells * grid[0], cells * grid[1])
-    rows = trace.once(affinity)
-    keep = None if noise is None else ~noise(trace, trace.layer(noise_layer))
     index = torch.tensor(trace.index or range(logits.shape[1]), device=logits.device)
     refined = []
-    for i, coarse in enumerate(logits):
+    for coarse, own, labels in zip(logits, rows, clusters, strict=True):
         fine = resize(coarse, size)
-        labels = dbscan(
-            rows[i], eps=eps, min_samples=min_samples, keep=None if keep is None else keep[i]
-        )
         alone = bool((labels < 0).all())
-        masks = None if alone else segments(rows[i], labels, grid, size)
+        masks = None if alone else segments(own, labels, grid, size)
         refined.append(_agree(fine, masks, index, vote))
     return torch.stack(refined)
 

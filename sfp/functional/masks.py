@@ -1,0 +1,137 @@
+"""Masks of whole objects vote on the labels of their pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.labels import Labels
+
+BUDGET = 2**24  # numbers held at once
+
+
+@dataclass(frozen=True)
+class MaskSheet:
+    """Masks of an image as small maps of logits, positive inside; any slab of rows on demand.
+
+    Attributes:
+        maps: (M, h, w).
+        row_matrix: (H, h).
+        column_matrix: (W, w).
+    """
+
+    maps: Tensor
+    row_matrix: Tensor
+    column_matrix: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the image."""
+        return len(self.row_matrix), len(self.column_matrix)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Mask logits of image rows start to stop, (M, stop - start, W)."""
+        return self.row_matrix[start:stop] @ self.maps @ self.column_matrix.T
+
+
+def same_area(image: Tensor, side: int, multiple: int = 1) -> Tensor:
+    """An image (3, H, W) resized to about the area of a square, its shape kept: (3, h, w).
+
+    What is tuned for the number of patches of a square, DBSCAN's distance for one, then fits images of
+    every shape and size.
+
+    Args:
+        image: of floats.
+        side: of the square, in pixels.
+        multiple: both sides become multiples of it, at least one.
+    """
+    height, width = image.shape[-2:]
+    scale = side / (height * width) ** 0.5
+    size = [max(round(length * scale / multiple), 1) * multiple for length in (height, width)]
+    resized = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)
+    return resized[0]
+
+
+def vote_in_masks(
+    masks: MaskSheet,
+    labels: Labels,
+    classes: int,
+    *,
+    mean: bool = False,
+    share: float = 0.0,
+    prob_thd: float = 0.0,
+) -> Labels:
+    """Gives the pixels of each mask one label, by the vote of all of them.
+
+    Of mask m with pixels P_m, class k gets the share s_mk = (1 / |P_m|) sum over p in P_m of b_pk. The
+    ballot b_p is 1 for the label of p and else 0 (a majority vote), or with `mean` the class
+    probabilities of p. Pixels take the class of largest share (the first of equal ones) of the smallest
+    mask that they lie in (the first of equal ones), since small masks are parts that large ones blur.
+    Pixels in no mask stay as they are, and so does everything if there is no mask.
+
+    Images of any size take little memory: masks are rendered a slab of rows at a time, twice.
+
+    Args:
+        masks: mask logits at the size of the labels; pixels above 0 belong to the mask.
+        labels: of the image; with scores if `mean`.
+        classes: number of classes K.
+        mean: whether probabilities are averaged instead of labels counted.
+        share: masks whose winner has less than this share do not count.
+        prob_thd: with `mean`, pixels of masks whose winner has less become class 0, as in `assign`,
+            whose threshold acted before the mean.
+
+    Returns:
+        Labels; in the masks, `confidence` is the winner's share and `scores`, if given, are all shares.
+
+    Raises:
+        ValueError: if `mean` and there are no scores.
+    """
+    if mean and labels.scores is None:
+        raise ValueError("the mean of probabilities needs labels with scores")
+    height, width = labels.labels.shape
+    count = len(masks.maps)
+    if not count:
+        return labels
+    step = max(BUDGET // (max(count, classes) * width), 1)
+    slabs = [slice(start, min(start + step, height)) for start in range(0, height, step)]
+
+    def inside(slab: slice) -> Tensor:
+        return masks.rows(slab.start, slab.stop) > 0  # (M, rows, W)
+
+    def ballots(slab: slice) -> Tensor:
+        if mean:
+            return labels.scores[:, slab].flatten(1).float()  # type: ignore[index]
+        return F.one_hot(labels.labels[slab].flatten(), classes).T.float()  # (K, rows * W)
+
+    areas = torch.zeros(count, dtype=torch.float64)
+    votes = torch.zeros(count, classes, dtype=torch.float64)
+    for slab in slabs:  # a slab has less than 2**24 pixels: its float32 counts are exact
+        members = inside(slab).flatten(1).float()
+        areas += members.sum(1).cpu()
+        votes += (members @ ballots(slab).T).cpu()
+    shares = votes / areas.clamp_min(1)[:, None]
+    best, winner = shares.amax(1), shares.argmax(1)
+    usable = ((areas > 0) & (best >= share)).nonzero()[:, 0]
+    if not len(usable):
+        return labels
+    order = usable[areas[usable].argsort(stable=True)].to(labels.labels.device)
+    best, shares = (x.to(labels.confidence) for x in (best, shares))
+    winner = winner.to(order)
+
+    new = labels.labels.clone()
+    confidence = labels.confidence.clone()
+    scores = None if labels.scores is None else labels.scores.clone()
+    for slab in slabs:
+        member = inside(slab)[order]
+        covered = member.any(0)  # (rows, W)
+        owner = order[member.byte().argmax(0)[covered]]  # argmax gives the first: the smallest mask
+        new[slab][covered] = winner[owner]
+        confidence[slab][covered] = best[owner]
+        if scores is not None:
+            scores[:, slab][:, covered] = shares[owner].T.to(scores)
+        if mean:
+            new[slab][covered & (confidence[slab] < prob_thd)] = 0
+    return Labels(new, confidence, scores)

@@ -1,0 +1,137 @@
+"""Masks of objects that make labels follow their outlines: SAM's, or those of a DINO's patches.
+
+A config names a proposer, where its prompts come from, and how pixels vote::
+
+    masks=dict(
+        propose=dict(type="sam", model="facebook/sam-vit-base"),
+        points=dict(type="cluster_points", affinity=dict(type="head_cosine", subtract_cls=True)),
+    )
+
+A proposer is a module, registered in `MASKS`: an image (3, h, w) normalised for CLIP, points
+(P, n, 2) with x and y in 0..1, n of them for each mask, and a size (H, W) -> a `MaskSheet` of
+(M, H, W) mask logits, positive inside. Masks may overlap and leave pixels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from sfp.clip.model import CLIP
+from sfp.clip.vit import VisionTransformer
+from sfp.functional.labels import Labels
+from sfp.functional.masks import MaskSheet, same_area, vote_in_masks
+from sfp.masks.dino import DinoMasks
+from sfp.masks.sam import SamMasks
+from sfp.registry import MASKS, bind, check_knobs, find, suggest
+from sfp.tokens import Tokens
+
+__all__ = ["MASKS", "DinoMasks", "MaskVote", "SamMasks", "build_masks"]
+
+
+class MaskVote(nn.Module):
+    """Labels of an image made to follow proposed masks, in which pixels vote.
+
+    CLIP runs once more over the whole image, resized to the area of a square of `side` pixels, for the
+    points that prompt the proposer.
+
+    Args:
+        propose: proposer, a config node or a module.
+        points: op of the kind "points": `cluster_points` or `grid_points`.
+        vote: "mode", the most frequent label of a mask, or "mean", the class of largest mean
+            probability (`sfp.functional.masks.vote_in_masks`).
+        share: least share of its mask that the winner must have; else the mask does not count.
+        side: as above; 224, for which the release of CLIPtrase sets `eps=0.7, min_samples=3`.
+    """
+
+    propose: Any
+
+    def __init__(
+        self,
+        *,
+        propose: Mapping[str, Any] | nn.Module,
+        points: Mapping[str, Any] | Callable,
+        vote: Literal["mode", "mean"] = "mode",
+        share: float = 0.0,
+        side: int = 224,
+    ) -> None:
+        super().__init__()
+        if vote not in ("mode", "mean"):
+            raise ValueError(f"masks: unknown vote={vote!r}{suggest(vote, ('mode', 'mean'))}")
+        self.points = bind(points, "points")
+        self.vote = vote
+        self.share = share
+        self.side = side
+        self.propose = propose if isinstance(propose, nn.Module) else _proposer(propose)
+
+    def follow(self, clip: CLIP) -> None:
+        """Tells the proposer for which weights images are normalised, if it wants to know."""
+        if hasattr(self.propose, "follow"):
+            self.propose.follow(clip)
+
+    def forward(
+        self,
+        vit: VisionTransformer,
+        image: Tensor,
+        labels: Labels,
+        classes: int,
+        *,
+        guides: Mapping[str, Callable[[Tensor], Tokens]] | None = None,
+        prob_thd: float = 0.0,
+    ) -> Labels:
+        """The labels after the vote.
+
+        Args:
+            vit: CLIP's image tower.
+            image: normalised, (3, h, w), of any size.
+            labels: of the image, at any size; with scores if `vote` is "mean".
+            classes: number of classes.
+            guides: external encoders that `points` may ask for.
+            prob_thd: as in `vote_in_masks`.
+        """
+        height, width = labels.labels.shape
+        return vote_in_masks(
+            self.masks(vit, image, (height, width), guides=guides),
+            labels,
+            classes,
+            mean=self.vote == "mean",
+            share=self.share,
+            prob_thd=prob_thd,
+        )
+
+    def masks(
+        self,
+        vit: VisionTransformer,
+        image: Tensor,
+        size: tuple[int, int],
+        *,
+        guides: Mapping[str, Callable[[Tensor], Tokens]] | None = None,
+    ) -> MaskSheet:
+        """The mask logits of an image, as `forward` uses them."""
+        small = same_area(image.float(), self.side, vit.patch)
+        trace = vit.trace(small[None], guides=guides, depth=12)
+        (points,) = self.points(trace)
+        return self.propose(image, points, size)
+
+
+def build_masks(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
+    """The `MaskVote` of a config; a module, and None, pass as they are.
+
+    Raises:
+        ValueError: for an unknown type or knob; the message names the valid ones.
+    """
+    if node is None or isinstance(node, nn.Module):
+        return node
+    check_knobs(MaskVote, node, "masks")
+    return MaskVote(**node)
+
+
+def _proposer(node: Mapping[str, Any]) -> nn.Module:
+    knobs = dict(node)
+    if "type" not in knobs:
+        raise ValueError(f"masks.propose has no type; valid: {', '.join(MASKS.module_dict)}")
+    cls = find(MASKS, name := knobs.pop("type"))
+    check_knobs(cls, knobs, f"mask proposer {name!r}")
+    return cls(**knobs)

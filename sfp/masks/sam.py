@@ -1,0 +1,139 @@
+"""Masks from SAM and SAM 2 of Hugging Face's `transformers`, prompted with points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfp.clip.model import CLIP
+from sfp.functional.masks import MaskSheet
+from sfp.functional.windows import interpolation
+from sfp.guides.transformers import Renormalise
+from sfp.numerics import finite
+from sfp.registry import MASKS
+
+KINDS = {"sam": False, "sam2": True, "sam2_video": True}  # whether images are stretched to a square
+
+
+@MASKS.register_module(name="sam")
+class SamMasks(nn.Module):
+    """A frozen SAM (Kirillov et al., 2023) or SAM 2 (Ravi et al., 2024): one mask for each prompt.
+
+    Of the three masks that the model offers for an ambiguous prompt, the one that it predicts the
+    highest IoU for. Preprocessing is written in torch and as in the releases: bilinear with
+    antialiasing; SAM keeps the shape, the longer side becomes 1024 and zeros fill the square; SAM 2
+    stretches to the square.
+
+    Args:
+        model: a name on the Hugging Face hub or a folder, loaded with `AutoModelForMaskGeneration`; or
+            a `SamModel` or `Sam2Model`.
+        min_iou: masks with a lower predicted IoU are left out (SAM's automatic mode: 0.88).
+        prompt_batch: most prompts that are decoded at once.
+        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+            that of the segmentor's weights, for most OpenAI's.
+
+    Raises:
+        ImportError: if a model is to be loaded and `transformers` is not installed.
+        ValueError: if the model is neither.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        *,
+        model: str | nn.Module,
+        min_iou: float = 0.0,
+        prompt_batch: int = 64,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = _load(model) if isinstance(model, str) else model
+        self.model.requires_grad_(False)
+        kind = getattr(getattr(self.model, "config", None), "model_type", type(model).__name__)
+        if kind not in KINDS:
+            raise ValueError(f"mask proposer 'sam': model of type {kind!r}; valid: sam, sam2")
+        self.stretch = KINDS[kind]
+        self.min_iou = min_iou
+        self.prompt_batch = prompt_batch
+        self.renormalise = Renormalise(image_mean=image_mean, image_std=image_std)
+        self.eval()
+
+    def train(self, mode: bool = True) -> SamMasks:
+        """Stays in evaluation mode: nothing of it is trained."""
+        return super().train(False)
+
+    def follow(self, clip: CLIP) -> None:
+        """Expects images normalised for `clip`, unless their normalisation was given."""
+        self.renormalise.follow(clip)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:
+        """Mask logits of an image (3, h, w) for points (P, n, 2), to be rendered at a size.
+
+        Raises:
+            FloatingPointError: if the model gives NaN or infinite values.
+        """
+        height, width = image.shape[-2:]
+        side = self.model.config.prompt_encoder_config.image_size
+        inner = (side, side)
+        if not self.stretch:
+            scale = side / max(height, width)
+            inner = (max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1))
+        pixels = F.interpolate(
+            self.renormalise(image)[None],
+            inner,
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
+        )
+        pixels = F.pad(pixels, (0, side - inner[1], 0, side - inner[0]))
+        dtype = next(self.model.parameters()).dtype
+        # the prompt encoder adds half a pixel
+        at = points.float() * points.new_tensor([inner[1], inner[0]]).float() - 0.5
+        maps = [pixels.new_zeros(0, side // 4, side // 4)]
+        embeddings = self.model.get_image_embeddings(pixels.to(dtype)) if len(at) else None
+        for part in at.split(self.prompt_batch) if len(at) else ():
+            out = self.model(input_points=part[None], image_embeddings=embeddings)
+            masks = out.pred_masks[0].float()  # (P, 3, s, s)
+            iou = out.iou_scores[0].float()  # (P, 3)
+            if not (finite(masks) and finite(iou)):
+                raise FloatingPointError(
+                    f"the SAM of masks.propose gives NaN or infinite values in {dtype}: "
+                    "precision='fp32' of the segmentor (or 'bf16') may avoid them"
+                )
+            best = iou.argmax(1)
+            rows = torch.arange(len(best), device=best.device)
+            maps.append(masks[rows, best][iou[rows, best] >= self.min_iou])
+        cells = maps[-1].shape[-2:]
+        matrices = [
+            _enlarge(cells[i], side, inner[i], size[i], direct=self.stretch).to(pixels)
+            for i in range(2)
+        ]
+        return MaskSheet(torch.cat([t for t in maps if len(t)] or maps[:1]), *matrices)
+
+
+def _enlarge(cells: int, side: int, inner: int, target: int, *, direct: bool) -> Tensor:
+    """One side of the way from the model's masks to an image's pixels, (target, cells).
+
+    To the padded square, off with the padding, to the image, as SAM does; SAM 2 goes straight.
+    """
+    if direct:
+        return interpolation(cells, target)
+    padded = interpolation(cells, side)[:inner]
+    return F.interpolate(padded.T[None], target, mode="linear", align_corners=False)[0].T
+
+
+def _load(name: str) -> nn.Module:
+    try:
+        from transformers import AutoModelForMaskGeneration
+    except ImportError as error:
+        raise ImportError(
+            f"the SAM {name!r} needs the package transformers: pip install 'sfp[sam]'"
+        ) from error
+    return AutoModelForMaskGeneration.from_pretrained(name)

@@ -17,6 +17,7 @@ from sfp.version import __version__
 
 COMMANDS = (  # in the order of the help
     "segment",
+    "demo",
     "eval",
     "compare",
     "ablate",

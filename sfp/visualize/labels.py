@@ -82,7 +82,7 @@ def segmentation(
     for column, (title, result) in zip(grid.T[1:], titled.items(), strict=True):
         column[0].imshow(overlay(Panel(image, result.labels), colours))
         column[0].set_title(title, fontsize=9)
-        _write_names(column[0], result.labels, names)
+        write_names(column[0], result.labels, names)
         shown = column[1].imshow(result.confidence, cmap="cividis", norm=Normalize(0, 1))
         column[1].set_title(f"confidence, mean {result.confidence.mean():.0%}", fontsize=9)
     bar = figure.colorbar(shown, ax=grid[1, 1:], location="right", format=PercentFormatter(1))
@@ -112,7 +112,7 @@ def segmentation(
     return figure
 
 
-def _write_names(axes: Axes, labels: np.ndarray, names: Sequence[str]) -> None:
+def write_names(axes: Axes, labels: np.ndarray, names: Sequence[str]) -> None:
     """Each class's name inside its largest region, so that nobody depends on colours."""
     for i in np.unique(labels):
         region = (labels == i).astype(np.uint8)

@@ -1,0 +1,76 @@
+"""`sfp demo`: a page in the browser to try methods on pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from sfp.cli.options import WEIGHTS, add_command
+
+TEXT = """\
+Opens a page in the browser: drop a photo or pick a scene of the mini world, type words, and see the
+segmentation, the outliers of each layer, where a patch looks, and two methods side by side. Nothing
+leaves this machine, unless --share asks for it. Needs: pip install 'sfp[demo]'
+
+Without --weights it takes ViT-B/16 if its file is there already, else the mini CLIP that ships with
+the package and knows the words of its own drawn scenes only.
+
+Examples:
+    sfp demo
+    sfp demo --weights ViT-B/16 --method sclip
+    sfp demo --host 0.0.0.0 --port 8080 --no-browser      # for others in the network
+"""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "demo", run, help="try methods in the browser", text=TEXT)
+    parser.add_argument("--weights", help=f"{WEIGHTS}; or mini (default: see above)")
+    parser.add_argument("--method", default="sfp", help="preset to begin with (default: sfp)")
+    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
+    parser.add_argument("--host", default="127.0.0.1", help="address (default: this machine only)")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument(
+        "--share", action="store_true", help="a public address, through gradio's servers"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves the page until Ctrl-C."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # which gradio imports
+    try:
+        from sfp.demo.page import build, launch
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ModuleNotFoundError(
+            "the demo needs gradio, which is not installed: pip install 'sfp[demo]'"
+        ) from None
+    import sfp
+    from sfp.demo.desk import Desk, usable_methods
+    from sfp.evaluate import quiet
+    from sfp.registry import suggest
+
+    quiet()
+    weights = args.weights or default_weights()
+    if args.method not in usable_methods():
+        raise ValueError(f"--method {args.method}{suggest(args.method, usable_methods())}")
+    model = sfp.load(
+        weights, args.method, device=args.device, short_side=224 if weights == "mini" else 336
+    )
+    page = build(Desk(model, mini=weights == "mini"), weights=str(weights), method=args.method)
+    launch(page, host=args.host, port=args.port, share=args.share, browser=not args.no_browser)
+    return 0
+
+
+def default_weights() -> str:
+    """ViT-B/16 if no download is needed, else the mini CLIP."""
+    from sfp.cache import cache_dir
+    from sfp.clip.loading import MINI, PUBLISHED
+
+    folders = (cache_dir("weights"), Path.home() / ".cache" / "clip")
+    there = any((folder / PUBLISHED["ViT-B/16"].file).is_file() for folder in folders)
+    return "ViT-B/16" if there else MINI

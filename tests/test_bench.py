@@ -20,16 +20,18 @@ def bench(monkeypatch):
     spec = importlib.util.spec_from_file_location("bench", TOOL)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "bench", module)
+    monkeypatch.syspath_prepend(TOOL.parent)  # as for a script
     spec.loader.exec_module(module)
     module.ARCHS["small"] = SMALL
     module.IMAGES["small"] = ((150, 230), 300)
     return module
 
 
-@pytest.mark.parametrize("method", ["sfp", "sfp_paper", "clip", "clip_surgery"])
-def test_the_sequential_reference_gives_the_same_labels(bench, method):
+@pytest.mark.parametrize("layers", [12, 24])
+def test_the_sequential_reference_gives_the_same_labels(bench, layers):
+    bench.ARCHS["small"] = {**SMALL, "layers": layers}
     case = bench.Case("small", "small", 7, "cpu")
-    segmentor = case.segmentor(case.clip(), method, "fp32")
+    segmentor = case.segmentor(case.clip(), "sfp", "fp32")
     data = bench.jpeg(*case.size)
     ours, theirs = (getattr(bench, run)(segmentor, case, data) for run in ("fast", "sequential"))
     assert ours.shape == theirs.shape == case.size
@@ -38,10 +40,12 @@ def test_the_sequential_reference_gives_the_same_labels(bench, method):
 
 
 def test_the_reference_keeps_every_map(bench):
-    case = bench.Case("small", "small", 3, "cpu")
-    with torch.inference_mode(), bench.official_blocks() as kept:
-        case.clip().visual(torch.zeros(1, 3, 224, 224))
-    assert [tuple(weights.shape) for weights in kept] == [(1, 2, 197, 197)] * 12
+    clip = bench.Case("small", "small", 3, "cpu").clip()
+    with torch.inference_mode():
+        grid, outputs, maps = bench.SequentialSFP(clip).trunk(torch.zeros(1, 3, 224, 224))
+    assert grid == (14, 14)
+    assert [tuple(x.shape) for x in outputs] == [(197, 1, 128)] * 11
+    assert [tuple(weights.shape) for weights in maps] == [(1, 2, 197, 197)] * 11
 
 
 def test_a_run_writes_its_record(bench, monkeypatch, tmp_path, capsys):
@@ -65,5 +69,7 @@ def test_a_run_writes_its_record(bench, monkeypatch, tmp_path, capsys):
     assert set(first["stages"]) == set(bench.STAGES)
     assert all(seconds >= 0 for seconds in first["stages"].values())
     assert first["equal_labels"] > 0.99
+    assert case["sequential"]["variant"] == "fp32"
+    assert "equal_labels" not in case["rows"][2]
     assert 0 < second["feature_error"] < 0.2
     assert "from the first variant's" in capsys.readouterr().out

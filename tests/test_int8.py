@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import sfp
 from sfp.clip.int8 import Int8Linear, quantised
 from sfp.mini import checkpoint
+from sfp.mini.scenes import scene
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -49,7 +50,7 @@ def test_rows_do_not_see_each_other():
 def test_features_are_close_and_the_model_is_left_alone():
     clip = sfp.load_clip(checkpoint())
     names = list(clip.state_dict())
-    image = [torch.randint(0, 256, (3, 120, 150), dtype=torch.uint8)]
+    image = [torch.from_numpy(scene(900_000)[0]).permute(2, 0, 1).flip(0)]
     labels = {}
     for precision in ("fp32", "int8"):
         model = sfp.OpenVocabSegmentor(

@@ -1,10 +1,10 @@
 """Measures methods end to end against two things that it also runs, in turns, in one process.
 
 The *floor* is CLIP's own forward pass over the same windows in one batch: fused attention, no dense
-output. The *sequential reference* is the way that the official repositories work: one window at a
-time, the attention weights of every block kept, logits of every window at full resolution, OpenAI's
-expression for QuickGELU. It gives the same labels, which is checked. Weights are random and the image
-is drawn; nothing is downloaded.
+output. The *sequential reference* (`sequential.py`) is SFP the way its repository runs it: one window
+at a time, the attention weights of every block kept, logits of every window at full resolution. It
+gives the same labels, which is checked. Weights are random and the image is drawn; nothing is
+downloaded.
 
 Printed for each case: ms and images per second from JPEG bytes to the label map, the ratios, the
 peak memory above the loaded model (resident set on a CPU, allocator on CUDA), and where the time goes.
@@ -13,7 +13,7 @@ Examples:
     python tools/bench.py
     python tools/bench.py --methods all --classes 21
     python tools/bench.py --arch ViT-B/16 ViT-L/14 --image voc cityscapes --classes 21 847 --rounds 2
-    python tools/bench.py --variants fp32 bf16 int8 --sequential
+    python tools/bench.py --variants fp32 bf16 int8 compiled
     python tools/bench.py --text 12
 """
 
@@ -29,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,12 +42,13 @@ import torch
 from mmseg.structures import SegDataSample
 from rich.console import Console
 from rich.table import Table
+from sequential import CROP, STRIDE, SequentialSFP
 from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
 from sfp.cache import atomic_write
-from sfp.clip import text, vit
+from sfp.clip import text
 from sfp.functional import windows as windows_module
 from sfp.functional.windows import WindowGrid
 
@@ -61,7 +63,6 @@ IMAGES = {  # size, and the short side that it is resized to
     "voc": ((375, 500), 336),
     "cityscapes": ((1024, 2048), 560),
 }
-CROP, STRIDE = 224, 112
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: dict(precision=name) for name in ("auto", "fp32", "bf16", "fp16", "int8")},
     "compiled": dict(compiled=True),
@@ -133,49 +134,16 @@ def fast(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> Tensor:
     return segmentor.test_step(batch)[0].pred_sem_seg.data[0].cpu()
 
 
-@torch.inference_mode()
+reference = lru_cache(maxsize=1)(SequentialSFP)
+
+
 def sequential(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> Tensor:
-    """The same labels in the way of the official repositories: JPEG bytes -> labels (H, W)."""
+    """The same labels the way SFP's repository computes them: JPEG bytes -> labels (H, W)."""
     batch = segmentor.data_preprocessor(dict(inputs=[load(data, case.short)]))
-    image = batch["inputs"][0][None]
-    grid = WindowGrid.over(image.shape[2:], CROP, STRIDE)
-    height, width = grid.window
-    queries = segmentor.text_features()
-    logits = image.new_zeros(1, len(queries), *image.shape[2:])
-    covered = image.new_zeros(1, 1, *image.shape[2:])
-    for y, x in grid.places:
-        window = image[..., y : y + height, x : x + width]
-        with official_blocks():
-            low, _ = segmentor.method.logits(segmentor.clip.visual, window, queries)
-        full = F.interpolate(low, grid.window, mode="bilinear")
-        margins = (x, image.shape[3] - x - width, y, image.shape[2] - y - height)
-        logits += F.pad(full, margins)  # as mmsegmentation's slide_inference does
-        covered[..., y : y + height, x : x + width] += 1
-    logits = F.interpolate(logits / covered, case.size, mode="bilinear")
-    return (logits * segmentor.logit_scale).softmax(1)[0].argmax(0).cpu()
-
-
-@contextmanager
-def official_blocks() -> Iterator[list[Tensor]]:
-    """Blocks keep their attention as a map, (B, H, T, T) each; QuickGELU as OpenAI wrote it."""
-    kept: list[Tensor] = []
-
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, causal: bool = False, hidden: Tensor | None = None
-    ) -> Tensor:
-        logits = (q * q.shape[-1] ** -0.5) @ k.mT
-        logits = logits if hidden is None else logits.masked_fill(hidden, -torch.inf)
-        kept.append(logits.softmax(-1))
-        return (kept[-1] @ v).transpose(1, 2).flatten(2)
-
-    def quick_gelu(_: vit.QuickGELU, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-    with (
-        patch.object(vit, "fused_attention", attend),
-        patch.object(vit.QuickGELU, "forward", quick_gelu),
-    ):
-        yield kept
+    image = batch["inputs"][0][None].to(segmentor.clip.visual.proj.dtype)
+    return reference(segmentor.clip)(
+        image, segmentor.text_features(), case.size, segmentor.logit_scale
+    ).cpu()
 
 
 class Stopwatch:
@@ -317,29 +285,18 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         return lambda: run(segmentor, case, data)
 
     tasks: dict[Any, Callable[[], Tensor]] = {"floor": floor}
-    for (method, variant), segmentor in contenders.items():
-        tasks[method, variant, "fast"] = task(fast, segmentor)
-        if method in args.sequential:
-            tasks[method, variant, "sequential"] = task(sequential, segmentor)
+    for key, segmentor in contenders.items():
+        tasks[key] = task(fast, segmentor)
+    # which has float weights to share
+    followed = next((contenders[k] for k in contenders if k[0] == "sfp" and k[1] != "int8"), None)
+    if args.sequential and followed is not None:
+        tasks["sequential"] = task(sequential, followed)
     times = take_turns(tasks, args.rounds, case.device)
-    rows = []
-    for (method, variant), segmentor in contenders.items():
-        row: dict[str, Any] = dict(method=method, variant=variant)
-        for run in (fast, sequential):
-            key = (method, variant, run.__name__)
-            if key in times:
-                peak = first_peak(run, case, method, variant, data) if args.memory else None
-                row[run.__name__] = dict(seconds=times[key], peak_mib=peak)
-        row["stages"] = stages(segmentor, case, data)
-        if variant != args.variants[0]:
-            row["feature_error"] = feature_error(
-                segmentor, contenders[method, args.variants[0]], windows
-            )
-        if "sequential" in row:
-            same = fast(segmentor, case, data) == sequential(segmentor, case, data)
-            row["equal_labels"] = same.double().mean().item()
-        rows.append(row)
-    return dict(
+
+    def peak(run: Callable, method: str, variant: str) -> float | None:
+        return first_peak(run, case, method, variant, data) if args.memory else None
+
+    record: dict[str, Any] = dict(
         arch=case.arch,
         image=case.image,
         size=case.size,
@@ -348,8 +305,34 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         windows=len(windows),
         device=case.device,
         floor_seconds=times["floor"],
-        rows=rows,
+        rows=[],
     )
+    expected = None
+    if "sequential" in tasks:
+        variant = next(v for (m, v), s in contenders.items() if s is followed)
+        record["sequential"] = dict(
+            variant=variant,
+            seconds=times["sequential"],
+            peak_mib=peak(sequential, "sfp", variant),
+        )
+        expected = tasks["sequential"]()
+    for (method, variant), segmentor in contenders.items():
+        row: dict[str, Any] = dict(
+            method=method,
+            variant=variant,
+            seconds=times[method, variant],
+            peak_mib=peak(fast, method, variant),
+            stages=stages(segmentor, case, data),
+        )
+        if variant != args.variants[0]:
+            row["feature_error"] = feature_error(
+                segmentor, contenders[method, args.variants[0]], windows
+            )
+        if method == "sfp" and expected is not None:
+            same = fast(segmentor, case, data) == expected
+            row["equal_labels"] = same.double().mean().item()
+        record["rows"].append(row)
+    return record
 
 
 @torch.inference_mode()
@@ -409,34 +392,29 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
         title=f"{record['arch']}, {'x'.join(map(str, record['size']))} image, {windows} windows, "
         f"{record['classes']} classes, {record['device']}, {threads} threads"
     )
-    columns = (
-        "",
-        "ms",
-        "x floor",
-        "images/s",
-        "windows/s",
-        "peak MiB",
-        "sequential ms",
-        "peak MiB",
-    )
+    columns = ("", "ms", "x floor", "images/s", "windows/s", "peak MiB", "x sequential")
     for column in columns:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    slow = record.get("sequential")
 
-    def figures(seconds: float) -> list[str]:
+    def add(name: str, seconds: float, peak: float | None = None, compare: bool = False) -> None:
         rates = (1 / seconds, windows / seconds)
-        return [f"{1e3 * seconds:.0f}", f"{seconds / floor:.2f}", *(f"{r:.2f}" for r in rates)]
+        faster = f"{slow['seconds'] / seconds:.2f} faster" if slow and compare else ""
+        table.add_row(
+            name,
+            f"{1e3 * seconds:.0f}",
+            f"{seconds / floor:.2f}",
+            *(f"{rate:.2f}" for rate in rates),
+            "" if peak is None else f"{peak:.0f}",
+            faster,
+        )
 
-    def mib(peak: float | None) -> str:
-        return "" if peak is None else f"{peak:.0f}"
-
-    table.add_row("floor: plain CLIP forward", *figures(floor), "", "", "")
+    add("floor", floor)
+    if slow:
+        add("sequential reference", slow["seconds"], slow["peak_mib"])
     for row in record["rows"]:
         name = row["method"] + f" {row['variant']}" * (row["variant"] != "auto")
-        cells = [name, *figures(row["fast"]["seconds"]), mib(row["fast"]["peak_mib"])]
-        if slow := row.get("sequential"):
-            faster = slow["seconds"] / row["fast"]["seconds"]
-            cells += [f"{1e3 * slow['seconds']:.0f} ({faster:.2f}x)", mib(slow["peak_mib"])]
-        table.add_row(*cells)
+        add(name, row["seconds"], row["peak_mib"], row["method"] == "sfp")
     console.print(table)
     for row in record["rows"]:
         whole = sum(row["stages"].values())
@@ -466,10 +444,7 @@ def parse_args() -> argparse.Namespace:
         help="precisions, or compiled; the floor runs in the first (auto: fp32, fp16 on CUDA)",
     )
     parser.add_argument(
-        "--sequential",
-        nargs="*",
-        default=["sfp"],
-        help="methods that get the reference (default: sfp)",
+        "--no-sequential", dest="sequential", action="store_false", help="without the reference"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -492,6 +467,7 @@ def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
     console = Console()
+    console.width = max(console.width, 100)  # a table that goes into a file keeps its columns
     record: dict[str, Any] = dict(
         torch=torch.__version__,
         sfp=sfp.__version__,

@@ -25,7 +25,31 @@ if TYPE_CHECKING:
 Rule = Callable[[Heads, Trace], Tensor]
 """An attention rule: (heads, trace) -> weights, (B, H or 1, M, T)."""
 
+# the operator that torch.compile uses too; PyTorch has no public name for it
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HEAD_WIDTH = 64  # of every CLIP tower but the image towers of open_clip's largest models
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b, (..., K) -> (..., N), as `F.linear`.
+
+    In float32 on a CPU, where nobody wants gradients, by oneDNN: `F.linear` asks MKL there, which on
+    AMD takes a quarter longer. `torch.backends.mkldnn.flags(enabled=False)` switches it off.
+    """
+    fitting = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    usable = ONEDNN and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
+    if fitting and usable and not learning:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return linear(x, self.weight, self.bias)
 
 
 class QuickGELU(nn.Module):
@@ -49,12 +73,12 @@ class Attention(nn.Module):
         self.num_heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def linear(self, x: Tensor, rows: slice) -> Tensor:
         """Some rows of the packed projection of `x`, (B, T, D) -> (B, T, rows)."""
-        return F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        return linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
 
     def project(self, x: Tensor, names: str = "qkv") -> tuple[Tensor, ...]:
         """Some of the queries, keys and values of `x`, each (B, H, T, d), by one product.
@@ -88,9 +112,9 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(
-                c_fc=nn.Linear(width, hidden),
+                c_fc=Linear(width, hidden),
                 gelu=ACTIVATIONS[activation](),
-                c_proj=nn.Linear(hidden, width),
+                c_proj=Linear(hidden, width),
             )
         )
         self.ln_2 = nn.LayerNorm(width)

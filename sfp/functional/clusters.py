@@ -106,7 +106,7 @@ def segments(rows: Tensor, labels: Tensor, grid: tuple[int, int], size: tuple[in
         size: (H, W).
     """
     maps = smooth_maps(prototypes(rows, labels).unflatten(1, grid))
-    return resize(maps, size).argmax(0)
+    return resize(maps, size).max(0).indices  # many times as fast as argmax
 
 
 def vote_shares(masks: Tensor, choice: Tensor, classes: int) -> Tensor:

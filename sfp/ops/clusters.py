@@ -191,7 +191,7 @@ def _agree(logits: Tensor, masks: Tensor | None, index: Tensor, vote: str) -> Te
     """One image's pixel logits (Q, H, W) after the vote in its masks (H, W)."""
     if vote == "mean":
         return logits if masks is None else mask_means(masks, logits)
-    choice = index[logits.argmax(0)]  # (H, W)
+    choice = index[logits.max(0).indices]  # (H, W)
     classes = int(index.max()) + 1
     if masks is None:
         return F.one_hot(choice, classes).permute(2, 0, 1)[index].to(logits)

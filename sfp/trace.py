@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sfp.functional.attention import diagonal_weights
+from sfp.functional import attention
 from sfp.tokens import Heads, Tokens, cosine_logits
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Trace:
         self.keep = set() if keep is None else keep
         self._running: tuple[int, Heads] | None = None
         self._kept: dict[int, Heads] = {}
+        self._mean_maps: dict[int, Tensor] = {}
         self._once: dict[Hashable, Any] = {}
         self._worded: set[Hashable] = set()  # those of `_once` that came from the words
 
@@ -122,6 +123,7 @@ class Trace:
         yield from (each.data for each in tokens)
         yield from (x for each in heads for x in each.tensors())
         yield from self.masks.values()
+        yield from self._mean_maps.values()
         yield from (value for value in self._once.values() if isinstance(value, Tensor))
 
     def layer(self, index: int) -> int:
@@ -217,6 +219,24 @@ class Trace:
         """Block `i`'s attention weights, (B, H, T, T)."""
         return self.heads(i).logits("q", "k").softmax(-1)
 
+    def mean_attention(self, i: int) -> Tensor:
+        """Block `i`'s attention weights averaged over heads, (B, T, T); computed once."""
+        if i not in self._mean_maps:
+            self._mean_maps[i] = self.attention(i).mean(1)
+        return self._mean_maps[i]
+
+    def mean_row_and_diagonal(self, i: int) -> tuple[Tensor, Tensor]:
+        """`cls_row` and `self_weight` averaged over heads, (B, N) each.
+
+        Out of the map where that is small, which others may ask for too; else without it.
+        """
+        batch, tokens, _ = self.entering(i).data.shape
+        if batch * self.vit.blocks[i].attn.num_heads * tokens**2 > attention.CHUNK:
+            return self.cls_row(i).mean(1), self.self_weight(i).mean(1)
+        prefix = self.embedded.prefix
+        weights = self.mean_attention(i)
+        return weights[:, 0, prefix:], weights.diagonal(dim1=-2, dim2=-1)[:, prefix:]
+
     def cls_row(self, i: int) -> Tensor:
         """How much the class token attends to each patch in block `i`, (B, H, N)."""
         heads = self.heads(i)
@@ -226,7 +246,7 @@ class Trace:
     def self_weight(self, i: int) -> Tensor:
         """How much each patch attends to itself in block `i`, (B, H, N); no full map is kept."""
         heads = self.heads(i)
-        own = diagonal_weights(heads.q, heads.k, heads.scale, heads.hidden_keys)
+        own = attention.diagonal_weights(heads.q, heads.k, heads.scale, heads.hidden_keys)
         return own[..., heads.prefix :]
 
     def global_embedding(self) -> Tensor:

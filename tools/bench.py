@@ -1,7 +1,7 @@
 """Measures methods end to end against two things that it also runs, in turns, in one process.
 
 The *floor* is CLIP's own forward pass over the same windows in one batch: fused attention, no dense
-output. The *sequential reference* (`sequential.py`) is SFP the way its repository runs it: one window
+output; once by our image tower and once more with PyTorch's own linear layers in it. The *sequential reference* (`sequential.py`) is SFP the way its repository runs it: one window
 at a time, the attention weights of every block kept, logits of every window at full resolution. It
 gives the same labels, which is checked. Weights are random and the image is drawn; nothing is
 downloaded.
@@ -48,7 +48,7 @@ from torch.nn import functional as F
 
 import sfp
 from sfp.cache import atomic_write
-from sfp.clip import text
+from sfp.clip import text, vit
 from sfp.functional import windows as windows_module
 from sfp.functional.windows import WindowGrid
 
@@ -284,7 +284,11 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     def task(run: Callable, segmentor: sfp.OpenVocabSegmentor) -> Callable[[], Tensor]:
         return lambda: run(segmentor, case, data)
 
-    tasks: dict[Any, Callable[[], Tensor]] = {"floor": floor}
+    def pytorch_floor() -> Tensor:
+        with patch.object(vit, "ONEDNN", False):
+            return floor()
+
+    tasks: dict[Any, Callable[[], Tensor]] = {"floor": floor, "pytorch_floor": pytorch_floor}
     for key, segmentor in contenders.items():
         tasks[key] = task(fast, segmentor)
     # which has float weights to share
@@ -305,6 +309,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         windows=len(windows),
         device=case.device,
         floor_seconds=times["floor"],
+        pytorch_floor_seconds=times["pytorch_floor"],
         rows=[],
     )
     expected = None
@@ -410,6 +415,7 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
         )
 
     add("floor", floor)
+    add("floor, PyTorch's linear layers", record["pytorch_floor_seconds"])
     if slow:
         add("sequential reference", slow["seconds"], slow["peak_mib"])
     for row in record["rows"]:

@@ -31,7 +31,7 @@ HEAD_WIDTH = 64  # of every CLIP tower but the image towers of open_clip's large
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W^T + b, (..., K) -> (..., N), as `F.linear`.
+    """The linear layer x W^T + b, (..., K) -> (..., N), as `F.linear`.
 
     In float32 on a CPU, where nobody wants gradients, by oneDNN: `F.linear` asks MKL there, which on
     AMD takes a quarter longer. `torch.backends.mkldnn.flags(enabled=False)` switches it off.

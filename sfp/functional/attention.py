@@ -61,8 +61,10 @@ def centred_softmax(similarity: Tensor, gain: float, centre: float) -> Tensor:
 
 def mean_cosine(*projections: Tensor) -> Tensor:
     """Cosines between tokens, averaged over projections and heads: (B, H, T, d) each -> (B, T, T)."""
-    units = (F.normalize(upcast(x), dim=-1) for x in projections)
-    return torch.stack([x @ x.mT for x in units]).mean((0, 2))
+    # the mean of products is the product of what lies end to end: no map for each head
+    units = torch.cat([F.normalize(upcast(x), dim=-1) for x in projections], dim=1)
+    rows = units.transpose(1, 2).flatten(2)  # (B, T, projections * H * d)
+    return rows @ rows.mT / units.shape[1]
 
 
 def gaussian_prior(grid: tuple[int, int], std: float, device: torch.device | None = None) -> Tensor:

@@ -55,7 +55,7 @@ def mean_attention(trace: Trace, *, first: int = 0, last: int = -2) -> Tensor:
     if start >= stop:
         raise LayerError(f"mean_attention: layer {first} comes after layer {last}")
     prefix = trace.embedded.prefix
-    maps = (trace.attention(i).mean(1)[:, prefix:, prefix:] for i in range(start, stop))
+    maps = (trace.mean_attention(i)[:, prefix:, prefix:] for i in range(start, stop))
     total = next(maps).clone()
     for attention in maps:
         total += attention

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.functional.attention import centred_softmax, gaussian_prior, pad_prefix
-from sfp.registry import op
+from sfp.registry import Op, op
 from sfp.tokens import Heads, upcast
 from sfp.trace import Trace
 
@@ -110,15 +110,21 @@ def fuse_layers(
         pairs: attention of those layers, as in `self_self`; ("qk",) is what they ran with.
         head_average: whether the heads share their mean of each map.
     """
-    maps = []
-    for layer in layers:
-        other = trace.heads(trace.layer(layer))
-        skip = other.prefix - heads.prefix  # a readout of patches alone
-        maps.append(self_self(other, trace, pairs=pairs)[..., skip:, skip:])
-    own, earlier = rule(heads, trace), sum(maps[1:], maps[0]) / len(maps)
+    earlier = trace.once(Op(earlier_layers, (("layers", tuple(layers)), ("pairs", tuple(pairs)))))
+    skip = trace.embedded.prefix - heads.prefix  # a readout of patches alone
+    own, earlier = rule(heads, trace), earlier[..., skip:, skip:]
     if head_average:
         own, earlier = own.mean(1, keepdim=True), earlier.mean(1, keepdim=True)
     return own + share * (earlier - own)
+
+
+def earlier_layers(trace: Trace, *, layers: Sequence[int], pairs: Sequence[str]) -> Tensor:
+    """Mean over method layers of `self_self`, (B, H, T, T)."""
+    maps = (self_self(trace.heads(trace.layer(i)), trace, pairs=pairs) for i in layers)
+    total = next(maps).clone()
+    for weights in maps:
+        total += weights
+    return total / len(layers)
 
 
 @op("attention")

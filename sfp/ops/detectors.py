@@ -39,8 +39,8 @@ def som(trace: Trace, layer: int, *, gain: float = 1.0, top_k: int | None = None
         gain: 1 in the paper; the release multiplies by res_cls 0.3 * res_scale 5.0 = 1.5.
         top_k: keep only those that the class token attends to most; 10 in the release.
     """
-    drawn = gain * trace.cls_row(layer).mean(1)  # (B, N)
-    own = trace.self_weight(layer).mean(1)
+    drawn, own = trace.mean_row_and_diagonal(layer)
+    drawn = gain * drawn
     return largest(drawn.masked_fill(drawn <= own, -torch.inf), top_k)
 
 

@@ -1,10 +1,10 @@
 """Measures methods end to end against two things that it also runs, in turns, in one process.
 
 The *floor* is CLIP's own forward pass over the same windows in one batch: fused attention, no dense
-output; once by our image tower and once more with PyTorch's own linear layers in it. The *sequential reference* (`sequential.py`) is SFP the way its repository runs it: one window
-at a time, the attention weights of every block kept, logits of every window at full resolution. It
-gives the same labels, which is checked. Weights are random and the image is drawn; nothing is
-downloaded.
+output; once by our image tower, and once with PyTorch's own linear layers in it. The *sequential
+reference* (`sequential.py`) is SFP the way its repository runs it: one window at a time, the attention
+weights of every block kept, logits of every window at full resolution. It gives the same labels, which
+is checked. Weights are random and the image is drawn; nothing is downloaded.
 
 Printed for each case: ms and images per second from JPEG bytes to the label map, the ratios, the
 peak memory above the loaded model (resident set on a CPU, allocator on CUDA), and where the time goes.

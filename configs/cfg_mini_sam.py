@@ -8,9 +8,8 @@ _base_ = "./cfg_mini.py"
 model = dict(
     method=dict(_delete_=True, type="cliptrase"),
     masks=dict(  # knobs of sfp.masks.MaskVote
-        propose=dict(
-            type="sam", model="facebook/sam-vit-base"
-        ),  # SAM 2: facebook/sam2.1-hiera-tiny
+        # SAM 2: facebook/sam2.1-hiera-tiny
+        propose=dict(type="sam", model="facebook/sam-vit-base"),
         points=dict(type="cluster_points", affinity=dict(type="head_cosine", subtract_cls=True)),
         vote="mode",
     ),

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import mmcv
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfp import mini
 from sfp.clip.model import CLIP
 from sfp.clip.text import text_bank
 from sfp.clip.vit import VisionTransformer
@@ -50,7 +51,7 @@ def load(
     device: str | torch.device = "auto",
     precision: str = "auto",
     compiled: bool = False,
-    short_side: int | None = 336,
+    short_side: int | Literal["auto"] | None = "auto",
     slide_crop: int = 224,
     slide_stride: int = 112,
     templates: str | Sequence[str] = "imagenet",
@@ -69,8 +70,9 @@ def load(
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8", an
             approximation for CPUs.
         compiled: whether the blocks' MLPs go through `torch.compile`.
-        short_side: pixels that the short side is resized to (the long one to 2048 at most); None
-            leaves images as they are. The mini CLIP was trained on 224.
+        short_side: pixels that the short side is resized to (the long one to 2048 at most); "auto"
+            takes 336, and 224 for the mini CLIP, which was trained on that; None leaves images as they
+            are.
         slide_crop, slide_stride: side and distance of the windows; crop 0 takes images whole.
         templates: prompts with one `{}`, or the name of a set that mmseg ships.
         logit_scale: inverse temperature of the softmax over all queries.
@@ -84,6 +86,8 @@ def load(
         WeightsError: if the weights cannot be found, downloaded or read.
         ValueError: if a setting is wrong; the message names the valid ones.
     """
+    if short_side == "auto":
+        short_side = mini.short_side(weights)
     if short_side is not None and not 0 < short_side <= LONG_SIDE:
         raise ValueError(f"short_side={short_side}: expected 1 to {LONG_SIDE} pixels, or None")
     if memory_mb < 0:

@@ -27,6 +27,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
 
+from sfp import mini
 from sfp.cache import atomic_write
 from sfp.card import NOTED, settings
 from sfp.datasets import LABEL_STEPS, colour_map
@@ -195,12 +196,13 @@ def bulk_config(config: Config, short_side: int | None = None) -> Config:
     Args:
         config: of a benchmark, whose steps are taken over, or configs/base_config.py.
         short_side: pixels that the short side of each image is resized to; by default the
-            config's, or 336 if it has no steps.
+            config's, or what fits the weights if it has no steps.
     """
     config = config.copy()
     steps = [s for s in config.get("test_pipeline", []) if s["type"] not in LABEL_STEPS]
     if short_side is not None or not steps:
-        resize = dict(type="Resize", scale=(2048, short_side or 336), keep_ratio=True)
+        side = mini.short_side(config.model.get("weights")) if short_side is None else short_side
+        resize = dict(type="Resize", scale=(2048, side), keep_ratio=True)
         steps = [dict(type="LoadImageFromFile"), resize, dict(type="PackSegInputs")]
     config.test_pipeline = steps
     for key in ("test_dataloader", "test_evaluator"):

@@ -6,6 +6,8 @@ import inspect
 import json
 import logging
 import math
+import os
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,6 +161,30 @@ def check(config: Config) -> None:
     locate(config.model.weights)
 
 
+def _slurm_group() -> dict[str, str]:
+    """What `torch.distributed` reads from the environment, out of what `srun` sets there.
+
+    Raises:
+        ValueError: if nothing of that is set.
+    """
+    try:
+        rank, size, nodes = (
+            os.environ[f"SLURM_{name}"] for name in ("PROCID", "NTASKS", "NODELIST")
+        )
+    except KeyError as error:
+        raise ValueError(
+            f"--launcher slurm goes by the variables of srun, and {error} is not set: start it with "
+            "srun (docs/scaling.md), or use torchrun and --launcher pytorch"
+        ) from None
+    address = os.environ.get("MASTER_ADDR")
+    if address is None:
+        command = ["scontrol", "show", "hostnames", nodes]  # of "n[1-4]", one a line
+        listed = subprocess.run(command, check=True, capture_output=True, text=True)
+        address = listed.stdout.split()[0]
+    port = os.environ.get("MASTER_PORT", "29500")
+    return dict(RANK=rank, WORLD_SIZE=size, MASTER_ADDR=address, MASTER_PORT=port)
+
+
 def evaluate(
     config: Config, *, pictures: int = 6, show_dir: str | None = None, resume: bool = True
 ) -> dict[str, Any]:
@@ -183,12 +209,9 @@ def evaluate(
     if config.get("launcher", "none") != "none":
         config.model_wrapper_cfg = dict(type="FrozenReplica")
         if not torch.cuda.is_available() and not torch.distributed.is_initialized():
-            if config.launcher == "slurm":
-                raise ValueError(
-                    "--launcher slurm needs GPUs (mmengine deals them to the tasks); on CPU nodes let "
-                    "srun start torchrun, with --launcher pytorch (docs/scaling.md)"
-                )
             # mmengine's own start asks for CUDA, and leaves a group that is there alone
+            if config.launcher == "slurm":
+                os.environ.update(_slurm_group())
             torch.distributed.init_process_group("gloo")
     if "clusters" in config:
         if config.get("launcher", "none") != "none" and not torch.distributed.is_initialized():

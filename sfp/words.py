@@ -77,7 +77,7 @@ def as_vocabulary(
 def _vocabulary(classes: Classes) -> Vocabulary:
     if isinstance(classes, Vocabulary):
         return classes
-    if isinstance(classes, str) and ALIASES.get(classes, classes) in BENCHMARKS:
+    if isinstance(classes, str) and is_benchmark(classes):
         return benchmark(ALIASES.get(classes, classes))
     if isinstance(classes, str) and not Path(classes).is_file():
         if Path(classes).suffix or os.sep in classes:
@@ -94,15 +94,25 @@ def _vocabulary(classes: Classes) -> Vocabulary:
     return load_vocabulary(classes)
 
 
+def is_benchmark(name: str) -> bool:
+    """Whether a benchmark, with words of its own, has this name."""
+    return ALIASES.get(name, name) in BENCHMARKS
+
+
+def class_file(name: str) -> Path:
+    """Where the words of a benchmark are."""
+    from sfp.shipped import CONFIGS
+
+    return CONFIGS / BENCHMARKS[ALIASES.get(name, name)][0]
+
+
 @cache
 def benchmark(name: str) -> Vocabulary:
     """The words of a benchmark, under its dataset's own class names ("background", not "sky")."""
     from sfp import datasets
-    from sfp.shipped import CONFIGS
 
-    file, dataset = BENCHMARKS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # COCO-Object names "bed" twice, which is its protocol
-        vocabulary = load_vocabulary(CONFIGS / file)
-    names = getattr(datasets, dataset).METAINFO["classes"]
+        vocabulary = load_vocabulary(class_file(name))
+    names = getattr(datasets, BENCHMARKS[name][1]).METAINFO["classes"]
     return replace(vocabulary, names=tuple(each.strip() for each in names))

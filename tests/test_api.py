@@ -363,6 +363,8 @@ def test_sizes_as_they_are(clip):
         door(clip, short_side=None).segment(image, WORDS),
         door(clip, short_side=64).segment(image, WORDS),
     )
+    assert sfp.load("mini", device="cpu").short_side == 224
+    assert door(clip, short_side="auto").short_side == 336
     long = door(clip, short_side=336).resized(np.zeros((100, 2000, 3), np.uint8))
     assert long.shape == (102, 2048, 3)  # as the benchmarks: 2048 at most
 

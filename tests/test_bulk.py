@@ -18,6 +18,8 @@ from mmengine.config import Config
 from PIL import Image
 
 from sfp import bulk, cli
+from sfp.cli import label as label_cli
+from sfp.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[1]
 
@@ -214,10 +216,42 @@ def test_a_folder_belongs_to_its_settings(tmp_path, config):
         bulk.claim(tmp_path, other)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("cat, sofa|couch,floor", (["cat"], ["sofa", "couch"], ["floor"])),
+        ("ade20k", (["wall"], ["building"], ["sky"])),
+        ("cls.txt", (["one"], ["two", "2"])),
+    ],
+)
+def test_classes_on_the_command_line(tmp_path, monkeypatch, words, expected):
+    """As `sfp segment` reads them: names, a benchmark's or a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("cls.txt").write_text("one\ntwo, 2\n")
+    given = cli.build_parser().parse_args(["label", "in", "--out", "out", "--classes", words])
+    config = label_cli._config(given)
+    vocabulary = load_vocabulary(config.model.classes)
+    for i, queries in enumerate(expected):
+        found = [q for q, own in zip(vocabulary.queries, vocabulary.index, strict=True) if own == i]
+        assert found == queries
+
+
+@pytest.mark.parametrize(
+    ("options", "side"),
+    [([], 336), (["--weights", "mini"], 224), (["--weights", "mini", "--short-side", "100"], 100)],
+)
+def test_size_on_the_command_line(options, side):
+    given = cli.build_parser().parse_args(
+        ["label", "in", "--out", "out", "--classes", "cat", *options]
+    )
+    (scale,) = (s.scale for s in label_cli._config(given).test_pipeline if s.type == "Resize")
+    assert scale == (2048, side)
+
+
 def command(folder: Path, out: Path) -> list[str]:
     """Of tools/label.py, with the interpreter before it."""
     arguments = ["--weights", "mini", "--short-side", "224", "--batch-size", "1"]
-    arguments += ["--classes", "sky", "sun, star"]
+    arguments += ["--classes", "sky, sun|star"]
     return [
         sys.executable,
         str(ROOT / "tools/label.py"),

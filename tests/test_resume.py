@@ -33,9 +33,14 @@ def _process(rank: int, processes: int, port: int, work: Path, options: dict, re
         ROOT / "configs/cfg_mini.py", work_dir=str(work), options={**OPTIONS, **options}
     )
     if processes > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        config.launcher = "pytorch"
+        os.environ.update(MASTER_PORT=str(port))
+        if "SLURM_NODELIST" in os.environ:
+            os.environ.update(SLURM_PROCID=str(rank), SLURM_NTASKS=str(processes))
+            config.launcher = "slurm"
+        else:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+            os.environ.update(MASTER_ADDR="127.0.0.1")
+            config.launcher = "pytorch"
     with open(work / f"output.{rank}", "w") as output:
         sys.stderr = output
         evaluate.evaluate(config, pictures=0, resume=resume)
@@ -153,6 +158,31 @@ def test_any_number_of_processes(tmp_path, whole):
     assert "continuing: 2 of" in run(second, processes=3)
     assert sorted(map(_lines, files(second)[1:])) == [3, 4, 4]
     assert same(second, whole)
+
+
+def test_processes_of_slurm(tmp_path, whole, monkeypatch):
+    """`srun`'s variables are set by hand, its `scontrol` knows two nodes."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && echo localhost && echo n2\n'
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_NODELIST", "n[1-2]")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    part(whole, tmp_path / "work", 2)
+    assert "continuing: 1 of" in run(tmp_path / "work", processes=2)
+    assert sorted(map(_lines, files(tmp_path / "work")[1:])) == [5, 6]
+    assert same(tmp_path / "work", whole)
+
+
+def test_slurm_without_srun(monkeypatch):
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    config = evaluate.load_config(ROOT / "configs/cfg_mini.py")
+    config.launcher = "slurm"
+    with pytest.raises(ValueError, match="'SLURM_PROCID' is not set: start it with srun"):
+        evaluate.evaluate(config)
 
 
 def _lines(path: Path) -> int:

@@ -473,7 +473,7 @@ def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
     console = Console()
-    console.width = max(console.width, 100)  # a table that goes into a file keeps its columns
+    console.width = max(console.width, 110)  # a table that goes into a file keeps its columns
     record: dict[str, Any] = dict(
         torch=torch.__version__,
         sfp=sfp.__version__,

@@ -1,7 +1,7 @@
 """`sfp label`.
 
 Example:
-    python tools/label.py photos --out labelled --classes cat "sofa, couch" floor wall
+    python tools/label.py photos --out labelled --classes "cat, sofa|couch, floor, wall"
 """
 
 import sys

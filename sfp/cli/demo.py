@@ -58,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
     weights = args.weights or default_weights()
     if args.method not in usable_methods():
         raise ValueError(f"--method {args.method}{suggest(args.method, usable_methods())}")
-    model = sfp.load(
-        weights, args.method, device=args.device, short_side=224 if weights == "mini" else 336
-    )
+    model = sfp.load(weights, args.method, device=args.device)
     page = build(Desk(model, mini=weights == "mini"), weights=str(weights), method=args.method)
     launch(page, host=args.host, port=args.port, share=args.share, browser=not args.no_browser)
     return 0

@@ -18,11 +18,11 @@ TEXT = """\
 Segments a folder, a list or tar shards of images into PNG label maps.
 
 Examples:
-    sfp label photos --out labelled --classes cat "sofa, couch" floor wall
-    sfp label files.txt --out labelled --vocabulary words.txt --overlay
+    sfp label photos --out labelled --classes "cat, sofa|couch, floor, wall"
+    sfp label files.txt --out labelled --classes words.txt --overlay
     sfp label shards/*.tar --out labelled --config ade20k --confidence
-    sfp label photos --out labelled --vocabulary words.txt --engine ray
-    sfp label shards --out labelled --vocabulary words.txt --part $SLURM_ARRAY_TASK_ID/64
+    sfp label photos --out labelled --classes words.txt --engine ray
+    sfp label shards --out labelled --classes words.txt --part $SLURM_ARRAY_TASK_ID/64
 
 Writes OUT/labels/<name>.png (palette; 16 bits above 256 classes), with --confidence and --overlay
 also OUT/confidence/<name>.png and OUT/overlay/<name>.jpg, OUT/failures.jsonl and OUT/report.json.
@@ -41,13 +41,15 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("inputs", nargs="+", help="folders, lists (.txt), shards (.tar) or images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    words = parser.add_mutually_exclusive_group()
-    words.add_argument("--classes", nargs="+", help="classes, synonyms separated by ', '")
-    words.add_argument("--vocabulary", help="class file, e.g. configs/cls_voc21.txt")
+    parser.add_argument("--classes", help=options.CLASSES)
     parser.add_argument("--config", help="take model, protocol and classes from it, e.g. ade20k")
     parser.add_argument("--method", help="preset, e.g. sclip")
     parser.add_argument("--weights", help=options.WEIGHTS)
-    parser.add_argument("--short-side", type=int, help="pixels (default: the config's, or 336)")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        help="pixels (default: the config's, or 336; 224 for the mini CLIP)",
+    )
     parser.add_argument("--confidence", action="store_true", help="write probabilities as well")
     parser.add_argument("--overlay", action="store_true", help="write pictures as well")
     parser.add_argument("--batch-size", type=int, default=4, help="images (default: 4)")
@@ -116,6 +118,7 @@ def _config(args: argparse.Namespace) -> Config:
     """What the command line says about model, words and size."""
     from sfp import bulk, evaluate
     from sfp.shipped import CONFIGS
+    from sfp.words import class_file, is_benchmark
 
     config = evaluate.load_config(
         args.config or CONFIGS / "base_config.py",
@@ -123,12 +126,13 @@ def _config(args: argparse.Namespace) -> Config:
         weights=args.weights,
         options=args.cfg_options,
     )
-    if args.classes:
-        config.model.classes = [word.split(", ") for word in args.classes]
-    elif args.vocabulary:
-        config.model.classes = args.vocabulary
+    if args.classes is not None:
+        words = options.parse_classes(args.classes)
+        if isinstance(words, str) and is_benchmark(words):
+            words = str(class_file(words))
+        config.model.classes = words
     elif "classes" not in config.model:
-        raise ValueError("nothing to look for: give --classes, --vocabulary or --config")
+        raise ValueError("nothing to look for: give --classes or --config")
     return bulk.bulk_config(config, args.short_side)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmengine.config import DictAction
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 WEIGHTS = "name or path of CLIP weights, e.g. ViT-L/14"
+CLASSES = 'names separated by commas, synonyms by "|"; or a class file; or a benchmark\'s name'
 
 
 class _Settings(DictAction):
@@ -123,3 +125,19 @@ def load(args: argparse.Namespace, *, weights: str | None, method: str | None = 
     )
     evaluate.check(config)
     return config
+
+
+def parse_classes(text: str) -> str | list[list[str]]:
+    """A class file or a benchmark as it is; else names by commas, and synonyms by "|".
+
+    Example:
+        >>> parse_classes("cat|kitten, sky")
+        [['cat', 'kitten'], ['sky']]
+    """
+    from sfp.words import is_benchmark
+
+    if is_benchmark(text) or Path(text).is_file():
+        return text
+    if Path(text).suffix == ".txt":
+        raise FileNotFoundError(f"--classes {text}: there is no such file")
+    return [entry.strip().split("|") for entry in text.split(",")]

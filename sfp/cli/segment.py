@@ -41,7 +41,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--classes",
         required=True,
-        help='names separated by commas, synonyms by "|"; or a class file; or a benchmark\'s name',
+        help=options.CLASSES,
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: only print)")
     parser.add_argument("--overlay", action="store_true", help="write pictures to look at")
@@ -58,13 +58,18 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--weights", default="ViT-B/16", help=f"{options.WEIGHTS} (default: ViT-B/16)"
     )
-    parser.add_argument("--short-side", type=int, default=336, help="pixels (default: 336)")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        default="auto",
+        help="pixels (default: 336; 224 for the mini CLIP)",
+    )
     parser.add_argument("--pamr", type=int, default=0, metavar="STEPS", help="refinement at edges")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument(
         "--precision",
         default="auto",
-        choices=["auto", "fp32", "fp16", "bf16"],
+        choices=["auto", "fp32", "fp16", "bf16", "int8"],
         help="default: auto",
     )
 
@@ -85,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     shards = [unit.path for unit in units if Path(unit.path).suffix.lower() in bulk.SHARDS]
     if shards:
         raise ValueError(f"{shards[0]} is a tar shard: `sfp label` reads those")
-    classes, background = parse_classes(args.classes), parse_background(args.background)
+    classes, background = options.parse_classes(args.classes), parse_background(args.background)
     sfp.words.as_vocabulary(
         classes, background
     )  # what is wrong with them, before weights are loaded
@@ -133,22 +138,6 @@ def _write(args: argparse.Namespace, unit: Unit, result: Result) -> None:
     result.save(args.out / "labels" / f"{unit.name}.png")
     if args.overlay:
         result.save(args.out / "overlay" / f"{unit.name}.jpg", overlay=True)
-
-
-def parse_classes(text: str) -> str | list[list[str]]:
-    """A class file or a benchmark as it is; else names by commas, and synonyms by "|".
-
-    Example:
-        >>> parse_classes("cat|kitten, sky")
-        [['cat', 'kitten'], ['sky']]
-    """
-    from sfp.words import ALIASES, BENCHMARKS
-
-    if text in (*BENCHMARKS, *ALIASES) or Path(text).is_file():
-        return text
-    if Path(text).suffix == ".txt":
-        raise FileNotFoundError(f"--classes {text}: there is no such file")
-    return [entry.strip().split("|") for entry in text.split(",")]
 
 
 def parse_background(text: str | None) -> list[str] | float | None:

@@ -168,10 +168,11 @@ class Block(nn.Module):
         return (layout or x).with_data(self._finish(mixed, residual, ffn))
 
     def _finish(self, mixed: Tensor, residual: Tensor | None, ffn: bool) -> Tensor:
+        # sums are made in place of what linear layers have just put out, which gradients do not need
         y = self.attn.out_proj(mixed)  # (B, T, D)
         if residual is not None:
-            y = y + residual
-        return y + self.mlp(self.ln_2(y)) if ffn else y
+            y += residual
+        return self.mlp(self.ln_2(y)).add_(y) if ffn else y
 
 
 def fused_attention(

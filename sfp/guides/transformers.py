@@ -85,7 +85,7 @@ class TransformersGuide(nn.Module):
         image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.model = _load(model) if isinstance(model, str) else model
+        self.model = pretrained(model, "AutoModel", "guides") if isinstance(model, str) else model
         self.model.requires_grad_(False)
         size: int | Sequence[int] = self.model.config.patch_size
         self.patch: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -150,11 +150,21 @@ class TransformersGuide(nn.Module):
         return out, (height, width)
 
 
-def _load(name: str) -> nn.Module:
+def pretrained(name: str, loader: str, extra: str) -> nn.Module:
+    """A model of Hugging Face's hub, or of a folder.
+
+    Args:
+        name: of the model, or the folder's path.
+        loader: class of `transformers` that knows how to load it, e.g. "AutoModel".
+        extra: of this package, that `transformers` comes with.
+
+    Raises:
+        ImportError: if `transformers` is not installed.
+    """
     try:
-        from transformers import AutoModel
+        import transformers
     except ImportError as error:
         raise ImportError(
-            f"the guide {name!r} needs the package transformers: pip install 'sfp[guides]'"
+            f"the model {name!r} needs the package transformers: pip install 'sfp[{extra}]'"
         ) from error
-    return AutoModel.from_pretrained(name)
+    return getattr(transformers, loader).from_pretrained(name)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sfp.clip.model import CLIP
 from sfp.functional.masks import MaskSheet
 from sfp.functional.windows import interpolation
-from sfp.guides.transformers import Renormalise
+from sfp.guides.transformers import Renormalise, pretrained
 from sfp.numerics import finite
 from sfp.registry import MASKS
 
@@ -53,7 +53,9 @@ class SamMasks(nn.Module):
         image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.model = _load(model) if isinstance(model, str) else model
+        if isinstance(model, str):
+            model = pretrained(model, "AutoModelForMaskGeneration", "sam")
+        self.model = model
         self.model.requires_grad_(False)
         kind = getattr(getattr(self.model, "config", None), "model_type", type(model).__name__)
         if kind not in KINDS:
@@ -127,13 +129,3 @@ def _enlarge(cells: int, side: int, inner: int, target: int, *, direct: bool) ->
         return interpolation(cells, target)
     padded = interpolation(cells, side)[:inner]
     return F.interpolate(padded.T[None], target, mode="linear", align_corners=False)[0].T
-
-
-def _load(name: str) -> nn.Module:
-    try:
-        from transformers import AutoModelForMaskGeneration
-    except ImportError as error:
-        raise ImportError(
-            f"the SAM {name!r} needs the package transformers: pip install 'sfp[sam]'"
-        ) from error
-    return AutoModelForMaskGeneration.from_pretrained(name)

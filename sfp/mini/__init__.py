@@ -19,6 +19,7 @@ __all__ = [
     "checkpoint",
     "prepare",
     "scene",
+    "short_side",
 ]
 
 
@@ -35,3 +36,8 @@ def checkpoint() -> Path:
             f"`python -m sfp.mini.train --out runs/mini` and copy runs/mini/mini.safetensors there"
         )
     return path
+
+
+def short_side(weights: object) -> int:
+    """Pixels that the short side of images is resized to: the benchmarks' 336, 224 for "mini"."""
+    return 224 if weights == "mini" else 336

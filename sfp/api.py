@@ -28,7 +28,7 @@ from sfp.clip.text import text_bank
 from sfp.clip.vit import VisionTransformer
 from sfp.functional.labels import assign
 from sfp.functional.windows import LogitSheet
-from sfp.inputs import as_image
+from sfp.inputs import LONG_SIDE, as_image, check_short_side
 from sfp.memory import Memory
 from sfp.method import Method, build_method
 from sfp.result import Result
@@ -37,7 +37,6 @@ from sfp.trace import Trace
 from sfp.vocabulary import Vocabulary
 from sfp.words import BACKGROUND, Classes, as_vocabulary
 
-LONG_SIDE = 2048  # of the benchmarks: longer images are resized by their long side
 SLAB = 2**24  # scores that are computed at once
 PORTION = 8  # images of a list that are in work together
 NOTHING = Vocabulary((), (), ())
@@ -69,7 +68,7 @@ def load(
         device: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8", an
             approximation for CPUs.
-        compiled: whether the blocks' MLPs go through `torch.compile`.
+        compiled: whether the blocks' MLPs go through `torch.compile`; for GPUs, on CPUs it costs time.
         short_side: pixels that the short side is resized to (the long one to 2048 at most); "auto"
             takes 336, and 224 for the mini CLIP, which was trained on that; None leaves images as they
             are.
@@ -88,8 +87,8 @@ def load(
     """
     if short_side == "auto":
         short_side = mini.short_side(weights)
-    if short_side is not None and not 0 < short_side <= LONG_SIDE:
-        raise ValueError(f"short_side={short_side}: expected 1 to {LONG_SIDE} pixels, or None")
+    if short_side is not None:
+        check_short_side(short_side)
     if memory_mb < 0:
         raise ValueError(f"memory_mb={memory_mb}: expected 0 (nothing is kept) or more")
     device = _device(device)

@@ -31,6 +31,7 @@ from sfp import mini
 from sfp.cache import atomic_write
 from sfp.card import NOTED, settings
 from sfp.datasets import LABEL_STEPS, colour_map
+from sfp.inputs import LONG_SIDE, check_short_side
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.sheet import Panel, label_picture, overlay
 
@@ -197,12 +198,16 @@ def bulk_config(config: Config, short_side: int | None = None) -> Config:
         config: of a benchmark, whose steps are taken over, or configs/base_config.py.
         short_side: pixels that the short side of each image is resized to; by default the
             config's, or what fits the weights if it has no steps.
+
+    Raises:
+        ValueError: if `short_side` is no such number.
     """
     config = config.copy()
     steps = [s for s in config.get("test_pipeline", []) if s["type"] not in LABEL_STEPS]
     if short_side is not None or not steps:
         side = mini.short_side(config.model.get("weights")) if short_side is None else short_side
-        resize = dict(type="Resize", scale=(2048, side), keep_ratio=True)
+        check_short_side(side)
+        resize = dict(type="Resize", scale=(LONG_SIDE, side), keep_ratio=True)
         steps = [dict(type="LoadImageFromFile"), resize, dict(type="PackSegInputs")]
     config.test_pipeline = steps
     for key in ("test_dataloader", "test_evaluator"):

@@ -165,7 +165,7 @@ def _slurm_group() -> dict[str, str]:
     """What `torch.distributed` reads from the environment, out of what `srun` sets there.
 
     Raises:
-        ValueError: if nothing of that is set.
+        ValueError: if nothing of that is set, or the first node cannot be told.
     """
     try:
         rank, size, nodes = (
@@ -177,9 +177,17 @@ def _slurm_group() -> dict[str, str]:
             "srun (docs/scaling.md), or use torchrun and --launcher pytorch"
         ) from None
     address = os.environ.get("MASTER_ADDR")
-    if address is None:
+    if address is None and not set(nodes) & set("[,"):
+        address = nodes
+    elif address is None:
         command = ["scontrol", "show", "hostnames", nodes]  # of "n[1-4]", one a line
-        listed = subprocess.run(command, check=True, capture_output=True, text=True)
+        try:
+            listed = subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(
+                f"--launcher slurm: scontrol cannot tell the first of the nodes {nodes} ({error}): set "
+                "MASTER_ADDR to its address"
+            ) from None
         address = listed.stdout.split()[0]
     port = os.environ.get("MASTER_PORT", "29500")
     return dict(RANK=rank, WORLD_SIZE=size, MASTER_ADDR=address, MASTER_PORT=port)

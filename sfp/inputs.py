@@ -15,6 +15,13 @@ from PIL import Image
 from sfp.images import MAX_PIXELS, ImageError, pillow_pixels, read_image
 
 SLACK = 1e-3  # by which resampling may leave the range 0 to 1
+LONG_SIDE = 2048  # of the benchmarks: longer images are resized by their long side
+
+
+def check_short_side(pixels: object) -> None:
+    """Raises a ValueError unless images can be resized to this short side."""
+    if not isinstance(pixels, int) or not 0 < pixels <= LONG_SIDE:
+        raise ValueError(f"short_side={pixels!r}: expected 1 to {LONG_SIDE} pixels")
 
 
 def as_image(source: Any, *, name: str = "") -> NDArray[np.uint8]:

@@ -129,7 +129,7 @@ class OpenVocabSegmentor(BaseSegmentor):
             the network's.
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
             products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
-        compiled: whether the blocks' MLPs go through `torch.compile`.
+        compiled: whether the blocks' MLPs go through `torch.compile`; for GPUs, on CPUs it costs time.
         scores: whether results carry `seg_logits`, (K, H, W) probabilities, besides the labels.
         palette: colours per class for visualizers; by default those of Pascal VOC, continued.
         data_preprocessor: by default an `ImagePreprocessor` with the constants of the weights.

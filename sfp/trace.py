@@ -86,7 +86,6 @@ class Trace:
         self.keep = set() if keep is None else keep
         self._running: tuple[int, Heads] | None = None
         self._kept: dict[int, Heads] = {}
-        self._mean_maps: dict[int, Tensor] = {}
         self._once: dict[Hashable, Any] = {}
         self._worded: set[Hashable] = set()  # those of `_once` that came from the words
 
@@ -123,7 +122,6 @@ class Trace:
         yield from (each.data for each in tokens)
         yield from (x for each in heads for x in each.tensors())
         yield from self.masks.values()
-        yield from self._mean_maps.values()
         yield from (value for value in self._once.values() if isinstance(value, Tensor))
 
     def layer(self, index: int) -> int:
@@ -220,22 +218,25 @@ class Trace:
         return self.heads(i).logits("q", "k").softmax(-1)
 
     def mean_attention(self, i: int) -> Tensor:
-        """Block `i`'s attention weights averaged over heads, (B, T, T); computed once."""
-        if i not in self._mean_maps:
-            self._mean_maps[i] = self.attention(i).mean(1)
-        return self._mean_maps[i]
+        """Block `i`'s attention weights averaged over heads, (B, T, T); computed once if small."""
+        if not self._small_map(i):
+            return self.attention(i).mean(1)
+        return self._noted(("mean_attention", i), lambda: self.attention(i).mean(1))
 
     def mean_row_and_diagonal(self, i: int) -> tuple[Tensor, Tensor]:
         """`cls_row` and `self_weight` averaged over heads, (B, N) each.
 
         Out of the map where that is small, which others may ask for too; else without it.
         """
-        batch, tokens, _ = self.entering(i).data.shape
-        if batch * self.vit.blocks[i].attn.num_heads * tokens**2 > attention.CHUNK:
+        if not self._small_map(i):
             return self.cls_row(i).mean(1), self.self_weight(i).mean(1)
         prefix = self.embedded.prefix
         weights = self.mean_attention(i)
         return weights[:, 0, prefix:], weights.diagonal(dim1=-2, dim2=-1)[:, prefix:]
+
+    def _small_map(self, i: int) -> bool:
+        batch, tokens, _ = self.entering(i).data.shape
+        return batch * self.vit.blocks[i].attn.num_heads * tokens**2 <= attention.CHUNK
 
     def cls_row(self, i: int) -> Tensor:
         """How much the class token attends to each patch in block `i`, (B, H, N)."""

@@ -477,6 +477,7 @@ def test_words_that_are_wrong(clip, classes, background, error, message):
         (dict(precision="fp8"), ValueError, "unknown precision 'fp8'"),
         (dict(short_side=0), ValueError, "short_side=0: expected 1 to 2048"),
         (dict(short_side=4000), ValueError, "short_side=4000"),
+        (dict(short_side="336"), ValueError, "short_side='336'"),
         (dict(slide_stride=65), ValueError, "slide_stride=65"),
         (dict(templates="imagnet"), ValueError, "'imagnet'"),
         (dict(templates=["a photo"]), ValueError, "should have one {}"),

@@ -28,6 +28,25 @@ def bench(monkeypatch):
 
 
 @pytest.mark.parametrize("layers", [12, 24])
+def test_the_sequential_reference_computes_the_same_logits(bench, layers):
+    bench.ARCHS["small"] = {**SMALL, "layers": layers}
+    clip = bench.Case("small", "small", 7, "cpu").clip()
+    generator = torch.Generator().manual_seed(0)
+    window = torch.randn(1, 3, 224, 192, generator=generator)
+    text = torch.nn.functional.normalize(torch.randn(7, 64, generator=generator), dim=-1)
+    with torch.inference_mode():
+        expected, trace = bench.sfp.build_method("sfp").logits(clip.visual, window, text)
+        logits = bench.SequentialSFP(clip).window(window, text)
+    assert sum(int(mask.sum()) for mask in trace.masks.values()) > 0  # SOM found outliers
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_the_reference_where_all_patches_are_outliers(bench):
+    x = torch.randn(4, 3)
+    assert torch.equal(sys.modules["sequential"].without(x, [0, 1, 2, 3], (2, 2)), x)
+
+
+@pytest.mark.parametrize("layers", [12, 24])
 def test_the_sequential_reference_gives_the_same_labels(bench, layers):
     bench.ARCHS["small"] = {**SMALL, "layers": layers}
     case = bench.Case("small", "small", 7, "cpu")

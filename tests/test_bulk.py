@@ -222,6 +222,8 @@ def test_a_folder_belongs_to_its_settings(tmp_path, config):
         ("cat, sofa|couch,floor", (["cat"], ["sofa", "couch"], ["floor"])),
         ("ade20k", (["wall"], ["building"], ["sky"])),
         ("cls.txt", (["one"], ["two", "2"])),
+        ("St. Bernard", (["St. Bernard"],)),
+        (",".join(f"class number {i}" for i in range(300)), (["class number 0"],)),
     ],
 )
 def test_classes_on_the_command_line(tmp_path, monkeypatch, words, expected):
@@ -246,6 +248,11 @@ def test_size_on_the_command_line(options, side):
     )
     (scale,) = (s.scale for s in label_cli._config(given).test_pipeline if s.type == "Resize")
     assert scale == (2048, side)
+
+
+def test_no_size(config):
+    with pytest.raises(ValueError, match="short_side=0: expected 1 to 2048 pixels"):
+        bulk.bulk_config(config, short_side=0)
 
 
 def command(folder: Path, out: Path) -> list[str]:

@@ -85,6 +85,7 @@ def test_one_broken_image_among_others(photos, tmp_path, capsys):
         (["--classes", "cat, ,sky"], ValueError, "entry 1 of the class list"),
         (["--classes", ""], ValueError, "the class has no name"),
         (["--classes", "no.txt"], FileNotFoundError, "no.txt: there is no such file"),
+        (["--classes", "lists/words.csv"], FileNotFoundError, "lists/words.csv: there is no such"),
         (["--classes", "cat", "--background", "2"], ValueError, "between 0 and 1"),
         (["--classes", "cat", "--background", "cat"], ValueError, "'cat' is also a name"),
         (["--classes", "cat", "--overlay"], ValueError, "say where with --out"),
@@ -117,6 +118,7 @@ def test_exit_codes(photos, capsys):
         (["--classes", "voc21", "--background", "sky"], 2),
         (["--classes", "cat", "--weights", "no.pt"], 3),
         (["--classes", "cat", *MINI], 0),
+        (["--classes", "cat", "--weights", "mini"], 0),
     ):
         assert cli.main(["segment", str(photos / "a.png"), *words]) == code
     (photos / "a.png").write_bytes(b"")

@@ -21,7 +21,11 @@ import sfp
 from sfp.mini import CLASSES
 
 ROOT = Path(__file__).parents[1]
-TOOLS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tools/**/*.py"))
+TOOLS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in ROOT.glob("tools/**/*.py")
+    if path.name != "sequential.py"  # the bench imports it
+)
 SCRIPTS = ["test.sh", "multi_test.sh", "distribute_test.sh"]
 SHARED = "tools/benchmarks.sh"  # read by two of them
 SCENES = 5  # an odd number: two processes do not share it evenly
@@ -49,6 +53,7 @@ def tool(
     """A tool in this process, for its exit code; the interpreter's start is not what is tested."""
     monkeypatch.setattr(sys, "argv", [path, *arguments])
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend((ROOT / path).parent)  # as the interpreter does for a script
     try:
         runpy.run_path(str(ROOT / path), run_name="__main__")
     except SystemExit as exit_:

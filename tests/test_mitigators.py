@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import sfp
 from sfp.clip.vit import VisionTransformer
+from sfp.functional import attention
 from sfp.functional.attention import hide
 from sfp.ops.mitigators import inpaint
 from sfp.plant import Plant
@@ -216,7 +217,7 @@ def test_hidden_patches_still_ask():
     torch.testing.assert_close(block.advance(given, heads).data[:1], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_trace_reports_the_attention_that_ran():
+def test_trace_reports_the_attention_that_ran(monkeypatch):
     marks = torch.zeros(2, 196, dtype=torch.bool)
     marks[0, :2], marks[1, 100:140] = True, True
     edit = sfp.Purify([LAYER], lambda trace, i: marks, bind(dict(type="mask_attention")))
@@ -229,6 +230,14 @@ def test_trace_reports_the_attention_that_ran():
         torch.testing.assert_close(trace.cls_row(i), full[:, :, 0, 1:])
         own = full.diagonal(dim1=-2, dim2=-1)[..., 1:]
         torch.testing.assert_close(trace.self_weight(i), own)
+        monkeypatch.setattr(attention, "CHUNK", 10)  # now every map is too large to make
+        row, diagonal = trace.mean_row_and_diagonal(i)
+        monkeypatch.undo()
+        torch.testing.assert_close(row, full[:, :, 0, 1:].mean(1))
+        torch.testing.assert_close(diagonal, own.mean(1))
+        for ours, expected in zip(trace.mean_row_and_diagonal(i), (row, diagonal), strict=True):
+            torch.testing.assert_close(ours, expected)
+        assert trace.mean_attention(i) is trace.mean_attention(i)
     plain = vit().trace(images())
     for i in range(LAYER + 1):
         assert torch.equal(trace.attention(i), plain.attention(i))

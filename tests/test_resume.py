@@ -176,6 +176,19 @@ def test_processes_of_slurm(tmp_path, whole, monkeypatch):
     assert same(tmp_path / "work", whole)
 
 
+def test_slurm_without_scontrol(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in (("PROCID", "1"), ("NTASKS", "2"), ("NODELIST", "n7")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    given = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="n7", MASTER_PORT="29500")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert evaluate._slurm_group() == given
+    monkeypatch.setenv("SLURM_NODELIST", "n[7-8]")
+    with pytest.raises(ValueError, match=r"first of the nodes n\[7-8\] .*: set MASTER_ADDR"):
+        evaluate._slurm_group()
+
+
 def test_slurm_without_srun(monkeypatch):
     for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST"):
         monkeypatch.delenv(name, raising=False)

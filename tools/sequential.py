@@ -1,13 +1,16 @@
-"""The sequential reference of `bench.py`: SFP the way its repository runs it, equal in result.
+"""The sequential reference of `bench.py`: SFP the way its repository runs it, equal to ours in result.
 
 One window at a time; `nn.MultiheadAttention` that returns the weights of every block and head, all of
 them kept; LND layout and OpenAI's expression for QuickGELU; logits of every window at full resolution,
 summed over the image. Plain PyTorch, written from the method's steps: of `sfp` it uses the weights.
+
+As ours it differs from the release in two things: an outlier without a valid neighbour becomes the mean
+of the nearest ring that has one, not zero; and layer numbers move with the depth of the model.
 """
 
 from __future__ import annotations
 
-from itertools import count, product
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +135,7 @@ def without(patches: Tensor, outliers: list[int], grid: tuple[int, int]) -> Tens
     replaced = patches.clone()
     for i in outliers:
         row, column = divmod(i, width)
-        for ring in count(1):
+        for ring in range(1, max(grid)):  # if all patches are outliers none is replaced
             square = product(
                 range(max(row - ring, 0), min(row + ring + 1, height)),
                 range(max(column - ring, 0), min(column + ring + 1, width)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,8 +137,13 @@ def parse_classes(text: str) -> str | list[list[str]]:
     """
     from sfp.words import is_benchmark
 
-    if is_benchmark(text) or Path(text).is_file():
+    if is_benchmark(text):
         return text
-    if Path(text).suffix == ".txt":
+    try:
+        if Path(text).is_file():
+            return text
+    except OSError:  # many names are too long for the name of a file
+        pass
+    if re.fullmatch(r"[^,|]*(\.\w+|[/\\][^,|]*)", text):  # one word, and it looks like a path
         raise FileNotFoundError(f"--classes {text}: there is no such file")
     return [entry.strip().split("|") for entry in text.split(",")]

@@ -61,7 +61,6 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--short-side",
         type=int,
-        default="auto",
         help="pixels (default: 336; 224 for the mini CLIP)",
     )
     parser.add_argument("--pamr", type=int, default=0, metavar="STEPS", help="refinement at edges")
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         args.method,
         device=args.device,
         precision=args.precision,
-        short_side=args.short_side,
+        short_side="auto" if args.short_side is None else args.short_side,
         pamr_steps=args.pamr,
         memory_mb=0,  # each image is seen once
     )

@@ -36,8 +36,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     In float32 on a CPU, where nobody wants gradients, by oneDNN: `F.linear` asks MKL there, which on
     AMD takes a quarter longer. `torch.backends.mkldnn.flags(enabled=False)` switches it off.
     """
-    fitting = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    fitting = x.device.type == "cpu" and x.dtype == weight.dtype == bias.dtype == torch.float32
+    fitting = fitting and bias.is_contiguous()  # the operator takes its stride for 1
+    learning = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     usable = ONEDNN and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
     if fitting and usable and not learning:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +38,6 @@ def resample_positions(
     return out[0].permute(1, 2, 0).to(table.dtype)
 
 
-@lru_cache(maxsize=1)  # the windows of an image have one grid
 def segment_steps(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The patches on the straight segment between any two patches of a grid.
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sfp.functional.attention import centred_softmax, gaussian_prior, pad_prefix
 from sfp.registry import Op, op
 from sfp.tokens import Heads, upcast
-from sfp.trace import Trace
+from sfp.trace import LayerError, Trace
 
 
 @op("attention")
@@ -119,7 +119,13 @@ def fuse_layers(
 
 
 def earlier_layers(trace: Trace, *, layers: Sequence[int], pairs: Sequence[str]) -> Tensor:
-    """Mean over method layers of `self_self`, (B, H, T, T)."""
+    """Mean over method layers of `self_self`, (B, H, T, T).
+
+    Raises:
+        LookupError: if there are no layers.
+    """
+    if not layers:
+        raise LayerError("fuse_layers: layers=(), expected at least one")
     maps = (self_self(trace.heads(trace.layer(i)), trace, pairs=pairs) for i in layers)
     total = next(maps).clone()
     for weights in maps:

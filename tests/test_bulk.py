@@ -269,35 +269,43 @@ def command(folder: Path, out: Path) -> list[str]:
     ]
 
 
+COUNT = 100  # images: seconds of work, so that the kill comes in the middle of it
+
+
+def finished(out: Path) -> dict:
+    """`outputs` without the hidden files of those that are half written."""
+    return {name: data for name, data in outputs(out).items() if not name.startswith(".")}
+
+
 def test_kill_9_and_continue(tmp_path, config):
     """A killed run of the tool continues; its label maps equal those of one that was left alone."""
-    folder = write(tmp_path / "in", {f"{i:02}.png": picture(i, (100, 140)) for i in range(30)})
-    write(folder, {"00.png": b"broken"})
+    folder = write(tmp_path / "in", {f"{i:03}.png": picture(i, (100, 140)) for i in range(COUNT)})
+    write(folder, {"000.png": b"broken"})
     out = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command(folder, out), start_new_session=True, env=environment)
     deadline = time.monotonic() + 120
-    while len(outputs(out)) < 3:
+    while len(finished(out)) < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before = {k: v for k, v in outputs(out).items() if not k.startswith(".")}  # half-written ones
-    assert 3 <= len(before) < 29
+    before = finished(out)
+    assert 3 <= len(before) < COUNT - 1
     assert all(bulk.whole(out / "labels" / name) for name in before)
 
     assert cli.main(["label", *command(folder, out)[2:]]) == 1  # one image is broken
     report = json.loads((out / "report.json").read_text())
     assert (report["done"], report["skipped"], report["failed"]) == (
-        29 - len(before),
+        COUNT - 1 - len(before),
         len(before),
         1,
     )
     assert report["images_per_second"] > 0
     (line,) = (out / "failures.jsonl").read_text().splitlines()
-    assert json.loads(line)["name"] == "00"
-    after = {k: v for k, v in outputs(out).items() if not k.startswith(".")}
+    assert json.loads(line)["name"] == "000"
+    after = finished(out)
     whole = config.copy()
     whole.model.update(classes=["sky", ["sun", "star"]], templates="imagenet")
     label(bulk.bulk_config(whole, 224), [folder], tmp_path / "whole", batch_size=1)

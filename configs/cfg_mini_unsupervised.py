@@ -4,6 +4,6 @@
 
 _base_ = "./cfg_mini.py"
 
-clusters = dict(count=18)  # knobs of sfp.unsupervised.fit_clusters
+clusters = dict(count=18)  # knobs of sfp.evaluation.clusters.fit_clusters
 model = dict(method=dict(_delete_=True, type="cliptrase"))
 test_evaluator = dict(type="HungarianMetric")

@@ -1,13 +1,15 @@
 """Training-free open-vocabulary segmentation with frozen CLIP."""
 
-from sfp import mm  # first: it imports mmsegmentation quietly
-from sfp import datasets, methods, metrics, ops
+from sfp import _mmseg as mm  # first: it imports mmsegmentation quietly
+from sfp import methods, ops
+from sfp.data import datasets
+from sfp.evaluation import metrics
 from sfp.api import Model, load
-from sfp.clip.loading import WeightsError, load_clip
+from sfp.clip.checkpoints.loading import WeightsError, load_clip
 from sfp.clip.model import CLIP
-from sfp.coco import coco_document
-from sfp.images import DataError, ImageError, read_image
-from sfp.inputs import as_image
+from sfp.data.coco import coco_document
+from sfp.data.images import DataError, ImageError, read_image
+from sfp.data.inputs import as_image
 from sfp.method import Method, Purify, Readout, build_method
 from sfp.registry import METHODS, OPS, list_methods, list_ops, op
 from sfp.result import Result

@@ -28,12 +28,12 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from sfp import mini
-from sfp.cache import atomic_write
-from sfp.card import NOTED, settings
-from sfp.datasets import LABEL_STEPS, colour_map
-from sfp.inputs import LONG_SIDE, check_short_side
+from sfp.data.datasets import LABEL_STEPS, colour_map
+from sfp.data.inputs import LONG_SIDE, check_short_side
+from sfp.evaluation.card import NOTED, settings
+from sfp.files import atomic_write
 from sfp.segmentor import OpenVocabSegmentor
-from sfp.sheet import Panel, label_picture, overlay
+from sfp.visualize.sheets import Panel, label_picture, overlay
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SHARDS = {".tar", ".tgz", ".gz"}

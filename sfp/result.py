@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageShow
 
-from sfp.cache import atomic_write
-from sfp.coco import coco_document
-from sfp.datasets import colour_map
+from sfp.data.coco import coco_document
+from sfp.data.datasets import colour_map
+from sfp.files import atomic_write
 from sfp.registry import suggest
-from sfp.sheet import Panel, label_picture, overlay
+from sfp.visualize.sheets import Panel, label_picture, overlay
 from sfp.words import BACKGROUND
 
 if TYPE_CHECKING:

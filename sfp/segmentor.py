@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.clip.checkpoints.loading import load_clip
+from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
 from sfp.clip.int8 import quantised
-from sfp.clip.loading import load_clip
 from sfp.clip.model import CLIP
 from sfp.clip.text import prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
-from sfp.clip.weights import CLIP_MEAN, CLIP_STD
-from sfp.datasets import colour_map
+from sfp.data.datasets import colour_map
 from sfp.functional.labels import Labels, assign
 from sfp.functional.pamr import pamr
 from sfp.functional.windows import LogitSheet, WindowGrid

@@ -14,7 +14,7 @@ from sfp.registry import suggest
 from sfp.vocabulary import Vocabulary, load_vocabulary
 
 BACKGROUND = "background"
-BENCHMARKS = dict(  # name: (its class file, its dataset in `sfp.datasets`)
+BENCHMARKS = dict(  # name: (its class file, its dataset in `sfp.data.datasets`)
     voc21=("cls_voc21.txt", "PascalVOC21Dataset"),
     context60=("cls_context60.txt", "PascalContext60Dataset"),
     coco_object=("cls_coco_object.txt", "COCOObjectDataset"),
@@ -101,7 +101,7 @@ def is_benchmark(name: str) -> bool:
 
 def class_file(name: str) -> Path:
     """Where the words of a benchmark are."""
-    from sfp.shipped import CONFIGS
+    from sfp.evaluation.configs import CONFIGS
 
     return CONFIGS / BENCHMARKS[ALIASES.get(name, name)][0]
 
@@ -109,7 +109,7 @@ def class_file(name: str) -> Path:
 @cache
 def benchmark(name: str) -> Vocabulary:
     """The words of a benchmark, under its dataset's own class names ("background", not "sky")."""
-    from sfp import datasets
+    from sfp.data import datasets
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # COCO-Object names "bed" twice, which is its protocol

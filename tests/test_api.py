@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sfp
-from sfp import api, datasets, mini, visualize, words
+from sfp import api, mini, visualize, words
 from sfp.clip import text
 from sfp.clip.vit import VisionTransformer
-from sfp.memory import Memory
+from sfp.data import datasets
+from sfp.feature_cache import Memory
 from sfp.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import sfp
 from sfp import mini
-from sfp.describe import methods_markdown
+from sfp.cli.method_table import methods_markdown
 from sfp.registry import METHODS, OPS
 
 ROOT = Path(__file__).parent.parent

@@ -38,16 +38,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sfp
-from sfp import cli, evaluate
-from sfp.clip import loading
+from sfp import cli
 from sfp.clip import text as text_module
-from sfp.clip.loading import PUBLISHED, Published, WeightsError, load_clip, read_state
+from sfp.clip.checkpoints import loading
+from sfp.clip.checkpoints.loading import PUBLISHED, Published, WeightsError, load_clip, read_state
 from sfp.clip.text import encode_queries, text_bank
+from sfp.data.images import ImageError, check_whole, read_image
+from sfp.evaluation import run as evaluate
 from sfp.functional import labels as labels_module
 from sfp.functional import windows as windows_module
 from sfp.functional.labels import assign
 from sfp.functional.windows import WindowGrid, interpolation, merge_matrix
-from sfp.images import ImageError, check_whole, read_image
 from sfp.mini import prepare
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -415,8 +416,8 @@ def test_images_of_benchmarks_are_mmsegs_to_the_last_bit(tmp_path, kind):
     path = tmp_path / "image"
     path.write_bytes(ALIKE[kind])
     init_default_scope("mmseg")
-    theirs = sfp.mm.mmseg.registry.TRANSFORMS.build(dict(type="LoadImageFromFile"))
-    ours = sfp.mm.mmseg.registry.TRANSFORMS.build(dict(type="LoadImage"))
+    theirs = sfp._mmseg.mmseg.registry.TRANSFORMS.build(dict(type="LoadImageFromFile"))
+    ours = sfp._mmseg.mmseg.registry.TRANSFORMS.build(dict(type="LoadImage"))
     theirs, ours = (step(dict(img_path=str(path))) for step in (theirs, ours))
     assert np.array_equal(ours["img"], theirs["img"])
     assert ours["ori_shape"] == theirs["ori_shape"]
@@ -536,7 +537,7 @@ def voc(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
     init_default_scope("mmseg")
     config = Config.fromfile(CONFIGS / "cfg_voc21.py")
-    dataset = sfp.datasets.DATASETS.build(config.test_dataloader.dataset)
+    dataset = sfp.data.datasets.DATASETS.build(config.test_dataloader.dataset)
     record = dataset.get_data_info(0)
     return dataset, Path(record["img_path"]), Path(record["seg_map_path"])
 
@@ -832,7 +833,7 @@ def test_text_features_without_a_cache(bad_folder):
 def test_mini_scenes_without_a_cache(bad_folder, monkeypatch):
     monkeypatch.setenv("SFP_CACHE", str(bad_folder))
     with pytest.raises(OSError, match=r"cannot write the 2 scenes .* Set SFP_CACHE"):
-        sfp.datasets.MiniSceneDataset(scenes=2)
+        sfp.data.datasets.MiniSceneDataset(scenes=2)
     assert [p for p in bad_folder.rglob("*") if p.is_file()] == []
 
 

@@ -16,7 +16,7 @@ from pycocotools import mask as reference
 from pycocotools.coco import COCO
 
 import sfp
-from sfp.coco import coco_document, rle
+from sfp.data.coco import coco_document, rle
 from sfp.result import class_palette
 
 NAMES = ("background", "sky", "cat", "unseen")

@@ -47,8 +47,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
-from sfp.cache import atomic_write
 from sfp.clip import text, vit
+from sfp.files import atomic_write
 from sfp.functional import windows as windows_module
 from sfp.functional.windows import WindowGrid
 
@@ -358,7 +358,7 @@ def text_bank(classes: int) -> dict[str, Any]:
     torch.manual_seed(0)
     words = dict(context=77, vocab=49408, text_width=512, text_layers=12)
     clip = sfp.CLIP(image_size=224, **ARCHS["ViT-B/16"], **words).requires_grad_(False).eval()
-    every = sfp.datasets.DATASETS.get("ADE20KDataset").METAINFO["classes"]
+    every = sfp.data.datasets.DATASETS.get("ADE20KDataset").METAINFO["classes"]
     step = len(every) / classes
     queries = [every[int(i * step)] for i in range(classes)]
     templates = text.prompt_templates("imagenet")

@@ -109,11 +109,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     import sfp
-    from sfp import plant, plant_report
-    from sfp.cache import atomic_write
     from sfp.cli.terminal import print_table
+    from sfp.files import atomic_write
     from sfp.mini import scene
     from sfp.mini.train import normalise
+    from sfp.outliers import planted as plant
+    from sfp.outliers import report as plant_report
 
     paths = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "png", "md")}
     plant_report.frame(paths["md"])  # before the work, not after

@@ -10,8 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from sfp.cache import atomic_write
 from sfp.cli.terminal import print_table
+from sfp.files import atomic_write
 
 COLUMNS = ("mIoU", "mAcc", "aAcc", "fwIoU")
 

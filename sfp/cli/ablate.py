@@ -35,8 +35,8 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ablates."""
-    from sfp import ablate
     from sfp.cli.terminal import print_table, progress
+    from sfp.evaluation import ablate
 
     study = ablate.find_study(args.study)
     weights = args.weights or []

@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from sfp import card
-    from sfp.evaluate import METRICS, quiet
+    from sfp.evaluation import card
+    from sfp.evaluation.run import METRICS, quiet
 
     quiet()
     a, b = card.read_side(args.a), card.read_side(args.b)

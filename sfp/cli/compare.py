@@ -35,8 +35,8 @@ def register(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compares."""
     import sfp
-    from sfp import compare
     from sfp.cli.terminal import print_table, progress
+    from sfp.evaluation import compare
 
     methods = args.methods or [name for name in sfp.list_methods() if name not in GUIDED]
     config = options.load(args, weights=args.weights)

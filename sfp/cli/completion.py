@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _words() -> dict[str, list[str]]:
     """Names of an option or a positional argument: what may stand there, files aside."""
-    from sfp.ablate import studies
-    from sfp.clip.loading import MINI, PUBLISHED
+    from sfp.clip.checkpoints.loading import MINI, PUBLISHED
+    from sfp.evaluation.ablate import studies
+    from sfp.evaluation.configs import config_names
     from sfp.registry import OPS, list_methods
-    from sfp.shipped import config_names
 
     methods = list_methods()
     return dict(

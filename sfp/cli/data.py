@@ -169,7 +169,7 @@ def _card(name: str, entry: Entry, root: Path) -> str:
 def _check(args: argparse.Namespace) -> int:
     from sfp.data import check
     from sfp.data.convert import WORKERS
-    from sfp.evaluate import quiet
+    from sfp.evaluation.run import quiet
 
     quiet()  # what mmseg says about odd label maps is said here in other words
     root, workers = _root(args), args.workers or WORKERS

@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
             "the demo needs gradio, which is not installed: pip install 'sfp[demo]'"
         ) from None
     import sfp
-    from sfp.demo.desk import Desk, usable_methods
-    from sfp.evaluate import quiet
+    from sfp.demo.session import Desk, usable_methods
+    from sfp.evaluation.run import quiet
     from sfp.registry import suggest
 
     quiet()
@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
 def default_weights() -> str:
     """ViT-B/16 if no download is needed, else the mini CLIP."""
-    from sfp.cache import cache_dir
-    from sfp.clip.loading import MINI, PUBLISHED
+    from sfp.clip.checkpoints.loading import MINI, PUBLISHED
+    from sfp.files import cache_dir
 
     folders = (cache_dir("weights"), Path.home() / ".cache" / "clip")
     there = any((folder / PUBLISHED["ViT-B/16"].file).is_file() for folder in folders)

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates."""
     from rich.console import Console
 
-    from sfp import evaluate
+    from sfp.evaluation import run as evaluate
 
     if args.local_rank is not None:  # launchers older than torchrun pass it here
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))

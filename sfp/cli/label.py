@@ -63,9 +63,10 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Labels: 1 if some images failed."""
-    from sfp import bulk, evaluate
-    from sfp.cache import atomic_write
+    from sfp import bulk
     from sfp.cli.terminal import progress
+    from sfp.evaluation import run as evaluate
+    from sfp.files import atomic_write
 
     evaluate.quiet()
     config = _config(args)
@@ -116,8 +117,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> Config:
     """What the command line says about model, words and size."""
-    from sfp import bulk, evaluate
-    from sfp.shipped import CONFIGS
+    from sfp import bulk
+    from sfp.evaluation import run as evaluate
+    from sfp.evaluation.configs import CONFIGS
     from sfp.words import class_file, is_benchmark
 
     config = evaluate.load_config(

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Lists."""
     from rich.table import Table
 
-    from sfp import describe
+    from sfp.cli import method_table as describe
     from sfp.cli.terminal import console
     from sfp.registry import list_methods, suggest
 
@@ -72,7 +72,7 @@ def _show(name: str) -> None:
     """A method with its documentation."""
     import inspect
 
-    from sfp import describe
+    from sfp.cli import method_table as describe
     from sfp.registry import METHODS, find
 
     preset = find(METHODS, name)

@@ -114,7 +114,7 @@ def load(args: argparse.Namespace, *, weights: str | None, method: str | None = 
         OSError: if data are missing.
         WeightsError: if weights are.
     """
-    from sfp import evaluate
+    from sfp.evaluation import run as evaluate
 
     evaluate.quiet()
     config = evaluate.load_config(

@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     """Segments the images of a command line: 0, or 1 if some could not be read."""
     import sfp
     from sfp import bulk
-    from sfp.cache import atomic_write
-    from sfp.evaluate import quiet
+    from sfp.evaluation.run import quiet
+    from sfp.files import atomic_write
 
     quiet()
     if args.out is None and (args.overlay or args.coco):

@@ -56,7 +56,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def rows() -> list[list[str]]:
     """The table of published weights, in words."""
-    from sfp.clip.weights import ARCHITECTURES, OPENAI_MEAN, PUBLISHED
+    from sfp.clip.checkpoints.published import ARCHITECTURES, OPENAI_MEAN, PUBLISHED
 
     result = []
     for name, row in PUBLISHED.items():
@@ -79,7 +79,7 @@ def rows() -> list[list[str]]:
 
 def weights_markdown() -> str:
     """The generated part of docs/weights.md."""
-    from sfp.describe import markdown
+    from sfp.cli.method_table import markdown
 
     return markdown(COLUMNS, [[f"`{row[0]}`", *row[1:]] for row in rows()])
 
@@ -92,7 +92,7 @@ def list_weights(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from sfp.cli.terminal import console
-    from sfp.clip.loading import find
+    from sfp.clip.checkpoints.loading import find
 
     table = Table(caption="sfp weights get NAME downloads")
     for column in (*COLUMNS, "on disk"):
@@ -106,7 +106,7 @@ def list_weights(args: argparse.Namespace) -> int:
 
 def get_weights(args: argparse.Namespace) -> int:
     """Downloads what is not on disk yet, and verifies all of it."""
-    from sfp.clip.loading import PUBLISHED, known_names, locate, verify
+    from sfp.clip.checkpoints.loading import PUBLISHED, known_names, locate, verify
 
     for name in args.names:
         if name not in PUBLISHED:
@@ -125,7 +125,13 @@ def check_weights(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from sfp.cli.terminal import console
-    from sfp.clip.loading import PUBLISHED, WeightsError, find, open_weights, split_activation
+    from sfp.clip.checkpoints.loading import (
+        PUBLISHED,
+        WeightsError,
+        find,
+        open_weights,
+        split_activation,
+    )
 
     name = str(split_activation(args.source)[0])
     if name in PUBLISHED and find(name) is None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, HEAD_WIDTHS, LayoutError
 from sfp.clip.vit import HEAD_WIDTH, Transformer, VisionTransformer
-from sfp.clip.weights import CLIP_MEAN, CLIP_STD, HEAD_WIDTHS, LayoutError
 
 
 class CLIP(nn.Module):
@@ -110,7 +110,7 @@ def build_clip(
     """A CLIP that holds `state`, every other size inferred from the shapes.
 
     Args:
-        state: state dict in OpenAI's layout, as `sfp.clip.layouts.recognise` gives it.
+        state: state dict in OpenAI's layout, as `sfp.clip.checkpoints.layouts.recognise` gives it.
         activation: which the shapes cannot tell.
         head_width: of the image tower, which they cannot tell either; by default that of the published
             model of this width, or 64.

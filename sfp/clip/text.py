@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.cache import atomic_write, cache_dir
 from sfp.clip.model import CLIP
+from sfp.files import atomic_write, cache_dir
 from sfp.registry import suggest
 
 BATCH = 512  # prompts per forward pass

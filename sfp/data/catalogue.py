@@ -1,6 +1,6 @@
 """An entry per dataset: what it is, where it comes from, how it lies on disk, what converts it.
 
-To add a dataset, register its class in `sfp.datasets`, write a config, and add an entry here:
+To add a dataset, register its class in `sfp.data.datasets`, write a config, and add an entry here:
 `sfp data` lists, prepares and checks it.
 """
 
@@ -14,10 +14,11 @@ from typing import Any
 
 from mmcv.transforms import LoadImageFromFile
 
+from sfp._mmseg import mmseg
 from sfp.data import convert
 from sfp.data.coco_object import object_jobs
 from sfp.data.convert import Job
-from sfp.datasets import (
+from sfp.data.datasets import (
     DATASETS,
     Cityscapes19Dataset,
     Cityscapes27Dataset,
@@ -25,7 +26,6 @@ from sfp.datasets import (
     LocalFiles,
     NamedLabels,
 )
-from sfp.mm import mmseg
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Whether a dataset is whole: every image and label map is read, and every problem named.
 
-The rules are those of an evaluation (`sfp.datasets.LocalFiles`), which stops at the first problem; here
+The rules are those of an evaluation (`datasets.LocalFiles`), which stops at the first problem; here
 all are collected. A manifest, with hashes of a sample of the files, tells whether two machines have the
 same data: of images the bytes count, of label maps the numbers, since two converters that agree may
 still compress differently.
@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from sfp.cache import atomic_write, sha256_file
 from sfp.data.catalogue import Entry
 from sfp.data.convert import WORKERS, image_name, parallel
-from sfp.datasets import FILES, LabelSizeError, LabelValueError, LocalFiles, absent
-from sfp.images import DataError, read_labels
-from sfp.journal import fingerprint
+from sfp.data.datasets import FILES, LabelSizeError, LabelValueError, LocalFiles, absent
+from sfp.data.images import DataError, read_labels
+from sfp.evaluation.journal import fingerprint
+from sfp.files import atomic_write, sha256_file
 
 SAMPLE = 100  # images of a manifest
 

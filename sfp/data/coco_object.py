@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfp.data.convert import Job
-from sfp.images import DataError
+from sfp.data.images import DataError
 
 THINGS = 80
 SUFFIX = "_instanceTrainIds.png"

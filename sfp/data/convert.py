@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from sfp.cache import atomic_write
 from sfp.data import ids
-from sfp.datasets import COCOStuff164kDataset, LocalFiles, PascalContext59Dataset, absent
-from sfp.images import DataError, read_bytes, read_labels
+from sfp.data.datasets import COCOStuff164kDataset, LocalFiles, PascalContext59Dataset, absent
+from sfp.data.images import DataError, read_bytes, read_labels
+from sfp.files import atomic_write
 
 Labels = NDArray[np.integer]
 WORKERS = min(os.cpu_count() or 1, 8)

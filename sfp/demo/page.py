@@ -15,7 +15,6 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from matplotlib.ticker import PercentFormatter
 
-from sfp.demo.desk import OWN, Desk, Timed, usable_methods
 from sfp.demo.pictures import (
     SHOWN,
     caption,
@@ -27,6 +26,7 @@ from sfp.demo.pictures import (
     patch_at,
     status,
 )
+from sfp.demo.session import OWN, Desk, Timed, usable_methods
 from sfp.demo.words import parse_words, unknown_to_mini
 from sfp.mini import scene
 from sfp.registry import list_ops

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfp.clip.weights import CLIP_MEAN, CLIP_STD
+from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
 from sfp.registry import GUIDES
 from sfp.tokens import Tokens
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
 from sfp.clip.model import CLIP
-from sfp.clip.weights import CLIP_MEAN, CLIP_STD
 from sfp.mini import scene
 
 SHORT_SIDE = 336  # of most benchmarks, docs/protocol.md

@@ -16,9 +16,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from sfp.segmentor import OpenVocabSegmentor
-from sfp.sheet import Panel, overlay
 from sfp.visualize.canvas import class_colours, panels
 from sfp.visualize.images import normalised
+from sfp.visualize.sheets import Panel, overlay
 
 
 @dataclass(frozen=True)

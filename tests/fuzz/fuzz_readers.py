@@ -32,11 +32,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from sfp import images, vocabulary
-from sfp.clip import archive, loading, text
-from sfp.clip.loading import WeightsError, read_state
+from sfp import vocabulary
+from sfp.clip import text
+from sfp.clip.checkpoints import archive, loading
+from sfp.clip.checkpoints.loading import WeightsError, read_state
 from sfp.clip.text import read_bank, write_bank
-from sfp.images import ImageError, read_image
+from sfp.data import images
+from sfp.data.images import ImageError, read_image
 from sfp.vocabulary import load_vocabulary
 
 FOLDER = Path(

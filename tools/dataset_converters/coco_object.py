@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sfp.data.coco_object import object_jobs
 from sfp.data.convert import WORKERS, run
-from sfp.images import DataError
+from sfp.data.images import DataError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""Checkpoints of CLIP: where they are published, how they are fetched, read and recognised."""

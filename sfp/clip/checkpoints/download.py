@@ -1,0 +1,222 @@
+"""Checkpoints over the network: continued where they broke off, verified before they get their name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from sfp.clip.checkpoints.published import HUB_FILES
+from sfp.files import UMASK, sha256_file
+from sfp.version import __version__
+
+TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as broken
+BLOCK = 1 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for the rest
+
+
+class HashError(OSError):
+    """A file that arrived whole and is not the one that was asked for."""
+
+
+def fetch(url: str, path: Path, sha256: str, *, timeout: float = TIMEOUT) -> None:
+    """Downloads a file, with a progress bar on stderr, and gives it its name once its hash is right.
+
+    What has arrived lies in `<path>.part`. A connection that breaks is taken up again as long as that
+    brings more of the file, and the next call continues where this one gave up. Processes that want
+    the same file wait for the first of them.
+
+    Args:
+        url: where it is.
+        path: where it goes; its folder is created.
+        sha256: of the whole file.
+        timeout: seconds without a byte until a connection counts as broken.
+
+    Raises:
+        HashError: if the hash is wrong, also after a second attempt from the start; nothing stays.
+        OSError: if it cannot be had or written; what has arrived stays, unless the disk is full.
+        http.client.HTTPException: if the server does not speak HTTP.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with _alone(part) as file:
+        if path.is_file():  # another process brought it while this one waited
+            part.unlink()
+            return
+        try:
+            continued = file.seek(0, os.SEEK_END) > 0
+            _transfer(url, file, path.name, timeout)
+            found = sha256_file(part)
+            if found != sha256 and continued:  # perhaps of another file
+                file.truncate(0)
+                _transfer(url, file, path.name, timeout)
+                found = sha256_file(part)
+        except (OSError, http.client.HTTPException) as error:
+            if _is_full(error) or not file.seek(0, os.SEEK_END):
+                part.unlink()
+            raise
+        if found != sha256:
+            part.unlink()
+            raise HashError(f"{url} has the SHA-256 {found}, expected {sha256}")
+        os.chmod(part, 0o666 & ~UMASK)
+        os.replace(part, path)
+
+
+@contextlib.contextmanager
+def _alone(part: Path) -> Iterator[FileIO]:
+    """The unfinished file, open for this process only; others wait, also when this one is killed."""
+    import fcntl  # not on Windows, where files have to be put into the cache by hand
+
+    while True:
+        file = FileIO(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        with file:
+            with contextlib.suppress(OSError):  # a file system without locks: the hash will tell
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                same = os.path.samestat(os.fstat(file.fileno()), part.stat())
+            except FileNotFoundError:
+                same = False
+            if same:  # else the one that was waited for has renamed or removed it
+                yield file
+                return
+
+
+def _transfer(url: str, file: FileIO, name: str, timeout: float) -> None:
+    """Appends what `file` lacks; tries again as long as an attempt brings something."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:
+        task = bar.add_task(name, total=None)
+        while True:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                _attempt(url, file, timeout, bar, task)
+                return
+            except (OSError, http.client.HTTPException) as error:
+                final = isinstance(error, urllib.error.HTTPError) or _is_full(error)
+                if final or file.seek(0, os.SEEK_END) <= before:
+                    raise
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def _attempt(url: str, file: FileIO, timeout: float, bar: Progress, task: TaskID) -> None:
+    """One connection; raises `ConnectionError` if it ends before the file does."""
+    start = file.seek(0, os.SEEK_END)
+    request = urllib.request.Request(url, headers={"User-Agent": f"sfp/{__version__}"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        with error:
+            if start and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return  # there is no more: the hash decides
+        raise
+    with response:
+        given = response.headers.get("Content-Range", "")
+        if response.status != http.client.PARTIAL_CONTENT or not given.startswith(
+            f"bytes {start}-"
+        ):
+            file.truncate(0)  # the server sends the whole file
+            start = file.seek(0)
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length and length.isdigit() else None
+        bar.update(task, completed=start, total=total)
+        while block := response.read1(BLOCK):  # what is there: a timeout would lose the rest
+            _write(file, block)
+            bar.advance(task, len(block))
+    size = file.tell()
+    if total is not None and size != total:
+        raise ConnectionError(f"the connection ended after {size} of {total} bytes")
+
+
+def _write(file: FileIO, block: bytes) -> None:
+    """All of a block: an unbuffered write may take a part of it when a disk fills up."""
+    view = memoryview(block)
+    while view:
+        view = view[file.write(view) :]
+
+
+def on_hub(repo: str) -> Path | None:
+    """A checkpoint in the local cache of the Hugging Face Hub, or None."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    for name in HUB_FILES:
+        path = try_to_load_from_cache(repo, name)
+        if isinstance(path, str) and os.path.isfile(path):
+            return Path(path)
+    return None
+
+
+def from_hub(repo: str) -> Path:
+    """Downloads an open_clip checkpoint from the Hugging Face Hub into the Hub's own cache.
+
+    Its library continues broken downloads, and knows mirrors (`HF_ENDPOINT`), tokens (`HF_TOKEN`) and
+    `HF_HUB_OFFLINE`.
+
+    Raises:
+        ImportError: if the package huggingface_hub is not installed.
+        HashError: if the file does not have the hash that the Hub states; it is removed.
+        OSError: if it cannot be had.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ImportError(
+            "the package huggingface_hub is missing: pip install 'sfp[hub]'"
+        ) from error
+    for name in HUB_FILES:
+        try:
+            path = Path(hf_hub_download(repo, name, endpoint=os.environ.get("HF_ENDPOINT")))
+        except LocalEntryNotFoundError:  # no network: an OSError that says so
+            raise
+        except EntryNotFoundError:
+            continue
+        except OSError:
+            raise
+        except Exception as error:  # its HTTP library's, which differs between versions
+            raise OSError(f"{type(error).__name__}: {error}") from error
+        expected = stated_hash(path)
+        if expected and (found := sha256_file(path)) != expected:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise HashError(f"{name} of {repo} has the SHA-256 {found}, the Hub states {expected}")
+        return path
+    raise FileNotFoundError(f"{repo} has none of {', '.join(HUB_FILES)}")
+
+
+def stated_hash(path: Path) -> str | None:
+    """The SHA-256 that the Hub stated for a file in its cache: the name of what the link points to."""
+    name = path.resolve().name
+    return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None

@@ -1,0 +1,452 @@
+"""From a name, a file or a state dict to a CLIP whose weights are what they claim to be.
+
+Nothing here runs code from a checkpoint: PyTorch's archives, TorchScript among them, are read as data
+(`archive.py`), safetensors are nothing else, and what `torch.save` wrote before 2020 goes through
+PyTorch's `weights_only` reader.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import http.client
+import io
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sfp.clip.checkpoints.archive import read_archive
+from sfp.clip.checkpoints.layouts import ACCEPTED, recognise
+from sfp.clip.checkpoints.metadata import Facts, facts
+from sfp.clip.checkpoints.published import (
+    ARCHITECTURES,
+    HUB_FILES,
+    PUBLISHED,
+    LayoutError,
+    Published,
+    WeightsError,
+    in_pixels,
+)
+from sfp.clip.model import CLIP, build_clip
+from sfp.clip.vit import ACTIVATIONS
+from sfp.files import cache_dir, sha256_file
+from sfp.registry import suggest
+
+MINI = "mini"
+
+
+def load_clip(
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    activation: str | None = None,
+    head_width: int | None = None,
+    text_head_width: int | None = None,
+) -> CLIP:
+    """A frozen CLIP in float32 on the CPU.
+
+    Args:
+        source: a published name ("ViT-B/16", "ViT-B-16:laion2b_s34b_b88k", see `PUBLISHED`; found on
+            disk or downloaded, and verified); "mini", the small model trained on drawn scenes that
+            ships with this package; a local file (TorchScript archive, `torch.save` or safetensors);
+            or a state dict. Layouts are those of OpenAI, open_clip and transformers' `CLIPModel`,
+            recognised by their names. "path@gelu" is short for `activation="gelu"`.
+        activation: "quick_gelu" or "gelu", which a state dict does not tell. By default what the table
+            of published weights says, or a configuration file beside the checkpoint
+            (`open_clip_config.json`, transformers' `config.json`), or its name if it has "quickgelu"
+            in it; else a guess with a warning: GELU for what can only be open_clip's, else QuickGELU.
+        head_width: of the image tower's attention; 80, 88 and 104 in ViT-H, ViT-g and ViT-bigG, else
+            64, unless a configuration file says otherwise.
+        text_head_width: of the text tower's.
+
+    Raises:
+        WeightsError: if the weights cannot be found, downloaded, verified or read.
+        LayoutError: if they are not a ViT CLIP in a known layout; a `WeightsError` and `ValueError`.
+        ValueError: for an unknown activation.
+    """
+    checkpoint = open_weights(
+        source, activation=activation, head_width=head_width, text_head_width=text_head_width
+    )
+    if not checkpoint.facts.certain:
+        warnings.warn(
+            f"{checkpoint.origin}: nothing says which activation these weights were trained with; "
+            f"taken is {checkpoint.facts.activation}, {checkpoint.facts.because}. The wrong one costs "
+            "accuracy silently: say it with activation=, or append @gelu or @quick_gelu to the path",
+            stacklevel=2,
+        )
+    return checkpoint.build()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights that were read and recognised.
+
+    Attributes:
+        origin: for messages, a path or "the state dict".
+        path: of the file, if there is one.
+        sha256: of the file, or of the names and values of a state dict.
+        verified: whether the hash is the one that the publisher states.
+        layout: as `sfp.clip.checkpoints.layouts` calls it.
+        state: under OpenAI's names, as stored.
+        facts: what the state does not tell.
+        row: of the table, if it was asked for by name.
+    """
+
+    origin: str
+    path: Path | None
+    sha256: str
+    verified: bool
+    layout: str
+    state: dict[str, Tensor]
+    facts: Facts
+    row: Published | None = None
+
+    @property
+    def digest(self) -> str:
+        """Names what the model computes: the hash, and what would change features besides it."""
+        return _digest(self.sha256, self.facts)
+
+    def build(self) -> CLIP:
+        """The model, in float32.
+
+        Raises:
+            LayoutError: if names or shapes are not those of a CLIP, or not those of the row.
+            WeightsError: if a number is NaN or infinite.
+        """
+        try:
+            clip = build_clip(
+                {name: _own(value) for name, value in self.state.items()},
+                self.facts.activation,
+                head_width=self.facts.head_width,
+                text_head_width=self.facts.text_head_width,
+            )
+        except LayoutError as error:
+            part = self.path is not None and re.search(r"-\d{5}-of-\d{5}", self.path.name)
+            hint = (
+                ". This file is one part of several; only whole checkpoints are read"
+                if part
+                else ""
+            )
+            raise LayoutError(
+                f"{self.origin}: {error}; read as the layout of {self.layout}; {ACCEPTED}{hint}"
+            ) from None
+        _check_sizes(clip, self)
+        _check_numbers(clip, self.origin)
+        clip.mean, clip.std = in_pixels(self.facts.mean, self.facts.std)
+        clip.digest = self.digest
+        return clip
+
+
+def open_weights(
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    activation: str | None = None,
+    head_width: int | None = None,
+    text_head_width: int | None = None,
+) -> Checkpoint:
+    """Finds, verifies, reads and recognises weights; arguments and errors as those of `load_clip`."""
+    row, mini = None, False
+    if isinstance(source, Mapping):
+        inner: Any = source.get("state_dict")
+        if isinstance(inner, Mapping):  # a training checkpoint
+            source = inner
+        if not all(isinstance(value, Tensor) for value in source.values()):
+            raise LayoutError("not a state dict: a mapping from names to tensors is expected")
+        path, origin, verified = None, "the state dict", False
+        state, sha256 = dict(source), digest_of(source)
+    else:
+        source, suffix = split_activation(source)
+        activation = activation or suffix
+        row, mini = PUBLISHED.get(str(source)), str(source) == MINI
+        path = locate(source)
+        origin = str(path)
+        sha256, verified = verify(str(source), path)  # before anything looks inside
+        state = read_state(path)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}{suggest(activation, ACTIVATIONS)}")
+    try:
+        recognised = recognise(state)
+    except LayoutError as error:
+        raise LayoutError(f"{origin}: {error}; {ACCEPTED}") from None
+    known = Facts("quick_gelu", "its training") if mini else facts(path, recognised.layout, row)
+    if activation is not None:
+        known = replace(known, activation=activation, because="the caller", certain=True)
+    known = replace(
+        known,
+        head_width=head_width or known.head_width,
+        text_head_width=text_head_width or known.text_head_width,
+    )
+    return Checkpoint(
+        origin, path, sha256, verified, recognised.layout, recognised.state, known, row
+    )
+
+
+def weights_digest(source: str | Path) -> str | None:
+    """The digest that `load_clip(source)` would have, or None if the weights are not on this machine.
+
+    Raises:
+        WeightsError, ValueError: as `load_clip`.
+    """
+    bare, suffix = split_activation(source)
+    row = PUBLISHED.get(str(bare))
+    if row is not None and row.sha256:
+        known = facts(None, "", row)
+        return _digest(row.sha256, replace(known, activation=suffix or known.activation))
+    if row is not None and find(str(bare)) is None:
+        return None
+    return open_weights(source).digest
+
+
+def split_activation(source: str | Path) -> tuple[str | Path, str | None]:
+    """A source without the activation that may stand behind its last "@", and that, or None."""
+    bare, at, suffix = str(source).rpartition("@")
+    if at and suffix in ACTIVATIONS and not Path(source).expanduser().is_file():
+        return bare, suffix
+    return source, None
+
+
+def _digest(sha256: str, known: Facts) -> str:
+    words = [] if known.activation == "quick_gelu" else [known.activation]
+    if known.head_width or known.text_head_width:
+        words.append(f"heads {known.head_width} {known.text_head_width}")
+    if not words:
+        return sha256
+    return hashlib.sha256(" ".join([sha256, *words]).encode()).hexdigest()
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy, in float32 if it is of lower precision.
+
+    A copy even where nothing is to be converted: safetensors maps the file into memory, and a file
+    that is written anew while the model runs would change its weights or end the process.
+    """
+    lower = value.is_floating_point() and value.dtype != torch.float64
+    return value.to(torch.float32 if lower else value.dtype, copy=True).contiguous()
+
+
+def verify(name: str, path: Path) -> tuple[str, bool]:
+    """A file's SHA-256, and whether there was one to compare it with.
+
+    Raises:
+        WeightsError: if the file is not what is published under `name`, or cannot be read.
+    """
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise WeightsError(f"cannot read weights from {path}: {error}") from error
+    expected = _stated(PUBLISHED.get(name), path)
+    if expected and found != expected:
+        raise WeightsError(
+            f"{path} is not {name}: its SHA-256 is {found}, published is {expected}. "
+            "Delete the file; it is downloaded again, or put an intact copy there."
+        )
+    return found, expected is not None
+
+
+def _stated(row: Published | None, path: Path) -> str | None:
+    """The hash that a file of this row should have, where its publisher or the Hub's cache says it."""
+    if row is None:
+        return None
+    if not row.repo:
+        return row.sha256
+    from sfp.clip.checkpoints.download import stated_hash
+
+    return stated_hash(path)
+
+
+def find(name: str) -> Path | None:
+    """The file of a published name on this machine, or None; nothing is downloaded."""
+    row = PUBLISHED[name]
+    # the second folder is where OpenAI's own package keeps the same files
+    for folder in (cache_dir("weights"), Path.home() / ".cache" / "clip"):
+        for file in row.files:
+            if (folder / file).is_file():
+                return folder / file
+    if row.repo:
+        from sfp.clip.checkpoints.download import on_hub
+
+        return on_hub(row.repo)
+    return None
+
+
+def locate(source: str | Path) -> Path:
+    """The file of a name or path, downloaded if it is a published name without a file.
+
+    Raises:
+        WeightsError: if there is none; the message says which file to put where.
+    """
+    source, _ = split_activation(source)
+    name = str(source)
+    if name == MINI:
+        from sfp.mini import checkpoint
+
+        return checkpoint()
+    if name in PUBLISHED:
+        return find(name) or download(name)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise WeightsError(
+            f"no weights {name!r}: neither a file nor a known name{known_names(name)}"
+        )
+    return path
+
+
+def known_names(name: str) -> str:
+    """The tail of an error message: the closest name, and those that there are, without all tags."""
+    close = difflib.get_close_matches(name, [*PUBLISHED, MINI], n=1)
+    short = [n for n, row in PUBLISHED.items() if not row.repo]
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return (
+        f"; {hint}valid: {', '.join([*short, MINI])}, and {len(PUBLISHED) - len(short)} of open_clip "
+        "such as ViT-B-16:laion2b_s34b_b88k (sfp weights list)"
+    )
+
+
+def download(name: str) -> Path:
+    """Fetches a published checkpoint, with a progress bar, and verifies it.
+
+    OpenAI's go into sfp's cache folder, those of the Hugging Face Hub into the Hub's. A file appears
+    under its name only when it is whole and its hash is right.
+
+    Raises:
+        WeightsError: if that fails; the message says which file to put where.
+    """
+    from sfp.clip.checkpoints.download import fetch, from_hub
+
+    row = PUBLISHED[name]
+    path = cache_dir("weights", row.file)
+    try:
+        if row.repo:
+            return from_hub(row.repo)
+        assert row.sha256 is not None
+        fetch(row.url, path, row.sha256)
+    except (OSError, http.client.HTTPException, ImportError) as error:
+        part = path.with_name(f"{path.name}.part")
+        kept = (
+            "What has arrived is kept, and the next attempt continues it. "
+            if part.is_file()
+            else ""
+        )
+        sha256 = f" (SHA-256 {row.sha256})" if row.sha256 else ""
+        other = f" (or {HUB_FILES[1]} from there, as {row.files[1]})" if row.repo else ""
+        raise WeightsError(
+            f"could not download {name}: {error}. {kept}Fetch {row.url} on a machine that has a "
+            f"network and put it at {path}{sha256}{other}, or give the path of a local copy instead of "
+            "the name. Without any weights, configs/cfg_mini.py still runs."
+        ) from error
+    return path
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file, without running anything in it.
+
+    Raises:
+        WeightsError: if the file is damaged or of no known layout.
+    """
+    try:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                return read_archive(file)
+            file.seek(8)  # behind the length of a safetensors header, which is JSON
+            if file.read(1) == b"{" or path.suffix == ".safetensors":
+                return load_file(path)
+            return _read_legacy(file)
+    except (
+        OSError,
+        ValueError,  # ArchiveError among them
+        EOFError,
+        RuntimeError,  # zipfile's, for features of the format that it lacks
+        struct.error,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        safetensors.SafetensorError,
+    ) as error:
+        raise WeightsError(
+            f"cannot read weights from {path}: {_first_line(error)}. Expected safetensors, a "
+            "TorchScript archive as OpenAI ships them, or a state dict saved by torch.save; the file "
+            "may be truncated: fetch it again."
+        ) from error
+
+
+def _read_legacy(file: BinaryIO) -> dict[str, Tensor]:
+    """The state dict in a file of `torch.save` from before PyTorch 1.6, by PyTorch's restricted reader.
+
+    Raises:
+        ValueError: if it holds none, or PyTorch's reader is one that could be tricked.
+    """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # CVE-2025-32434
+        raise ValueError(
+            "neither safetensors nor a zip file, which alone PyTorch < 2.6 reads safely"
+        )
+    file.seek(0)
+    try:
+        # from memory: a file would hand out as many bytes as an instruction asks for
+        state = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
+    except Exception as error:  # its reader checks little and stumbles in every way there is
+        raise ValueError(_first_line(error)) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError("no state dict: a mapping from names to tensors")
+    if sum(v.numel() * v.element_size() for v in state.values()) > file.seek(0, 2):
+        raise ValueError("tensors larger than the file that should hold them")
+    return {str(name): value for name, value in state.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _check_sizes(clip: CLIP, checkpoint: Checkpoint) -> None:
+    """Raises `LayoutError` if a file is not of the architecture that its name promises."""
+    row = checkpoint.row
+    if row is None or row.architecture is None:
+        return
+    expected, vit = ARCHITECTURES[row.architecture], clip.visual
+    rows = [
+        ("patch", vit.patch, expected.patch),
+        ("image size", vit.native_grid[0] * vit.patch, expected.image_size),
+        ("width", vit.conv1.out_channels, expected.width),
+        ("blocks", len(vit.blocks), expected.layers),
+        ("text width", clip.ln_final.weight.shape[0], expected.text_width),
+        ("text blocks", len(clip.transformer.resblocks), expected.text_layers),
+        ("embedding", vit.proj.shape[1], expected.embed_dim),
+    ]
+    wrong = [f"{what} {found}, expected {right}" for what, found, right in rows if found != right]
+    if wrong:
+        raise LayoutError(
+            f"{checkpoint.origin} is no {row.architecture}: {'; '.join(wrong)}. Another file has taken "
+            "its name: delete it, or put the right one there"
+        )
+
+
+def _check_numbers(clip: CLIP, origin: str) -> None:
+    """Raises `WeightsError` if a value of a parameter is NaN or infinite."""
+    for name, weight in clip.named_parameters():
+        if not weight.isfinite().all():
+            bad = int((~weight.isfinite()).sum())
+            raise WeightsError(
+                f"{origin}: {name} has {bad} NaN or infinite of {weight.numel()} values; the file is "
+                "damaged or its training diverged: fetch it again or use other weights"
+            )
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a state dict's names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(str(state[name].dtype).encode())
+        flat = state[name].detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy knows no bfloat16
+    return digest.hexdigest()

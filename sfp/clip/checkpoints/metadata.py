@@ -1,0 +1,159 @@
+"""What a state dict leaves open, and who says it: activation, heads and normalisation.
+
+In this order: the caller; the table of published weights, for their names and files; a configuration
+file beside the checkpoint (`open_clip_config.json`, or transformers' `config.json`); the layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfp.clip.checkpoints import layouts
+from sfp.clip.checkpoints.published import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    RGB,
+    LayoutError,
+    Published,
+    WeightsError,
+    row_of,
+)
+from sfp.clip.vit import ACTIVATIONS
+
+_OPEN_CLIP_FILE, _TRANSFORMERS_FILE = "open_clip_config.json", "config.json"
+
+# settings of open_clip that its tensors do not show, and that change what they compute
+_PLAIN: dict[str, dict[str, Any]] = {
+    "vision_cfg": dict(pool_type="tok", pos_embed_type="learnable", norm_kwargs={}, act_kwargs={}),
+    "text_cfg": dict(
+        pool_type="argmax",
+        no_causal_mask=False,
+        hf_tokenizer_name=None,
+        norm_kwargs={},
+        act_kwargs={},
+    ),
+}
+# what a configuration that is none makes of looking into it
+_WRONG = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the shapes of a checkpoint cannot tell.
+
+    Attributes:
+        activation: "quick_gelu" or "gelu".
+        because: who says so, in words.
+        certain: whether somebody does, or it is a guess.
+        head_width, text_head_width: None for the usual ones.
+        mean, std: normalisation of the images, RGB in 0..1.
+    """
+
+    activation: str
+    because: str
+    certain: bool = True
+    head_width: int | None = None
+    text_head_width: int | None = None
+    mean: RGB = OPENAI_MEAN
+    std: RGB = OPENAI_STD
+
+
+def facts(path: Path | None, layout: str, row: Published | None = None) -> Facts:
+    """What is known of a checkpoint besides its tensors.
+
+    Args:
+        path: of its file, if it came from one.
+        layout: as `layouts.recognise` calls it.
+        row: its row in the table, if it was asked for by name.
+
+    Raises:
+        WeightsError: if a configuration beside the file cannot be read, or asks for other parts.
+    """
+    if path is not None and row is None and layout != layouts.OPENAI:
+        row = row_of(path)
+    if row is not None:
+        return Facts(row.activation, "the table of published weights", mean=row.mean, std=row.std)
+    if layout == layouts.OPENAI:
+        return Facts("quick_gelu", "an archive of OpenAI's")
+    if path is not None:
+        if layout == layouts.TRANSFORMERS:
+            name, read = _TRANSFORMERS_FILE, _from_transformers
+        else:
+            name, read = _OPEN_CLIP_FILE, _from_open_clip
+        config = path.with_name(name)
+        if config.is_file():
+            try:
+                return read(config, _json(config))
+            except LayoutError as error:
+                raise LayoutError(f"{path}: {error}, says {config.name}") from None
+            except _WRONG as error:
+                raise WeightsError(
+                    f"{config}, which should describe {path.name}, cannot be used: "
+                    f"{type(error).__name__}: {error}. Fetch it again, or move it away and say "
+                    "the activation yourself"
+                ) from error
+        if "quickgelu" in path.name.lower().replace("_", "").replace("-", ""):
+            return Facts("quick_gelu", "the file's name")
+    if layout == layouts.OPEN_CLIP or (path is not None and path.name.startswith("open_clip_")):
+        return Facts("gelu", "open_clip's default", certain=False)
+    return Facts("quick_gelu", "OpenAI's activation", certain=False)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    return content
+
+
+def _from_open_clip(path: Path, config: Mapping[str, Any]) -> Facts:
+    """What open_clip writes, whose defaults are left out."""
+    model = config["model_cfg"]
+    text = model["text_cfg"]
+    for tower, plain in _PLAIN.items():
+        for key, value in plain.items():
+            if model[tower].get(key) not in (None, False, {}, value):
+                raise LayoutError(
+                    f"not a plain CLIP: {key} of its {tower} is {model[tower][key]!r}, expected "
+                    f"{value!r}"
+                )
+    images = config.get("preprocess_cfg", {})
+    return Facts(
+        "quick_gelu" if model.get("quick_gelu", False) else "gelu",
+        path.name,
+        head_width=int(model["vision_cfg"].get("head_width", 64)),
+        text_head_width=int(text.get("width", 512)) // int(text.get("heads", 8)),
+        mean=_rgb(images.get("mean", OPENAI_MEAN)),
+        std=_rgb(images.get("std", OPENAI_STD)),
+    )
+
+
+def _from_transformers(path: Path, config: Mapping[str, Any]) -> Facts:
+    """What transformers writes, whose defaults are left out of older files."""
+    if config.get("model_type", "clip") != "clip":
+        raise ValueError(f"model_type {config['model_type']!r}, not 'clip'")
+    vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
+    activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
+    if len(activations) > 1 or not activations <= set(ACTIVATIONS):
+        raise ValueError(f"hidden_act {sorted(activations)}: expected one of {list(ACTIVATIONS)}")
+    if any(float(tower.get("layer_norm_eps", 1e-5)) != 1e-5 for tower in (vision, text)):
+        raise ValueError("layer_norm_eps is not 1e-5")
+    preprocessor = path.with_name("preprocessor_config.json")
+    images = _json(preprocessor) if preprocessor.is_file() else {}
+    return Facts(
+        activations.pop(),
+        path.name,
+        head_width=vision.get("hidden_size", 768) // vision.get("num_attention_heads", 12),
+        text_head_width=text.get("hidden_size", 512) // text.get("num_attention_heads", 8),
+        mean=_rgb(images.get("image_mean", OPENAI_MEAN)),
+        std=_rgb(images.get("image_std", OPENAI_STD)),
+    )
+
+
+def _rgb(values: Any) -> RGB:
+    red, green, blue = map(float, values)
+    return red, green, blue

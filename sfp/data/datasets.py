@@ -1,0 +1,422 @@
+"""The benchmarks and the mini world as mmseg datasets.
+
+mmseg has most of them; `LocalFiles` adds what people miss when a file is not where it should be.
+Importing this module registers them in mmseg's `DATASETS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+from torch import Tensor
+
+from sfp._mmseg import mmseg
+from sfp.data.ids import CITYSCAPES_27, COCO_COARSE
+from sfp.data.images import DataError, check_whole, read_bytes, read_image, read_labels
+from sfp.files import cache_dir
+from sfp.mini import CLASSES, PALETTE, prepare
+
+DATASETS = mmseg.registry.DATASETS
+TRANSFORMS = mmseg.registry.TRANSFORMS
+
+WIDE_IGNORED = 65535  # what stands for "does not count" in labels of more than 255 classes
+LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # of pipelines
+FILES = {"img_path": "image", "seg_map_path": "label"}  # key in mmseg's records and what it holds
+
+
+def colour_map(count: int) -> list[list[int]]:
+    """The colours of Pascal VOC: the bits of a label spread over red, green and blue.
+
+    Args:
+        count: Number of labels.
+
+    Returns:
+        `[red, green, blue]` of each label.
+
+    Example:
+        >>> colour_map(3)
+        [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    """
+    return [
+        [
+            sum((label >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
+            for channel in range(3)
+        ]
+        for label in range(count)
+    ]
+
+
+def absent(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Those of many paths that do not exist, at one look per folder, not one per file."""
+
+    @cache
+    def names(folder: str) -> frozenset[str]:
+        return frozenset(os.listdir(folder) if os.path.isdir(folder) else ())
+
+    texts = map(str, paths)
+    return [p for p in texts if os.path.basename(p) not in names(os.path.dirname(p) or ".")]
+
+
+class LabelSizeError(DataError):
+    """A label map of another size than its image, or with several numbers for a pixel."""
+
+
+class LabelValueError(DataError):
+    """A label map with numbers that are no class."""
+
+
+@TRANSFORMS.register_module()
+class KeepImage(BaseTransform):
+    """Keeps the image as it is at this step, before it is resized, as `full_image`.
+
+    With `PackSegInputs(meta_keys=(..., "full_image"))` the segmentor gets it, for masks that are found
+    at full resolution. Steps that flip come after it.
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Sets `full_image`, (H, W, 3) as loaded."""
+        results["full_image"] = results["img"]
+        return results
+
+
+@TRANSFORMS.register_module()
+class LoadImage(BaseTransform):
+    """`read_image` as the first step of a pipeline, for images of every kind.
+
+    The benchmarks keep mmsegmentation's `LoadImageFromFile`, whose pixels these are too for what they
+    consist of (8-bit JPEG and PNG without transparency), and which mmseg's own tools look for by name.
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Reads `img_path`; sets what `LoadImageFromFile` does."""
+        image = read_image(results["img_path"], bgr=True)
+        results.update(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+        return results
+
+
+@TRANSFORMS.register_module()
+class LoadLabels(BaseTransform):
+    """Label maps of 8 or 16 bits; mmsegmentation's `LoadAnnotations` keeps eight.
+
+    Args:
+        ignored: what unlabelled pixels become if the dataset has `reduce_zero_label`.
+    """
+
+    def __init__(self, ignored: int = WIDE_IGNORED) -> None:
+        self.ignored = ignored
+
+    def transform(self, results: dict) -> dict:
+        """Reads `seg_map_path`, if there is one; sets `gt_seg_map`, (H, W) int32."""
+        if "seg_map_path" not in results:  # mmseg's inference_model has images alone
+            return results
+        labels = read_labels(results["seg_map_path"]).astype(np.int32)
+        if results["reduce_zero_label"]:
+            labels = np.where((labels == 0) | (labels == self.ignored), self.ignored, labels - 1)
+        results["gt_seg_map"] = labels
+        results["seg_fields"].append("gt_seg_map")
+        return results
+
+
+def check_labels(
+    labels: Tensor, sizes: Sequence[Sequence[int]], classes: int, ignore: int, name: str
+) -> None:
+    """Refuses a label map of another size than its image, and ids that are no class.
+
+    Args:
+        labels: (1, H, W) or (H, W).
+        sizes: those that are right.
+        classes: ids go from 0 to one less.
+        ignore: the one other id, of pixels that do not count.
+        name: what errors call the label map.
+
+    Raises:
+        LabelSizeError: if it is of another size.
+        LabelValueError: if it has other ids.
+    """
+    if (
+        tuple(labels.shape[-2:]) not in {tuple(size[:2]) for size in sizes}
+        or labels[..., 0, 0].numel() != 1
+    ):
+        raise LabelSizeError(
+            f"{name}: label map of shape {tuple(labels.shape)}, expected one number for each pixel of "
+            f"the image, {' or '.join(sorted({'x'.join(map(str, s[:2])) for s in sizes}))}"
+        )
+    wrong = labels[(labels != ignore) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise LabelValueError(
+            f"{name}: label {int(wrong[0])} in {int((wrong == wrong[0]).sum())} pixels, expected 0 to "
+            f"{classes - 1}, or {ignore} for what does not count; are these the labels of another "
+            "dataset, or not converted yet?"
+        )
+
+
+class LocalFiles(mmseg.datasets.BaseSegDataset):
+    """Checks, before anything runs, that each image and label file is there; then each file itself.
+
+    Without this a missing folder is an assertion without words, an empty one an evaluation of
+    nothing, a missing file an error after half of the images, a truncated JPEG a half grey picture,
+    and labels of another dataset a low score. Every error names the file.
+    """
+
+    prepared_as = ""  # its name in `sfp.data.catalogue`, which knows where the files come from
+
+    def records(self) -> list[dict]:
+        """Records, as mmseg has them, of the images that the list or folder names.
+
+        Labels need not be there.
+
+        Raises:
+            FileNotFoundError: If the image folder or the list is missing, or empty.
+        """
+        self._need_folder("img_path")
+        if self.ann_file and not os.path.isfile(self.ann_file):
+            raise self._missing("there is no list of images", self.ann_file)
+        data = super().load_data_list()
+        if not data:
+            where = self.ann_file or self.data_prefix["img_path"]
+            raise self._missing(f"there is no *{self.img_suffix} image in", where)
+        return data
+
+    def load_data_list(self) -> list[dict]:
+        """Lists the images and labels.
+
+        Returns:
+            mmseg's record of each image.
+
+        Raises:
+            FileNotFoundError: If a folder, the image list or a file is missing.
+        """
+        data = self.records()
+        self._need_folder("seg_map_path")
+        for key, what in FILES.items():
+            if lost := absent(record[key] for record in data):
+                count = f"{len(lost)} of {len(data)} {what}s missing, first"
+                raise self._missing(count, lost[0])
+        return data
+
+    def prepare_data(self, idx: int) -> Any:
+        """The record of an image after the pipeline.
+
+        Raises:
+            DataError: if the image or its label map is not right; the message names the file.
+        """
+        return self.load(self.get_data_info(idx))
+
+    def load(self, record: dict) -> Any:
+        """A record of `records` after the pipeline; errors as in `prepare_data`."""
+        image, label = record["img_path"], record.get("seg_map_path")
+        narrow = not any(isinstance(step, LoadLabels) for step in self.pipeline.transforms)
+        for path in filter(None, (image, label)):
+            data = read_bytes(path)
+            check_whole(data, path)
+            if narrow and path == label and data[:4] == b"\x89PNG" and data[24] == 16:
+                raise DataError(f"{label}: a 16-bit label map, of which mmseg would keep 8 bits")
+        try:
+            data = self.pipeline(record)
+        except Exception as error:  # of any step of any pipeline: the file is what it lacks
+            files = f"{image} with labels {label}" if label else image
+            raise DataError(f"{files}: {type(error).__name__}: {error}") from error
+        sample = data.get("data_samples") if isinstance(data, dict) else None
+        if sample is not None and "gt_sem_seg" in sample:
+            sizes = [sample.metainfo[key] for key in ("ori_shape", "img_shape")]
+            classes = len(self.metainfo["classes"])
+            check_labels(sample.gt_sem_seg.data, sizes, classes, self.ignore_index, str(label))
+        return data
+
+    def _need_folder(self, key: str) -> None:
+        if not os.path.isdir(self.data_prefix[key]):
+            raise self._missing(f"there is no {FILES[key]} folder", self.data_prefix[key])
+
+    def _missing(self, what: str, path: str) -> FileNotFoundError:
+        """The error that says what is missing, and what to do about it."""
+        root = os.environ.get("DATA_ROOT") or "not set, which means ./data"
+        advice = ""
+        if self.prepared_as:
+            advice = f", `sfp data prepare {self.prepared_as}` what to download, and converts it"
+        return FileNotFoundError(
+            f"{type(self).__name__}: {what} {os.path.abspath(path)}. Set the environment variable "
+            f"DATA_ROOT to the folder that holds the datasets (now: {root}); docs/data.md shows how "
+            f"each of them is laid out{advice}."
+        )
+
+
+# mmseg's own Pascal classes add nothing to their names and colours but assertions without words
+
+
+@DATASETS.register_module()
+class PascalVOC21Dataset(LocalFiles):
+    """Pascal VOC 2012 with background, 21 classes."""
+
+    prepared_as = "voc21"
+    METAINFO = mmseg.datasets.PascalVOCDataset.METAINFO
+
+
+@DATASETS.register_module()
+class PascalVOC20Dataset(LocalFiles):
+    """Pascal VOC 2012 without background: its pixels are ignored."""
+
+    prepared_as = "voc20"
+    METAINFO = {key: values[1:] for key, values in mmseg.datasets.PascalVOCDataset.METAINFO.items()}
+
+    def __init__(self, reduce_zero_label: bool = True, **kwargs: Any) -> None:
+        super().__init__(reduce_zero_label=reduce_zero_label, **kwargs)
+
+
+@DATASETS.register_module()
+class PascalContext60Dataset(LocalFiles):
+    """Pascal Context with background, 60 classes."""
+
+    prepared_as = "context60"
+    METAINFO = mmseg.datasets.PascalContextDataset.METAINFO
+
+
+@DATASETS.register_module()
+class PascalContext59Dataset(LocalFiles):
+    """Pascal Context without background: its pixels are ignored."""
+
+    prepared_as = "context59"
+    METAINFO = mmseg.datasets.PascalContextDataset59.METAINFO
+
+    def __init__(self, reduce_zero_label: bool = True, **kwargs: Any) -> None:
+        super().__init__(reduce_zero_label=reduce_zero_label, **kwargs)
+
+
+@DATASETS.register_module()
+class COCOObjectDataset(LocalFiles):
+    """The 80 things of COCO and background, as written by `sfp data prepare coco_object`."""
+
+    prepared_as = "coco_object"
+    # The things are the first 80 classes of COCO-Stuff, in the order of COCO's category ids.
+    METAINFO = dict(
+        classes=("background", *mmseg.datasets.COCOStuffDataset.METAINFO["classes"][:80]),
+        palette=colour_map(81),
+    )
+
+    def __init__(
+        self,
+        img_suffix: str = ".jpg",
+        seg_map_suffix: str = "_instanceTrainIds.png",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
+
+
+@DATASETS.register_module()
+class COCOStuff164kDataset(LocalFiles, mmseg.datasets.COCOStuffDataset):
+    """COCO-Stuff 164k, 171 classes of things and stuff."""
+
+    prepared_as = "coco_stuff164k"
+
+
+@DATASETS.register_module()
+class COCOCoarse27Dataset(LocalFiles):
+    """The 27 supercategories of COCO-Stuff, the classes of unsupervised segmentation."""
+
+    prepared_as = "coco27"
+    METAINFO = dict(classes=tuple(COCO_COARSE), palette=colour_map(28)[1:])
+
+    def __init__(
+        self, img_suffix: str = ".jpg", seg_map_suffix: str = "_label27Ids.png", **kwargs: Any
+    ) -> None:
+        super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
+
+
+@DATASETS.register_module()
+class ADE20K150Dataset(LocalFiles, mmseg.datasets.ADE20KDataset):
+    """ADE20K, 150 classes; unlabelled pixels are ignored."""
+
+    prepared_as = "ade20k"
+
+
+@DATASETS.register_module()
+class Cityscapes19Dataset(LocalFiles, mmseg.datasets.CityscapesDataset):
+    """Cityscapes, 19 classes."""
+
+    prepared_as = "city_scapes"
+
+
+@DATASETS.register_module()
+class Cityscapes27Dataset(LocalFiles):
+    """All 27 classes of Cityscapes that are not void, those of unsupervised segmentation."""
+
+    prepared_as = "city_scapes27"
+    METAINFO = dict(classes=tuple(CITYSCAPES_27), palette=list(CITYSCAPES_27.values()))
+
+    def __init__(
+        self,
+        img_suffix: str = "_leftImg8bit.png",
+        seg_map_suffix: str = "_gtFine_label27Ids.png",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
+
+
+class NamedLabels(LocalFiles):
+    """A dataset whose class names come with its files: labels of 16 bits, 0 does not count.
+
+    Args:
+        names_file: a class file below `data_root`; line k names label k.
+        **kwargs: What `BaseSegDataset` takes.
+    """
+
+    def __init__(self, names_file: str, data_root: str | None = None, **kwargs: Any) -> None:
+        path = Path(data_root or "", names_file)
+        if not path.is_file():
+            raise self._missing("there is no file of class names", str(path))
+        # whole lines: first synonyms may be shared
+        names = tuple(path.read_text(encoding="utf-8-sig").rstrip().split("\n"))
+        super().__init__(
+            metainfo=dict(classes=names, palette=colour_map(len(names) + 1)[1:]),
+            data_root=data_root,
+            **dict(dict(reduce_zero_label=True, ignore_index=WIDE_IGNORED), **kwargs),
+        )
+
+
+@DATASETS.register_module()
+class PascalContext459Dataset(NamedLabels):
+    """Pascal Context with all its 459 classes; unlabelled pixels are ignored."""
+
+    prepared_as = "context459"
+
+
+@DATASETS.register_module()
+class ADE20K847Dataset(NamedLabels):
+    """The full ADE20K with the 847 classes of open-vocabulary segmentation; others are ignored."""
+
+    prepared_as = "ade847"
+
+
+@DATASETS.register_module()
+class MiniSceneDataset(LocalFiles):
+    """The painted scenes of `sfp.mini`, rendered on first use.
+
+    Args:
+        data_root: Folder of the scenes, one in the cache folder by default.
+        scenes: How many there are.
+        **kwargs: What `BaseSegDataset` takes.
+    """
+
+    METAINFO = dict(classes=CLASSES, palette=[list(colour) for colour in PALETTE])
+
+    def __init__(
+        self,
+        data_root: str | None = None,
+        scenes: int = 200,
+        img_suffix: str = ".png",
+        **kwargs: Any,
+    ) -> None:
+        folder = data_root or cache_dir(f"mini-{scenes}")
+        try:
+            root = prepare(folder, scenes=scenes)
+        except OSError as error:
+            raise OSError(
+                f"cannot write the {scenes} scenes of the mini world to {folder}: {error}. Set "
+                "SFP_CACHE to a folder that can be written, on a disk with some megabytes left"
+            ) from error
+        super().__init__(data_root=str(root), img_suffix=img_suffix, **kwargs)

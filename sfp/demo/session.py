@@ -1,0 +1,152 @@
+"""The model at work for the page: one request at a time, with what is slow kept for the next."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sfp.api import Model
+from sfp.data.images import read_image
+from sfp.demo.pictures import Pixels, bounded
+from sfp.method import Purify, build_method
+from sfp.registry import list_methods
+from sfp.result import Result
+from sfp.tokens import upcast
+from sfp.trace import Trace
+from sfp.visualize.tokens import as_map, named_detectors, patch_index
+from sfp.words import as_vocabulary
+
+MAX_PIXELS = 2**27  # 134 million, 0.4 GB while they are read
+OWN = "the method's own"
+FALLBACK = "som"  # for methods that look for no outliers
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A result, and the seconds that its words and its image took."""
+
+    result: Result
+    text: float
+    image: float
+
+    def __str__(self) -> str:
+        return (
+            f"text {self.text:.2f} s, image {self.image:.2f} s, "
+            f"total {self.text + self.image:.2f} s"
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a detector marks in a layer.
+
+    Attributes:
+        mask: (h, w).
+        norms: lengths of plain CLIP's tokens that leave the layer, (h, w).
+        detector: its name and knobs.
+        replaced: whether the method replaces these patches in this layer.
+    """
+
+    mask: NDArray[np.bool_]
+    norms: NDArray[np.float32]
+    detector: str
+    replaced: bool
+
+
+def usable_methods() -> list[str]:
+    """Presets that need no external encoder."""
+    return [m for m in list_methods() if not any(r.layout for r in build_method(m).readouts)]
+
+
+class Desk:
+    """Answers what the page asks.
+
+    Pictures are named by path: gradio puts the hash of the contents into it.
+
+    Args:
+        model: as `sfp.load` makes it.
+        mini: whether it knows the words of the mini world only.
+    """
+
+    def __init__(self, model: Model, *, mini: bool = False) -> None:
+        self.model = model
+        self.mini = mini
+        self.blocks = len(model.clip.visual.blocks)
+        self.patch = model.clip.visual.patch
+        self._lock = threading.RLock()
+        self.photo = lru_cache(8)(self._photo)
+        self._trace = lru_cache(3)(self._run)  # one holds the tokens of all layers
+
+    def _photo(self, path: str) -> Pixels:
+        return bounded(read_image(path, name=Path(path).name, max_pixels=MAX_PIXELS))
+
+    def segment(
+        self, path: str, classes: list[list[str]], background: list[str] | None, method: str
+    ) -> Timed:
+        """Labels a picture.
+
+        Raises:
+            ValueError: if picture or words are not right.
+        """
+        photo = self.photo(path)
+        vocabulary = as_vocabulary(classes, background)
+        with self._lock:
+            start = time.perf_counter()
+            self.model.encode(vocabulary.queries)
+            encoded = time.perf_counter()
+            result = self.model.segment(photo, vocabulary, method=method)
+            return Timed(result, encoded - start, time.perf_counter() - encoded)
+
+    def seen(self, path: str) -> Pixels:
+        """The picture as traces see it."""
+        return self.model.resized(self.photo(path))
+
+    def outliers(self, path: str, method: str, detector: str, layer: int) -> Found:
+        """What a detector finds in the output of a layer.
+
+        Args:
+            path: of the picture.
+            method: whose run is looked at.
+            detector: name of one, which looks at plain CLIP; or `OWN`, the method's in its own run.
+            layer: absolute, any but the last.
+        """
+        purify = next((e for e in build_method(method).edits if isinstance(e, Purify)), None)
+        with self._lock, torch.inference_mode():
+            plain = self._trace(path, "clip")
+            if detector == OWN and purify is not None:
+                trace = self._trace(path, method)
+                name, found = repr(purify.detector), purify.detector
+            else:
+                trace = plain
+                name = FALLBACK if detector == OWN else detector
+                found = named_detectors([name])[name]
+            replaced = layer in trace.masks
+            mask = trace.masks[layer] if replaced else found(trace, layer)
+            norms = plain.outputs[layer].patches.norm(dim=-1)
+            return Found(as_map(trace, mask[0]) > 0, as_map(plain, norms[0]), name, replaced)
+
+    def attention(
+        self, path: str, method: str, layer: int, patch: tuple[int, int]
+    ) -> tuple[NDArray[np.float32], float]:
+        """Where a patch (row, column) looks in a block, heads averaged.
+
+        Returns:
+            Its attention to each patch, (h, w), and to the class token; together they are 1.
+        """
+        with self._lock, torch.inference_mode():
+            trace = self._trace(path, method)
+            heads = trace.heads(layer)
+            n = heads.prefix + patch_index(trace, patch)
+            row = heads.similar(heads.q[:, :, n : n + 1], heads.k).softmax(-1)  # (1, H, 1, T)
+            share = upcast(row)[0, :, 0].mean(0)
+            return as_map(trace, share[heads.prefix :]), float(share[: heads.prefix].sum())
+
+    def _run(self, path: str, method: str) -> Trace:
+        return self.model.trace(self.photo(path), method=method)

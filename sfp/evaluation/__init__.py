@@ -1,0 +1,1 @@
+"""Evaluation of configs: runs that continue, tables, ablations, reproduction cards."""

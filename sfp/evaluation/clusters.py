@@ -1,0 +1,171 @@
+"""Segmentation without words: clusters of a dataset's patch features take the place of text.
+
+`spherical_kmeans` gives unit vectors in the space of the features, so a patch's cluster is the centre
+of largest cosine, just as its class is the text of largest cosine. The centres therefore are
+`query_features` of an `OpenVocabSegmentor`, and windows, merging, thresholds, refiners and masks work
+as they do with words. `HungarianMetric` scores the result.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import barrier, is_main_process
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmseg.registry import MODELS
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.data.datasets import DATASETS
+from sfp.evaluation.card import settings
+from sfp.evaluation.journal import fingerprint
+from sfp.files import atomic_write
+from sfp.functional.kmeans import spherical_kmeans
+from sfp.functional.windows import WindowGrid
+from sfp.registry import check_knobs
+from sfp.segmentor import OpenVocabSegmentor
+
+FILE = "clusters.safetensors"
+
+
+def cluster_config(config: Config) -> Config:
+    """A config with the node `clusters`, with the words replaced by clusters (not yet fitted).
+
+    Raises:
+        ValueError: if the node or the metric is not right.
+    """
+    node = config.clusters
+    check_knobs(fit_clusters, node, "clusters")
+    evaluators = config.test_evaluator
+    evaluators = [evaluators] if isinstance(evaluators, Mapping) else evaluators
+    if [evaluator["type"] for evaluator in evaluators] != ["HungarianMetric"]:
+        raise ValueError(
+            "clusters have no names: set test_evaluator=dict(type='HungarianMetric'), which finds out "
+            "which class each of them is"
+        )
+    config = config.copy()
+    config.test_evaluator = dict(evaluators[0], clusters=node["count"])
+    config.model.classes = [f"cluster {i}" for i in range(node["count"])]
+    return config
+
+
+def ensure_clusters(config: Config) -> Config:
+    """A config ready to evaluate: its clusters fitted, or found in the work folder.
+
+    Args:
+        config: with the node `clusters`, the knobs of `fit_clusters`.
+
+    Returns:
+        A copy whose `model.query_features` names the file `clusters.safetensors` of the work folder.
+        The file says what it was fitted with; if that has changed, it is fitted again.
+    """
+    config = cluster_config(config)
+    path = Path(config.work_dir, FILE)
+    if is_main_process():
+        dataset = _dataset(config, config.clusters.get("dataset"))
+        groups = settings(config, dataset=dataset)
+        groups["run"] = {"file_sizes_sha256": groups["run"]["file_sizes_sha256"]}
+        wanted = fingerprint(groups)
+        if not path.is_file() or _made_for(path) != wanted:
+            print(
+                f"clustering the patches of {len(dataset)} images ({path} will keep the clusters)",
+                file=sys.stderr,
+            )
+            centres, score = fit_clusters(config, **config.clusters)
+            meta = dict(fingerprint=wanted, mean_cosine=f"{score:.6f}")
+            with atomic_write(path) as temporary:
+                save_file(dict(queries=centres.cpu().contiguous()), temporary, meta)
+    barrier()  # k-means on several kinds of device may differ: one process does it for all
+    config.model.query_features = str(path)
+    return config
+
+
+def _made_for(path: Path) -> str | None:
+    """The fingerprint of the settings that a file's clusters were fitted with."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("fingerprint")
+    except SafetensorError:
+        return None
+
+
+def fit_clusters(
+    config: Config,
+    *,
+    count: int,
+    dataset: Mapping[str, Any] | None = None,
+    patches: int = 64,
+    iterations: int = 100,
+    restarts: int = 10,
+    seed: int = 0,
+) -> tuple[Tensor, float]:
+    """k-means over the patch features of a dataset.
+
+    Args:
+        config: whose model gives the features, as it will see the images.
+        count: number of clusters.
+        dataset: whose images are clustered; None for the test set's own. Labels are not looked at.
+        patches: drawn from each image, from all of its windows.
+        iterations, restarts, seed: of `spherical_kmeans`.
+
+    Returns:
+        (count, C) unit centres, and the mean cosine of a patch with its own.
+    """
+    init_default_scope(config.get("default_scope", "mmseg"))
+    segmentor = MODELS.build(config.model)
+    segmentor = segmentor.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    built = _dataset(config, dataset)
+    # all images in this process: mmengine's samplers would wait for the others, and share the images
+    order = list(range(len(built)))
+    loader = Runner.build_dataloader(dict(config.test_dataloader, dataset=built, sampler=order))
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[Tensor] = []
+    for data in loader:
+        for image in segmentor.data_preprocessor(data)["inputs"]:
+            features = patch_features(segmentor, image)
+            chosen = torch.randperm(len(features), generator=generator)[:patches]
+            drawn.append(features[chosen.to(features.device)])
+    return spherical_kmeans(
+        torch.cat(drawn), count, iterations=iterations, restarts=restarts, seed=seed
+    )
+
+
+def _dataset(config: Config, node: Mapping[str, Any] | None = None) -> Any:
+    init_default_scope(config.get("default_scope", "mmseg"))
+    built = DATASETS.build(config.test_dataloader.dataset if node is None else node)
+    built.full_init()
+    return built
+
+
+@torch.inference_mode()
+def patch_features(segmentor: OpenVocabSegmentor, image: Tensor) -> Tensor:
+    """Unit features of the patches of all windows of a normalised image (3, H, W), (N, C) float32.
+
+    Raises:
+        LookupError: if the method needs words to compute its features.
+    """
+    vit = segmentor.clip.visual
+    if image.dtype == torch.uint8:  # a large one, which its preprocessor has left as it is
+        image = segmentor.data_preprocessor.normalise(image)
+    grid = WindowGrid.over(
+        image.shape[-2:],
+        segmentor.slide_crop,
+        segmentor.slide_stride,
+        multiple=vit.patch if segmentor.pad_windows else 1,
+        least=vit.patch,
+    )
+    parts, step = [], segmentor.windows_at_once
+    for i in range(0, len(grid.places), step):
+        places = grid.places[i : i + step]
+        windows = torch.stack([grid.cut(image, place) for place in places])
+        tokens, _ = segmentor.method.features(vit, windows, guides=dict(segmentor.guides.items()))
+        parts.append(F.normalize(tokens.patches.float(), dim=-1).flatten(0, 1))
+    return torch.cat(parts)

@@ -1,0 +1,82 @@
+"""The configs that come with the package, by name: "voc21" is configs/cfg_voc21.py.
+
+In the repository they are the folder `configs`; installed they are `sfp.configs`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from sfp.registry import suggest
+
+_PACKAGE = Path(__file__).parents[1]
+_INSTALLED = _PACKAGE / "configs"
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A config that does not exist or says something that nobody understands."""
+
+
+def config_names() -> list[str]:
+    """Short names of the shipped configs that can be evaluated: "ade20k", ..., "voc21"."""
+    return sorted(path.stem.removeprefix("cfg_") for path in CONFIGS.glob("cfg_*.py"))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a config.
+
+    Args:
+        name: a path; or a shipped config in one of the forms voc21, cfg_voc21, cfg_voc21.py and
+            configs/cfg_voc21.py. A file that exists comes first.
+
+    Raises:
+        ConfigError: if there is none; the message names the closest.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    short = path.name.removesuffix(".py").removeprefix("cfg_")
+    if path.parent.as_posix() in (".", "configs") and short in config_names():
+        return CONFIGS / f"cfg_{short}.py"
+    raise ConfigError(
+        f"there is no config {name}: give the path of one, or a name{suggest(short, config_names())}"
+    )
+
+
+def read_config(path: Path, *settings: str) -> Config:
+    """A config, parsed.
+
+    Args:
+        path: of the file.
+        settings: dotted names of what it has to have.
+
+    Raises:
+        ConfigError: if it is no config, or lacks a setting.
+    """
+    try:
+        config = Config.fromfile(str(path))
+    except Exception as error:  # a config is a program: whatever goes wrong in it is wrong with it
+        raise ConfigError(f"{path} is no config: {type(error).__name__}: {error}") from error
+    require(config, *settings)
+    return config
+
+
+def require(config: Config, *settings: str) -> None:
+    """Looks whether settings are there.
+
+    Raises:
+        ConfigError: naming the first that is missing.
+    """
+    for name in settings:
+        node: Any = config
+        for key in name.split("."):
+            if key not in node:
+                raise ConfigError(
+                    f"{config.filename or 'the config'} has no {name}: a config starts from "
+                    "base_config.py and adds its data and classes, as cfg_voc21.py does"
+                )
+            node = node[key]

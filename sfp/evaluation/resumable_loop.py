@@ -1,0 +1,114 @@
+"""The test loop that continues where a killed evaluation stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_main_process
+from mmengine.evaluator import Evaluator
+from mmengine.model import is_model_wrapper
+from mmengine.registry import DATASETS, LOOPS
+from mmengine.runner import Runner, TestLoop
+
+from sfp.evaluation.card import GROUPS, image_names, settings
+from sfp.evaluation.journal import Journal
+from sfp.evaluation.metrics import SegmentationMetric
+
+
+@LOOPS.register_module()
+class ResumableTestLoop(TestLoop):
+    """mmengine's test loop over the images that the journal in the work folder does not have yet.
+
+    The dataset is cut into its batches once, in order, and whole batches are dealt to the processes:
+    which images go through the network together depends neither on what was done before nor on the
+    number of processes, so neither can change a result. Nothing is padded or repeated to make the
+    shares equal. Images that are done are not loaded.
+
+    Args:
+        runner, dataloader, evaluator, fp16: of `TestLoop`; the dataloader as config.
+        resume: False forgets what is in the journal and starts over.
+
+    Attributes:
+        settings: what determines the results (`sfp.evaluation.card.settings`), on every process.
+        remaining: images that were left to do when this start began, of all processes.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: Mapping[str, Any],
+        evaluator: Evaluator | Mapping[str, Any] | Sequence[Any],
+        fp16: bool = False,
+        resume: bool = True,
+    ) -> None:
+        dataset = DATASETS.build(dataloader["dataset"])
+        dataset.full_init()
+        if not isinstance(evaluator, Evaluator):
+            evaluator = runner.build_evaluator(evaluator)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        shared: list[Any] = [None]
+        if is_main_process():
+            device = next(model.parameters()).device.type
+            shared = [settings(runner.cfg, model=model, dataset=dataset, device=device)]
+        broadcast_object_list(shared)
+        self.settings: dict[str, Any] = shared[0]
+
+        size, count = dataloader.get("batch_size", 1), len(dataset)
+        batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
+        (metric, *others) = evaluator.metrics
+        # what another metric or a formatted result needs of an image is not in the journal
+        if isinstance(metric, SegmentationMetric) and not others and not metric.format_only:
+            journal = Journal(Path(runner.work_dir, "journal"), self.settings, get_rank())
+            paths, names = image_names(dataset)
+            metric.keep(journal, paths, names)
+            batches = _remaining(journal, names, batches, resume)
+        self.remaining = sum(map(len, batches))
+        own = [i for batch in batches[get_rank() :: get_world_size()] for i in batch]
+        loader = runner.build_dataloader(dict(dataloader, dataset=dataset, sampler=own))
+        super().__init__(runner, loader, evaluator, fp16)
+
+
+def _remaining(
+    journal: Journal, names: Sequence[str], batches: list[range], resume: bool
+) -> list[range]:
+    """The batches that are not done, as the first process finds them and tells the others."""
+    shared: list[Any] = [None]
+    if is_main_process():
+        if not resume:
+            journal.clear()
+        done = journal.read()
+        shared = [[batch for batch in batches if any(names[i] not in done for i in batch)]]
+        _say(journal, len(done), len(names))
+    broadcast_object_list(shared)
+    return shared[0]
+
+
+def _say(journal: Journal, done: int, count: int) -> None:
+    if journal.damaged:
+        print(
+            f"{journal.folder}: torn or damaged records: {journal.damaged} (their images are "
+            "evaluated again)",
+            file=sys.stderr,
+        )
+    if done:
+        print(
+            f"continuing: {done} of {count} images are done ({journal.folder}); --no-resume "
+            "starts over",
+            file=sys.stderr,
+        )
+    elif journal.others:
+        old, new = journal.others[-1], journal.settings
+        changed = [
+            f"{group} {key}"
+            for group in GROUPS
+            for key in sorted({*old.get(group, {}), *new[group]})
+            if old.get(group, {}).get(key) != new[group].get(key)
+        ]
+        print(
+            f"{journal.folder} is of an evaluation with other settings ({', '.join(changed)}): "
+            "starting over",
+            file=sys.stderr,
+        )

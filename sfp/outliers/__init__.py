@@ -1,0 +1,1 @@
+"""Planted outliers: which detectors find them, which mitigators repair them."""

@@ -1,0 +1,111 @@
+"""Picture sheets: rows of images, columns of what was made of them, one legend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from torch import Tensor
+
+from sfp.files import atomic_write
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture, (H, W, 3) uint8 RGB, and optionally the labels to lay over it, (H, W)."""
+
+    image: np.ndarray
+    labels: np.ndarray | None = None
+
+
+def overlay(panel: Panel, palette: Sequence[Sequence[int]], opacity: float = 0.7) -> np.ndarray:
+    """Labels in their colours over the picture, with white borders between them: (H, W, 3) uint8.
+
+    Pixels whose label is none of the palette's, the ignored ones, stay as they are.
+    """
+    if panel.labels is None:
+        return panel.image
+    colours = np.array([*palette, (0, 0, 0)], np.float32)
+    labels = np.minimum(panel.labels, len(palette)).astype(np.uint16)
+    # the picture keeps its light and dark under the colour
+    grey = cv2.cvtColor(panel.image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
+    mixed = opacity * colours[labels] + (1 - opacity) * grey
+    edges = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+    mixed[edges] = 255
+    shown = (labels < len(palette))[..., None]
+    return np.where(shown, mixed, panel.image).astype(np.uint8)
+
+
+def label_picture(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:
+    """A label map (H, W), uint8 with a palette or uint16 (which PNG has none for), as a picture."""
+    picture = Image.fromarray(labels)
+    if labels.dtype == np.uint8:
+        picture.putpalette([value for colour in palette for value in colour])
+    return picture
+
+
+def at_size(image: Tensor, size: Sequence[int]) -> np.ndarray:
+    """A BGR image tensor (3, h, w) in 0..255 as an RGB array (H, W, 3) of a label map's size."""
+    array = image.flip(0).permute(1, 2, 0).byte().numpy()
+    return cv2.resize(array, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+
+
+def picture_sheet(
+    columns: Mapping[str, Sequence[Panel]],
+    names: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    path: str | Path,
+) -> None:
+    """Writes a PNG with a titled column per entry, and a legend of the classes that occur.
+
+    Args:
+        columns: title -> panels, as many in each; a row shows one image.
+        names, palette: of the classes.
+        path: of the PNG.
+    """
+    rows = len(next(iter(columns.values())))
+    ratio = np.mean([p.image.shape[0] / p.image.shape[1] for p in next(iter(columns.values()))])
+    panels = [panel for column in columns.values() for panel in column]
+    found = set().union(*(np.unique(p.labels).tolist() for p in panels if p.labels is not None))
+    present = sorted(i for i in found if i < len(names))
+    longest = max((len(names[i]) for i in present), default=0)
+    entry = 0.45 + 0.085 * longest  # inches that a colour and its name take
+    side = 2.6
+    width = max(side * len(columns), entry)
+    per_line = max(min(int(width / entry), len(present)), 1)
+    legend = 0.2 * -(-len(present) // per_line) + 0.2
+    size = (width, rows * side * ratio + 0.35 + legend)
+    figure = Figure(figsize=size, dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (title, items) in enumerate(columns.items()):
+        axes[0, column].set_title(title, fontsize=13)
+        for row, panel in enumerate(items):
+            axes[row, column].imshow(overlay(panel, palette))
+            axes[row, column].set_axis_off()
+    patches = [Patch(color=tuple(c / 255 for c in palette[i]), label=names[i]) for i in present]
+    figure.legend(
+        handles=patches,
+        loc="lower center",
+        ncols=per_line,
+        fontsize=9,
+        frameon=False,
+        handlelength=1,
+    )
+    figure.subplots_adjust(
+        left=0.005,
+        right=0.995,
+        top=1 - 0.3 / size[1],
+        bottom=legend / size[1],
+        wspace=0.02,
+        hspace=0.02,
+    )
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary)

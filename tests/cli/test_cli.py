@@ -1,0 +1,310 @@
+"""The command `sfp`: its exit codes, the configs it knows by name, and the wheel it comes in."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from setuptools import find_packages
+
+import sfp
+from sfp import cli
+from sfp.data.images import ImageError
+from sfp.evaluation import configs as shipped
+
+ROOT = Path(__file__).parents[2]
+FEW = ["--cfg-options", "test_dataloader.dataset.scenes=2", "test_dataloader.num_workers=0"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working folder, and no data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    return tmp_path
+
+
+# -- exit codes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("eval voc22", 2, "there is no config voc22: .* did you mean 'voc21'"),
+        ("eval configs/cfg_voc22.py", 2, "there is no config configs/cfg_voc22.py"),
+        ("eval voc21", 3, r"no image folder .*/data/VOCdevkit.* DATA_ROOT"),
+        ("eval mini --method scilp", 2, "did you mean 'sclip'"),
+        ("eval mini --weights ViT-B/61", 3, "did you mean 'ViT-B/16'"),
+        ("eval mini --weights broken.pt", 3, r"broken\.pt"),
+        ("compare mini --methods scilp", 2, "did you mean 'sclip'"),
+        ("compare voc21", 3, "no image folder"),
+        ("ablate mini --study layer", 2, "did you mean 'layers'"),
+        ("ablate mini --study modules --weights mini mini", 2, "study 'backbones'"),
+        ("audit nowhere mini", 2, "there is no config nowhere"),
+        ("audit broken.pt mini", 2, r"broken\.pt is not a card"),
+        ("label photos --out out", 2, "nothing to look for"),
+        ("label photos --out out --config voc22", 2, "did you mean 'voc21'"),
+        ("label photos --out out --classes cat", 3, "photos does not exist"),
+        ("label . --out out --classes cat --part 3/2", 3, "no image or tar shard"),
+        ("label broken.pt --out out --classes cat --part 3/2", 2, "--part 3/2: expected I/N"),
+        ("label broken.pt --out out --classes cat --weights broken.pt", 3, r"broken\.pt"),
+        ("methods spf", 2, "did you mean 'sfp'"),
+        ("methods --kind detectr", 2, "did you mean 'detector'"),
+    ],
+)
+def test_exit_codes(command, code, message, elsewhere, capsys):
+    (elsewhere / "broken.pt").write_bytes(b"no weights")
+    few = FEW if re.match("(eval|compare|ablate) mini", command) else []
+    assert cli.main([*command.split(), *few]) == code
+    printed = capsys.readouterr()
+    assert not printed.out
+    lines = printed.err.strip().splitlines()
+    assert re.match(rf"error: .*{message}", lines[-1])
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no model.type"),
+        ('model = dict(type="OpenVocabSegmentor")', "has no model.classes"),
+        ("model = undefined", "is no config: NameError: name 'undefined'"),
+        ("model = dict(", "is no config: SyntaxError"),
+        ('_base_ = "base_config.py"', "is no config: .*base_config.py"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "audit mini"])
+def test_configs_that_are_none(command, text, message, elsewhere, capsys):
+    (elsewhere / "mine.py").write_text(text)
+    assert cli.main([*command.split(), "mine.py"]) == 2
+    assert re.match(rf"error: mine\.py .*{message}", capsys.readouterr().err)
+
+
+def test_ctrl_c(capsys):
+    def run(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    assert cli.guarded(run, argparse.Namespace()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "evl mini", "eval", "eval mini --launcher mpi", "eval mini --cfg-options model.method"],
+)
+def test_wrong_command_lines(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(command.split())
+    assert capsys.readouterr().err.startswith("usage: sfp")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("setting"), 2),
+        (shipped.ConfigError("config"), 2),
+        (sfp.DataError("label"), 3),  # a ValueError as well
+        (ImageError("image"), 3),
+        (sfp.WeightsError("weights"), 3),
+        (FileNotFoundError(2, "no such file", "a.png"), 3),
+        (FloatingPointError("NaN"), 3),
+        (ModuleNotFoundError("ray: pip install 'sfp[scale]'"), 3),
+    ],
+)
+def test_errors_become_a_line_and_a_code(error, code, capsys):
+    def run(args: argparse.Namespace) -> int:
+        raise error
+
+    assert cli.guarded(run, argparse.Namespace()) == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_bugs_are_not_hidden():
+    def run(args: argparse.Namespace) -> int:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        cli.guarded(run, argparse.Namespace())
+
+
+def test_a_reader_that_leaves():
+    """`sfp methods --markdown | head -1`, the reader gone before the table comes: no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "sfp", "methods", "--markdown"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    os.close(writer)
+    assert done.returncode == 1
+    assert not done.stderr
+
+
+# -- help, versions, completion ------------------------------------------------------------------
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (action,) = (
+        a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)
+    )
+    return dict(action.choices)
+
+
+def test_every_command_is_there_and_explained(capsys):
+    modules = {path.stem for path in (ROOT / "sfp/cli").glob("*.py")}
+    assert set(commands()) == set(cli.COMMANDS) == modules - {"__init__", "options", "terminal"}
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    overview = capsys.readouterr().out
+    for name, parser in commands().items():
+        assert re.search(rf"^    {name}\s+\S", overview, re.MULTILINE)
+        text = parser.format_help()
+        assert re.search(rf"[Ee]xamples?:\n(.*\n)*  +(.* )?sfp {name}\b", text), name
+        undocumented = [a.dest for a in parser._actions if not a.help and not a.choices]
+        assert not undocumented, name
+
+
+def test_examples_of_the_help_parse():
+    """Every command line that a help shows is one that the parser takes."""
+    parser = cli.build_parser()
+    shown = [
+        line.strip().split("#")[0].split(" > ")[0]
+        for command in commands().values()
+        for line in command.format_help().splitlines()
+        if re.match(r" {2,}sfp ", line)
+    ]
+    assert len(shown) > 20
+    for line in shown:
+        words = re.findall(r'"[^"]*"|\S+', line)
+        parser.parse_args([word.strip('"') for word in words[1:]])
+
+
+def test_versions(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"sfp {sfp.__version__}\n"
+    assert cli.main(["version"]) == 0
+    printed = capsys.readouterr().out
+    for line in (f"sfp {sfp.__version__}", "torch 2", "onedl-mmsegmentation 1", "GPU: "):
+        assert f"\n{line}" in f"\n{printed}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("eva", {"eval"}),
+        ("eval ade20", {"ade20k"}),
+        ("eval voc21 --wei", {"--weights"}),
+        ("eval voc21 --method sf", {"sfp", "sfp_paper"}),
+        ("compare voc21 --methods clip sc", {"sclip", "scclip"}),
+        ("ablate mini --study mod", {"modules"}),
+        ("ablate mini --weights min", {"mini"}),
+        ("methods --kind mit", {"mitigator"}),
+    ],
+)
+def test_completion_in_bash(typed, offered, tmp_path, capsys):
+    """What TAB offers, asked from bash itself."""
+    assert cli.main(["completion", "bash"]) == 0
+    script = tmp_path / "sfp.bash"
+    script.write_text(capsys.readouterr().out)
+    words = f"COMP_WORDS=(sfp {typed}); COMP_CWORD={len(typed.split())}"
+    ask = f'. {script}; {words}; _shtab_sfp; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == offered
+    assert not done.stderr
+
+
+def test_completion_asks_for_its_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "zsh"]) == 3
+    assert "pip install 'sfp[completion]'" in capsys.readouterr().err
+
+
+# -- configs by name -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["voc21", "cfg_voc21", "cfg_voc21.py", "configs/cfg_voc21.py"])
+def test_shipped_configs_by_name(name, elsewhere):
+    found = ROOT / "configs/cfg_voc21.py"
+    assert shipped.find_config(name) == found
+    (elsewhere / "configs").mkdir()
+    (elsewhere / "voc21").mkdir()  # a folder is no config
+    assert shipped.find_config(name) == found
+
+
+def test_files_come_before_names(elsewhere):
+    Path("mini").write_text("")
+    assert shipped.find_config("mini") == Path("mini")
+    assert shipped.find_config(elsewhere / "mini") == elsewhere / "mini"
+    assert shipped.find_config("cfg_mini") == ROOT / "configs/cfg_mini.py"
+
+
+def test_every_shipped_config_has_a_name():
+    names = shipped.config_names()
+    assert {"mini", "voc20", "voc21", "city_scapes", "coco_stuff164k"} <= set(names)
+    assert len(names) == len(list((ROOT / "configs").glob("cfg_*.py")))
+    assert all(shipped.find_config(name).is_file() for name in names)
+    for name in ("base_config", "elsewhere/cfg_mini.py", "minnie", "cls_mini.txt"):
+        with pytest.raises(shipped.ConfigError, match="there is no config"):
+            shipped.find_config(name)
+
+
+# -- the wheel -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """What pip would put into site-packages, of a wheel that is built from what the wheel needs."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("sfp", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = f"import setuptools.build_meta as b; b.build_wheel({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_wheel_has_everything(installed):
+    for kept, here in (("sfp/configs", "configs"), ("sfp", "sfp")):
+        for path in (ROOT / here).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                packed = installed / kept / path.relative_to(ROOT / here)
+                assert packed.read_bytes() == path.read_bytes()
+    folders = {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info")}
+    assert folders == {"sfp"}
+    assert find_packages(str(installed)) == find_packages(str(ROOT), include=["sfp", "sfp.*"])
+    (entry,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "sfp = sfp.cli:main" in entry.read_text()
+
+
+def test_an_installed_sfp_evaluates_in_an_empty_folder(installed, tmp_path):
+    """A process of its own, away from the repository: names, classes, default work folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sfp", "eval", "mini", "--pictures", "0", *FEW],
+        env=dict(os.environ, PYTHONPATH=str(installed)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "results in work/cfg_mini: metrics.json" in done.stdout
+    assert json.loads((tmp_path / "work/cfg_mini/metrics.json").read_text())["images"] == 2
+    card = json.loads((tmp_path / "work/cfg_mini/card.json").read_text())
+    assert " -m sfp eval mini --pictures 0" in card["command"]

@@ -1,0 +1,459 @@
+"""The commands as people run them: scripts and tools, their output, their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import sfp
+from sfp.mini import CLASSES
+
+ROOT = Path(__file__).parents[2]
+TOOLS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in ROOT.glob("tools/**/*.py")
+    if path.name != "sequential.py"  # the bench imports it
+)
+SCRIPTS = ["test.sh", "multi_test.sh", "distribute_test.sh"]
+SHARED = "tools/benchmarks.sh"  # read by two of them
+SCENES = 5  # an odd number: two processes do not share it evenly
+FEW = ["--cfg-options", f"test_dataloader.dataset.scenes={SCENES}"]
+NOISE = re.compile(r"OneDL|Traceback|[Ww]arn|Deprecat|\bWARNING\b|\bINFO\b|randomly initialized")
+
+
+def run(
+    script: str, *arguments: str, folder: str | Path = "/", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A script, called from a folder that is not the repository's."""
+    return subprocess.run(
+        ["sh", str(ROOT / script), *arguments],
+        env=dict(os.environ, PYTHON=sys.executable, PYTHONPATH=str(ROOT)) | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def tool(
+    monkeypatch: pytest.MonkeyPatch, path: str, *arguments: str, folder: Path = ROOT
+) -> int | str | None:
+    """A tool in this process, for its exit code; the interpreter's start is not what is tested."""
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend((ROOT / path).parent)  # as the interpreter does for a script
+    try:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    except SystemExit as exit_:
+        return exit_.code or 0
+    return 0
+
+
+# -- scripts -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> str:
+    """The same cache folder as `own_cache` in conftest.py gives each test."""
+    return str(tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory, cache):
+    """`sh test.sh` on a few scenes, with a picture of each image: the folder and what it printed."""
+    here = tmp_path_factory.mktemp("evaluated")  # where relative paths start
+    done = run(
+        *("test.sh", "--show-dir", "deep/mini/show", *FEW),
+        folder=here,
+        WORK_DIR="deep/mini",
+        SFP_CACHE=cache,
+    )
+    return here / "deep/mini", done
+
+
+def test_test_sh(evaluated):
+    folder, done = evaluated
+    assert done.returncode == 0, done.stderr
+    for output in (done.stdout, done.stderr):
+        assert not NOISE.search(output), output
+    for word in (*CLASSES, "IoU", "Acc", "mIoU", "aAcc", "mAcc", "fwIoU"):
+        assert word in done.stdout
+    assert f"{SCENES}/{SCENES}" in done.stderr  # the progress bar
+    assert "results in deep/mini: metrics.json" in done.stdout
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert tuple(metrics["classes"]) == CLASSES
+    assert metrics["images"] == SCENES
+    assert metrics["method"]["type"] == "sfp"
+    assert metrics["weights"] == "mini"
+    row = re.search(r"mIoU / mAcc\W+([\d.]+)\W+([\d.]+)", done.stdout)
+    assert float(row[1]) == pytest.approx(metrics["mIoU"], abs=0.006)
+    assert float(row[2]) == pytest.approx(metrics["mAcc"], abs=0.006)
+
+
+def test_sheet_and_pictures(evaluated):
+    folder, _ = evaluated
+    sheet = cv2.imread(str(folder / "sheet.png"))
+    assert sheet.shape[0] > sheet.shape[1]  # five rows of four columns
+    assert sheet.std() > 30
+    shown = sorted((folder / "show").rglob("*.png"))
+    assert len(shown) == SCENES
+    for path in shown:
+        picture = cv2.imread(str(path))
+        assert picture.shape == (224, 448, 3)  # truth and prediction side by side
+        assert picture.std() > 10
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def test_distribute_test_sh_equals_one_process(evaluated, tmp_path, cache):
+    folder, _ = evaluated
+    done = run(
+        "distribute_test.sh",
+        *FEW,
+        GPUS="2",
+        CONFIGS="configs/cfg_mini.py",
+        WORK_DIR=str(tmp_path),
+        PORT=free_port(),
+        SFP_CACHE=cache,
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    for output in (done.stdout, done.stderr):
+        assert not NOISE.search(output), output
+    ours = (tmp_path / "cfg_mini" / "metrics.json").read_text()
+    assert ours == (folder / "metrics.json").read_text()
+    assert (tmp_path / "cfg_mini" / "sheet.png").is_file()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == {"mini": json.loads(ours)}
+    assert "mini" in (tmp_path / "summary.md").read_text()
+    assert done.stdout.count("brick wall") == 1  # one process prints the table
+
+
+def test_multi_test_sh_with_missing_data(evaluated, tmp_path, cache):
+    """One benchmark is there, one is not: the table has both, and the exit code says so."""
+    few = tmp_path / "cfg_few.py"
+    few.write_text(
+        f'_base_ = "{ROOT}/configs/cfg_mini.py"\n'
+        f"test_dataloader = dict(dataset=dict(scenes={SCENES}))\n"
+        f'model = dict(classes="{ROOT}/configs/cls_mini.txt")\n'
+    )
+    work = tmp_path / "work"
+    (work / "cfg_voc21").mkdir(parents=True)
+    (work / "cfg_voc21" / "metrics.json").write_text("{}")  # from an earlier run, with data
+    done = run(
+        "multi_test.sh",
+        "--pictures",
+        "1",
+        GPUS="0",
+        CONFIGS=f"{few} configs/cfg_voc21.py",
+        WORK_DIR=str(work),
+        DATA_ROOT=str(tmp_path / "nowhere"),
+        SFP_CACHE=cache,
+    )
+    assert done.returncode == 3, done.stderr
+    assert not NOISE.search(done.stdout + done.stderr)
+    assert "cfg_few: done" in done.stdout
+    skipped = next(x for x in done.stdout.splitlines() if x.startswith("cfg_voc21: skipped."))
+    for part in ("there is no image folder", str(tmp_path / "nowhere"), "docs/data.md"):
+        assert part in skipped
+    metrics = json.loads((evaluated[0] / "metrics.json").read_text())
+    summary = json.loads((work / "summary.json").read_text())
+    assert summary["few"] == metrics
+    assert summary["voc21"] is None
+    markdown = (work / "summary.md").read_text().splitlines()
+    assert markdown[2].startswith(f"| few | {metrics['mIoU']:.2f} |")
+    assert markdown[3] == "| voc21 | - | - | - | - | - |"
+    for name in ("cfg_few", "cfg_voc21"):
+        assert not NOISE.search((work / name / "output.txt").read_text())
+    assert "brick wall" in (work / "cfg_few" / "output.txt").read_text()
+
+
+def test_multi_test_sh_with_a_failure(tmp_path, cache):
+    """A config that is not there is no benchmark without data."""
+    done = run(
+        "multi_test.sh",
+        folder=tmp_path,
+        GPUS="0",
+        CONFIGS="configs/cfg_voc22.py",
+        WORK_DIR="work",
+        SFP_CACHE=cache,
+    )
+    assert done.returncode == 1
+    output = "work/cfg_voc22/output.txt"
+    assert f"cfg_voc22: failed, see {output}" in done.stdout
+    assert "there is no config configs/cfg_voc22.py" in (tmp_path / output).read_text()
+    assert (tmp_path / "work/summary.md").is_file()
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, SHARED])
+def test_scripts_are_what_their_first_line_says(script):
+    text = (ROOT / script).read_text()
+    assert text.startswith("#!/bin/sh\n" if script in SCRIPTS else "# shellcheck shell=sh\n")
+    assert os.access(ROOT / script, os.X_OK) == (script in SCRIPTS)
+    for shell in filter(shutil.which, ("sh", "dash")):
+        subprocess.run([shell, "-n", str(ROOT / script)], check=True)
+    header = re.match(r"(?:#.*\n)+", text)[0]
+    for variable in set(re.findall(r"\$\{(\w+):-", text)):
+        assert variable in header, f"{script} does not say what {variable} is"
+    assert not re.search(r"\[\[|\bfunction\b|\bsource \b|<\(|\$'|\blocal\b", text)
+
+
+def test_scripts_name_the_eight_benchmarks():
+    text = (ROOT / SHARED).read_text()
+    assert re.findall(r"configs/cfg_(\w+)\.py", text) == [
+        *("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff164k"),
+        *("ade20k", "city_scapes"),
+    ]
+    assert all((ROOT / path).is_file() for path in re.findall(r"configs/\w+\.py", text))
+    for script in ("multi_test.sh", "distribute_test.sh"):
+        assert '. "$TOOLS/benchmarks.sh"' in (ROOT / script).read_text()
+
+
+# -- tools ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", TOOLS)
+def test_help(path, monkeypatch, capsys):
+    assert tool(monkeypatch, path, "--help") == 0
+    printed = capsys.readouterr()
+    assert not printed.err
+    assert printed.out.startswith("usage: ")
+    assert "xample" in (ROOT / path).read_text() or "converters" in path
+    assert not NOISE.search(printed.out)
+
+
+def test_there_are_tools():
+    assert {"tools/test.py", "tools/summary.py", "tools/list.py", "tools/bench.py"} <= set(TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "the following arguments are required: config"),
+        (["configs/cfg_voc22.py"], 2, "there is no config configs/cfg_voc22.py"),
+        (["configs/cfg_voc21.py"], 3, "there is no image folder"),
+        (["configs/cfg_mini.py", "--method", "scilp"], 2, "did you mean 'sclip'"),
+        (["configs/cfg_mini.py", "--method", "proxyclip"], 2, "asks for the guide"),
+        (
+            [
+                "configs/cfg_mini.py",
+                "--method",
+                "sfp_paper",
+                "--cfg-options",
+                "model.method.integrator_start=11",
+            ],
+            2,
+            "layer 11 comes after layer -2",
+        ),
+        (["configs/cfg_mini.py", "--weights", "ViT-B/61"], 3, "did you mean 'ViT-B/16'"),
+        (["configs/cfg_mini.py", "--launcher", "mpi"], 2, "invalid choice: 'mpi'"),
+        (["configs/cfg_mini.py", "--pictures", "many"], 2, "value: 'many'"),
+        (["configs/cfg_mini.py", "--pictures", "-1"], 2, "pictures"),
+        (
+            ["configs/cfg_mini.py", "--cfg-options", "model.method.pm=dbscn"],
+            2,
+            "did you mean 'dbscan'",
+        ),
+        (
+            ["configs/cfg_mini.py", "--cfg-options", "model.method.enhancer=qv"],
+            2,
+            "unknown enhancer 'qv'",
+        ),
+        (["configs/cfg_mini.py", "--cfg-options", "model.method.layers=-2"], 2, "layers=-2"),
+        (["configs/cfg_mini.py", "--cfg-options", "model.prob_th=0.2"], 2, "no setting 'prob_th'"),
+        (["configs/cfg_mini.py", "--cfg-options", "model.precision=fp8"], 2, "'fp8'"),
+        (["configs/cfg_mini.py", "--cfg-options", "test_dataloader.dataset.scnes=3"], 2, "scnes"),
+        (["configs/cfg_mini.py", "--cfg-options", "model.type=OpenVocabSegmenter"], 2, "Segmenter"),
+        (["configs/cfg_mini.py", "--cfg-options", "model.method.pre_layer=12"], 2, "layer 12"),
+        (["README.md"], 2, "README.md"),
+        (["configs/cls_mini.txt"], 2, "cls_mini.txt"),
+    ],
+    ids=str,
+)
+def test_exit_codes(arguments, code, message, monkeypatch, capsys, tmp_path):
+    """2: the command line or config is wrong; 3: data or weights are missing. No traceback."""
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "nowhere"))
+    if arguments and arguments[0] == "configs/cfg_mini.py":
+        own = arguments.index("--cfg-options") if "--cfg-options" in arguments else len(arguments)
+        work = ["--work-dir", str(tmp_path / "work")]
+        arguments = [*arguments[:own], *work, *FEW, *arguments[own + 1 :]]
+    assert tool(monkeypatch, "tools/test.py", *arguments) == code
+    printed = capsys.readouterr()
+    assert message in printed.err.replace("\n", " ")
+    assert not re.search("Traceback", printed.err)
+    assert not printed.out
+
+
+def test_a_broken_config(monkeypatch, capsys, tmp_path):
+    (tmp_path / "cfg_broken.py").write_text("model = dict(\n")
+    assert tool(monkeypatch, "tools/test.py", str(tmp_path / "cfg_broken.py")) == 2
+    assert "cfg_broken.py" in capsys.readouterr().err
+
+
+def test_check_only_looks(monkeypatch, capsys, tmp_path):
+    arguments = ["configs/cfg_mini.py", "--check", "--work-dir", str(tmp_path / "work"), *FEW]
+    assert tool(monkeypatch, "tools/test.py", *arguments) == 0
+    assert not capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_run_without_pictures_and_with_another_method(monkeypatch, capsys, tmp_path):
+    arguments = ["--method", "sclip", "--pictures", "0", "--work-dir", str(tmp_path), *FEW]
+    assert tool(monkeypatch, "tools/test.py", "configs/cfg_mini.py", *arguments) == 0
+    printed = capsys.readouterr()
+    assert f"sclip, {SCENES} images" in printed.out
+    assert "sheet" not in printed.out
+    assert json.loads((tmp_path / "metrics.json").read_text())["method"] == {"type": "sclip"}
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_log_level_brings_the_log_back(monkeypatch, capfd, tmp_path):
+    arguments = ["--pictures", "0", "--work-dir", str(tmp_path), "--method", "clip", *FEW]
+    assert (
+        tool(monkeypatch, "tools/test.py", "configs/cfg_mini.py", *arguments, "log_level=INFO") == 0
+    )
+    printed = capfd.readouterr()
+    assert "per class results" in printed.out + printed.err
+
+
+def test_summary(monkeypatch, capsys, tmp_path):
+    numbers = {"a": 40.0, "cfg_b": 61.5}
+    for name, value in numbers.items():
+        (tmp_path / name).mkdir()
+        metrics = dict(mIoU=value, mAcc=value + 1, aAcc=value + 2, fwIoU=value + 3, images=7)
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "cfg_none").mkdir()
+    folders = ["a", "cfg_b", "cfg_none"]
+    assert (
+        tool(monkeypatch, "tools/summary.py", *folders, "--out", "all/summary", folder=tmp_path)
+        == 0
+    )
+    assert (tmp_path / "all" / "summary.md").read_text().splitlines() == [
+        "| benchmark | mIoU | mAcc | aAcc | fwIoU | images |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| a | 40.00 | 41.00 | 42.00 | 43.00 | 7 |",
+        "| b | 61.50 | 62.50 | 63.50 | 64.50 | 7 |",
+        "| none | - | - | - | - | - |",
+        "| mean of 2 | 50.75 | 51.75 | 52.75 | 53.75 |  |",
+    ]
+    assert json.loads((tmp_path / "all" / "summary.json").read_text())["none"] is None
+    assert "50.75" in capsys.readouterr().out
+
+
+def test_list(monkeypatch, capsys):
+    assert tool(monkeypatch, "tools/list.py") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in sfp.list_methods())
+    assert tool(monkeypatch, "tools/list.py", "--ops") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in sfp.list_ops())
+    assert tool(monkeypatch, "tools/list.py", "--kind", "detector") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in sfp.list_ops("detector"))
+    assert "neighbour_mean" not in printed
+    assert tool(monkeypatch, "tools/list.py", "sfp") == 0
+    assert "integrator_start" in capsys.readouterr().out
+    assert tool(monkeypatch, "tools/list.py", "spf") == 2
+    assert "did you mean 'sfp'" in capsys.readouterr().err
+
+
+def test_compare_gives_the_numbers_of_single_runs(evaluated, monkeypatch, capsys, tmp_path):
+    arguments = ["--methods", "clip", "sfp", "--work-dir", str(tmp_path), *FEW]
+    assert tool(monkeypatch, "tools/compare.py", "configs/cfg_mini.py", *arguments) == 0
+    assert "sfp" in capsys.readouterr().out
+    record = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)
+    metrics = json.loads((evaluated[0] / "metrics.json").read_text())
+    for key in ("mIoU", "mAcc", "aAcc", "fwIoU"):
+        assert record["methods"]["sfp"][key] == metrics[key]
+    assert {k: v["IoU"] for k, v in metrics["classes"].items()} == record["methods"]["sfp"]["IoU"]
+    assert cv2.imread(str(tmp_path / "compare.png")) is not None
+
+
+# -- imports and environments --------------------------------------------------------------------
+
+
+def test_importing_prints_nothing():
+    """Not "Could not import OneDL", not mmcv's advice."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sfp, sfp.evaluation.run; print(sfp.__version__)"],
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{sfp.__version__}\n"
+    assert not done.stderr
+
+
+def pins(text: str, python: str) -> dict[str, str]:
+    """The versions that constraints.txt gives for a version of Python."""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+                (version,) = pin.specifier
+                assert version.operator == "=="
+                assert pin.name.lower() not in found, f"{pin.name} twice for Python {python}"
+                found[pin.name.lower()] = version.version
+    return found
+
+
+def requirements() -> list[Requirement]:
+    """What pyproject.toml asks for, the extras `docs` and `test` included."""
+    text = (ROOT / "pyproject.toml").read_text()  # tomllib is of Python 3.11
+    lists = re.findall(r"^(?:dependencies|docs|test) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+    assert len(lists) == 3
+    names = [name for one in lists for name in re.findall(r'"(.+?)"|\'(.+?)\'', one)]
+    return [Requirement(double or single) for double, single in names]
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+def test_constraints_pin_every_dependency(python):
+    fixed = pins((ROOT / "constraints.txt").read_text(), python)
+    assert fixed["torch"] == "2.13.0"
+    for requirement in requirements():
+        if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
+            continue
+        assert requirement.name.lower() in fixed, requirement.name
+        assert requirement.specifier.contains(fixed[requirement.name.lower()])
+
+
+def test_the_conda_environment_agrees_with_the_constraints():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    plain = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (python,) = (entry.split("=")[1] for entry in plain if entry.startswith("python="))
+    (listed,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert "-e ." in listed
+    pinned = {r.name.lower(): r for r in map(Requirement, (x for x in listed if x != "-e ."))}
+    fixed = pins((ROOT / "constraints.txt").read_text(), python)
+    for name, requirement in pinned.items():
+        (version,) = requirement.specifier
+        assert version.operator == "=="
+        if name == "torchvision":  # torch 2.n goes with torchvision 0.(n + 15)
+            minor = int(fixed["torch"].split(".")[1])
+            assert version.version.startswith(f"0.{minor + 15}.")
+        else:
+            assert version.version == fixed[name], name
+    needed = re.search(
+        r"^dependencies = \[(.*?)\]",
+        (ROOT / "pyproject.toml").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )[1]
+    assert {Requirement(n).name.lower() for n in re.findall(r'"(.+?)"', needed)} <= set(pinned)

@@ -1,0 +1,241 @@
+"""Ablation studies, and comparisons that continue after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import tiny
+import trees
+
+import sfp
+from sfp.evaluation import ablate, compare
+from sfp.evaluation import run as evaluate
+from sfp.segmentor import OpenVocabSegmentor
+
+ROOT = Path(__file__).parents[2]
+SCENES = 4
+OPTIONS = {"test_dataloader.dataset.scenes": SCENES, "test_dataloader.num_workers": 0}
+NAMES = ("modules", "self_attention", "layers", "detectors", "backbones", "cliptrase", "gclip")
+POSTER = [57.0, 60.1, 62.3, 63.9]
+
+
+def mini(work: Path, **options):
+    """The mini world, four scenes of it."""
+    return evaluate.load_config(
+        ROOT / "configs/cfg_mini.py", work_dir=str(work), options={**OPTIONS, **options}
+    )
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[tuple[str, int]]:
+    """What goes through the network: image and number of methods."""
+    calls: list[tuple[str, int]] = []
+    predict = OpenVocabSegmentor.predict_each
+
+    def spy(self, methods, inputs, samples):
+        calls.extend((Path(sample.img_path).name, len(methods)) for sample in samples)
+        return predict(self, methods, inputs, samples)
+
+    monkeypatch.setattr(OpenVocabSegmentor, "predict_each", spy)
+    return calls
+
+
+def stop_after(images: int):
+    """Progress that is interrupted."""
+
+    def progress(*state) -> None:
+        if state[-2] == images:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def tool(monkeypatch: pytest.MonkeyPatch, path: str, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    monkeypatch.chdir(ROOT)
+    try:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_builds(name):
+    study = ablate.find_study(name)
+    labels = [row.label for row in study.rows]
+    assert len({label.lower() for label in labels}) == len(labels) > 2
+    built = [sfp.build_method(row.method) for row in study.rows]
+    assert len(set(map(repr, built))) == len(built)  # every row is another method
+
+
+def test_which_studies():
+    assert set(ablate.studies()) == set(NAMES)
+    detectors = [row.label for row in ablate.find_study("detectors").rows]
+    assert detectors == ["none", *sfp.list_ops("detector")]
+    with pytest.raises(ValueError, match="did you mean 'modules'"):
+        ablate.find_study("module")
+
+
+def test_rows_are_the_posters():
+    modules = ablate.find_study("modules").rows
+    assert [row.published["VOC21"] for row in modules] == POSTER
+    full = sfp.build_method("sfp_paper")
+    assert repr(sfp.build_method(modules[-1].method)) == repr(full)
+    layers = ablate.find_study("layers").rows
+    assert repr(sfp.build_method(layers[0].method)) == repr(full)
+    assert [row.method["integrator_start"] for row in layers] == [0, 4, 7, 9, 10]
+    same = {row.label: row for row in ablate.find_study("self_attention").rows}
+    for module, label in ((1, "qk"), (2, "qq+kk")):
+        assert dict(same[label].published) == dict(modules[module].published)
+        methods = (sfp.build_method(row.method) for row in (same[label], modules[module]))
+        assert len(set(map(repr, methods))) == 1
+
+
+def test_trunks_are_shared():
+    """SOM alone decides about the trunk of the poster's variants."""
+    rows = [
+        row for name in ("modules", "self_attention", "layers") for row in ablate.STUDIES[name].rows
+    ]
+    assert len({repr(sfp.build_method(row.method).trunk) for row in rows}) == 2
+
+
+@pytest.mark.parametrize("name", ["modules", "detectors"])
+def test_tool(name, monkeypatch, capsys, tmp_path):
+    arguments = ["configs/cfg_mini.py", "--study", name, "--work-dir", str(tmp_path)]
+    arguments += ["--cfg-options", *(f"{k}={v}" for k, v in OPTIONS.items())]
+    assert tool(monkeypatch, "tools/ablate.py", *arguments) == 0
+    assert "mIoU" in capsys.readouterr().out
+    record = json.loads((tmp_path / f"ablate_{name}.json").read_text(), parse_constant=pytest.fail)
+    rows = ablate.find_study(name).rows
+    assert [row["label"] for row in record["rows"]] == [row.label for row in rows]
+    assert all(0 < row[k] <= 100 for row in record["rows"] for k in ablate.COLUMNS)
+    assert record["images"] == SCENES
+    page = (tmp_path / f"ablate_{name}.md").read_text()
+    assert all(f"| {row.label} | " in page for row in rows)
+    # of another benchmark: named so, and told apart from ours
+    assert ("VOC21, published | ADE20K, published" in page) == (name == "modules")
+    assert ("of other benchmarks than ours" in page) == (name == "modules")
+    assert cv2.imread(str(tmp_path / f"ablate_{name}.png")).std() > 10
+
+
+def test_an_interrupted_study_continues(tmp_path, ran, capsys):
+    whole = ablate.ablate(mini(tmp_path / "whole"), "modules")
+    assert [methods for _, methods in ran] == [4] * SCENES
+    ran.clear()
+    with pytest.raises(KeyboardInterrupt):
+        ablate.ablate(mini(tmp_path / "cut"), "modules", progress=stop_after(3))
+    first = [image for image, _ in ran]
+    assert len(first) == 3
+    assert not (tmp_path / "cut/ablate_modules.json").exists()
+    # one method loses its last record, to a kill within the write
+    (torn,) = (tmp_path / "cut/journal/modules_+_SAE").glob("*.jsonl")
+    torn.write_bytes(torn.read_bytes()[:-5])
+    ran.clear()
+    capsys.readouterr()
+    again = ablate.ablate(mini(tmp_path / "cut"), "modules")
+    assert "continuing: 2 of 4 images are done for all 4 methods, damaged records: 1" in (
+        capsys.readouterr().err
+    )
+    assert again == whole
+    assert [methods for _, methods in ran] == [1, 4]
+    assert ran[0][0] == first[2]
+    assert ran[1][0] not in first
+    ran.clear()
+    assert ablate.ablate(mini(tmp_path / "cut"), "modules") == whole
+    assert not ran
+    assert ablate.ablate(mini(tmp_path / "cut"), "modules", resume=False) == whole
+    assert len(ran) == SCENES
+
+
+def test_a_comparison_takes_up_more_methods_and_other_settings(tmp_path, ran):
+    config = mini(tmp_path, **{"test_dataloader.batch_size": 3})
+    alone = compare.compare(config, {"clip": "clip"}, pictures=0)["methods"]["clip"]
+    ran.clear()
+    both = compare.compare(config, {"clip": "clip", "sclip": "sclip"}, pictures=0)
+    assert both["methods"]["clip"] == alone
+    assert [methods for _, methods in ran] == [1] * SCENES
+    assert json.loads((tmp_path / "compare.json").read_text()) == both
+    ran.clear()
+    # a sheet needs labels, which are not in the journal: its images run again, and count once
+    assert compare.compare(config, {"clip": "clip", "sclip": "sclip"}, pictures=1) == both
+    assert [methods for _, methods in ran] == [2] * 3
+    assert (tmp_path / "compare.png").is_file()
+    ran.clear()
+    config.model.logit_scale = 20.0
+    compare.compare(config, {"clip": "clip"}, pictures=0)
+    assert len(ran) == SCENES
+
+
+def test_a_name_is_not_a_method(tmp_path):
+    """A label that stood for another method before brings nothing of that one's."""
+    first = compare.measure(mini(tmp_path), {"mine": "clip"})
+    second = compare.measure(mini(tmp_path), {"mine": "sfp"})
+    assert second != first
+    assert second == compare.measure(mini(tmp_path / "fresh"), {"mine": "sfp"})
+
+
+def test_backbones(tmp_path, ran):
+    """One model after the other, each with rows and records of its own."""
+    paths = [tmp_path / f"seed{seed}.safetensors" for seed in range(2)]
+    weights = [str(tiny.save(path, seed, **tiny.WORDS)) for seed, path in enumerate(paths)]
+    result = ablate.ablate(mini(tmp_path / "work"), "backbones", weights=weights)
+    methods = ("clip", "sfp", "sfp_paper")
+    assert [row["label"] for row in result["rows"]] == [
+        f"seed{seed}: {method}" for seed in range(2) for method in methods
+    ]
+    assert [n for _, n in ran] == [3] * 2 * SCENES
+    assert (tmp_path / "work/ablate_backbones.png").is_file()
+    with pytest.raises(ValueError, match="study 'backbones'"):
+        ablate.ablate(mini(tmp_path), "modules", weights=weights)
+
+
+@pytest.mark.filterwarnings("ignore:.*'bed' is also in")
+def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
+    trees.build("voc21", tmp_path / "data")
+    words = dict(tiny.WORDS, patch=32, image_size=224)
+    config = evaluate.load_config(
+        ROOT / "configs/cfg_voc21.py",
+        weights=str(tiny.save(tmp_path / "tiny.safetensors", **words)),
+        work_dir=str(tmp_path),
+        options={"test_dataloader.num_workers": 0},
+    )
+    result = ablate.ablate(config, "modules")
+    header, rows = ablate.sheet(result)
+    assert header == ["variant", "mIoU", "mAcc", "aAcc", "VOC21, published"]
+    assert [row[-1] for row in rows] == [str(number) for number in POSTER]
+    assert "other benchmarks" not in ablate.report(result)
+    assert all(math.isfinite(row["mIoU"]) for row in result["rows"])
+    # a digit that the source leaves open stays open
+    layers = [dict(result["rows"][0], published=r.published) for r in ablate.STUDIES["layers"].rows]
+    assert ablate.sheet(dict(result, rows=layers))[1][-1][-1] == "62.x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["configs/cfg_mini.py", "--study", "layer"], 2, "did you mean 'layers'"),
+        (["configs/cfg_min.py", "--study", "layers"], 2, "there is no config"),
+        (["configs/cfg_mini.py", "--study", "layers", "--weights", "no.pt"], 3, "no.pt"),
+        (["configs/cfg_mini.py", "--study", "gclip", "--weights", "mini", "mini"], 2, "backbones"),
+    ],
+)
+def test_exit_codes(arguments, code, message, monkeypatch, capsys):
+    few = ["--cfg-options", f"test_dataloader.dataset.scenes={SCENES}"]
+    assert tool(monkeypatch, "tools/ablate.py", *arguments, *few) == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_help_names_every_study(monkeypatch, capsys):
+    assert tool(monkeypatch, "tools/ablate.py", "--help") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ablate.studies())

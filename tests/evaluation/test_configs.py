@@ -1,0 +1,145 @@
+"""The configs: composition, protocol, and each benchmark's data through its own pipeline."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trees
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+
+from sfp import build_method
+from sfp.vocabulary import load_vocabulary
+
+FOLDER = Path(__file__).parents[2] / "configs"
+APPLICATIONS = ("_sam.py", "_dino.py", "_unsupervised.py")  # see test_unsupervised.py
+CONFIGS = sorted(
+    path.stem.removeprefix("cfg_")
+    for path in FOLDER.glob("cfg_*.py")
+    if not path.name.endswith(APPLICATIONS)
+)
+
+# protocol.md, SFP's column: short side, logit scale, prob_thd, area_thd; the last four have none, and
+# take the settings of the nearest benchmark
+PROTOCOL = {
+    "voc21": (336, 50.0, 0.15, 0.1),
+    "context60": (336, 40.0, 0.15, None),
+    "coco_object": (336, 55.0, 0.35, None),
+    "voc20": (336, 40.0, 0.0, None),
+    "context59": (336, 40.0, 0.0, None),
+    "coco_stuff164k": (336, 40.0, 0.0, None),
+    "ade20k": (384, 40.0, 0.0, None),
+    "city_scapes": (560, 40.0, 0.0, None),
+    "ade847": (384, 40.0, 0.0, None),
+    "context459": (336, 40.0, 0.0, None),
+    "coco27": (336, 40.0, 0.0, None),
+    "city_scapes27": (560, 40.0, 0.0, None),
+}
+
+
+def load(name: str) -> Config:
+    return Config.fromfile(str(FOLDER / f"cfg_{name}.py"))
+
+
+def build_dataset(cfg: Config):
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        return DATASETS.build(cfg.test_dataloader.dataset)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working folder that is not the repository's, and no DATA_ROOT."""
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_benchmark_has_a_config():
+    assert set(CONFIGS) == {*PROTOCOL, "mini"}
+    assert set(PROTOCOL) == set(trees.LAYOUTS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_composition(name, elsewhere):
+    cfg = load(name)
+    assert cfg.default_scope == "mmseg"
+    assert cfg.model.type == "OpenVocabSegmentor"
+    assert (cfg.model.slide_crop, cfg.model.slide_stride, cfg.model.pamr_steps) == (224, 112, 0)
+    layout = trees.LAYOUTS.get(name)
+    wide = layout is not None and layout.labels > 256
+    if layout is not None and layout.classes:
+        assert cfg.model.classes == f"data/{layout.classes}"
+    else:
+        assert Path(cfg.model.classes).is_file()  # from any working folder
+    assert [step.type for step in cfg.test_pipeline] == [
+        "LoadImageFromFile",
+        "Resize",
+        "LoadLabels" if wide else "LoadAnnotations",
+        "PackSegInputs",
+    ]
+    assert cfg.test_evaluator.get("ignore_index", 255) == (layout.ignored if layout else 255)
+    assert cfg.test_dataloader.dataset.pipeline == cfg.test_pipeline
+    assert build_method(cfg.model.method) == build_method(
+        "sfp"
+    )  # the flags say what the preset does
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_protocol(name, elsewhere):
+    cfg = load(name)
+    side, *model = PROTOCOL[name]
+    assert cfg.test_pipeline[1].scale == (2048, side)
+    assert cfg.test_pipeline[1].keep_ratio
+    assert [cfg.model.logit_scale, cfg.model.prob_thd, cfg.model.area_thd] == model
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_text(path):
+    text = path.read_text()
+    strings = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]
+    assert not [
+        s for s in strings if isinstance(s, str) and s.startswith(("/", "~", "./data", ".."))
+    ]
+    if path.stem != "base_config":
+        name = path.stem.removeprefix("cfg_")
+        assert text.startswith("# ")
+        assert f"CONFIG=configs/{path.name} WORK_DIR=work/{name} sh test.sh" in text
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_data_root(name, elsewhere, monkeypatch):
+    assert load(name).test_dataloader.dataset.data_root.startswith("data/")
+    monkeypatch.setenv("DATA_ROOT", "/somewhere/else")
+    assert load(name).test_dataloader.dataset.data_root.startswith("/somewhere/else/")
+
+
+@pytest.mark.filterwarnings("ignore:.*is also in")  # see test_vocabulary.py
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_data(name, elsewhere, monkeypatch):
+    root = elsewhere / "some data"
+    files = trees.build(name, root)
+    monkeypatch.setenv("DATA_ROOT", str(root))
+    cfg = load(name)
+    dataset = build_dataset(cfg)
+
+    layout = trees.LAYOUTS[name]
+    classes = dataset.metainfo["classes"]
+    assert len(classes) == len(dataset.metainfo["palette"]) == layout.labels - layout.without_zero
+    assert load_vocabulary(cfg.model.classes).num_classes == len(classes)
+    assert dataset.metainfo["reduce_zero_label"] == layout.without_zero
+    assert dataset.ignore_index == layout.ignored
+    assert len(dataset) == len(files)
+    side, *_ = PROTOCOL[name]
+    for item in dataset:
+        sample = item["data_samples"]
+        raw = files[str(Path(sample.img_path).relative_to(root))]
+        labels = sample.gt_sem_seg.data.numpy()
+        assert np.array_equal(labels, trees.evaluated(name, raw)[None])
+        assert set(np.unique(labels)) - {layout.ignored} <= set(range(len(classes)))
+        assert {0, len(classes) - 1, layout.ignored} - {255} <= set(np.unique(labels))
+        assert min(item["inputs"].shape[1:]) == side
+        assert sample.ori_shape == raw.shape
+        assert sample.img_shape == tuple(item["inputs"].shape[1:])

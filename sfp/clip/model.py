@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, HEAD_WIDTHS, LayoutError
+from sfp.clip.dispatch import intercepted
+from sfp.clip.fingerprint import contents_digest, state_key
 from sfp.clip.vit import HEAD_WIDTH, Transformer, VisionTransformer
+
+IMAGE_SIDE = ("visual",)  # submodules that `encode_text` does not use
 
 
 class CLIP(nn.Module):
@@ -25,7 +30,6 @@ class CLIP(nn.Module):
     Attributes:
         activation: as above.
         mean, std: normalisation of the images it was trained with, RGB in 0..255.
-        digest: SHA-256 of the weights it was loaded from, the key of cached text features.
     """
 
     def __init__(
@@ -67,7 +71,67 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         self.activation = activation
         self.mean, self.std = CLIP_MEAN, CLIP_STD
-        self.digest = ""
+        self._named: dict[str, tuple[str, Hashable]] = {}  # digests, and states they belong to
+
+    @property
+    def digest(self) -> str:
+        """Names what the model computes; caches and journals use it as a key, with the precision.
+
+        That of the file, as long as the weights are those of the file (rounded once, if they have
+        been moved to another precision); else a hash of weights, settings and structure as they are
+        now. Setting it names the present state.
+        """
+        return self._digest("all", ())
+
+    @digest.setter
+    def digest(self, value: str) -> None:
+        self._named = {"all": (value, state_key(self))}
+        self._named["text"] = (value, state_key(self, without=IMAGE_SIDE))
+
+    @property
+    def text_digest(self) -> str:
+        """As `digest`, of what `encode_text` computes: the image tower does not matter."""
+        return self._digest("text", IMAGE_SIDE)
+
+    def _digest(self, part: str, without: tuple[str, ...]) -> str:
+        key = state_key(self, without=without)
+        name, state = self._named.get(part, ("", None))
+        if state != key:
+            name = contents_digest(self, without=without)
+            self._named[part] = (name, key)
+        return name
+
+    def _still_named(self) -> dict[str, str]:
+        """The digests whose weights have not changed."""
+        keys = {"all": state_key(self), "text": state_key(self, without=IMAGE_SIDE)}
+        return {part: name for part, (name, state) in self._named.items() if state == keys[part]}
+
+    def _name_again(self, names: Mapping[str, str]) -> None:
+        keys = {"all": state_key(self), "text": state_key(self, without=IMAGE_SIDE)}
+        self._named = {part: (name, keys[part]) for part, name in names.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CLIP:
+        # Every .to(), .half() and .cuda(), also of a module that holds this one, comes through here.
+        # Without this method the digests would still be right, but not those of the file.
+        names, same = self._still_named(), True
+
+        def watched(x: Tensor) -> Tensor:
+            nonlocal same
+            y = fn(x)
+            same = same and (y is x or _rounded(x, y))
+            return y
+
+        super()._apply(watched, recurse)
+        self._name_again(names if same else {})
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, whose tensors lie elsewhere: digests without their states."""
+        return {**self.__dict__, "_named": self._still_named()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._name_again(state["_named"])
 
     @property
     def context(self) -> int:
@@ -177,6 +241,13 @@ def build_clip(
         raise LayoutError("not the state dict of a CLIP: " + "; ".join(problems[:8]) + more)
     clip.load_state_dict({k: v.detach() for k, v in state.items()}, assign=True)
     return clip.requires_grad_(False).eval()
+
+
+def _rounded(x: Tensor, y: Tensor) -> bool:
+    """Whether `y` is `x` in another place, or the float32 numbers of `x` in another precision."""
+    if intercepted() or x.is_meta or y.is_meta or x.dtype not in (y.dtype, torch.float32):
+        return False
+    return torch.equal(x.to(y.device, y.dtype), y)
 
 
 VOCABULARY = 49408  # OpenAI's byte pairs, which open_clip, MetaCLIP and DFN share

@@ -25,6 +25,7 @@ from sfp.registry import suggest
 
 BATCH = 512  # prompts per forward pass
 CHUNK = 1024  # queries whose prompts are held at once
+FORMAT = 2  # of the cached files: what a change of tokens, prompts or averaging must raise
 
 
 @functools.cache
@@ -121,10 +122,11 @@ def _encode(clip: CLIP, queries: Sequence[str], templates: Sequence[str]) -> Ten
         )
     device = clip.text_projection.device
     order = ids.argmax(-1).argsort(stable=True)
-    batches = [
-        F.normalize(clip.encode_text(ids[rows].to(device)).float(), dim=-1)
-        for rows in order.split(BATCH)
-    ]
+    with torch.autocast(device.type, enabled=False):  # what is cached depends on the model alone
+        batches = [
+            F.normalize(clip.encode_text(ids[rows].to(device)).float(), dim=-1)
+            for rows in order.split(BATCH)
+        ]
     features = torch.cat(batches)[order.argsort()]  # (Q * templates, C)
     return F.normalize(features.unflatten(0, (len(queries), -1)).mean(1), dim=-1)
 
@@ -139,7 +141,7 @@ def text_bank(
     """`encode_queries`, computed once per weights, names, templates and precision.
 
     Args:
-        clip: the model; its `digest` names the weights.
+        clip: the model; its `text_digest` is part of the key.
         queries: Q names.
         templates: as in `prompt_templates`.
         folder: of the cached files; by default `text` in the cache folder. A damaged file is rebuilt,
@@ -150,20 +152,17 @@ def text_bank(
     """
     templates = prompt_templates(templates)
     weight = clip.text_projection
-    path = None
-    if clip.digest:
-        key = [clip.digest, list(queries), templates, str(weight.dtype)]
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        path = (folder or cache_dir("text")) / f"{name}.safetensors"
-        features = read_bank(path, (len(queries), weight.shape[1]))
-        if features is not None:
-            return features.to(weight.device)
+    key = [FORMAT, clip.text_digest, list(queries), templates, str(weight.dtype)]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    path = (folder or cache_dir("text")) / f"{name}.safetensors"
+    features = read_bank(path, (len(queries), weight.shape[1]))
+    if features is not None:
+        return features.to(weight.device)
     features = encode_queries(clip, queries, templates)
-    if path is not None:
-        try:
-            write_bank(path, features)
-        except (OSError, safetensors.SafetensorError) as error:  # the latter from a full disk
-            warnings.warn(f"text features are not cached: {path.parent}: {error}", stacklevel=2)
+    try:
+        write_bank(path, features)
+    except (OSError, safetensors.SafetensorError) as error:  # the latter from a full disk
+        warnings.warn(f"text features are not cached: {path.parent}: {error}", stacklevel=2)
     return features.clone()  # no inference tensor leaves
 
 

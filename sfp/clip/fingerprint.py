@@ -1,0 +1,135 @@
+"""Whether a module still computes what it did: a cheap key, and a name for its contents.
+
+What is computed with weights may be kept under `state_key` as long as the process runs, and on disk
+under `contents_digest`. Neither relies on being told that weights have changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+from collections.abc import Container, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfp.clip.dispatch import PLAIN, intercepted
+
+SAMPLES = 4096  # values up to which all are compared; of a larger matrix one in each row and column
+SUMMED = 2**17  # values up to which their sum is compared besides
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
+_IGNORED = {"_compiled_call_impl"}  # of `Module.compile`, which computes the same
+_HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
+
+
+def state_key(module: nn.Module, *, without: Container[str] = ()) -> Hashable:
+    """Equal for two calls in one process if the module's weights and structure have not changed.
+
+    It takes milliseconds for a ViT-B. Seen are changes of every kind that PyTorch records (in place,
+    `load_state_dict`, parameters replaced, other types or devices), of submodules, their settings,
+    hooks and methods; and of those it does not record (through `.data`, or NumPy) all in tensors of up
+    to 2**17 values, and all that change a whole row, column or head of a larger one.
+
+    Args:
+        module: any module.
+        without: names of submodules that do not matter.
+
+    Returns:
+        A key, only to be compared. Where values cannot be read (tracing, tensor subclasses) it equals
+        no other.
+    """
+    structure: list[Any] = []
+    probes: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    readable = not intercepted()
+    for name, part in _parts(module, without):
+        structure += [name, type(part), *_settings(part)]
+        for key, x in _tensors(part):
+            if type(x) not in PLAIN or x.layout != torch.strided or not readable:
+                return object()
+            version = None if x.is_inference() else x._version
+            structure += [key, x.data_ptr(), version, x.shape, x.stride(), x.dtype, x.device]
+            if not x.is_meta and x.numel():
+                for probe in _probes(x.detach()):
+                    probes.setdefault((probe.device, probe.dtype), []).append(probe)
+    values = tuple(hash(torch.cat(p).cpu().numpy().tobytes()) for p in probes.values())
+    return tuple(structure), values
+
+
+def contents_digest(module: nn.Module, *, without: Container[str] = ()) -> str:
+    """SHA-256 of a module's structure, settings and values: equal in all processes, on all devices.
+
+    Where values cannot be read it is a random one. Methods and hooks count by name only.
+    """
+    digest = hashlib.sha256()
+    for name, part in _parts(module, without):
+        settings = [s for s in _settings(part) if not isinstance(s, _Identity)]
+        digest.update(repr([name, type(part).__qualname__, settings]).encode())
+        for key, x in _tensors(part):
+            if type(x) not in PLAIN or x.layout != torch.strided or intercepted() or x.is_meta:
+                return secrets.token_hex(32)
+            digest.update(repr([key, tuple(x.shape), str(x.dtype)]).encode())
+            bits = x.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+            digest.update(bits.numpy().data)
+    return digest.hexdigest()
+
+
+class _Identity(int):
+    """An `id`, which means nothing in another process."""
+
+
+def _parts(module: nn.Module, without: Container[str]) -> Iterator[tuple[str, nn.Module]]:
+    for name, part in module.named_modules():
+        if name.partition(".")[0] not in without:
+            yield name, part
+
+
+def _settings(part: nn.Module) -> Iterator[Hashable]:
+    """What a module computes by besides tensors: numbers, names, hooks, methods put in its place."""
+    for name, value in vars(part).items():
+        if name in _HOOKS and value:
+            yield name
+            yield from map(_Identity, value)  # their numbers, which are never given again
+        elif isinstance(value, (str, int, float, tuple)):
+            yield name
+            yield str(value)
+        elif callable(value) and name not in _IGNORED:
+            yield name
+            yield _Identity(id(value))
+
+
+def _tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    own: dict[str, Any] = {**part._parameters, **part._buffers, **vars(part)}
+    for name, value in own.items():
+        if isinstance(value, Tensor):
+            yield name, value
+
+
+def _probes(x: Tensor) -> Iterator[Tensor]:
+    """Some of a tensor's values, as integers, and for all but large ones the sum of all."""
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    flat = x.reshape(-1).view(_BITS[x.element_size()])
+    step = _step(x.shape)
+    yield flat[::step]
+    if step > 1 and len(flat) <= SUMMED:
+        words = 8 // x.element_size()  # a sum of int64 is the fastest to be had
+        yield flat[: len(flat) // words * words].view(torch.int64).sum()[None]
+
+
+def _step(shape: torch.Size) -> int:
+    """Between samples, so that every row and every column of a matrix has one.
+
+    A step shorter than a row leaves no row out; one that shares no factor with the length of a row
+    comes to each column.
+    """
+    count = math.prod(shape)
+    if count <= SAMPLES:
+        return 1
+    columns = count // shape[0]
+    step = min(shape[0], columns) if min(shape[0], columns) > 1 else count // SAMPLES
+    while math.gcd(step, columns) > 1:
+        step -= 1
+    return step

@@ -6,9 +6,16 @@ middle layers group patches as those of real CLIPs do. What methods score on it 
 as intended, not how they fare with real CLIPs.
 """
 
+from __future__ import annotations
+
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfp.mini.scenes import ALIASES, CLASSES, PALETTE, STUFF, THINGS, prepare, scene
+
+if TYPE_CHECKING:
+    from sfp.vocabulary import Vocabulary
 
 __all__ = [
     "ALIASES",
@@ -20,6 +27,8 @@ __all__ = [
     "prepare",
     "scene",
     "short_side",
+    "unknown_words",
+    "vocabulary_note",
 ]
 
 
@@ -41,3 +50,54 @@ def checkpoint() -> Path:
 def short_side(weights: object) -> int:
     """Pixels that the short side of images is resized to: the benchmarks' 336, 224 for "mini"."""
     return 224 if weights == "mini" else 336
+
+
+def unknown_words(weights: object, vocabulary: Vocabulary) -> list[str]:
+    """The queries that the mini CLIP has never seen in a caption; none if other weights are in use.
+
+    Its text encoder has no embedding for them, so what it finds for them means nothing.
+
+    Args:
+        weights: as in `sfp.load`.
+        vocabulary: what is looked for.
+
+    Example:
+        >>> from sfp.vocabulary import load_vocabulary
+        >>> unknown_words("mini", load_vocabulary(["dog", ["cat", "kitten"], "The sea"]))
+        ['dog']
+        >>> unknown_words("ViT-B/16", load_vocabulary(["dog"]))
+        []
+    """
+    if not _is_mini(weights):
+        return []
+    known = {*ALIASES, *(alias for names in ALIASES.values() for alias in names)}
+    return [query for query in vocabulary.queries if _spoken(query) not in known]
+
+
+def vocabulary_note(weights: object, vocabulary: Vocabulary | None = None) -> str:
+    """What to tell a user of the mini CLIP about its words; empty if other weights are in use.
+
+    Args:
+        weights: as in `sfp.load`.
+        vocabulary: what is looked for; None if nothing is yet.
+    """
+    if not _is_mini(weights):
+        return ""
+    knows = f"knows the words of its drawn scenes only: {', '.join(CLASSES)}"
+    real = "for photos use real weights, --weights ViT-B/16 (`sfp weights get ViT-B/16` downloads them)"
+    unknown = unknown_words(weights, vocabulary) if vocabulary else []
+    if unknown:
+        return f"{', '.join(unknown)}: never seen by the mini CLIP, which {knows}; {real}"
+    return f"the mini CLIP {knows}; {real}"
+
+
+def _is_mini(weights: object) -> bool:
+    if not isinstance(weights, (str, Path)):
+        return False
+    shipped = Path(__file__).with_name("mini.safetensors")
+    return weights == "mini" or Path(weights).resolve() == shipped.resolve()
+
+
+def _spoken(query: str) -> str:
+    """A query as captions spell it: in small letters, single blanks, without an article."""
+    return re.sub(r"^(an?|the) ", "", " ".join(query.lower().split()))

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+import sfp
 from sfp import mini
 from sfp.clip.model import build_clip
 from sfp.mini import scenes, train
+from sfp.words import as_vocabulary
 
 
 def digest(seed: int) -> str:
@@ -60,6 +62,28 @@ def test_captions_name_what_they_are_given():
         assert "{" not in text
         for name in names:
             assert any(word in text for word in (name, *mini.ALIASES[name]))
+
+
+def test_unknown_words_are_those_that_the_text_encoder_cannot_tell_apart():
+    """Tokens that it never saw have one embedding, that of "zebra"."""
+    words = ["cat", "Kitten", "the sea", "a  brick wall", "night", "dog", "person", "cats", "seal"]
+    embeddings = sfp.load("mini").encode([*words, "zebra"])
+    same = torch.nn.functional.cosine_similarity(embeddings[:-1], embeddings[-1:]) > 0.999
+    expected = [word for word, unknown in zip(words, same, strict=True) if unknown]
+    assert mini.unknown_words("mini", as_vocabulary(words)) == expected
+    assert mini.unknown_words(mini.checkpoint(), as_vocabulary(words)) == expected
+    assert mini.unknown_words(str(mini.checkpoint()), as_vocabulary(words)) == expected
+    assert mini.unknown_words("ViT-B/16", as_vocabulary(words)) == []
+
+
+def test_the_note_names_unknown_words_those_it_knows_and_real_weights():
+    note = mini.vocabulary_note("mini", as_vocabulary(["cat", "dog", ["person", "ship"]], "rug"))
+    assert note.startswith("rug, dog, person: never seen by the mini CLIP")
+    for known in (as_vocabulary(["cat"]), None):
+        assert mini.vocabulary_note("mini", known).startswith("the mini CLIP knows the words of")
+        assert all(name in mini.vocabulary_note("mini", known) for name in mini.CLASSES)
+    assert "sfp weights get ViT-B/16" in note
+    assert mini.vocabulary_note("ViT-B/16", as_vocabulary(["dog"])) == ""
 
 
 def test_prepare_writes_what_scene_draws_and_then_leaves_it(tmp_path):

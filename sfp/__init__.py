@@ -8,8 +8,7 @@ from sfp.api import Model, load
 from sfp.clip.checkpoints.loading import WeightsError, load_clip
 from sfp.clip.model import CLIP
 from sfp.data.coco import coco_document
-from sfp.data.images import DataError, ImageError, read_image
-from sfp.data.inputs import as_image
+from sfp.data.images import DataError, ImageError, as_image, read_image
 from sfp.method import Method, Purify, Readout, build_method
 from sfp.registry import METHODS, OPS, list_methods, list_ops, op
 from sfp.result import Result

@@ -26,7 +26,7 @@ from sfp import mini
 from sfp.clip.model import CLIP
 from sfp.clip.text import text_bank
 from sfp.clip.vit import VisionTransformer
-from sfp.data.inputs import LONG_SIDE, as_image, check_short_side
+from sfp.data.images import LONG_SIDE, as_image, check_short_side
 from sfp.feature_cache import Memory
 from sfp.functional.labels import assign
 from sfp.functional.windows import LogitSheet

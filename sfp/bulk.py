@@ -28,10 +28,11 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from sfp import mini
-from sfp.data.datasets import LABEL_STEPS, colour_map
-from sfp.data.inputs import LONG_SIDE, check_short_side
+from sfp.data.datasets import LABEL_STEPS
+from sfp.data.images import LONG_SIDE, check_short_side
 from sfp.evaluation.card import NOTED, settings
 from sfp.files import atomic_write
+from sfp.palette import colour_map
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.visualize.sheets import Panel, label_picture, overlay
 

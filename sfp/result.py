@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageShow
 
 from sfp.data.coco import coco_document
-from sfp.data.datasets import colour_map
 from sfp.files import atomic_write
+from sfp.palette import class_palette
 from sfp.registry import suggest
 from sfp.visualize.sheets import Panel, label_picture, overlay
-from sfp.words import BACKGROUND
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -209,14 +208,3 @@ class Result:
             parts: an annotation for each connected region, not for each class.
         """
         return coco_document({file_name: self}, parts=parts)
-
-
-def class_palette(names: Sequence[str]) -> list[tuple[int, int, int]]:
-    """RGB of each class: 24 that all kinds of colour vision tell apart, then those of Pascal VOC."""
-    from sfp.visualize.canvas import class_colours
-
-    colours = [*class_colours(24), *((r, g, b) for r, g, b in colour_map(256)[24:])]
-    return [
-        (0, 0, 0) if name == BACKGROUND else colours[i % len(colours)]
-        for i, name in enumerate(names)
-    ]

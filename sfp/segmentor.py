@@ -27,7 +27,6 @@ from sfp.clip.int8 import quantised
 from sfp.clip.model import CLIP
 from sfp.clip.text import prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
-from sfp.data.datasets import colour_map
 from sfp.functional.labels import Labels, assign
 from sfp.functional.pamr import pamr
 from sfp.functional.windows import LogitSheet, WindowGrid
@@ -35,6 +34,7 @@ from sfp.guides import build_guides
 from sfp.masks import build_masks
 from sfp.method import Method, build_method
 from sfp.numerics import finite, first_bad
+from sfp.palette import colour_map
 from sfp.registry import suggest
 from sfp.tokens import Tokens
 from sfp.vocabulary import Vocabulary, load_vocabulary

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SEPARATOR = ", "
+BACKGROUND = "background"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from sfp.registry import suggest
-from sfp.vocabulary import Vocabulary, load_vocabulary
+from sfp.vocabulary import BACKGROUND, Vocabulary, load_vocabulary
 
-BACKGROUND = "background"
 BENCHMARKS = dict(  # name: (its class file, its dataset in `sfp.data.datasets`)
     voc21=("cls_voc21.txt", "PascalVOC21Dataset"),
     context60=("cls_context60.txt", "PascalContext60Dataset"),

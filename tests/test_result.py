@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 
 import sfp
 from sfp.data.coco import coco_document, rle
-from sfp.result import class_palette
+from sfp.palette import class_palette
 
 NAMES = ("background", "sky", "cat", "unseen")
 

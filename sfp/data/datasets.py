@@ -21,6 +21,7 @@ from sfp.data.ids import CITYSCAPES_27, COCO_COARSE
 from sfp.data.images import DataError, check_whole, read_bytes, read_image, read_labels
 from sfp.files import cache_dir
 from sfp.mini import CLASSES, PALETTE, prepare
+from sfp.palette import colour_map
 
 DATASETS = mmseg.registry.DATASETS
 TRANSFORMS = mmseg.registry.TRANSFORMS
@@ -28,28 +29,6 @@ TRANSFORMS = mmseg.registry.TRANSFORMS
 WIDE_IGNORED = 65535  # what stands for "does not count" in labels of more than 255 classes
 LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # of pipelines
 FILES = {"img_path": "image", "seg_map_path": "label"}  # key in mmseg's records and what it holds
-
-
-def colour_map(count: int) -> list[list[int]]:
-    """The colours of Pascal VOC: the bits of a label spread over red, green and blue.
-
-    Args:
-        count: Number of labels.
-
-    Returns:
-        `[red, green, blue]` of each label.
-
-    Example:
-        >>> colour_map(3)
-        [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
-    """
-    return [
-        [
-            sum((label >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
-            for channel in range(3)
-        ]
-        for label in range(count)
-    ]
 
 
 def absent(paths: Iterable[str | os.PathLike[str]]) -> list[str]:

@@ -1,38 +1,73 @@
-"""Reading pictures of every kind into one: 8-bit RGB, (H, W, 3), upright.
+"""The one reader of pictures: files, bytes, Pillow, NumPy, PyTorch -> 8-bit RGB, (H, W, 3), upright.
 
-What benchmarks consist of, 8-bit grey and RGB files in JPEG and PNG, is decoded by OpenCV, exactly as
-mmsegmentation's `LoadImageFromFile` does. Other kinds go through Pillow, which knows more of them:
-transparency is put on white, 16 bits keep the upper eight, palettes and CMYK become RGB, the first
-frame stands for an animation. EXIF orientation is applied in both.
+8-bit grey and RGB files in JPEG and PNG, what benchmarks consist of, are decoded by OpenCV, so that
+their pixels equal those of mmsegmentation's `LoadImageFromFile` to the last bit. Other kinds go through
+Pillow, which knows more of them: transparency is put on white, 16 bits keep the upper eight, palettes
+and CMYK become RGB, an animation shows its first frame. The orientation tag (EXIF, or XMP where there
+is none) is applied to all of them.
+
+Files whose end is missing are refused: decoders fill the rest with grey. Bytes behind the end do no
+harm: phones append videos there, cameras a second picture.
 """
 
 from __future__ import annotations
 
 import io
+import operator
 import os
-import threading
-import warnings
+import re
+import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile, DibImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 MAX_PIXELS = 2**28  # 268 million, a third more than 20,000 x 10,000; 0.8 GB as RGB
 MAX_BYTES = 2**31  # of a file
-Image.init()
-FORMATS = tuple(
-    kind  # the others of Pillow are rare, and some start programs
-    for kind in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-    if kind in Image.OPEN
+LONG_SIDE = 2048  # of the benchmarks: longer images are resized by their long side
+SLACK = 1e-3  # by which resampling may leave the range 0 to 1
+FORMATS = "JPEG, PNG, BMP, GIF, TIFF, WebP and PPM"
+# Formats by their first bytes. `Image.open` would refuse pictures above a limit that is a global of
+# Pillow's (MAX_IMAGE_PIXELS); the limit here is an argument. Pillow's rarer formats stay closed: some
+# start other programs.
+_READERS: tuple[tuple[re.Pattern[bytes], Callable[..., ImageFile]], ...] = (
+    (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
+    (re.compile(rb"GIF8[79]a"), GifImageFile),
+    (re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"), TiffImageFile),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
+    (re.compile(rb"P[1-7fF]\s"), PpmImageFile),
+    (re.compile(rb"BM"), BmpImageFile),
+    (re.compile(rb"[\x0c\x28\x40\x6c\x7c]\0\0\0"), DibImageFile),
 )
-LIKE_MMSEG = ("JPEG", "MPO", "PNG")  # MPO: a JPEG that more pictures follow
-ENDS = {  # format: (its last part, what begins the part before it)
-    "JPEG": (b"\xff\xd9", b"\xff\xda"),
-    "PNG": (b"IEND", b"IHDR"),
-}
-_pillow_limit = threading.Lock()
+_DECODING = (  # what Pillow's decoders raise on damaged files
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    zlib.error,
+    Image.DecompressionBombError,  # of frames and tiles larger than the picture
+)
+_ORIENTATION = 0x0112  # the tag's number in EXIF and TIFF
 
 
 class DataError(ValueError):
@@ -43,6 +78,128 @@ class ImageError(DataError):
     """A file that is no readable picture."""
 
 
+# -- pictures in every form ----------------------------------------------------------------------
+
+
+def as_image(source: Any, *, name: str = "") -> NDArray[np.uint8]:
+    """A picture as RGB, (H, W, 3), in memory of its own.
+
+    Args:
+        source: one of
+
+            * a path, a `file://` URL, or the bytes of an image file (`sfp.read_image`);
+            * a Pillow image, of any mode;
+            * a NumPy array (H, W, 3) in **RGB** order, (H, W) or (H, W, 1) grey, or (H, W, 4) with
+              alpha: uint8 from 0 to 255, or floats from 0 to 1. OpenCV reads BGR: pass
+              `image[..., ::-1]`;
+            * a tensor in PyTorch's layout, (3, H, W), (1, H, W) or (4, H, W), on any device, of the
+              same types and ranges; not normalised.
+
+            What is transparent is put on white; floats are rounded to 8 bits.
+        name: what errors call the picture; by default its path or its type.
+
+    Raises:
+        ImageError: if a file is no readable picture, or an array of another shape, type or range.
+        TypeError: if it is none of these.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return read_image(_local(source) if isinstance(source, str) else source, name=name or None)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return read_image(bytes(source), name=name or None)
+    if isinstance(source, Image.Image):
+        return _from_pillow(source, name or f"the {source.mode} image")
+    if isinstance(source, np.ndarray):
+        name = name or "the array"
+        if source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (1, 3, 4)):
+            raise ImageError(
+                f"{name} has the shape {source.shape}, expected (H, W, 3)"
+                + _advice(source.shape, "array")
+            )
+        return _from_array(source, name)
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    if torch is not None and isinstance(source, torch.Tensor):
+        name = name or "the tensor"
+        if source.ndim != 3 or source.shape[0] not in (1, 3, 4):
+            raise ImageError(
+                f"{name} has the shape {tuple(source.shape)}, expected (3, H, W)"
+                + _advice(tuple(source.shape), "tensor")
+            )
+        array = source.detach().cpu()
+        array = array.float() if array.dtype in (torch.float16, torch.bfloat16) else array
+        return _from_array(array.permute(1, 2, 0).numpy(), name)
+    raise TypeError(
+        f"{name or 'the picture'} is a {type(source).__name__}, expected a path, a file:// URL, "
+        "bytes, a Pillow image, a NumPy array (H, W, 3) or a tensor (3, H, W); a list for several"
+    )
+
+
+def _local(address: str) -> str:
+    """The path behind a `file://` URL; paths pass.
+
+    Raises:
+        ImageError: for other kinds of URLs.
+    """
+    if "://" not in address:
+        return address
+    parts = urlsplit(address)
+    if len(parts.scheme) < 2:  # one letter is a Windows drive
+        return address
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
+        raise ImageError(f"{address}: only local files are read; download it, and pass the path")
+    return url2pathname(parts.path)
+
+
+def _advice(shape: tuple[int, ...], kind: str) -> str:
+    """What is probably meant by a wrong shape."""
+    if len(shape) == 4:
+        return f"; for a batch pass a list: list({kind})"
+    if len(shape) == 3 and kind == "array" and shape[0] in (1, 3):
+        return "; move the channels to the end: array.transpose(1, 2, 0)"
+    if len(shape) == 3 and kind == "tensor" and shape[2] in (1, 3, 4):
+        return "; move the channels to the front: tensor.permute(2, 0, 1)"
+    return ""
+
+
+def _from_pillow(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    width, height = image.size
+    if not width * height:
+        raise ImageError(f"{name} is empty: {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS}")
+    try:
+        return turned(_pillow_pixels(image, name), orientation(image))
+    except ImageError:
+        raise
+    except _DECODING as error:  # Pillow decodes a file only now
+        raise ImageError(f"{name}: damaged or truncated image ({error})") from error
+
+
+def _from_array(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    """An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of known range as RGB."""
+    if not array.size:
+        raise ImageError(f"{name} is empty: its shape is {array.shape}")
+    if array.dtype.kind == "f":
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -SLACK and high <= 1 + SLACK):  # NaN is not, either
+            raise ImageError(
+                f"{name} has floats from {low:.4g} to {high:.4g}, expected 0 to 1, or uint8 from 0 "
+                "to 255; pass pixels that are not normalised"
+            )
+        array = (array.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ImageError(
+            f"{name} is of type {array.dtype}, expected uint8 from 0 to 255 or floats from 0 to 1"
+        )
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim == 3 and array.shape[2] == 3:
+        return np.array(array, order="C")  # a copy: results keep it
+    return _from_pillow(Image.fromarray(np.ascontiguousarray(array)), name)
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
 def read_image(
     source: str | os.PathLike[str] | bytes,
     *,
@@ -50,7 +207,7 @@ def read_image(
     name: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> NDArray[np.uint8]:
-    """A picture as RGB (or BGR), (H, W, 3).
+    """An image file as RGB (or BGR), (H, W, 3), upright.
 
     Args:
         source: path, or the bytes of a file.
@@ -66,34 +223,25 @@ def read_image(
     image = _open(data, name, max_pixels)
     check_whole(data, name)
     try:
-        if (
-            image.format in LIKE_MMSEG
-            and image.mode in ("L", "RGB")
-            and not image.has_transparency_data
-        ):
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-            if pixels is not None:
-                return _ordered(pixels.astype(np.uint8, copy=False), not bgr)
-            # what OpenCV gives up on may still have a reason, which Pillow tells
-        return _ordered(pillow_pixels(image, name), bgr)
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, cv2.error) as error:
-        if isinstance(error, ImageError):
-            raise
+        plain = _is_plain(image)
+        pixels = _opencv_pixels(data) if plain else _pillow_pixels(image, name)
+        if pixels is None:
+            image.load()  # raises what is wrong, unless Pillow fills up what is missing
+            raise ImageError(f"{name}: damaged or truncated image, which OpenCV cannot decode")
+        if plain != bgr:  # OpenCV's order is BGR; in place, since the picture may be large
+            cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+        return turned(pixels, orientation(image))
+    except ImageError:
+        raise
+    except _DECODING as error:
         raise ImageError(f"{name}: damaged or truncated image ({error})") from error
-
-
-def _ordered(pixels: NDArray[np.uint8], swap: bool) -> NDArray[np.uint8]:
-    """First and last channel swapped or not, in place: the picture may be large."""
-    if swap:
-        cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-    return pixels
 
 
 def read_labels(path: str | os.PathLike[str]) -> NDArray[np.integer]:
     """The numbers in a label map as they are stored, of 8 or 16 bits: (H, W), palettes ignored.
 
     A file with several channels gives (H, W, C); nobody's label maps, but that is for the caller to
-    say.
+    say. An orientation tag is not applied: `orientation` has it.
 
     Raises:
         ImageError: as `read_image`.
@@ -104,13 +252,13 @@ def read_labels(path: str | os.PathLike[str]) -> NDArray[np.integer]:
     check_whole(data, name)
     try:
         labels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError) as error:
+    except _DECODING as error:
         raise ImageError(f"{name}: damaged or truncated label map ({error})") from error
     return labels.astype(np.uint8) if labels.dtype == bool else labels
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The contents of a regular file of reasonable size.
+    """The contents of a regular file of at most `MAX_BYTES`.
 
     Raises:
         ImageError: if there is none.
@@ -119,43 +267,101 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         if Path(path).exists() and not Path(path).is_file():
             raise ImageError(f"{path}: not a file")  # a folder, or a device without an end
         if (size := os.path.getsize(path)) > MAX_BYTES:
-            raise ImageError(f"{path}: {size} bytes, more than the {MAX_BYTES} of a sane image")
+            raise ImageError(f"{path}: {size} bytes, more than the {MAX_BYTES} allowed")
         return Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a path with a null byte
+        raise ImageError(f"{path!r}: cannot be read ({error})") from error
+
+
+def orientation(source: str | os.PathLike[str] | Image.Image) -> int:
+    """The orientation tag of a picture, 1 (upright) to 8: how EXIF says that it was held.
+
+    Raises:
+        ImageError: if a path holds no picture.
+    """
+    if not isinstance(source, Image.Image):
+        source = _open(read_bytes(source), str(source), MAX_PIXELS)
+    try:
+        tag = source.getexif().get(_ORIENTATION, 1)
+    except _DECODING:  # damaged metadata say nothing
+        return 1
+    return tag if tag in range(1, 9) else 1
+
+
+def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Stored pixels (H, W) or (H, W, C) as they are to be seen, by the orientation tag (1 to 8)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def check_whole(data: bytes, name: str) -> None:
-    """Refuses empty files and cut-off JPEG and PNG files, which OpenCV would fill up with grey.
+    """Refuses empty files, and JPEG and PNG files that stop before their end.
+
+    It walks from part to part, so that marks inside thumbnails or behind the picture do not count.
 
     Raises:
         ImageError: if a file is.
     """
     if not data:
         raise ImageError(f"{name}: the file is empty")
-    kind = "JPEG" if data[:3] == b"\xff\xd8\xff" else "PNG" if data[:4] == b"\x89PNG" else None
-    if kind:
-        end, before = ENDS[kind]
-        if data.rfind(end) <= data.rfind(before):  # no end after the last scan: nothing else has it
+    for kind, start, whole in (
+        ("JPEG", b"\xff\xd8\xff", _whole_jpeg),
+        ("PNG", b"\x89PNG", _whole_png),
+    ):
+        if data.startswith(start) and not whole(data):
             raise ImageError(f"{name}: truncated {kind} file, its end is missing; fetch it again")
 
 
-def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+# a marker, but for those inside of compressed data: stuffed zeros, fill bytes and restarts (D0 to D7)
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_SEGMENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE} - {0xC8}  # ITU-T T.81, table B.1
+
+
+def _whole_jpeg(data: bytes) -> bool:
+    """Whether a scan and the end-of-image marker follow in a valid order of segments."""
+    position, scanned = 2, False
+    while found := _MARKER.search(data, position):
+        marker, position = data[found.start() + 1], found.end()
+        if marker == 0xD9:  # the end of the image
+            return scanned
+        if marker == 0x01:  # stands alone
+            continue
+        length = int.from_bytes(data[position : position + 2], "big")
+        if marker not in _SEGMENTS or length < 2:
+            return False  # other bytes than the picture's, after a cut
+        scanned |= marker == 0xDA
+        position += length
+    return False
+
+
+def _whole_png(data: bytes) -> bool:
+    """Whether the chunks go on to the last, IEND."""
+    position = 8
+    while position + 12 <= len(data):
+        if data[position + 4 : position + 8] == b"IEND":
+            return True
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return False
+
+
+def _open(data: bytes, name: str, max_pixels: int) -> ImageFile:
     """The picture's header, nothing decoded."""
     if not data:
         raise ImageError(f"{name}: the file is empty")
+    reader = next((reader for start, reader in _READERS if start.match(data)), None)
+    if reader is None:
+        raise ImageError(f"{name}: not an image of a known kind; {FORMATS} are read")
     try:
-        with _pillow_limit, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on odd metadata, which is none of ours
-            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours follows
-            try:
-                image = Image.open(io.BytesIO(data), formats=FORMATS)
-            finally:
-                Image.MAX_IMAGE_PIXELS = before
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError) as error:
-        raise ImageError(
-            f"{name}: not an image, or a damaged one ({', '.join(FORMATS)} are read)"
-        ) from error
+        image = reader(io.BytesIO(data))
+    except _DECODING as error:
+        raise ImageError(f"{name}: not an image, or a damaged one ({error})") from error
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
@@ -164,18 +370,40 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def pillow_pixels(image: Image.Image, name: str) -> NDArray[np.uint8]:
-    """A Pillow image of any mode as RGB, upright, (H, W, 3); its own errors are not translated.
+def _is_plain(image: ImageFile) -> bool:
+    """Whether it is of the kinds that benchmarks consist of."""
+    return (
+        image.format in ("JPEG", "PNG")
+        and image.mode in ("L", "RGB")
+        and not image.has_transparency_data
+        and not getattr(image, "is_animated", False)
+    )
+
+
+def _opencv_pixels(data: bytes) -> NDArray[np.uint8] | None:
+    """BGR as stored, (H, W, 3); None if OpenCV gives up."""
+    try:
+        pixels = cv2.imdecode(
+            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+    except cv2.error:
+        return None
+    return None if pixels is None else pixels.astype(np.uint8, copy=False)
+
+
+def _pillow_pixels(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    """RGB as stored, (H, W, 3), of a Pillow image of any mode; Pillow's errors are not translated.
 
     Raises:
         ImageError: if its pixels have no known range.
     """
-    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would clip
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{name}: grey values beyond 16 bits; save it with 8 or 16")
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
+        grey = (values >> 8).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        return np.dstack([grey, grey, grey])
     if image.mode == "F":
         raise ImageError(f"{name}: floating-point pixels have no known range; save it with 8 bits")
     if image.has_transparency_data:
@@ -183,3 +411,39 @@ def pillow_pixels(image: Image.Image, name: str) -> NDArray[np.uint8]:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return np.array(image.convert("RGB"))
+
+
+# -- sizes ---------------------------------------------------------------------------------------
+
+
+def check_short_side(pixels: object) -> int:
+    """The size that the short side of images is resized to, as an int.
+
+    Raises:
+        ValueError: unless it is a whole number from 1 to `LONG_SIDE`.
+    """
+    try:
+        side = 0 if isinstance(pixels, bool) else operator.index(pixels)  # type: ignore[arg-type]
+    except TypeError:
+        side = 0
+    if not 0 < side <= LONG_SIDE:
+        raise ValueError(f"short_side={pixels!r}: expected 1 to {LONG_SIDE} pixels")
+    return side
+
+
+def resize_short_side(
+    image: NDArray[np.uint8], short_side: int, long_side: int = LONG_SIDE
+) -> NDArray[np.uint8]:
+    """The picture (H, W, C) at the size of the benchmarks, bilinear.
+
+    The short side becomes `short_side`, unless the long one would exceed `long_side`: then that one
+    is the limit. Equal to mmcv's `Resize(scale=(long_side, short_side), keep_ratio=True)` to the last
+    bit; sides that it would round to no pixel have one.
+    """
+    height, width = image.shape[:2]
+    scale = min(
+        max(short_side, long_side) / max(height, width),
+        min(short_side, long_side) / min(height, width),
+    )
+    size = [max(int(length * scale + 0.5), 1) for length in (width, height)]
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, MaxNLocator
 from numpy.typing import NDArray
 
+from sfp.palette import SKY
 from sfp.result import Result
-from sfp.visualize.canvas import SKY, draw_image, mark, rendered
+from sfp.visualize.canvas import draw_image, mark, rendered
 from sfp.visualize.labels import write_names
 
 LONGEST = 1600  # pixels of a photo's long side; more is scaled down on arrival

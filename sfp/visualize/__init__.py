@@ -9,7 +9,8 @@ Nothing here touches pyplot. Example::
     visualize.outliers(image, trace, layers=[5, 10], detectors=["som", "lof"]).savefig("outliers.png")
 """
 
-from sfp.visualize.canvas import class_colours, contact_sheet
+from sfp.palette import class_colours
+from sfp.visualize.canvas import contact_sheet
 from sfp.visualize.features import purification
 from sfp.visualize.images import load_image, normalised
 from sfp.visualize.labels import Segmented, segment, segmentation

@@ -20,19 +20,9 @@ from matplotlib.ticker import Formatter, MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from sfp.palette import VERMILLION
 from sfp.tokens import upcast
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; black is left for text
-ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE, GREY = OKABE_ITO = (
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-    "#999999",
-)
 SIDE = 2.3  # inches of a panel
 
 
@@ -145,13 +135,6 @@ def mark(axes: Axes, mask: np.ndarray, colour: str = VERMILLION, *, filled: bool
             PatchCollection(cells, facecolor=face, edgecolor=edge, linewidth=line, zorder=3)
         )
         face = "none"
-
-
-def class_colours(count: int) -> list[tuple[int, int, int]]:
-    """RGB colours for `count` classes: Okabe and Ito's, then darker and lighter ones, then again."""
-    base = 255 * np.array([to_rgb(colour) for colour in OKABE_ITO])
-    shades = np.concatenate([base, 0.55 * base, 0.5 * base + 127])
-    return [tuple(map(int, shades[i % len(shades)])) for i in range(count)]  # type: ignore[misc]
 
 
 def contact_sheet(figures: Sequence[Figure], columns: int = 2) -> np.ndarray:

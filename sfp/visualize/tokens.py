@@ -18,13 +18,11 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from sfp.method import Detector
+from sfp.palette import BLUE, OKABE_ITO, VERMILLION
 from sfp.registry import bind
 from sfp.trace import Trace
 from sfp.visualize.canvas import (
-    BLUE,
-    OKABE_ITO,
     SIDE,
-    VERMILLION,
     Picture,
     draw_image,
     draw_map,

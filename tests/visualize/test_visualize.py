@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import sfp
 from sfp import mini, visualize
 from sfp.ops.detectors import l2_norm, som
-from sfp.visualize.canvas import OKABE_ITO
+from sfp.palette import OKABE_ITO
 from sfp.visualize.features import neighbour_cosine, principal_colours, reference_cosine
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import sfp
-from sfp.data.inputs import as_image
+from sfp.data.images import as_image
 
 
 @pytest.fixture

@@ -54,17 +54,16 @@ def look(
 ) -> tuple[Tensor, Seen | None]:
     """A new run: query logits (B, Q, h, w) of windows (B, 3, H, W), and what other words can use.
 
-    That is nothing if an edit of the trunk asked for the words.
+    That is nothing if the trunk depends on the words.
     """
     trace = method.run(vit, windows, **context)
-    trunk_asked = trace.asked_words
     features = method.read(trace)
-    asked = trace.asked_words
     logits = method.compare(features, trace)
-    if trunk_asked:
+    if method.words_in_trunk:
         return logits, None
-    kept = trace.with_words(None, None) if asked or method.refiners else None
-    return logits, Seen(None if asked else features, kept)
+    worded = method.words_in_readouts
+    kept = trace.with_words(None, None) if worded or method.refiners else None
+    return logits, Seen(None if worded else features, kept)
 
 
 def _hashable(method: Method) -> bool:

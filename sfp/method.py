@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -15,9 +17,9 @@ from torch import Tensor
 from sfp.clip.vit import Rule, VisionTransformer
 from sfp.functional.grid import resample_positions
 from sfp.ops.integrators import own_tokens
-from sfp.registry import METHODS, bind, check_knobs, find, suggest
+from sfp.registry import METHODS, bind, check_knobs, find, needs_words, suggest
 from sfp.tokens import Tokens, cosine_logits
-from sfp.trace import Trace
+from sfp.trace import LayerError, Trace
 
 Detector = Callable[[Trace, int], Tensor]
 Mitigator = Callable[[Tokens, Tensor], Tokens]
@@ -27,6 +29,14 @@ Residual = Callable[[Tokens, Tokens], Tensor]
 Edit = Callable[[Trace, int], Tokens]
 Refiner = Callable[[Tensor, Trace], Tensor]
 Surgery = Callable[[VisionTransformer, "int | None"], None]
+
+COPIES_KEPT = 4  # operated copies of one model; each holds the weights that its surgery replaced
+_OPERATED: WeakKeyDictionary[VisionTransformer, OrderedDict] = WeakKeyDictionary()
+_OPERATED_LOCK = threading.Lock()
+
+
+def _weights_key(vit: VisionTransformer) -> Hashable:
+    return tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in vit.parameters())
 
 
 @dataclass(frozen=True)
@@ -61,13 +71,13 @@ class Purify:
         """What leaves block `i` (absolute), purified if it is one of `layers`.
 
         Raises:
-            LookupError: if a layer is not there, or is the last block, which the trunk does not run.
+            LayerError: if a layer is not there, or is the last block, which the trunk does not run.
         """
         tokens = trace.outputs[i]
         if self.layers != "all":
             chosen = {trace.layer(layer) for layer in self.layers}
             if len(trace.vit.blocks) - 1 in chosen:
-                raise LookupError(
+                raise LayerError(
                     f"layers={self.layers!r} names the last block, which runs only inside readouts; "
                     "the last layer that can be purified is -2"
                 )
@@ -152,11 +162,6 @@ class Method:
     surgery: Sequence[Surgery] = ()
     positions: Callable[..., Tensor] = resample_positions
     depth: int | None = 12
-    # layers whose projections its readouts asked for: the next trace keeps them
-    _asked: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
-    _operated: WeakKeyDictionary[VisionTransformer, tuple] = field(
-        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
-    )
 
     def features(
         self, vit: VisionTransformer, image: Tensor, **context: Any
@@ -192,12 +197,7 @@ class Method:
     def run(self, vit: VisionTransformer, image: Tensor, **context: Any) -> Trace:
         """The trunk alone, edited; arguments as in `features`."""
         return self.operate(vit).trace(
-            image,
-            self.edits,
-            positions=self.positions,
-            depth=self.depth,
-            keep=self._asked,
-            **context,
+            image, self.edits, positions=self.positions, depth=self.depth, **context
         )
 
     def read(self, trace: Trace) -> Tokens:
@@ -219,26 +219,46 @@ class Method:
         return logits
 
     @property
+    def words_in_trunk(self) -> bool:
+        """Whether the run of the trunk depends on words; if not, `Trace.with_words` serves others."""
+        return needs_words(self.edits)
+
+    @property
+    def words_in_readouts(self) -> bool:
+        """Whether what `read` gives for such a trace depends on words."""
+        return needs_words(self.readouts)
+
+    @property
     def trunk(self) -> Hashable:
         """Methods of equal trunk leave the same trace, so that one run serves all of them."""
         return self.edits, self.surgery, self.positions, self.depth
 
     def operate(self, vit: VisionTransformer) -> VisionTransformer:
-        """The model with this method's surgery: `vit` itself if there is none."""
+        """The model with this method's surgery: `vit` itself if there is none.
+
+        The latest copies of each model are kept as long as its weights stay what they are.
+
+        Raises:
+            ValueError: if the weights are 8-bit.
+        """
         if not self.surgery:
             return vit
         if any(buffer.dtype == torch.int8 for buffer in vit.buffers()):
             raise ValueError(
                 "this method edits weights, which 8-bit models have no more: use precision='fp32'"
             )
-        form = (vit.proj.device, vit.proj.dtype)
-        operated, made_for = self._operated.get(vit, (None, None))
-        if operated is None or made_for != form:
-            # parameters are shared; what an operation replaces is its own
-            operated = copy.deepcopy(vit, {id(p): p for p in vit.parameters()})
-            for operation in self.surgery:
-                operation(operated, self.depth)
-            self._operated[vit] = (operated, form)
+        key = (tuple(self.surgery), self.depth)
+        with _OPERATED_LOCK:
+            copies = _OPERATED.setdefault(vit, OrderedDict())
+            weights, operated = copies.pop(key, (None, None))
+            if operated is None or weights != _weights_key(vit):
+                # parameters are shared; what an operation replaces is its own
+                operated = copy.deepcopy(vit, {id(p): p for p in vit.parameters()})
+                for operation in self.surgery:
+                    operation(operated, self.depth)
+            copies[key] = (_weights_key(vit), operated)
+            if len(copies) > COPIES_KEPT:
+                copies.popitem(last=False)
         return operated
 
 

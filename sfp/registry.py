@@ -14,32 +14,116 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
-
-from mmengine.registry import Registry
-
-OPS = Registry("op")
-METHODS = Registry("method")
-GUIDES = Registry("guide")
-MASKS = Registry("mask proposer")
-
-NESTED = dict(
-    affinity="affinity", fill="mitigator", rule="attention", rules="attention", source="source"
-)
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
-def op(kind: str) -> Callable[[F], F]:
-    """Registers a function as an op of a kind ("detector", "mitigator", "attention", ...)."""
+class Registry:
+    """Functions or classes by name.
+
+    A name that is registered again stands for the new one from then on, so that a notebook cell can
+    be edited and run again. A warning says so if the two come from different places.
+
+    Args:
+        name: what is registered here, for messages.
+        homes: packages of `sfp` that register something here, imported at the first look-up.
+    """
+
+    def __init__(self, name: str, *homes: str) -> None:
+        self.name = name
+        self._homes = homes
+        self._modules: dict[str, Callable[..., Any]] = {}
+
+    def __repr__(self) -> str:
+        return f"Registry({self.name!r}: {', '.join(self._modules) or 'empty'})"
+
+    @property
+    def module_dict(self) -> dict[str, Callable[..., Any]]:
+        """All that is registered, by name."""
+        self._load()
+        return self._modules
+
+    def get(self, name: str) -> Callable[..., Any] | None:
+        """What is registered under a name, or None."""
+        return self.module_dict.get(name)
+
+    def register_module(
+        self,
+        name: str | Callable[..., Any] | None = None,
+        force: bool = False,
+        module: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Registers a function or class: `@r.register_module()` or `r.register_module(module=fn)`.
+
+        Args:
+            name: by default the function's own.
+            force: True replaces what has that name without a warning.
+            module: the function or class; without it, the call returns a decorator.
+        """
+        if name is not None and not isinstance(name, str):  # @r.register_module, without brackets
+            name, module = None, name
+        if module is None:
+            return lambda fn: self.register_module(name, force, fn)
+        if not _is_ours(module):
+            self._load()  # what is ours comes first, whoever asks first
+        name = name or module.__name__
+        old = self._modules.get(name)
+        if old is not None and not force and not _same_place(old, module):
+            warnings.warn(
+                f"{self.name} {name!r} of {old.__module__} is replaced by that of {module.__module__}",
+                stacklevel=3,
+            )
+        self._modules[name] = module
+        return module
+
+    def _load(self) -> None:
+        for home in self._homes:
+            importlib.import_module(home)
+
+
+def _is_ours(fn: Any) -> bool:
+    """Whether a function, class or instance of a class is defined in this package."""
+    return str(getattr(fn, "__module__", None)).partition(".")[0] == __name__.partition(".")[0]
+
+
+def _same_place(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
+    """Whether `b` is a new version of `a`: a notebook cell run again, a module imported again."""
+    files = [getattr(getattr(fn, "__code__", None), "co_filename", None) for fn in (a, b)]
+    same_file = files[0] is not None and files[0] == files[1]
+    return a.__qualname__ == b.__qualname__ and (a.__module__ == b.__module__ or same_file)
+
+
+OPS = Registry("op", "sfp.ops", "sfp.methods")
+METHODS = Registry("method", "sfp.methods")
+GUIDES = Registry("guide", "sfp.guides")
+MASKS = Registry("mask proposer", "sfp.masks")
+
+NESTED = dict(
+    affinity="affinity", fill="mitigator", rule="attention", rules="attention", source="source"
+)
+
+
+def op(kind: str, *, words: bool | None = None) -> Callable[[F], F]:
+    """Registers a function as an op.
+
+    Args:
+        kind: "detector", "mitigator", "attention", ... (see docs/design.md).
+        words: whether its result depends on the text features or the classes of a `Trace`. What does
+            not is kept when only the words change. By default False for ops of this package and True
+            for others, which is always right, but may be slower.
+    """
 
     def register(fn: F) -> F:
         fn.kind = kind  # type: ignore[attr-defined]
+        fn.words = not _is_ours(fn) if words is None else words  # type: ignore[attr-defined]
         OPS.register_module(module=fn)
         return fn
 
@@ -59,6 +143,22 @@ class Op:
 
     def __repr__(self) -> str:
         return f"{self.fn.__name__}({', '.join(f'{k}={v!r}' for k, v in self.knobs)})"
+
+
+def needs_words(part: Any) -> bool:
+    """Whether what a part of a method gives may depend on the words that an image is compared with.
+
+    It may if its function says so (see `op`), or if something nested in its knobs or fields may. A
+    function outside this package that says nothing counts as one that needs them.
+    """
+    if isinstance(part, (list, tuple)):
+        return any(map(needs_words, part))
+    if isinstance(part, Op):
+        return needs_words(part.fn) or any(needs_words(value) for _, value in part.knobs)
+    nested = is_dataclass(part) and not isinstance(part, type)
+    if nested and any(needs_words(getattr(part, f.name)) for f in fields(part)):
+        return True
+    return callable(part) and bool(getattr(part, "words", not _is_ours(part)))
 
 
 def bind(node: Any, kind: str | None = None) -> Any:
@@ -158,7 +258,9 @@ def suggest(name: object, valid: Iterable[str]) -> str:
 
 def list_ops(kind: str | None = None) -> list[str]:
     """Names of the registered ops, of one kind or all."""
-    return sorted(n for n, f in OPS.module_dict.items() if kind in (None, f.kind))
+    return sorted(
+        n for n, f in list(OPS.module_dict.items()) if kind in (None, getattr(f, "kind", None))
+    )
 
 
 def list_methods() -> list[str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from sfp.functional import attention
+from sfp.registry import needs_words
 from sfp.tokens import Heads, Tokens, cosine_logits
 
 if TYPE_CHECKING:
     from sfp.clip.vit import VisionTransformer
+
+T = TypeVar("T")
 
 
 class GuideError(LookupError, ValueError):
@@ -20,14 +23,14 @@ class GuideError(LookupError, ValueError):
 
 
 class LayerError(LookupError, ValueError):
-    """A layer number that the model does not have: a wrong setting, found when it is looked up."""
+    """A layer that the model does not have, or that cannot be used so; found when it is looked up."""
 
 
 def absolute_layer(index: int, blocks: int, depth: int | None) -> int:
     """The number, from 0, of a method's layer in a model of `blocks` blocks (see `Trace.layer`).
 
     Raises:
-        LookupError: if there is no such block.
+        LayerError: if there is no such block.
     """
     reference = blocks if depth is None else depth
     if not -blocks <= index < reference:
@@ -52,13 +55,8 @@ class Trace:
         masks: outliers by absolute layer, (B, N) bool, written by edits.
         text: text features (Q, C) where the caller has them, else None.
         index: class of each query, or None if every query is a class of its own.
-        asked_words: whether anything so far came from `text` or `index`; what did not serves other
-            words too (`with_words`).
         guides: external encoders by name: images as `image` -> Tokens.
         depth: number of blocks that layer numbers are written for; None takes them literally.
-        keep: absolute layers whose projections stay at hand after the block has run. A layer that is
-            asked for without being among them is added: whoever passes the set again saves the second
-            product.
     """
 
     def __init__(
@@ -71,58 +69,43 @@ class Trace:
         index: Sequence[int] | None = None,
         guides: Mapping[str, Callable[[Tensor], Tokens]] | None = None,
         depth: int | None = None,
-        keep: set[int] | None = None,
     ) -> None:
         self.vit = vit
         self.image = image
         self.embedded = embedded
         self.outputs: list[Tokens] = []
         self.masks: dict[int, Tensor] = {}
-        self._text = text
-        self._index = index
-        self.asked_words = False
+        self.text = text
+        self.index = index
         self.guides = {} if guides is None else guides
         self.depth = depth
-        self.keep = set() if keep is None else keep
         self._running: tuple[int, Heads] | None = None
-        self._kept: dict[int, Heads] = {}
+        self._heads: dict[int, Heads] = {}
         self._once: dict[Hashable, Any] = {}
-        self._worded: set[Hashable] = set()  # those of `_once` that came from the words
-
-    @property
-    def text(self) -> Tensor | None:
-        """The text features, or None; who asks depends on the words."""
-        self.asked_words = True
-        return self._text
-
-    @property
-    def index(self) -> Sequence[int] | None:
-        """The class of each query, or None; who asks depends on the words."""
-        self.asked_words = True
-        return self._index
+        self._of_words: dict[Hashable, Any] = {}  # the same, of what depends on the words
 
     def with_words(self, text: Tensor | None, index: Sequence[int] | None) -> Trace:
-        """The same run of the trunk with other words; what came from the words is left behind.
+        """The same run of the trunk for other words, without what was computed from these.
 
-        Right only if `asked_words` was False when the trunk had run: no edit of it asked for them.
+        The two share no state from here on. Wrong for a method whose trunk depends on the words
+        (`Method.words_in_trunk`).
         """
         other = copy.copy(self)
-        other._text, other._index, other.asked_words = text, index, False
-        other._once = {k: v for k, v in self._once.items() if k not in self._worded}
-        other._worded = set()
-        other._kept = dict(self._kept)  # what the others ask for shall not add to this one
+        other.text, other.index = text, index
+        other._once, other._of_words = dict(self._once), {}
+        other._heads = dict(self._heads)
         return other
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that it holds, for counting."""
-        heads = [*self._kept.values(), *([self._running[1]] if self._running else [])]
-        tokens = [self.embedded, *self.outputs]
-        tokens += [value for value in self._once.values() if isinstance(value, Tokens)]
+        """All that it holds, to measure its memory."""
+        computed = [*self._once.values(), *self._of_words.values()]
+        heads = [*self._heads.values(), *([self._running[1]] if self._running else [])]
+        tokens = [self.embedded, *self.outputs, *(x for x in computed if isinstance(x, Tokens))]
         yield self.image
         yield from (each.data for each in tokens)
         yield from (x for each in heads for x in each.tensors())
         yield from self.masks.values()
-        yield from (value for value in self._once.values() if isinstance(value, Tensor))
+        yield from (x for x in computed if isinstance(x, Tensor))
 
     def layer(self, index: int) -> int:
         """The absolute number of a method's layer.
@@ -131,15 +114,19 @@ class Trace:
         `depth` blocks and are moved to the same relative depth of this one.
 
         Raises:
-            LookupError: if there is no such block.
+            LayerError: if there is no such block.
         """
         return absolute_layer(index, len(self.vit.blocks), self.depth)
 
     def output(self, index: int) -> Tokens:
-        """The tokens that left a method's layer `index` (see `layer`)."""
+        """The tokens that left a method's layer `index` (see `layer`).
+
+        Raises:
+            LayerError: if there is no such block, or if it has not run.
+        """
         i = self.layer(index)
         if i >= len(self.outputs):
-            raise LookupError(
+            raise LayerError(
                 f"layer {i} has not run: the trace holds layers 0 to {len(self.outputs) - 1}; "
                 "the last block runs only inside readouts"
             )
@@ -153,35 +140,25 @@ class Trace:
         """Called by the trunk before block `i`: its projections stay at hand while edits run."""
         heads = self.vit.blocks[i].heads(self.entering(i))
         self._running = (i, heads)
-        if i in self.keep:
-            self._kept[i] = heads
         return heads
 
     def heads(self, i: int) -> Heads:
-        """Block `i`'s projections (absolute): at hand while it runs or if kept, else made again."""
+        """Block `i`'s projections (absolute): at hand while its edits run, afterwards made again."""
         if self._running is not None and self._running[0] == i:
             return self._running[1]
-        if i not in self._kept:
-            self._kept[i] = self.vit.blocks[i].heads(self.entering(i))
-            self.keep.add(i)
-        return self._kept[i]
+        if i not in self._heads:
+            self._heads[i] = self.vit.blocks[i].heads(self.entering(i))
+        return self._heads[i]
 
     def once(self, op: Callable[[Trace], Tensor]) -> Tensor:
         """`op(trace)`, computed the first time that an equal op is asked for."""
-        return self._noted(op, lambda: op(self))
+        return self._compute_once(op, lambda: op(self), words=needs_words(op))
 
-    def _noted(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """`compute()`, the first time; and a note whether the words had a part in it."""
-        if key not in self._once:
-            before, self.asked_words = self.asked_words, False
-            try:
-                self._once[key] = compute()
-                if self.asked_words:
-                    self._worded.add(key)
-            finally:
-                self.asked_words |= before
-        self.asked_words |= key in self._worded
-        return self._once[key]
+    def _compute_once(self, key: Hashable, compute: Callable[[], T], *, words: bool = False) -> T:
+        computed = self._of_words if words else self._once
+        if key not in computed:
+            computed[key] = compute()
+        return computed[key]
 
     def guide(self, name: str) -> Tokens:
         """What an external encoder sees in the image, without its prefix; computed once.
@@ -192,7 +169,9 @@ class Trace:
         if name not in self.guides:
             known = ", ".join(self.guides) or "none"
             raise GuideError(f"the method asks for the guide {name!r}; given: {known}")
-        return self._noted(("guide", name), lambda: self.guides[name](self.image).only_patches())
+        return self._compute_once(
+            ("guide", name), lambda: self.guides[name](self.image).only_patches()
+        )
 
     def query_features(self) -> Tensor:
         """The text features, (Q, C), for ops that cannot do without.
@@ -200,10 +179,9 @@ class Trace:
         Raises:
             LookupError: if the caller gave none.
         """
-        text = self.text
-        if text is None:
+        if self.text is None:
             raise LookupError("this method needs the text features: pass text=, (Q, C)")
-        return text
+        return self.text
 
     def guess(self, source: Callable[[Trace], Tokens]) -> Tensor:
         """First-pass logits (B, Q, h, w) of tokens read from this trace; computed once."""
@@ -211,7 +189,7 @@ class Trace:
         def read() -> Tensor:
             return cosine_logits(self.vit.project(source(self)), self.query_features())
 
-        return self._noted(("guess", source), read)
+        return self._compute_once(("guess", source), read, words=True)
 
     def attention(self, i: int) -> Tensor:
         """Block `i`'s attention weights, (B, H, T, T)."""
@@ -221,7 +199,7 @@ class Trace:
         """Block `i`'s attention weights averaged over heads, (B, T, T); computed once if small."""
         if not self._small_map(i):
             return self.attention(i).mean(1)
-        return self._noted(("mean_attention", i), lambda: self.attention(i).mean(1))
+        return self._compute_once(("mean_attention", i), lambda: self.attention(i).mean(1))
 
     def mean_row_and_diagonal(self, i: int) -> tuple[Tensor, Tensor]:
         """`cls_row` and `self_weight` averaged over heads, (B, N) each.

@@ -154,36 +154,6 @@ def test_memory_is_bounded_and_forgets_what_was_used_least_recently(clip, runs):
         assert large.nbytes > 12 * 2 * 65 * 64 * 4
 
 
-def test_a_trace_with_other_words(clip):
-    """What came from the words goes, directly or through what it was made of; the rest stays."""
-    trace = clip.visual.trace(tiny.images(1), text=tiny.queries(3), index=(0, 1, 2))
-    assert not trace.asked_words
-
-    def plain(trace: sfp.Trace) -> Tensor:
-        return trace.outputs[3].patches
-
-    def worded(trace: sfp.Trace) -> Tensor:
-        return trace.once(plain) @ trace.once(width)
-
-    def width(trace: sfp.Trace) -> Tensor:
-        return torch.ones(64, len(trace.index))
-
-    kept = trace.once(plain)
-    assert not trace.asked_words
-    trace.once(worded)
-    assert trace.asked_words
-    other = trace.with_words(tiny.queries(5), range(5))
-    assert not other.asked_words
-    assert other.once(plain) is kept
-    assert not other.asked_words
-    assert other.once(worded).shape == (1, 64, 5)
-    assert other.asked_words
-    assert trace.once(worded).shape == (1, 64, 3)
-    other.asked_words = False
-    other.once(worded)  # found, not computed: it came from the words all the same
-    assert other.asked_words
-
-
 def test_only_new_words_are_encoded(clip, monkeypatch, tmp_path):
     monkeypatch.setenv("SFP_CACHE", str(tmp_path))
     encoded: list[str] = []

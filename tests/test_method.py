@@ -6,6 +6,9 @@ import copy
 import gc
 import inspect
 import itertools
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,6 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 import sfp
-from sfp.clip import vit
 from sfp.methods.sfp import ENHANCERS
 from sfp.ops.detectors import l2_norm, som
 from sfp.ops.mitigators import neighbour_mean
@@ -163,12 +165,14 @@ def test_position_rules_can_be_chosen_in_a_config():
     )
 
 
-def test_methods_can_be_copied():
-    method = sfp.build_method("gclip")
-    expected = method.features(clip().visual, image("sq"))[0].data
-    twin = copy.deepcopy(method)
-    assert twin == method
-    assert torch.equal(twin.features(clip().visual, image("sq"))[0].data, expected)
+@pytest.mark.parametrize("name", sfp.list_methods())
+def test_methods_can_be_copied_and_sent_to_other_processes(name):
+    method = sfp.build_method(name)
+    method.operate(clip().visual)  # having been used changes nothing
+    for twin in (copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
+        assert twin == method
+        assert hash(twin) == hash(method)
+        assert twin.operate(clip().visual) is method.operate(clip().visual)
 
 
 # -- ops -----------------------------------------------------------------------------------------
@@ -487,11 +491,41 @@ def test_surgery_follows_the_model_to_another_precision():
 
 def test_operated_models_go_when_their_model_goes():
     method, model = sfp.Method(surgery=(louder,)), tiny.clip()
-    method.operate(model.visual)
-    assert len(method._operated) == 1
+    operated = weakref.ref(method.operate(model.visual))
+    gc.collect()
+    assert operated() is not None
     del model
     gc.collect()
-    assert len(method._operated) == 0
+    assert operated() is None
+
+
+def test_operated_models_follow_the_weights():
+    """Also the weights that surgery replaced, of which the copy shares nothing."""
+    visual, pixels = tiny.clip().visual, tiny.images(1)
+    method = sfp.Method(surgery=(louder,))
+    method.features(visual, pixels)
+    visual.blocks[-1].attn.out_proj.weight.mul_(-2)
+    again = method.features(visual, pixels)[0].data
+    torch.testing.assert_close(again, method.features(copy.deepcopy(visual), pixels)[0].data)
+
+
+def test_equal_methods_share_an_operated_model_and_few_are_kept():
+    visual = tiny.clip().visual
+    first = sfp.build_method("gclip").operate(visual)
+    assert sfp.build_method("gclip").operate(visual) is first
+    copies = [sfp.build_method("gclip", channel=i).operate(visual) for i in range(20)]
+    assert len({id(each) for each in copies}) == 20
+    gone = weakref.ref(copies[0])
+    del copies, first
+    gc.collect()
+    assert gone() is None
+
+
+def test_threads_share_one_operated_model():
+    visual, method = tiny.clip().visual, sfp.build_method("gclip")
+    with ThreadPoolExecutor(8) as pool:
+        operated = list(pool.map(lambda _: method.operate(visual), range(32)))
+    assert len({id(each) for each in operated}) == 1
 
 
 def test_no_surgery_no_copy():
@@ -529,24 +563,3 @@ def test_masks_are_recorded_where_edits_ran():
     assert {i: mask.sum(1).tolist() for i, mask in trace.masks.items()} == {2: [4, 4], 10: [4, 4]}
     unedited = tiny.clip().visual.trace(tiny.images(2))
     assert torch.equal(trace.masks[2], l2_norm(unedited, 2, top_k=4))
-
-
-def test_projections_that_a_method_asks_for_are_made_once(monkeypatch):
-    """From the second run on: the first shows which layers they are of."""
-    clip, image = tiny.clip(), tiny.images(2)
-    made = []
-    project = vit.Attention.project
-    monkeypatch.setattr(
-        vit.Attention, "project", lambda *given: made.append(given[2]) or project(*given)
-    )
-    method = sfp.build_method("sfp_paper", purify=False)
-    runs = []
-    for _ in range(3):
-        made.clear()
-        runs.append((method.features(clip.visual, image)[0].data, sorted(made)))
-    first, second, third = runs
-    blocks = len(clip.visual.blocks)
-    assert second[1] == third[1] == sorted(["qkv"] * (blocks - 1) + ["q", "k", "v"])
-    assert len(first[1]) > len(second[1])
-    torch.testing.assert_close(first[0], second[0])
-    assert torch.equal(second[0], third[0])

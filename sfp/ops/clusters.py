@@ -69,7 +69,7 @@ def overshadowed(trace: Trace, layer: int, *, pairs: Sequence[str] = ("qk",)) ->
     return weights.mean(-1) > weights.diagonal(dim1=-2, dim2=-1)
 
 
-@op("refiner")
+@op("refiner", words=True)
 def cls_product(logits: Tensor, trace: Trace, *, source: Callable[[Trace], Tokens]) -> Tensor:
     """Logits times those of the class token: queries that the image is not about sink.
 
@@ -142,7 +142,7 @@ def grid_points(trace: Trace, *, side: int = 16) -> list[Tensor]:
     return [points for _ in trace.image]
 
 
-@op("refiner")
+@op("refiner", words=True)
 def cluster_vote(
     logits: Tensor,
     trace: Trace,

@@ -76,7 +76,7 @@ def feedback_keys(
     return (gain * ((1 - share) * heads.logits("k", "k") + share * mask) + prior).softmax(-1)
 
 
-@op("affinity")
+@op("affinity", words=True)
 def semantic_feedback(
     trace: Trace,
     *,

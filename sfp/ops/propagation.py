@@ -14,7 +14,7 @@ from sfp.registry import op
 from sfp.trace import Trace
 
 
-@op("refiner")
+@op("refiner", words=True)
 def text_aware_propagation(
     logits: Tensor,
     trace: Trace,

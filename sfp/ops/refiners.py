@@ -26,7 +26,7 @@ def global_logits(trace: Trace) -> Tensor:
     return image @ trace.text.to(image).T
 
 
-@op("refiner")
+@op("refiner", words=True)
 def remove_redundancy(logits: Tensor, trace: Trace, *, temperature: float = 2.0) -> Tensor:
     """CLIP Surgery's feature surgery: what a patch shares with all queries is no evidence.
 
@@ -39,7 +39,7 @@ def remove_redundancy(logits: Tensor, trace: Trace, *, temperature: float = 2.0)
     return weighted - weighted.mean(1, keepdim=True)
 
 
-@op("refiner")
+@op("refiner", words=True)
 def global_bias(logits: Tensor, trace: Trace, *, weight: float = -0.3) -> Tensor:
     """Adds a share of the whole image's logits; a negative one removes its bias (SegEarth-OV)."""
     return logits + weight * global_logits(trace)[..., None, None]

@@ -118,7 +118,7 @@ def test_code_of_other_people_counts(tmp_path, monkeypatch):
     file.write_text("def quiet(trace, layer):\n    pass\n")
     space: dict = {}
     exec(compile(file.read_text(), str(file), "exec"), space)
-    monkeypatch.setitem(card.OPS._module_dict, "quiet_for_a_test", space["quiet"])
+    monkeypatch.setitem(card.OPS.module_dict, "quiet_for_a_test", space["quiet"])
     one = card.settings(load())["versions"]["code"]
     file.write_text("def quiet(trace, layer):\n    return None\n")
     two = card.settings(load())["versions"]["code"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import sfp
-from sfp.registry import OPS, bind
+from sfp.registry import OPS, bind, needs_words
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -195,12 +195,12 @@ class Given:
         }
 
 
-def given(clip: sfp.CLIP, image: Tensor) -> Given:
+def given(clip: sfp.CLIP, image: Tensor, *, seed: int = 0, index: Any = None) -> Given:
     edit = sfp.Purify(
         (4, -2), bind(dict(type="l2_norm", top_k=6)), bind(dict(type="neighbour_mean"))
     )
-    text = tiny.queries(QUERIES).to(image.dtype if image.dtype == torch.float64 else torch.float32)
-    trace = clip.visual.trace(image, [edit], text=text, guides=GUIDES, depth=12)
+    text = tiny.queries(QUERIES, seed).to(torch.promote_types(image.dtype, torch.float32))
+    trace = clip.visual.trace(image, [edit], text=text, index=index, guides=GUIDES, depth=12)
     tokens = trace.outputs[-1]
     last = clip.visual.blocks[-1]
     heads = {"all": last.heads(tokens), "patches": last.heads(tokens.only_patches())}
@@ -340,6 +340,26 @@ def test_settings_differ_in_what_they_give(name, pictures, exact):
             results.append(torch.cat([values(x).double().flatten() for x in given.values()]))
     for a, b in itertools.combinations(results, 2):
         assert a.shape != b.shape or (a - b).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", sfp.list_ops())
+def test_words_change_what_says_that_it_needs_them_and_nothing_else(name, pictures, exact):
+    """What says that it does not is kept when words change: were that wrong, answers would be."""
+    kind = OPS.module_dict[name].kind
+    if kind in ("surgery", "positions", "residual", "mitigator"):
+        assert not OPS.module_dict[name].words  # they see no trace
+        return
+    one = pictures[5, 9][0]
+    two = given(exact, one.trace.image, seed=1, index=(0, 1, 1, 2, 0))
+    two.logits = one.logits  # what a refiner is given comes from the words, of course
+    changed = []
+    for knobs in EXAMPLES[kind][name]:
+        op = bind(dict(type=name, **knobs), kind)
+        before, after = run(kind, op, one), run(kind, op, two)
+        same = [torch.equal(values(before[k]), values(after[k])) for k in before]
+        assert needs_words(op) or all(same)
+        changed += [not each for each in same]
+    assert any(changed) == needs_words(op)
 
 
 @EACH

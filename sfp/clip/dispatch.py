@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -46,4 +47,28 @@ def plain(*tensors: Tensor) -> bool:
 
     Subclasses (fake, distributed, quantised by torchao) have kernels of their own.
     """
-    return all(type(x) in PLAIN and not x.is_meta for x in tensors) and not observed()
+    return not observed() and all(type(x) in PLAIN and not x.is_meta for x in tensors)
+
+
+def unshared(*modules: nn.Module) -> bool:
+    """Whether the outputs of modules are tensors that nobody but the caller holds.
+
+    Those of layers that say so (`allocates`), unless a hook or a method put in place of `forward` may
+    have kept them.
+    """
+    try:
+        return (
+            not torch.compiler.is_compiling()
+            and all(
+                getattr(m, "allocates", False)
+                and not m._forward_hooks
+                and not m._forward_pre_hooks
+                and "forward" not in vars(m)
+                for m in modules
+            )
+            and not module._global_forward_hooks
+            and not module._global_forward_pre_hooks
+            and not observed()
+        )
+    except AttributeError:
+        return False

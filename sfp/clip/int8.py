@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sfp.clip.vit import Attention, VisionTransformer
+from sfp.clip.dispatch import plain
+from sfp.clip.vit import Attention, HeadProjections, VisionTransformer
 
 
 class Int8Linear(nn.Module):
@@ -21,6 +24,7 @@ class Int8Linear(nn.Module):
         bias: (N,).
     """
 
+    allocates = True  # a new tensor for its output
     weight: Tensor
     scale: Tensor
     bias: Tensor
@@ -33,12 +37,17 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias.detach())
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """(..., K) -> (..., N), or the outputs `rows` alone."""
+        """(..., K) -> (..., N), or the outputs `rows` alone.
+
+        Raises:
+            RuntimeError: if gradients are asked for, which rounding does not have.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("8-bit models have no gradients: use precision='fp32'")
         flat = x.flatten(0, -2)
         scale = _row_scale(flat)  # (M, 1)
-        # the private name is PyTorch's only plain int8 x int8 -> int32 product; torchao uses it too
-        sums = torch._int_mm((flat / scale).round_().to(torch.int8), self.weight[rows].T)
-        out = torch.addcmul(self.bias[rows], sums.float().mul_(scale), self.scale[rows])
+        sums = product((flat / scale).round_().to(torch.int8), self.weight[rows])
+        out = torch.addcmul(self.bias[rows], sums.mul_(scale), self.scale[rows])
         return out.unflatten(0, x.shape[:-1])
 
 
@@ -47,15 +56,36 @@ def _row_scale(x: Tensor) -> Tensor:
     return x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
 
 
-class Int8Attention(Attention):
-    """`Attention` with 8-bit projections, made from one with float weights."""
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Products x W^T of int8 matrices (M, K) and (N, K): (M, N) float32.
+
+    By an operator that PyTorch has no public name for (torchao uses it too), where it has been found
+    to be right and nothing looks on that does not know it; else by `F.linear` in float32.
+    """
+    if plain(x, weight) and works():
+        return torch._int_mm(x, weight.T).float()
+    return F.linear(x.float(), weight.float())
+
+
+@functools.cache
+def works() -> bool:
+    """Whether this PyTorch has the operator, and it gives what `F.linear` gives; asked once."""
+    x = torch.arange(-127, 128, dtype=torch.int16)[:240].to(torch.int8).reshape(10, 24)
+    weight = x.flip(0)[:8]
+    try:
+        found = torch._int_mm(x, weight.T)
+    except Exception:  # absent, or with other arguments
+        return False
+    return torch.equal(found.float(), F.linear(x.float(), weight.float()))
+
+
+class Int8Attention(HeadProjections):
+    """8-bit projections, made from an `Attention` with float weights."""
 
     def __init__(self, attention: Attention) -> None:
-        nn.Module.__init__(self)
-        self.num_heads = attention.num_heads
-        self.in_proj = Int8Linear(attention.in_proj_weight, attention.in_proj_bias)
         out = attention.out_proj
-        self.out_proj = Int8Linear(out.weight, out.bias)  # type: ignore[assignment]
+        super().__init__(attention.num_heads, Int8Linear(out.weight, out.bias))
+        self.in_proj = Int8Linear(attention.in_proj_weight, attention.in_proj_bias)
 
     def linear(self, x: Tensor, rows: slice) -> Tensor:
         """Some rows of the packed projection of `x`."""
@@ -64,7 +94,7 @@ class Int8Attention(Attention):
 
 @torch.no_grad()
 def quantised(vit: VisionTransformer) -> VisionTransformer:
-    """A copy whose blocks run with `Int8Linear` layers; all else is shared with `vit`.
+    """A copy whose blocks run with `Int8Linear` layers (`is_int8`); all else is shared with `vit`.
 
     Raises:
         ValueError: if the model is not a float32 one on the CPU.
@@ -74,10 +104,13 @@ def quantised(vit: VisionTransformer) -> VisionTransformer:
             f"8-bit weights are for float32 models on the CPU, this one is {vit.proj.dtype} on "
             f"{vit.proj.device}: on a GPU use precision='fp16' or 'bf16'"
         )
+    if vit.is_int8:
+        return vit
     copied = copy.deepcopy(vit, {id(p): p for p in vit.parameters()})
     for block in copied.blocks:
-        block.attn = Int8Attention(block.attn)
+        block.attn = Int8Attention(block.attn)  # type: ignore[assignment]
         for name in ("c_fc", "c_proj"):
             linear = block.mlp.get_submodule(name)
             setattr(block.mlp, name, Int8Linear(linear.weight, linear.bias))  # type: ignore[arg-type]
+    copied.is_int8 = True
     return copied

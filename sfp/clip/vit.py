@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.clip.dispatch import unshared
+from sfp.clip.onednn import linear
 from sfp.functional.attention import hide
 from sfp.functional.grid import resample_positions
 from sfp.tokens import Heads, Tokens
@@ -25,28 +27,13 @@ if TYPE_CHECKING:
 Rule = Callable[[Heads, Trace], Tensor]
 """An attention rule: (heads, trace) -> weights, (B, H or 1, M, T)."""
 
-# the operator that torch.compile uses too; PyTorch has no public name for it
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HEAD_WIDTH = 64  # of every CLIP tower but the image towers of open_clip's largest models
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The linear layer x W^T + b, (..., K) -> (..., N), as `F.linear`.
-
-    In float32 on a CPU, where nobody wants gradients, by oneDNN: `F.linear` asks MKL there, which on
-    AMD takes a quarter longer. `torch.backends.mkldnn.flags(enabled=False)` switches it off.
-    """
-    fitting = x.device.type == "cpu" and x.dtype == weight.dtype == bias.dtype == torch.float32
-    fitting = fitting and bias.is_contiguous()  # the operator takes its stride for 1
-    learning = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    usable = ONEDNN and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
-    if fitting and usable and not learning:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
 class Linear(nn.Linear):
-    """`nn.Linear` by `linear`."""
+    """`nn.Linear` by oneDNN where that is faster."""
+
+    allocates = True  # a new tensor for its output
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
@@ -56,30 +43,58 @@ class Linear(nn.Linear):
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
 
+    allocates = True
+
     def forward(self, x: Tensor) -> Tensor:
-        """Elementwise; without gradients in the memory of `x`, the widest tensor of a block."""
-        if x.requires_grad:
-            return x * torch.sigmoid(1.702 * x)
+        """Elementwise."""
+        return F.silu(x * 1.702) * (1 / 1.702)
+
+    def forward_(self, x: Tensor) -> Tensor:
+        """The same in the memory of `x`."""
         return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
-class Attention(nn.Module):
-    """The weights of multi-head attention, packed as in `nn.MultiheadAttention`."""
+class MLP(nn.Sequential):
+    """A block's MLP. Its hidden layer, the widest tensor of a block, is activated in place."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    allocates = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D); nothing that a hook or a gradient may need is overwritten."""
+        before: nn.Module | None = None
+        for layer in self:
+            if (
+                isinstance(layer, QuickGELU)
+                and before is not None
+                and not x.requires_grad
+                and unshared(before, layer)
+            ):
+                x = layer.forward_(x)
+            else:
+                x = layer(x)
+            before = layer
+        return x
+
+
+class HeadProjections(nn.Module):
+    """The projections of multi-head attention into queries, keys and values, and out of them.
+
+    Args:
+        heads: their number.
+        out_proj: linear layer (B, T, D) -> (B, T, D).
+    """
+
+    def __init__(self, heads: int, out_proj: nn.Module) -> None:
         super().__init__()
         self.num_heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
+        self.out_proj = out_proj
 
     def linear(self, x: Tensor, rows: slice) -> Tensor:
         """Some rows of the packed projection of `x`, (B, T, D) -> (B, T, rows)."""
-        return linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        raise NotImplementedError
 
     def project(self, x: Tensor, names: str = "qkv") -> tuple[Tensor, ...]:
         """Some of the queries, keys and values of `x`, each (B, H, T, d), by one product.
@@ -92,6 +107,22 @@ class Attention(nn.Module):
         start = "qkv".index(names) * width
         out = self.linear(x, slice(start, start + len(names) * width))
         return out.unflatten(-1, (len(names), self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Attention(HeadProjections):
+    """The weights of multi-head attention, packed as in `nn.MultiheadAttention`."""
+
+    out_proj: Linear
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(heads, Linear(width, width))
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def linear(self, x: Tensor, rows: slice) -> Tensor:
+        """Some rows of the packed projection of `x`."""
+        return linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
 
 
 class Block(nn.Module):
@@ -111,7 +142,7 @@ class Block(nn.Module):
         hidden = hidden or 4 * width
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
+        self.mlp = MLP(
             OrderedDict(
                 c_fc=Linear(width, hidden),
                 gelu=ACTIVATIONS[activation](),
@@ -169,11 +200,15 @@ class Block(nn.Module):
         return (layout or x).with_data(self._finish(mixed, residual, ffn))
 
     def _finish(self, mixed: Tensor, residual: Tensor | None, ffn: bool) -> Tensor:
-        # sums are made in place of what linear layers have just put out, which gradients do not need
         y = self.attn.out_proj(mixed)  # (B, T, D)
         if residual is not None:
-            y += residual
-        return self.mlp(self.ln_2(y)).add_(y) if ffn else y
+            y = _sum(y, residual, self.attn.out_proj)
+        return _sum(self.mlp(self.ln_2(y)), y, self.mlp, self.mlp[-1]) if ffn else y
+
+
+def _sum(y: Tensor, x: Tensor, *layers: nn.Module) -> Tensor:
+    """The sum, in the memory of `y` if only `layers` have had it; gradients do not need it."""
+    return y.add_(x) if unshared(*layers) else y + x
 
 
 def fused_attention(
@@ -240,7 +275,12 @@ class VisionTransformer(nn.Module):
         activation: "quick_gelu" (OpenAI) or "gelu".
         head_width: width of an attention head.
         hidden: width of the MLPs' hidden layer, 4 D by default.
+
+    Attributes:
+        is_int8: whether the blocks' weights are rounded to 8 bits (`sfp.clip.int8`).
     """
+
+    is_int8 = False
 
     def __init__(
         self,

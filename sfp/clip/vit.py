@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from sfp.functional.attention import hide
 from sfp.functional.grid import resample_positions
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
-
-if TYPE_CHECKING:
-    from sfp.method import Edit
 
 Rule = Callable[[Heads, Trace], Tensor]
 """An attention rule: (heads, trace) -> weights, (B, H or 1, M, T)."""
@@ -343,7 +340,7 @@ class VisionTransformer(nn.Module):
     def trace(
         self,
         image: Tensor,
-        edits: Sequence[Edit] = (),
+        edits: Sequence[Callable[[Trace, int], Tokens]] = (),
         *,
         positions: Callable = resample_positions,
         **context: Any,

@@ -1,0 +1,201 @@
+"""Numbers that papers print, with where they stand and under which protocol they were measured.
+
+They are data, `published.json`, table by table as in the sources; nobody here measured any of them. A
+number compares with another only under the same protocol: `Number.protocol` says which, and tables that
+mix protocols have to show it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sfp.registry import suggest
+
+FILE = Path(__file__).with_name("published.json")
+METRICS = ("mIoU", "mAcc", "aAcc", "fwIoU")
+BENCHMARKS = ("VOC21", "Context60", "COCO-Object", "VOC20", "Context59", "COCO-Stuff", "ADE20K")
+BENCHMARKS += ("Cityscapes", "ADE20K-847", "Context459", "COCO-27", "Cityscapes-27")
+SEEN = ("text", "transcript", "second-hand")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where numbers stand.
+
+    Attributes:
+        text: name, for people.
+        seen: "text": checked against the source's text; "transcript": written down from a picture or
+            page that is not at hand; "second-hand": quoted by somebody else.
+        note: what to know about it.
+    """
+
+    text: str
+    seen: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How numbers were measured.
+
+    Attributes:
+        text: for people.
+        options: what differs from the shipped configs, by benchmark, "*" for all: dotted names as in
+            `--cfg-options`, "short_side" in pixels, and "words", a pair of which the first is replaced
+            by the second in every query. None if the settings are not known, or cannot be written so.
+    """
+
+    text: str
+    options: Mapping[str, Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Number:
+    """A published number.
+
+    Attributes:
+        value: in percent; text such as "62.x" where our copy of the source cuts a digit off.
+        benchmark: one of `BENCHMARKS`, or an average by name.
+        metric: one of `METRICS`.
+        backbone: "ViT-B/16", ...
+        protocol: key of `Published.protocols`.
+        source: key of `Published.sources`.
+        table: where in the source.
+        row: name in that table: a method, or a variant of one.
+        method: the preset of this package that it belongs to; None if there is none.
+        by: who ran a method that is not theirs; "" for its authors, or where nobody says.
+        extra: models used besides CLIP.
+        trained: whether the method trains something.
+        note: what to know about the row or its table.
+    """
+
+    value: float | str
+    benchmark: str
+    metric: str
+    backbone: str
+    protocol: str
+    source: str
+    table: str
+    row: str
+    method: str | None = None
+    by: str = ""
+    extra: str = ""
+    trained: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Published:
+    """The registry.
+
+    Attributes:
+        sources, protocols: by the keys that numbers use.
+        numbers: in the order of the file.
+    """
+
+    sources: Mapping[str, Source]
+    protocols: Mapping[str, Protocol]
+    numbers: Sequence[Number]
+
+    def find(self, **where: Any) -> list[Number]:
+        """Numbers with these values of their attributes, e.g. `find(method="sclip", metric="mIoU")`."""
+        return [n for n in self.numbers if all(getattr(n, k) == v for k, v in where.items())]
+
+    def row(self, table: str, row: str) -> dict[str, Number]:
+        """A row's numbers by benchmark.
+
+        Raises:
+            ValueError: if there is none; the message names the closest.
+        """
+        rows: dict[str, dict[str, Number]] = {}
+        for number in self.find(table=table):
+            rows.setdefault(number.row, {})[number.benchmark] = number
+        if not rows:
+            known = dict.fromkeys(n.table for n in self.numbers)
+            raise ValueError(f"no published table {table!r}{suggest(table, known)}")
+        if row not in rows:
+            raise ValueError(f"no row {row!r} in the published table {table!r}{suggest(row, rows)}")
+        return rows[row]
+
+
+@cache
+def published() -> Published:
+    """The registry that comes with the package."""
+    return parse(json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def parse(data: Mapping[str, Any]) -> Published:
+    """A registry from what its file holds.
+
+    Args:
+        data: "sources" and "protocols" by key, and "tables": each with "table", "title", "columns",
+            "rows" and attributes of `Number` that a row may have otherwise. A row has "row" and
+            "values", one per column, null where the source has none.
+
+    Raises:
+        ValueError: naming the table and row, if a key is unknown or missing, a row has not one value
+            per column, a value is no percentage, or a number is there twice.
+    """
+    sources = {k: _build(Source, v, f"source {k!r}") for k, v in data["sources"].items()}
+    protocols = {k: _build(Protocol, v, f"protocol {k!r}") for k, v in data["protocols"].items()}
+    for key, source in sources.items():
+        _one_of("seen", source.seen, SEEN, f"source {key!r}")
+    numbers: list[Number] = []
+    for table in data["tables"]:
+        shared = {k: v for k, v in table.items() if k not in ("title", "columns", "rows", "note")}
+        for row in table["rows"]:
+            where = f"table {table['table']!r}, row {row.get('row')!r}"
+            own = {k: v for k, v in row.items() if k not in ("values", "note")}
+            own["note"] = " ".join(filter(None, (row.get("note"), table.get("note"))))
+            if len(row["values"]) != len(table["columns"]):
+                raise ValueError(
+                    f"{where}: {len(row['values'])} values for {len(table['columns'])} columns"
+                )
+            for benchmark, value in zip(table["columns"], row["values"], strict=True):
+                if value is None:
+                    continue
+                _percentage(value, where)
+                number = _build(
+                    Number, {**shared, **own, "benchmark": benchmark, "value": value}, where
+                )
+                _one_of("source", number.source, sources, where)
+                _one_of("protocol", number.protocol, protocols, where)
+                _one_of("metric", number.metric, METRICS, where)
+                if not benchmark.startswith(("mean", "average")):
+                    _one_of("benchmark", benchmark, BENCHMARKS, where)
+                numbers.append(number)
+    keys = [(n.table, n.source, n.row, n.metric, n.benchmark) for n in numbers]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"published twice: {sorted(twice)[0]}")
+    frozen = MappingProxyType
+    return Published(frozen(sources), frozen(protocols), tuple(numbers))
+
+
+def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    names = [field.name for field in fields(kind)]
+    for name in values:
+        _one_of("key", name, names, where)
+    try:
+        return kind(**values)
+    except TypeError as error:  # names what is missing
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _one_of(what: str, value: str, known: Any, where: str) -> None:
+    if value not in known:
+        raise ValueError(f"{where}: unknown {what} {value!r}{suggest(value, known)}")
+
+
+def _percentage(value: Any, where: str) -> None:
+    number = isinstance(value, float) and 0 <= value <= 100
+    if not number and not (isinstance(value, str) and re.fullmatch(r"\d{1,2}\.x", value)):
+        raise ValueError(
+            f"{where}: {value!r} is neither a percentage nor one whose last digit is cut off, as '62.x'"
+        )

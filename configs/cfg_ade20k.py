@@ -1,5 +1,5 @@
 # ADE20K: 2000 images of validation, 150 classes.
-# Published for SFP: 20.8 mIoU (poster).
+# Published for SFP: 20.8 mIoU (poster); 18.1 when PEARL's authors ran it (settings unknown).
 #     CONFIG=configs/cfg_ade20k.py WORK_DIR=work/ade20k sh test.sh
 # The short side is 384; most other methods report ADE20K at 336.
 

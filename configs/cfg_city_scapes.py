@@ -1,6 +1,5 @@
 # Cityscapes: 500 images of val, 19 classes.
-# Published: only the mean is known to us, 43.9 mIoU over the eight benchmarks in the paper of
-# SC-CLIP, whose pipeline the released SFP builds on.
+# Published for SFP: 41.1 mIoU (poster); 34.1 when PEARL's authors ran it (settings unknown).
 #     CONFIG=configs/cfg_city_scapes.py WORK_DIR=work/city_scapes sh test.sh
 
 _base_ = "./base_config.py"

@@ -1,5 +1,5 @@
 # Cityscapes-27: 500 images of val, all 27 classes that are not void.
-# We know of no published number of this protocol for SFP or its peers.
+# Published: nothing of this protocol, with words, for SFP or its peers.
 #     CONFIG=configs/cfg_city_scapes27.py WORK_DIR=work/city_scapes27 sh test.sh
 
 _base_ = "./base_config.py"

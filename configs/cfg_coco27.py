@@ -1,5 +1,5 @@
 # COCO-27: 5000 images of val2017, the 27 supercategories of COCO-Stuff.
-# We know of no published number of this protocol for SFP or its peers.
+# Published: nothing of this protocol, with words, for SFP or its peers.
 #     CONFIG=configs/cfg_coco27.py WORK_DIR=work/coco27 sh test.sh
 # Work on unsupervised segmentation evaluates a part of val2017: give its list of images as
 # test_dataloader.dataset.ann_file. Here a class is found by the names of its members (docs/data.md).

@@ -1,6 +1,5 @@
 # COCO-Object: 5000 images of val2017, 80 things and background.
-# Published: only the mean is known to us, 43.9 mIoU over the eight benchmarks in the paper of
-# SC-CLIP, whose pipeline the released SFP builds on.
+# Published for SFP: 37.9 mIoU (poster); 32.1 when PEARL's authors ran it (settings unknown).
 #     CONFIG=configs/cfg_coco_object.py WORK_DIR=work/coco_object sh test.sh
 # The label maps come from `sfp data prepare coco_object` (docs/data.md).
 

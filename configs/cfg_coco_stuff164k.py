@@ -1,6 +1,5 @@
 # COCO-Stuff 164k: 5000 images of val2017, 171 classes.
-# Published: only the mean is known to us, 43.9 mIoU over the eight benchmarks in the paper of
-# SC-CLIP, whose pipeline the released SFP builds on.
+# Published for SFP: 26.4 mIoU (poster); 24.0 when PEARL's authors ran it (settings unknown).
 #     CONFIG=configs/cfg_coco_stuff164k.py WORK_DIR=work/coco_stuff164k sh test.sh
 
 _base_ = "./base_config.py"

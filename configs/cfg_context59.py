@@ -1,6 +1,5 @@
 # Pascal Context without background (Context59): 5104 images of val, 59 classes.
-# Published: only the mean is known to us, 43.9 mIoU over the eight benchmarks in the paper of
-# SC-CLIP, whose pipeline the released SFP builds on.
+# Published for SFP: 39.9 mIoU (poster); 36.0 when PEARL's authors ran it (settings unknown).
 #     CONFIG=configs/cfg_context59.py WORK_DIR=work/context59 sh test.sh
 
 _base_ = "./base_config.py"

@@ -1,6 +1,5 @@
 # Pascal Context with background (Context60): 5104 images of val, 60 classes.
-# Published: only the mean is known to us, 43.9 mIoU over the eight benchmarks in the paper of
-# SC-CLIP, whose pipeline the released SFP builds on.
+# Published for SFP: 37.2 mIoU (poster); 32.3 when PEARL's authors ran it (settings unknown).
 #     CONFIG=configs/cfg_context60.py WORK_DIR=work/context60 sh test.sh
 
 _base_ = "./base_config.py"

@@ -1,6 +1,6 @@
 # Pascal VOC 2012 with background (VOC21): 1449 images of val, 21 classes.
-# Published for SFP: 63.9 mIoU (poster); 61.4 in the log that comes with the released code (of an
-# earlier commit).
+# Published for SFP: 63.9 mIoU (poster); 61.4 in the log that comes with the released code, of an
+# earlier commit; 56.8 when PEARL's authors ran it (settings unknown).
 #     CONFIG=configs/cfg_voc21.py WORK_DIR=work/voc21 sh test.sh
 
 _base_ = "./base_config.py"

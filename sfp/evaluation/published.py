@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -20,8 +20,17 @@ from sfp.registry import suggest
 
 FILE = Path(__file__).with_name("published.json")
 METRICS = ("mIoU", "mAcc", "aAcc", "fwIoU")
-BENCHMARKS = ("VOC21", "Context60", "COCO-Object", "VOC20", "Context59", "COCO-Stuff", "ADE20K")
-BENCHMARKS += ("Cityscapes", "ADE20K-847", "Context459", "COCO-27", "Cityscapes-27")
+EIGHT = (
+    "VOC21",
+    "Context60",
+    "COCO-Object",
+    "VOC20",
+    "Context59",
+    "COCO-Stuff",
+    "ADE20K",
+    "Cityscapes",
+)
+BENCHMARKS = (*EIGHT, "ADE20K-847", "Context459", "COCO-27", "Cityscapes-27")
 SEEN = ("text", "transcript", "second-hand")
 
 
@@ -46,14 +55,29 @@ class Protocol:
     """How numbers were measured.
 
     Attributes:
+        name: for tables.
         text: for people.
         options: what differs from the shipped configs, by benchmark, "*" for all: dotted names as in
             `--cfg-options`, "short_side" in pixels, and "words", a pair of which the first is replaced
             by the second in every query. None if the settings are not known, or cannot be written so.
     """
 
+    name: str
     text: str
     options: Mapping[str, Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a source.
+
+    Attributes:
+        title: what it is about.
+        note: what to know about it.
+    """
+
+    title: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,13 +91,13 @@ class Number:
         backbone: "ViT-B/16", ...
         protocol: key of `Published.protocols`.
         source: key of `Published.sources`.
-        table: where in the source.
+        table: key of `Published.tables`.
         row: name in that table: a method, or a variant of one.
         method: the preset of this package that it belongs to; None if there is none.
         by: who ran a method that is not theirs; "" for its authors, or where nobody says.
         extra: models used besides CLIP.
         trained: whether the method trains something.
-        note: what to know about the row or its table.
+        note: what to know about the row.
     """
 
     value: float | str
@@ -96,12 +120,13 @@ class Published:
     """The registry.
 
     Attributes:
-        sources, protocols: by the keys that numbers use.
+        sources, protocols, tables: by the keys that numbers use.
         numbers: in the order of the file.
     """
 
     sources: Mapping[str, Source]
     protocols: Mapping[str, Protocol]
+    tables: Mapping[str, Table]
     numbers: Sequence[Number]
 
     def find(self, **where: Any) -> list[Number]:
@@ -117,9 +142,8 @@ class Published:
         rows: dict[str, dict[str, Number]] = {}
         for number in self.find(table=table):
             rows.setdefault(number.row, {})[number.benchmark] = number
-        if not rows:
-            known = dict.fromkeys(n.table for n in self.numbers)
-            raise ValueError(f"no published table {table!r}{suggest(table, known)}")
+        if table not in self.tables:
+            raise ValueError(f"no published table {table!r}{suggest(table, self.tables)}")
         if row not in rows:
             raise ValueError(f"no row {row!r} in the published table {table!r}{suggest(row, rows)}")
         return rows[row]
@@ -147,35 +171,38 @@ def parse(data: Mapping[str, Any]) -> Published:
     protocols = {k: _build(Protocol, v, f"protocol {k!r}") for k, v in data["protocols"].items()}
     for key, source in sources.items():
         _one_of("seen", source.seen, SEEN, f"source {key!r}")
+    tables: dict[str, Table] = {}
     numbers: list[Number] = []
     for table in data["tables"]:
-        shared = {k: v for k, v in table.items() if k not in ("title", "columns", "rows", "note")}
+        shared = {k: v for k, v in table.items() if k not in ("title", "note", "columns", "rows")}
+        tables[table["table"]] = Table(table["title"], table.get("note", ""))
         for row in table["rows"]:
-            where = f"table {table['table']!r}, row {row.get('row')!r}"
-            own = {k: v for k, v in row.items() if k not in ("values", "note")}
-            own["note"] = " ".join(filter(None, (row.get("note"), table.get("note"))))
-            if len(row["values"]) != len(table["columns"]):
-                raise ValueError(
-                    f"{where}: {len(row['values'])} values for {len(table['columns'])} columns"
-                )
-            for benchmark, value in zip(table["columns"], row["values"], strict=True):
-                if value is None:
-                    continue
-                _percentage(value, where)
-                number = _build(
-                    Number, {**shared, **own, "benchmark": benchmark, "value": value}, where
-                )
-                _one_of("source", number.source, sources, where)
-                _one_of("protocol", number.protocol, protocols, where)
-                _one_of("metric", number.metric, METRICS, where)
-                if not benchmark.startswith(("mean", "average")):
-                    _one_of("benchmark", benchmark, BENCHMARKS, where)
-                numbers.append(number)
-    keys = [(n.table, n.source, n.row, n.metric, n.benchmark) for n in numbers]
+            numbers += _row(shared, table["columns"], row)
+    for number in numbers:
+        where = f"table {number.table!r}, row {number.row!r}"
+        _one_of("source", number.source, sources, where)
+        _one_of("protocol", number.protocol, protocols, where)
+        _one_of("metric", number.metric, METRICS, where)
+        if not number.benchmark.startswith(("mean", "average")):
+            _one_of("benchmark", number.benchmark, BENCHMARKS, where)
+    keys = [(n.table, n.row, n.metric, n.benchmark) for n in numbers]
     if twice := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"published twice: {sorted(twice)[0]}")
+        raise ValueError(f"published twice: {min(twice)}")
     frozen = MappingProxyType
-    return Published(frozen(sources), frozen(protocols), tuple(numbers))
+    return Published(frozen(sources), frozen(protocols), frozen(tables), tuple(numbers))
+
+
+def _row(
+    shared: Mapping[str, Any], columns: Sequence[str], row: Mapping[str, Any]
+) -> Iterator[Number]:
+    where = f"table {shared.get('table')!r}, row {row.get('row')!r}"
+    own = {k: v for k, v in row.items() if k != "values"}
+    if len(row["values"]) != len(columns):
+        raise ValueError(f"{where}: {len(row['values'])} values for {len(columns)} columns")
+    for benchmark, value in zip(columns, row["values"], strict=True):
+        if value is not None:
+            _percentage(value, where)
+            yield _build(Number, {**shared, **own, "benchmark": benchmark, "value": value}, where)
 
 
 def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:

@@ -1,7 +1,7 @@
 """Writes the tables of published numbers into README.md and docs/methods.md.
 
-python tools/published_tables.py          # after a change of sfp/evaluation/published.json
-python tools/published_tables.py --check  # exit code 1 if a page is not what would be written
+Run it after a change of sfp/evaluation/published.json. With `--check` it writes nothing, and its exit
+code is 1 if a page is not what it would write.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from sfp.evaluation.published import EIGHT, Number, published
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- published: begin -->\n", "<!-- published: end -->"
-CONFIGS = dict(
-    zip(
-        EIGHT,
-        "voc21 context60 coco_object voc20 context59 coco_stuff164k ade20k city_scapes".split(),
-        strict=True,
-    )
-)
+CONFIGS = {
+    "VOC21": "voc21",
+    "Context60": "context60",
+    "COCO-Object": "coco_object",
+    "VOC20": "voc20",
+    "Context59": "context59",
+    "COCO-Stuff": "coco_stuff164k",
+    "ADE20K": "ade20k",
+    "Cityscapes": "city_scapes",
+}
 SLIDING = ["sfp_poster/main", "sfp_log", "pearl", "ov_stitcher", "naclip", "gclip"]
 SLIDING += ["clearclip", "floss"]
 CENTRE_CROP = ("cliptrase_224", "cliptrase_336")

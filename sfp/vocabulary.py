@@ -1,24 +1,35 @@
-"""What to look for: class names and their synonyms, from a file or from a list.
+"""What to look for: class names and their synonyms, from a file, a list, a benchmark or typed text.
 
-A class file holds one class per line in the label order of its dataset, synonyms separated by
-", "; every synonym is a text query of its own::
+A class file holds one class per line in the label order of its dataset, synonyms separated by ", " or
+"|"; every synonym is a text query of its own::
 
     sky, wall, tree
     cat
-    tv monitor, screen
+    tv monitor | screen
+
+In typed text (`--classes`, the page) a comma separates classes, and "|" their synonyms.
 """
 
 from __future__ import annotations
 
+import numbers
 import os
+import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from sfp.data import benchmarks
+from sfp.data.listing import read_text
+from sfp.registry import suggest
 
 SEPARATOR = ", "
 BACKGROUND = "background"
+# what people separate names with that is no separator here, and what they put before and around them
+_SUSPICIOUS = re.compile(r",(?=\S)|[;|\t]|^\s*(#|//|- |\d+\s*[:.)])|^([\"']).*\2$")
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,160 @@ class Vocabulary:
         return len(self.names)
 
 
+Classes: TypeAlias = "str | os.PathLike[str] | Sequence[str | Sequence[str]] | Vocabulary"
+
+
+def as_vocabulary(
+    classes: Classes, background: str | Sequence[str] | float | None = None
+) -> Vocabulary:
+    """The queries of a list, a file or a benchmark, with a background where words describe it.
+
+    Args:
+        classes: one of
+
+            * a list with an entry per class: its name, or a list of its synonyms;
+            * the path of a class file, one class per line, synonyms separated by ", " or "|";
+            * the name of a benchmark (`sfp.data.benchmarks`): its words, under its own class names;
+            * a `Vocabulary`.
+        background: words, one or a list: they become class 0, "background". A number or None adds
+            no query (see `background_threshold`).
+
+    Raises:
+        ValueError: if `classes` is none of these, or has a background of its own beside the words.
+        FileNotFoundError: if there is no such file.
+    """
+    vocabulary = _vocabulary(classes)
+    if background is None or background_threshold(background) is not None:
+        return vocabulary
+    words = [background] if isinstance(background, str) else list(background)  # type: ignore[arg-type]
+    if BACKGROUND in vocabulary.names:
+        raise ValueError(
+            f"background={background!r}, but the classes have a {BACKGROUND!r} already: rename or "
+            "remove one of them"
+        )
+    try:
+        queries = load_vocabulary([words]).queries
+    except ValueError as error:
+        raise ValueError(f"background={background!r}: {error}") from None
+    clash = sorted(set(queries) & set(vocabulary.queries))
+    if clash:
+        raise ValueError(
+            f"background={background!r}: {clash[0]!r} is also a name of a class, and their scores "
+            "would tie; remove one"
+        )
+    return Vocabulary(
+        (*queries, *vocabulary.queries),
+        (*(0 for _ in queries), *(i + 1 for i in vocabulary.index)),
+        (BACKGROUND, *vocabulary.names),
+    )
+
+
+def _vocabulary(classes: Classes) -> Vocabulary:
+    if isinstance(classes, Vocabulary):
+        return classes
+    if isinstance(classes, str) and (row := benchmarks.find(classes)) is not None:
+        return _of_benchmark(row.name)
+    if isinstance(classes, str) and not Path(classes).is_file():
+        if Path(classes).suffix or os.sep in classes:
+            return load_vocabulary(classes)  # whose error says that the file is missing
+        raise ValueError(
+            f"classes={classes!r} is neither a file nor a benchmark"
+            f"{suggest(classes, benchmarks.BENCHMARKS)}. "
+            f"To name classes give a list: {[c.strip() for c in classes.split(',')]}"
+        )
+    if not isinstance(classes, (str, os.PathLike, list, tuple)):
+        raise ValueError(
+            f"classes={classes!r}: expected a list of names (or of lists of synonyms), in the order "
+            "of the labels, a class file, or the name of a benchmark"
+        )
+    return load_vocabulary(classes)
+
+
+@cache
+def _of_benchmark(name: str) -> Vocabulary:
+    """The words of a benchmark, under its dataset's own class names ("background", not "sky")."""
+    row = benchmarks.BENCHMARKS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # COCO-Object names "bed" twice, which is its protocol
+        vocabulary = load_vocabulary(row.words)
+    return replace(vocabulary, names=row.class_names)
+
+
+# -- background ----------------------------------------------------------------------------------
+
+
+def background_threshold(background: object) -> float | None:
+    """The probability among the meanings of `background`; None for words and None.
+
+    Raises:
+        ValueError: if it is none of these, or not between 0 and 1.
+    """
+    if background is None or isinstance(background, (str, list, tuple)):
+        return None
+    if isinstance(background, bool) or not isinstance(background, numbers.Real):
+        raise ValueError(
+            f"background={background!r}: expected None, words, or a probability between 0 and 1"
+        )
+    threshold = float(background)
+    if not 0 < threshold < 1:
+        raise ValueError(f"background={background}: a threshold lies between 0 and 1")
+    return threshold
+
+
+def check_threshold(vocabulary: Vocabulary, threshold: float | None) -> None:
+    """Warns where a threshold cannot act, and where one class without a rival gets every pixel.
+
+    Probabilities are a softmax over the Q queries, so the best one is at least 1 / Q: a threshold
+    below that makes no pixel background, and one query has probability 1 everywhere.
+
+    Args:
+        vocabulary: what is looked for, background words included.
+        threshold: pixels whose best probability is less become background; None or 0 for no such rule.
+    """
+    queries = len(vocabulary.queries)
+    advice = "give words for the rest, background=['wall', 'floor'], or more classes"
+    if queries == 1:
+        effect = (
+            f"and the threshold {threshold:g} does nothing" if threshold else "whatever it shows"
+        )
+        warnings.warn(
+            f"{vocabulary.names[0]!r} is the only query, so its probability is 1 in every pixel, "
+            f"{effect}: {advice}",
+            stacklevel=3,
+        )
+    elif threshold and threshold <= 1 / queries:
+        warnings.warn(
+            f"the threshold {threshold:g} does nothing: among {queries} queries the best probability "
+            f"is at least {1 / queries:.3g}; raise it, or {advice}",
+            stacklevel=3,
+        )
+
+
+# -- lists, files, text --------------------------------------------------------------------------
+
+
+def parse_words(text: str) -> list[list[str]]:
+    """Typed text as classes: by commas or lines, synonyms by "|"; empty entries are passed over.
+
+    Raises:
+        ValueError: if there is none.
+
+    Example:
+        >>> parse_words("cat | kitten, sky,")
+        [['cat', 'kitten'], ['sky']]
+    """
+    classes = [_synonyms(entry) for entry in re.split(r"[,\n]", text)]
+    classes = [synonyms for synonyms in classes if synonyms]
+    if not classes:
+        raise ValueError("type the words to look for, separated by commas: cat, sofa|couch, floor")
+    return classes
+
+
+def _synonyms(text: str) -> list[str]:
+    """The names between "|"."""
+    return [name.strip() for name in text.split("|") if name.strip()]
+
+
 def load_vocabulary(
     source: str | os.PathLike[str] | Sequence[str | Sequence[str]] | Vocabulary,
 ) -> Vocabulary:
@@ -48,7 +213,8 @@ def load_vocabulary(
 
     Names are stripped of surrounding blanks, and a separator or blank lines at the end are ignored.
     A name that two classes share is allowed, since the field's own COCO-Object file has one ("bed"),
-    but warned about: the scores tie and the earlier class always wins.
+    but warned about: the scores tie and the earlier class always wins. So are names that look like
+    several, "cat;dog" or "cat,dog", of which each is one query.
 
     Args:
         source: Path of a class file, or a list with one entry per class: its name, or a list of its
@@ -60,7 +226,7 @@ def load_vocabulary(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a class or a name is empty, a class repeats a name, or the file is not UTF-8.
+        ValueError: If a class or a name is empty, a class repeats a name, or the file is no text.
 
     Example:
         >>> load_vocabulary([["cat", "kitten"], "dog"])
@@ -79,52 +245,72 @@ def load_vocabulary(
         if not classes:
             raise ValueError("the class list is empty: give at least one class name")
 
+    classes = [_clean(synonyms, place) for synonyms, place in zip(classes, places, strict=True)]
+    _warn_about_names(classes, places, isinstance(source, (str, os.PathLike)))
+    queries = [name for synonyms in classes for name in synonyms]
+    index = [number for number, synonyms in enumerate(classes) for _ in synonyms]
+    return Vocabulary(tuple(queries), tuple(index), tuple(synonyms[0] for synonyms in classes))
+
+
+def _warn_about_names(classes: list[list[str]], places: list[str], in_file: bool) -> None:
+    """Warns about names that classes share, and about names that look like several."""
     seen: dict[str, int] = {}
-    queries: list[str] = []
-    index: list[int] = []
-    for number, (synonyms, place) in enumerate(zip(classes, places, strict=True)):
-        for name in _clean(synonyms, place):
-            if seen.get(name) == number:
-                raise ValueError(
-                    f"{place}: the name {name!r} stands there twice; remove one, every synonym of "
-                    "a class is a query of its own"
-                )
+    odd: list[str] = []
+    for number, synonyms in enumerate(classes):
+        for name in synonyms:
             if name in seen:
                 warnings.warn(
-                    f"{place}: the name {name!r} is also in {places[seen[name]]}. Their scores tie "
-                    "and the earlier class wins, so rename or remove one unless a benchmark "
-                    "prescribes it",
-                    stacklevel=2,
+                    f"{places[number]}: the name {name!r} is also in {places[seen[name]]}. Their "
+                    "scores tie and the earlier class wins, so rename or remove one unless a "
+                    "benchmark prescribes it",
+                    stacklevel=3,
                 )
+            if _SUSPICIOUS.search(name):
+                odd.append(f"{places[number]}: {name!r}")
             seen.setdefault(name, number)
-            queries.append(name)
-            index.append(number)
-    first = [index.index(number) for number in range(len(classes))]
-    return Vocabulary(tuple(queries), tuple(index), tuple(queries[i] for i in first))
+    if odd:
+        several = f", and {len(odd) - 1} more like it" if len(odd) > 1 else ""
+        advice = (
+            'A class file has one class per line and nothing else, synonyms separated by ", " or "|"'
+            if in_file
+            else "A list has an entry per class, a list of its own where it has synonyms: "
+            "[['sofa', 'couch'], 'floor']"
+        )
+        warnings.warn(f"{odd[0]} is taken as one name{several}. {advice}", stacklevel=3)
 
 
 def _read(path: Path) -> list[list[str]]:
     """Synonyms of each line of a class file, blank lines at the end left out."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
+        text.encode()
     except FileNotFoundError:
         raise FileNotFoundError(
             f"no class file {str(path)!r}: expected a text file with one class per line, synonyms "
             f"separated by {SEPARATOR!r}. To name classes directly give a list: ['cat', 'dog']"
         ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
     lines = text.rstrip().split("\n")  # not splitlines(), which also splits at rarer characters
     if lines == [""]:
         raise ValueError(f"{path} is empty: expected one class per line")
-    return [line.strip().removesuffix(",").split(SEPARATOR) for line in lines]
+    classes = [
+        re.split(r", | *\| *", line.strip().removesuffix(",").removesuffix("|")) for line in lines
+    ]
+    if len(classes) == 1 and len(classes[0]) > 1:
+        warnings.warn(
+            f"{path} has one line: it is one class with {len(classes[0])} synonyms. If they are "
+            "classes, write one per line",
+            stacklevel=3,
+        )
+    return classes
 
 
 def _clean(synonyms: Sequence[str], place: str) -> list[str]:
     """The names without surrounding blanks.
 
     Raises:
-        ValueError: If there is none, or one is empty or not a string.
+        ValueError: If there is none, or one is empty, repeated or not a string.
     """
     if not synonyms or not all(isinstance(name, str) for name in synonyms):
         raise ValueError(f"{place}: expected a name or a list of names, got {synonyms!r}")
@@ -136,4 +322,9 @@ def _clean(synonyms: Sequence[str], place: str) -> list[str]:
         )
     if "" in names:
         raise ValueError(f"{place}: a synonym is empty; remove the separator that is too much")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"{place}: the name {twice[0]!r} stands there twice; remove one, every synonym of a class "
+            "is a query of its own"
+        )
     return names

@@ -18,7 +18,6 @@ import sfp
 from sfp import api, mini, visualize, words
 from sfp.clip import text
 from sfp.clip.vit import VisionTransformer
-from sfp.data import datasets
 from sfp.feature_cache import Memory
 from sfp.vocabulary import load_vocabulary
 
@@ -370,22 +369,6 @@ def test_damaged_weights_are_named(tmp_path):
 
 
 # -- words ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", words.BENCHMARKS)
-def test_benchmarks_by_name(name):
-    """The queries of the class file, under the names of the dataset."""
-    vocabulary = words.as_vocabulary(name)
-    file, dataset = words.BENCHMARKS[name]
-    with pytest.warns() if name == "coco_object" else pytest.MonkeyPatch.context():
-        listed = load_vocabulary(ROOT / "configs" / file)
-    assert (vocabulary.queries, vocabulary.index) == (listed.queries, listed.index)
-    expected = getattr(datasets, dataset).METAINFO["classes"]
-    assert [each.strip() for each in expected] == list(vocabulary.names)
-    assert len(vocabulary.names) == listed.num_classes
-    config = file.removeprefix("cls_").removesuffix(".txt").replace("coco_stuff", "coco_stuff164k")
-    assert (ROOT / "configs" / f"cfg_{config}.py").is_file()
-    assert words.as_vocabulary(config) == vocabulary  # by the name of its config, too
 
 
 def test_forms_of_classes(tmp_path):

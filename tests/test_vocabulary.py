@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sfp.vocabulary import Vocabulary, load_vocabulary
+from sfp.data import benchmarks
+from sfp.vocabulary import (
+    Vocabulary,
+    as_vocabulary,
+    background_threshold,
+    check_threshold,
+    load_vocabulary,
+    parse_words,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GOLDENS = Path(__file__).parent / "goldens"
@@ -53,6 +63,9 @@ def load(tmp_path: Path, text: str) -> Vocabulary:
     return load_vocabulary(path)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*is taken as one name"
+)  # that is what the field does with them
 @pytest.mark.parametrize("case", [*OFFICIAL, *CORRECTED])
 def test_files(tmp_path, case):
     text, queries, index = (OFFICIAL | CORRECTED)[case]
@@ -106,6 +119,127 @@ def test_files_that_cannot_be_read(tmp_path):
         load_vocabulary(tmp_path / "latin.txt")
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("grass|lawn", [["grass", "lawn"]]),
+        ("grass | lawn, meadow |", [["grass", "lawn", "meadow"]]),
+        ("tree, cat", [["tree", "cat"]]),
+    ],
+)
+def test_separators_of_synonyms_mean_the_same_in_files_and_typed_text(tmp_path, text, names):
+    vocabulary = load(tmp_path, f"{text}\nsky\n")
+    assert vocabulary == load_vocabulary([*names, "sky"])
+    if "," not in text:
+        assert vocabulary == load_vocabulary(parse_words(f"{text}, sky"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tree,cat",
+        "tree;cat",
+        "tree; cat",
+        "tree\tcat",
+        "# my words",
+        "// tree",
+        "0: tree",
+        "1. tree",
+        "- tree",
+        '"tree"',
+        "'tree'",
+    ],
+)
+def test_names_that_look_like_several_are_said(tmp_path, line):
+    with pytest.warns(
+        UserWarning, match=r"cls\.txt, line 2: .* is taken as one name\. A class file"
+    ):
+        vocabulary = load(tmp_path, f"sky\n{line}\n")
+    assert vocabulary.names == ("sky", line)
+    with pytest.warns(UserWarning, match="entry 0 of the class list: .*, and 1 more like it"):
+        load_vocabulary([line, line + "x;y"])
+
+
+@pytest.mark.parametrize(
+    "line", ["a red, round ball", "3d printer", "T-shirt", "O'Neil's", "5 o'clock"]
+)
+def test_names_that_are_fine(line):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_vocabulary([line]).names == (line,)
+
+
+def test_classes_on_one_line_are_said_to_be_synonyms(tmp_path):
+    with pytest.warns(UserWarning, match="one class with 3 synonyms.*write one per line"):
+        assert load(tmp_path, "tree, cat, sky\n").num_classes == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_as_windows_saves_them(tmp_path, encoding):
+    path = tmp_path / "cls.txt"
+    path.write_bytes("caf\xe9, bar\r\nsky\r\n".encode(encoding))
+    assert load_vocabulary(path).queries == ("caf\xe9", "bar", "sky")
+
+
+def test_typed_text():
+    assert parse_words("cat | kitten, sky,\n, floor|") == [["cat", "kitten"], ["sky"], ["floor"]]
+    for text in ("", " , ", "|", "\n"):
+        with pytest.raises(ValueError, match="separated by commas"):
+            parse_words(text)
+
+
+# -- background and thresholds -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0.3, np.float32(0.3), np.float64(0.3), Fraction(3, 10)],
+    ids=lambda x: type(x).__name__,
+)
+def test_thresholds_of_any_type(value):
+    assert background_threshold(value) == pytest.approx(0.3)
+    assert as_vocabulary(["a", "b"], value) == load_vocabulary(["a", "b"])
+
+
+@pytest.mark.parametrize("value", [True, np.True_, {"a"}, {"a": 1}, b"wall", 1j], ids=repr)
+def test_backgrounds_that_are_nothing_of_the_kind(value):
+    with pytest.raises(ValueError, match="expected None, words, or a probability"):
+        background_threshold(value)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, 30, float("nan"), np.float32(2)], ids=repr)
+def test_thresholds_that_no_probability_has(value):
+    with pytest.raises(ValueError, match="a threshold lies between 0 and 1"):
+        background_threshold(value)
+
+
+@pytest.mark.parametrize(
+    ("classes", "background", "threshold", "said"),
+    [
+        (["cat"], None, 0.99, "only query.*the threshold 0.99 does nothing"),
+        (["cat"], None, None, "only query.*1 in every pixel"),
+        (["cat", "dog"], None, 0.5, "at least 0.5"),
+        (["cat", "dog"], None, 0.3, "the threshold 0.3 does nothing: among 2 queries"),
+        ([["cat", "kitten"], "dog"], None, 1 / 3, "among 3 queries"),
+        (["cat"], ["wall"], 0.4, "among 2 queries"),
+    ],
+)
+def test_thresholds_that_cannot_act_are_said(classes, background, threshold, said):
+    vocabulary = as_vocabulary(classes, background)
+    with pytest.warns(UserWarning, match=said):
+        check_threshold(vocabulary, threshold)
+
+
+@pytest.mark.parametrize(
+    ("classes", "threshold"),
+    [(["cat", "dog"], 0.51), ([["cat", "kitten"]], 0.6), (["cat", "dog"], None), ("voc21", 0.15)],
+)
+def test_thresholds_that_act(classes, threshold):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_threshold(as_vocabulary(classes), threshold)
+
+
 def test_lists():
     vocabulary = load_vocabulary(["cat", ["dog", " puppy "], ("a red, round ball",)])
     assert vocabulary.queries == ("cat", "dog", "puppy", "a red, round ball")
@@ -143,6 +277,26 @@ def test_shipped_files(name):
     assert (vocabulary.num_classes, len(vocabulary.queries)) == COUNTS[name]
     # The field's COCO-Object file has "bed" among the background words and as a thing.
     assert [("'bed'" in str(w.message)) for w in caught] == [True] * (name == "coco_object")
+
+
+@pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
+def test_benchmarks_by_name_and_alias(name):
+    """The queries of the class file, under the names that the row gives them."""
+    row = benchmarks.BENCHMARKS[name]
+    if not row.class_file:
+        with pytest.raises(FileNotFoundError, match=f"sfp data prepare {name}"):
+            as_vocabulary(name)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        listed = load_vocabulary(CONFIGS / row.class_file)
+    for word in (name, *row.aliases):
+        vocabulary = as_vocabulary(word)
+        assert (vocabulary.queries, vocabulary.index) == (listed.queries, listed.index)
+        assert vocabulary.names == row.class_names
+    assert len(row.class_names) == row.classes == listed.num_classes
+    assert set(row.renamed) <= set(listed.names)
+    assert row.config.is_file()
 
 
 def test_every_shipped_file_is_counted():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sfp.cli.options import add_command
 
 if TYPE_CHECKING:
-    from sfp.data.catalogue import Entry
+    from sfp.data.benchmarks import Benchmark
 
 TEXT = """\
 Lists, prepares and checks the datasets (docs/data.md); `sfp data ACTION --help` has more.
@@ -99,25 +99,24 @@ def _root(args: argparse.Namespace) -> Path:
     return args.data_root or Path(os.environ.get("DATA_ROOT") or "data")
 
 
-def _entries(names: Iterable[str]) -> dict[str, Entry]:
-    """Entries of the catalogue; an unknown name is refused before anything runs."""
-    from sfp.data.catalogue import CATALOGUE
+def _entries(names: Iterable[str]) -> dict[str, Benchmark]:
+    """Benchmarks by name; an unknown name is refused before anything runs."""
+    from sfp.data.benchmarks import DOWNLOADED
     from sfp.registry import pick
 
-    return {name: pick("dataset", name, CATALOGUE) for name in names}
+    return {name: pick("dataset", name, DOWNLOADED) for name in names}
 
 
 def _list(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from sfp.cli.terminal import console
-    from sfp.data.catalogue import CATALOGUE
-    from sfp.data.check import state
+    from sfp.data.benchmarks import DOWNLOADED
 
     root = _root(args)
     table = Table("name", "dataset", "images", "classes", "looked for in", "state")
-    for name, entry in CATALOGUE.items():
-        _, what = state(entry, root)
+    for name, entry in DOWNLOADED.items():
+        _, what = entry.state(root)
         style = {"ready": "green", "missing": "dim"}.get(what, "yellow")
         images = " or ".join(map(str, entry.images))
         where = str(root / entry.folder)
@@ -128,7 +127,6 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from sfp.data.check import state
     from sfp.data.convert import WORKERS, run
 
     root = _root(args)
@@ -144,13 +142,13 @@ def _prepare(args: argparse.Namespace) -> int:
             )
             print(f"{step.what}: {written} written, {kept} were there")
         entry.build(root).load_data_list()  # raises what is still missing
-        images, what = state(entry, root)
+        images, what = entry.state(root)
         print(f"{name}: {images} images, {what}; `sfp data check {name}` reads every file\n")
         complete &= what == "ready"
     return 0 if complete else 3
 
 
-def _card(name: str, entry: Entry, root: Path) -> str:
+def _card(name: str, entry: Benchmark, root: Path) -> str:
     """What a dataset consists of, in lines."""
     lines = [f"{entry.title} ({name}): {entry.images[0]} images, {entry.classes} classes"]
     lines += ["", "Download, and unpack in"]

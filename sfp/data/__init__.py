@@ -1,6 +1,7 @@
-"""The datasets' files: what to download, how it is converted, and whether it is whole.
+"""Pictures and datasets: which files count, how they are read, and where benchmarks come from.
 
-`catalogue` has an entry per dataset, `ids` what their numbers mean, `convert` writes label maps,
-`check` looks into every file. `sfp data` is the command line to all of it; the datasets themselves, as
-mmsegmentation reads them, are in `sfp.data.datasets`.
+`images` reads pictures and `listing` finds them. `benchmarks` has a row per benchmark, `ids` what the
+numbers in its label maps mean, `convert` and `conversions` write label maps, `check` looks into every
+file: `sfp data` is the command line to all of it. `datasets` are the benchmarks as mmsegmentation reads
+them.
 """

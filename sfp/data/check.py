@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from sfp.data.catalogue import Entry
-from sfp.data.convert import WORKERS, image_name, parallel
-from sfp.data.datasets import FILES, LabelSizeError, LabelValueError, LocalFiles, absent
+from sfp.data.benchmarks import Benchmark, absent
+from sfp.data.convert import WORKERS, parallel
+from sfp.data.datasets import FILES, LabelSizeError, LabelValueError, LocalFiles, image_name
 from sfp.data.images import DataError, read_labels
 from sfp.evaluation.journal import fingerprint
 from sfp.files import atomic_write, sha256_file
@@ -47,45 +47,27 @@ class Report:
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def state(entry: Entry, root: Path) -> tuple[int, str]:
-    """What is there, at a look into the folders.
-
-    Returns:
-        The number of images, and "ready", "missing", or what is.
-    """
-    try:
-        dataset = entry.build(root)
-        records = dataset.records()
-    except FileNotFoundError:
-        return 0, "missing"
-    lost = {what: len(absent(r[key] for r in records)) for key, what in FILES.items()}
-    lacks = [f"{n} of {len(records)} {what}s missing" for what, n in lost.items() if n]
-    if len(records) not in entry.images:
-        lacks.append(f"expected {entry.images[0]} images")
-    return len(records), ", ".join(lacks) or "ready"
-
-
-def check(entry: Entry, root: Path, *, workers: int = WORKERS) -> Report:
+def check(benchmark: Benchmark, root: Path, *, workers: int = WORKERS) -> Report:
     """Reads every file of a dataset.
 
     Args:
-        entry: of the catalogue.
+        benchmark: which.
         root: of all data.
         workers: threads.
 
     Raises:
         FileNotFoundError: if there are no images at all, or no list or names of classes.
     """
-    dataset = entry.build(root)
+    dataset = benchmark.build(root)
     records = dataset.records()
     report = Report(len(records))
     problems = report.problems
     classes = len(dataset.metainfo["classes"])
-    expected = " or ".join(map(str, entry.images))
-    if len(records) not in entry.images:
+    expected = " or ".join(map(str, benchmark.images))
+    if len(records) not in benchmark.images:
         problems["number of images"].append(f"{len(records)}, expected {expected}")
-    if classes != entry.classes:
-        problems["number of classes"].append(f"{classes}, expected {entry.classes}")
+    if classes != benchmark.classes:
+        problems["number of classes"].append(f"{classes}, expected {benchmark.classes}")
     missing: set[str] = set()
     for key, what in FILES.items():
         lost = absent(record[key] for record in records)
@@ -97,7 +79,7 @@ def check(entry: Entry, root: Path, *, workers: int = WORKERS) -> Report:
     pixels = np.zeros(classes, np.int64)
     total = 0
     look = partial(_look, dataset, classes)
-    for found in parallel(look, there, f"checking {entry.title}", workers):
+    for found in parallel(look, there, f"checking {benchmark.title}", workers):
         if isinstance(found, DataError):
             problems[_kind(found)].append(str(found))
         else:
@@ -138,19 +120,19 @@ def _orphans(dataset: LocalFiles, records: list[dict]) -> list[str]:
     return sorted(path for path in found if os.path.normpath(path) not in known)
 
 
-def manifest(entry: Entry, root: Path, *, workers: int = WORKERS) -> dict[str, Any]:
+def manifest(benchmark: Benchmark, root: Path, *, workers: int = WORKERS) -> dict[str, Any]:
     """Hashes of evenly spread images and their label maps, and of the list of all images.
 
     Raises:
         FileNotFoundError: if files are missing.
         DataError: if a label map cannot be read.
     """
-    dataset = entry.build(root)
+    dataset = benchmark.build(root)
     records = dataset.load_data_list()
     count = min(SAMPLE, len(records))
     chosen = [records[i * len(records) // count] for i in range(count)]
     files = [(key, record[key]) for record in chosen for key in FILES]
-    hashes = list(parallel(_hash, files, f"hashing {entry.title}", workers))
+    hashes = list(parallel(_hash, files, f"hashing {benchmark.title}", workers))
     paths = [Path(os.path.relpath(path, root)).as_posix() for _, path in files]
     names = [image_name(dataset, record) + dataset.img_suffix for record in records]
     return dict(

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from sfp.words import BACKGROUND
+from sfp.vocabulary import BACKGROUND
 
 if TYPE_CHECKING:
     from sfp.result import Result

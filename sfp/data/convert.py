@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from sfp.data import ids
-from sfp.data.datasets import COCOStuff164kDataset, LocalFiles, PascalContext59Dataset, absent
+from sfp.data.benchmarks import BENCHMARKS, Benchmark, absent
 from sfp.data.images import DataError, read_bytes, read_labels
 from sfp.files import atomic_write
 
@@ -124,12 +124,13 @@ def _cancelling(
 
 
 def per_image(
-    dataset: LocalFiles, source: Path | str, convert: Callable[[Path], Labels]
+    benchmark: Benchmark, root: Path, source: Path | str, convert: Callable[[Path], Labels]
 ) -> list[Job]:
-    """A label map for each image of a dataset, from a file that belongs to the image.
+    """A label map for each image of a benchmark, from a file that belongs to the image.
 
     Args:
-        dataset: what will read the label maps; built with `lazy_init`, since they are not there.
+        benchmark: whose label maps are made.
+        root: of all data.
         source: path with `{}` in the place of the image's name, which is its path below the
             image folder without its suffix.
         convert: from such a file to labels, (H, W).
@@ -138,16 +139,10 @@ def per_image(
         FileNotFoundError: if there are no images.
     """
     jobs = []
-    for record in dataset.records():
-        path = Path(str(source).replace("{}", image_name(dataset, record)))
-        jobs.append(Job(Path(record["seg_map_path"]), partial(convert, path), path))
+    for stem in benchmark.stems(root):
+        path = Path(str(source).replace("{}", stem))
+        jobs.append(Job(benchmark.paths(root, stem)[1], partial(convert, path), path))
     return jobs
-
-
-def image_name(dataset: LocalFiles, record: Mapping[str, Any]) -> str:
-    """An image's path below the image folder, with forward slashes, without its suffix."""
-    path = os.path.relpath(record["img_path"], dataset.data_prefix["img_path"])
-    return Path(path).as_posix().removesuffix(dataset.img_suffix)
 
 
 def translate(path: Path, table: Mapping[int, int]) -> NDArray[np.uint8]:
@@ -188,7 +183,7 @@ def coarse_labels(path: Path) -> NDArray[np.uint8]:
     coarse = {
         member: label for label, group in enumerate(ids.COCO_COARSE.values()) for member in group
     }
-    fine = COCOStuff164kDataset.METAINFO["classes"]
+    fine = BENCHMARKS["coco_stuff164k"].class_names
     return translate(path, {k: coarse[name] for k, name in enumerate(fine)} | {IGNORED: IGNORED})
 
 
@@ -287,7 +282,7 @@ def check_context_names(path: Path) -> None:
         DataError: if it does.
     """
     number = {name: key for key, name in read_names(path, count=459).items()}
-    for name, known in zip(PascalContext59Dataset.METAINFO["classes"], ids.CONTEXT_59, strict=True):
+    for name, known in zip(BENCHMARKS["context59"].class_names, ids.CONTEXT_59, strict=True):
         if number.get(name, known) != known:
             raise DataError(
                 f"{path}: {name!r} is number {number[name]}, expected {known}: this is another "

@@ -7,16 +7,16 @@ Importing this module registers them in mmseg's `DATASETS`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmcv.transforms import BaseTransform
+from mmcv.transforms import BaseTransform, LoadImageFromFile
 from torch import Tensor
 
 from sfp._mmseg import mmseg
+from sfp.data.benchmarks import absent, by_dataset
 from sfp.data.ids import CITYSCAPES_27, COCO_COARSE
 from sfp.data.images import DataError, check_whole, read_bytes, read_image, read_labels
 from sfp.files import cache_dir
@@ -29,17 +29,6 @@ TRANSFORMS = mmseg.registry.TRANSFORMS
 WIDE_IGNORED = 65535  # what stands for "does not count" in labels of more than 255 classes
 LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # of pipelines
 FILES = {"img_path": "image", "seg_map_path": "label"}  # key in mmseg's records and what it holds
-
-
-def absent(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Those of many paths that do not exist, at one look per folder, not one per file."""
-
-    @cache
-    def names(folder: str) -> frozenset[str]:
-        return frozenset(os.listdir(folder) if os.path.isdir(folder) else ())
-
-    texts = map(str, paths)
-    return [p for p in texts if os.path.basename(p) not in names(os.path.dirname(p) or ".")]
 
 
 class LabelSizeError(DataError):
@@ -143,8 +132,6 @@ class LocalFiles(mmseg.datasets.BaseSegDataset):
     and labels of another dataset a low score. Every error names the file.
     """
 
-    prepared_as = ""  # its name in `sfp.data.catalogue`, which knows where the files come from
-
     def records(self) -> list[dict]:
         """Records, as mmseg has them, of the images that the list or folder names.
 
@@ -215,14 +202,43 @@ class LocalFiles(mmseg.datasets.BaseSegDataset):
     def _missing(self, what: str, path: str) -> FileNotFoundError:
         """The error that says what is missing, and what to do about it."""
         root = os.environ.get("DATA_ROOT") or "not set, which means ./data"
+        benchmark = by_dataset(type(self).__name__)
         advice = ""
-        if self.prepared_as:
-            advice = f", `sfp data prepare {self.prepared_as}` what to download, and converts it"
+        if benchmark and benchmark.downloads:
+            advice = f", `sfp data prepare {benchmark.name}` what to download, and converts it"
         return FileNotFoundError(
             f"{type(self).__name__}: {what} {os.path.abspath(path)}. Set the environment variable "
             f"DATA_ROOT to the folder that holds the datasets (now: {root}); docs/data.md shows how "
             f"each of them is laid out{advice}."
         )
+
+
+def reading(node: Mapping[str, Any], folder: Path) -> LocalFiles:
+    """A dataset with a pipeline that only reads; its images and labels need not be there.
+
+    Args:
+        node: mmseg's, without `data_root` and `pipeline`.
+        folder: of its files.
+
+    Raises:
+        FileNotFoundError: if its class names come with its files and are not there.
+    """
+    kind = DATASETS.get(node["type"])
+    assert kind is not None
+    assert issubclass(kind, LocalFiles)
+    labels = LoadLabels() if issubclass(kind, NamedLabels) else mmseg.datasets.LoadAnnotations()
+    return kind(
+        **{k: v for k, v in node.items() if k != "type"},
+        data_root=str(folder),
+        pipeline=[LoadImageFromFile(), labels, mmseg.datasets.PackSegInputs()],
+        lazy_init=True,
+    )
+
+
+def image_name(dataset: LocalFiles, record: Mapping[str, Any]) -> str:
+    """An image's path below the image folder, with forward slashes, without its suffix."""
+    path = os.path.relpath(record["img_path"], dataset.data_prefix["img_path"])
+    return Path(path).as_posix().removesuffix(dataset.img_suffix)
 
 
 # mmseg's own Pascal classes add nothing to their names and colours but assertions without words
@@ -232,7 +248,6 @@ class LocalFiles(mmseg.datasets.BaseSegDataset):
 class PascalVOC21Dataset(LocalFiles):
     """Pascal VOC 2012 with background, 21 classes."""
 
-    prepared_as = "voc21"
     METAINFO = mmseg.datasets.PascalVOCDataset.METAINFO
 
 
@@ -240,7 +255,6 @@ class PascalVOC21Dataset(LocalFiles):
 class PascalVOC20Dataset(LocalFiles):
     """Pascal VOC 2012 without background: its pixels are ignored."""
 
-    prepared_as = "voc20"
     METAINFO = {key: values[1:] for key, values in mmseg.datasets.PascalVOCDataset.METAINFO.items()}
 
     def __init__(self, reduce_zero_label: bool = True, **kwargs: Any) -> None:
@@ -251,7 +265,6 @@ class PascalVOC20Dataset(LocalFiles):
 class PascalContext60Dataset(LocalFiles):
     """Pascal Context with background, 60 classes."""
 
-    prepared_as = "context60"
     METAINFO = mmseg.datasets.PascalContextDataset.METAINFO
 
 
@@ -259,7 +272,6 @@ class PascalContext60Dataset(LocalFiles):
 class PascalContext59Dataset(LocalFiles):
     """Pascal Context without background: its pixels are ignored."""
 
-    prepared_as = "context59"
     METAINFO = mmseg.datasets.PascalContextDataset59.METAINFO
 
     def __init__(self, reduce_zero_label: bool = True, **kwargs: Any) -> None:
@@ -270,7 +282,6 @@ class PascalContext59Dataset(LocalFiles):
 class COCOObjectDataset(LocalFiles):
     """The 80 things of COCO and background, as written by `sfp data prepare coco_object`."""
 
-    prepared_as = "coco_object"
     # The things are the first 80 classes of COCO-Stuff, in the order of COCO's category ids.
     METAINFO = dict(
         classes=("background", *mmseg.datasets.COCOStuffDataset.METAINFO["classes"][:80]),
@@ -290,14 +301,11 @@ class COCOObjectDataset(LocalFiles):
 class COCOStuff164kDataset(LocalFiles, mmseg.datasets.COCOStuffDataset):
     """COCO-Stuff 164k, 171 classes of things and stuff."""
 
-    prepared_as = "coco_stuff164k"
-
 
 @DATASETS.register_module()
 class COCOCoarse27Dataset(LocalFiles):
     """The 27 supercategories of COCO-Stuff, the classes of unsupervised segmentation."""
 
-    prepared_as = "coco27"
     METAINFO = dict(classes=tuple(COCO_COARSE), palette=colour_map(28)[1:])
 
     def __init__(
@@ -310,21 +318,16 @@ class COCOCoarse27Dataset(LocalFiles):
 class ADE20K150Dataset(LocalFiles, mmseg.datasets.ADE20KDataset):
     """ADE20K, 150 classes; unlabelled pixels are ignored."""
 
-    prepared_as = "ade20k"
-
 
 @DATASETS.register_module()
 class Cityscapes19Dataset(LocalFiles, mmseg.datasets.CityscapesDataset):
     """Cityscapes, 19 classes."""
-
-    prepared_as = "city_scapes"
 
 
 @DATASETS.register_module()
 class Cityscapes27Dataset(LocalFiles):
     """All 27 classes of Cityscapes that are not void, those of unsupervised segmentation."""
 
-    prepared_as = "city_scapes27"
     METAINFO = dict(classes=tuple(CITYSCAPES_27), palette=list(CITYSCAPES_27.values()))
 
     def __init__(
@@ -361,14 +364,10 @@ class NamedLabels(LocalFiles):
 class PascalContext459Dataset(NamedLabels):
     """Pascal Context with all its 459 classes; unlabelled pixels are ignored."""
 
-    prepared_as = "context459"
-
 
 @DATASETS.register_module()
 class ADE20K847Dataset(NamedLabels):
     """The full ADE20K with the 847 classes of open-vocabulary segmentation; others are ignored."""
-
-    prepared_as = "ade847"
 
 
 @DATASETS.register_module()

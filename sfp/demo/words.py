@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
+from sfp import vocabulary
 from sfp.mini import ALIASES
 
 MOST = 256  # queries: each is a batch of prompts for the text tower
@@ -19,12 +18,8 @@ def parse_words(text: str | None) -> list[list[str]]:
         >>> parse_words("cat | kitten, sky,")
         [['cat', 'kitten'], ['sky']]
     """
-    entries = re.split(r"[,\n]", text or "")
-    classes = [[w.strip() for w in entry.split("|") if w.strip()] for entry in entries]
-    classes = [synonyms for synonyms in classes if synonyms]
+    classes = vocabulary.parse_words(text or "")
     words = [word for synonyms in classes for word in synonyms]
-    if not words:
-        raise ValueError("type the words to look for, separated by commas: cat, sofa|couch, floor")
     if twice := sorted({word for word in words if words.count(word) > 1}):
         raise ValueError(f"{twice[0]!r} is there twice: remove one, their scores would tie")
     if len(words) > MOST:

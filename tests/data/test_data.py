@@ -19,7 +19,7 @@ from scipy.io import savemat
 
 from sfp import cli
 from sfp.data import check, convert, ids
-from sfp.data.catalogue import CATALOGUE
+from sfp.data.benchmarks import DOWNLOADED
 from sfp.data.datasets import (
     DATASETS,
     Cityscapes19Dataset,
@@ -35,7 +35,7 @@ from sfp.evaluation.card import image_names
 from sfp.evaluation.journal import fingerprint
 
 ROOT = Path(__file__).parents[2]
-CONVERTED = [name for name, entry in CATALOGUE.items() if entry.steps]
+CONVERTED = [name for name, entry in DOWNLOADED.items() if entry.steps]
 
 
 def sfp_data(*words: object) -> int:
@@ -49,8 +49,8 @@ def root(tmp_path, monkeypatch):
     """A root of data; the catalogue expects three images in each dataset."""
     folder = tmp_path / "data"
     monkeypatch.setenv("DATA_ROOT", str(folder))
-    for name, entry in CATALOGUE.items():
-        monkeypatch.setitem(CATALOGUE, name, dataclasses.replace(entry, images=(3,)))
+    for name, entry in DOWNLOADED.items():
+        monkeypatch.setitem(DOWNLOADED, name, dataclasses.replace(entry, images=(3,)))
     return folder
 
 
@@ -61,19 +61,22 @@ def test_entries_and_configs_agree():
     configs = {path.stem.removeprefix("cfg_") for path in ROOT.glob("configs/cfg_*.py")}
     applications = {"voc21_sam", "coco27_unsupervised", "city_scapes27_unsupervised"}
     assert (
-        set(CATALOGUE) == {name for name in configs if not name.startswith("mini")} - applications
+        set(DOWNLOADED) == {name for name in configs if not name.startswith("mini")} - applications
     )
-    for name, entry in CATALOGUE.items():
+    for name, entry in DOWNLOADED.items():
         node = Config.fromfile(ROOT / "configs" / f"cfg_{name}.py").test_dataloader.dataset
         node.pop("pipeline")
         assert Path(node.pop("data_root")).parts[-1] == Path(entry.folder).parts[-1]
         assert node == entry.dataset, name
-        assert DATASETS.get(entry.dataset["type"]).prepared_as == name
+        kind = DATASETS.get(entry.dataset["type"])
+        if entry.class_file:
+            names = tuple(each.strip() for each in kind.METAINFO["classes"])
+            assert names == entry.class_names, name
 
 
 def test_docs_say_what_prepare_says():
     page = (ROOT / "docs" / "data.md").read_text()
-    for name, entry in CATALOGUE.items():
+    for name, entry in DOWNLOADED.items():
         images = " or ".join(map(str, entry.images))
         assert f"| `cfg_{name}.py` | {images} | {entry.classes} | `{entry.folder}` |" in page
         for file in entry.downloads:
@@ -84,7 +87,7 @@ def test_docs_say_what_prepare_says():
 
 
 def test_layouts_are_those_of_the_trees(root):
-    for name, entry in CATALOGUE.items():
+    for name, entry in DOWNLOADED.items():
         layout = trees.LAYOUTS[name]
         shown = {f"{entry.folder}/{path}" for path in entry.layout}
         for template in (layout.image, layout.label, layout.listing, layout.classes):
@@ -137,7 +140,7 @@ def test_list(root, capsys):
         for line in capsys.readouterr().out.splitlines()
         if "│" in line
     }
-    assert set(CATALOGUE) == set(lines)
+    assert set(DOWNLOADED) == set(lines)
     assert "ready" in lines["voc20"]
     assert "3 of 3 labels missing" in lines["city_scapes"]
     assert "missing" in lines["ade847"].split("│")[6]
@@ -151,9 +154,9 @@ def test_list(root, capsys):
 
 def test_wrong_number_of_images_is_not_ready(root, monkeypatch, capsys):
     trees.build("voc21", root)
-    entry = dataclasses.replace(CATALOGUE["voc21"], images=(1449,))
-    assert check.state(entry, root) == (3, "expected 1449 images")
-    monkeypatch.setitem(CATALOGUE, "voc21", entry)
+    entry = dataclasses.replace(DOWNLOADED["voc21"], images=(1449,))
+    assert entry.state(root) == (3, "expected 1449 images")
+    monkeypatch.setitem(DOWNLOADED, "voc21", entry)
     assert sfp_data("prepare", "voc21") == 3
     assert "voc21: 3 images, expected 1449 images" in capsys.readouterr().out
 
@@ -173,11 +176,11 @@ def test_prepare(name, root, capsys):
     assert f"{name}: 3 images, ready" in printed
     for path, labels in expected.items():
         written = cv2.imread(str(root / path), cv2.IMREAD_UNCHANGED)
-        assert written.dtype == (np.uint16 if CATALOGUE[name].classes > 256 else np.uint8)
+        assert written.dtype == (np.uint16 if DOWNLOADED[name].classes > 256 else np.uint8)
         assert np.array_equal(written, labels), path
 
-    dataset = CATALOGUE[name].build(root)
-    assert len(dataset.metainfo["classes"]) == CATALOGUE[name].classes
+    dataset = DOWNLOADED[name].build(root)
+    assert len(dataset.metainfo["classes"]) == DOWNLOADED[name].classes
     dataset.full_init()
     for i, labels in enumerate(expected.values()):
         truth = dataset.prepare_data(i)["data_samples"].gt_sem_seg.data[0].numpy()
@@ -187,7 +190,8 @@ def test_prepare(name, root, capsys):
     assert f"{name}: no problems" in printed
     counted = [labels[labels != dataset.ignore_index] for labels in truths(dataset)]
     assert (
-        f"{len(np.unique(np.concatenate(counted)))} of {CATALOGUE[name].classes} classes" in printed
+        f"{len(np.unique(np.concatenate(counted)))} of {DOWNLOADED[name].classes} classes"
+        in printed
     )
 
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
@@ -220,7 +224,7 @@ def test_from_download_to_metrics(name, root, tmp_path):
     evaluate.check(cfg)
     result = evaluate.evaluate(cfg, pictures=1)
     assert result["images"] == 3
-    assert len(result["classes"]) == CATALOGUE[name].classes
+    assert len(result["classes"]) == DOWNLOADED[name].classes
     methods = {"sfp": cfg.model.method}
     cfg.work_dir = str(tmp_path / "compared")
     compared = compare.compare(
@@ -234,11 +238,11 @@ def test_nothing_to_convert(name, root, capsys):
     with pytest.raises(FileNotFoundError, match="there is no image folder"):
         sfp_data("prepare", name)
     printed = capsys.readouterr().out
-    for file in CATALOGUE[name].downloads:
+    for file in DOWNLOADED[name].downloads:
         assert file.url in printed
         assert os.path.normpath(root / file.into) in printed
     assert "Terms: " in printed
-    for path in CATALOGUE[name].layout:
+    for path in DOWNLOADED[name].layout:
         assert path in printed
     trees.build(name, root)
     assert sfp_data("prepare", name) == 0
@@ -247,9 +251,9 @@ def test_nothing_to_convert(name, root, capsys):
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_nothing_downloaded(name, root, capsys):
-    with pytest.raises(FileNotFoundError, match=re.escape(str(root / CATALOGUE[name].folder))):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(root / DOWNLOADED[name].folder))):
         sfp_data("prepare", name)
-    assert CATALOGUE[name].downloads[0].url in capsys.readouterr().out
+    assert DOWNLOADED[name].downloads[0].url in capsys.readouterr().out
     assert not root.exists()
 
 
@@ -353,15 +357,15 @@ def test_list_of_the_27_classes(root):
     sfp_data("prepare", "coco27")
     stems = trees.LAYOUTS["coco27"].stems
     (root / "coco_stuff164k" / "curated.txt").write_text(f"{stems[2]}\n{stems[0]}\n")
-    node = dict(CATALOGUE["coco27"].dataset, ann_file="curated.txt")
-    dataset = dataclasses.replace(CATALOGUE["coco27"], dataset=node).build(root)
+    node = dict(DOWNLOADED["coco27"].dataset, ann_file="curated.txt")
+    dataset = dataclasses.replace(DOWNLOADED["coco27"], dataset=node).build(root)
     assert [Path(r["img_path"]).stem for r in dataset.load_data_list()] == [stems[2], stems[0]]
 
 
 # -- check ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", DOWNLOADED)
 def test_check_of_good_files(name, root, capsys):
     files = trees.build(name, root)
     assert sfp_data("check", name) == 0
@@ -371,7 +375,7 @@ def test_check_of_good_files(name, root, capsys):
     counted = truth[truth != trees.LAYOUTS[name].ignored]
     share = 1 - len(counted) / len(truth)
     assert (
-        f"{len(np.unique(counted))} of {CATALOGUE[name].classes} classes occur, {share:.1%}"
+        f"{len(np.unique(counted))} of {DOWNLOADED[name].classes} classes occur, {share:.1%}"
         in printed
     )
 
@@ -379,8 +383,8 @@ def test_check_of_good_files(name, root, capsys):
 @pytest.mark.filterwarnings("ignore:Please pay attention")  # mmseg's, of three channels
 def test_check_finds_every_problem(root, monkeypatch, capsys):
     """Eight images of COCO-Stuff, each with something else."""
-    entry = dataclasses.replace(CATALOGUE["coco_stuff164k"], images=(5000,))
-    monkeypatch.setitem(CATALOGUE, "coco_stuff164k", entry)
+    entry = dataclasses.replace(DOWNLOADED["coco_stuff164k"], images=(5000,))
+    monkeypatch.setitem(DOWNLOADED, "coco_stuff164k", entry)
     trees.build("coco_stuff164k", root)
     images = root / "coco_stuff164k" / "images" / "val2017"
     labels = root / "coco_stuff164k" / "annotations" / "val2017"
@@ -453,7 +457,7 @@ def test_wrong_list_of_names(root):
     trees.build("context459", root)
     path = root / trees.LAYOUTS["context459"].classes
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:450]))
-    report = check.check(CATALOGUE["context459"], root)
+    report = check.check(DOWNLOADED["context459"], root)
     assert report.problems["number of classes"] == ["450, expected 459"]
     assert "label that is no class" in report.problems
 
@@ -468,7 +472,7 @@ def test_manifest(root, tmp_path, capsys):
     content = json.loads(path.read_text())
     assert content["images"] == 3
     assert len(content["sha256"]) == 6
-    dataset = CATALOGUE["voc21"].build(root)
+    dataset = DOWNLOADED["voc21"].build(root)
     dataset.full_init()
     _, names = image_names(dataset)
     assert content["list_sha256"] == fingerprint(dict(images=names))  # as on the card of a result
@@ -505,7 +509,7 @@ def test_manifest(root, tmp_path, capsys):
 
 def test_manifest_of_another_list(root):
     trees.build("voc21", root)
-    ours = check.manifest(CATALOGUE["voc21"], root)
+    ours = check.manifest(DOWNLOADED["voc21"], root)
     path = root / "theirs.json"
     check.write_manifest(path, dict(ours, images=1449, list_sha256="0"))
     assert check.compare(path, ours) == [f"the list of images is another: 3 here, 1449 in {path}"]
@@ -514,7 +518,7 @@ def test_manifest_of_another_list(root):
 def test_manifest_samples_evenly(root, monkeypatch):
     trees.build("voc21", root)
     monkeypatch.setattr(check, "SAMPLE", 2)
-    content = check.manifest(CATALOGUE["voc21"], root)
+    content = check.manifest(DOWNLOADED["voc21"], root)
     names = [Path(path).stem for path in content["sha256"]]
     assert names == ["2007_000033", "2007_000033", "2007_000042", "2007_000042"]
 

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import regex
 import safetensors
 import torch
-from mmseg.utils import get_predefined_templates
-from mmseg.utils.get_templates import PREDEFINED_TEMPLATES
-from mmseg.utils.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.clip import tokenizer
 from sfp.clip.model import CLIP
+from sfp.clip.templates import TEMPLATES
 from sfp.files import atomic_write, cache_dir
-from sfp.registry import suggest
+from sfp.registry import pick
 
 BATCH = 512  # prompts per forward pass
 CHUNK = 1024  # queries whose prompts are held at once
 FORMAT = 2  # of the cached files: what a change of tokens, prompts or averaging must raise
-
-
-@functools.cache
-def _tokenizer() -> SimpleTokenizer:
-    """Mmseg's tokenizer, which spells OpenAI's two special tokens in another way."""
-    bpe = SimpleTokenizer()
-    names = ("<|startoftext|>", "<|endoftext|>")
-    for name, number in zip(names, bpe.all_special_ids, strict=True):
-        bpe.encoder[name] = number
-        bpe.cache[name] = name
-    special = "|".join(map(regex.escape, names))
-    bpe.pat = regex.compile(f"{special}|{bpe.pat.pattern}", regex.IGNORECASE)
-    return bpe
 
 
 def tokenize(texts: Sequence[str], context: int = 77) -> Tensor:
@@ -47,9 +31,7 @@ def tokenize(texts: Sequence[str], context: int = 77) -> Tensor:
     Raises:
         ValueError: if a text needs more than `context` ids.
     """
-    bpe = _tokenizer()
-    start, end = bpe.all_special_ids[:2]
-    rows = [[start, *bpe.encode(text), end] for text in texts]
+    rows = [[tokenizer.START, *tokenizer.encode(text), tokenizer.END] for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if len(row) > context:
             raise ValueError(
@@ -62,17 +44,13 @@ def tokenize(texts: Sequence[str], context: int = 77) -> Tensor:
 
 
 def prompt_templates(templates: str | Sequence[str]) -> list[str]:
-    """Templates with one `{}` each, from a list or the name of a set that mmseg ships.
+    """Templates with one `{}` each, from a list or the name of a set in `TEMPLATES`.
 
     Raises:
         ValueError: if the set is unknown or a template has no place for the name.
     """
     if isinstance(templates, str):
-        if templates not in PREDEFINED_TEMPLATES:
-            raise ValueError(
-                f"unknown prompt templates {templates!r}{suggest(templates, PREDEFINED_TEMPLATES)}"
-            )
-        templates = get_predefined_templates(templates)
+        templates = pick("prompt templates", templates, TEMPLATES)
     if not templates:
         raise ValueError("the list of prompt templates is empty: give at least one, such as '{}'")
     for template in templates:

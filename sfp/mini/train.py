@@ -31,14 +31,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmseg.utils import get_predefined_templates
-from mmseg.utils.tokenizer import tokenize
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfp.clip.model import CLIP
+from sfp.clip.templates import IMAGENET
+from sfp.clip.text import tokenize
 from sfp.mini.scenes import ALIASES, CLASSES, SEVERAL, THINGS, caption, fingerprint, scene
 
 GRID = 14  # tokens along a side of a scene
@@ -48,7 +48,7 @@ SIDE = GRID * PATCH
 VOCABULARY = 49408  # of OpenAI's tokenizer
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's pixel statistics
 STD = (0.26862954, 0.26130258, 0.27577711)
-TEMPLATES = ("{}", "a {}", "the {}", "a photo of {}.", *get_predefined_templates("imagenet"))
+TEMPLATES = ("{}", "a {}", "the {}", "a photo of {}.", *IMAGENET)
 EVAL_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a drawing of a {}.", "a {}", "{}")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import pytest
 import tiny
 import torch
 from conformance import ROOT
-from mmseg.utils import get_predefined_templates
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sfp
-from sfp.clip import text
+from sfp.clip import text, tokenizer
+from sfp.clip.templates import TEMPLATES
 from sfp.clip.text import encode_queries, prompt_templates, text_bank, tokenize
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -44,6 +48,33 @@ def test_tokenizer(case):
             tokenize([case["text"]])
     else:
         assert tokenize([case["text"]]).tolist() == [case["ids"]]
+
+
+@pytest.fixture(scope="module")
+def mmseg_utils():
+    """Of mmsegmentation, whose tokenizer is OpenAI's but for how it spells the two marks."""
+    utils = pytest.importorskip("mmseg.utils")
+    importlib.import_module("mmseg.utils.tokenizer")
+    return utils
+
+
+MARKS = re.compile(r"<\|?(start|end)_?of_?text\|?>", re.IGNORECASE)
+PARTS = (
+    *("Cat", "it's", "WE'LL", " naïve", "日本", "&amp;lt;", "\u00a0\x1c", "\u017f", "İ", "ÃŽ"),
+    *("<|endof", "12"),
+)
+PIECES = st.lists(st.one_of(st.sampled_from(PARTS), st.text(max_size=4))).map("".join)
+
+
+@given(st.one_of(st.text(), PIECES))
+def test_tokenizer_is_mmsegs(mmseg_utils, words):
+    assume(not MARKS.search(words))  # the two agree on everything but these
+    assert tokenizer.encode(words) == mmseg_utils.tokenizer._tokenizer.encode(words)
+
+
+def test_other_spellings_of_the_marks_are_words():
+    assert tokenizer.encode("a <|EndOfText|>") == [320, tokenizer.END]
+    assert tokenizer.END not in tokenizer.encode("<end_of_text>")
 
 
 @pytest.mark.parametrize("case", GOLDEN["context_length_cases"], ids=lambda c: str(c)[:40])
@@ -76,9 +107,13 @@ def test_a_batch_is_padded_to_its_longest():
 
 
 def test_templates():
-    assert prompt_templates("imagenet") == list(get_predefined_templates("imagenet"))
     assert len(prompt_templates("imagenet")) == 80
     assert prompt_templates(("{} one", "two {}")) == ["{} one", "two {}"]
+
+
+def test_sets_of_templates_are_mmsegs(mmseg_utils):
+    theirs = mmseg_utils.get_templates.PREDEFINED_TEMPLATES
+    assert {name: list(templates) for name, templates in TEMPLATES.items()} == theirs
 
 
 @pytest.mark.parametrize(
@@ -155,7 +190,7 @@ def test_the_bank_is_the_naive_loop(clip, monkeypatch, batch):
 
 def test_the_whole_ensemble(clip):
     bank = encode_queries(clip, ["brick wall"], prompt_templates("imagenet"))
-    expected = naive_bank(clip, ["brick wall"], list(get_predefined_templates("imagenet")))
+    expected = naive_bank(clip, ["brick wall"], prompt_templates("imagenet"))
     assert (bank - expected).abs().max() <= 1e-6
 
 

@@ -1,22 +1,59 @@
-"""Training-free open-vocabulary segmentation with frozen CLIP."""
+"""Training-free open-vocabulary segmentation with frozen CLIP.
 
-from sfp import _mmseg as mm  # first: it imports mmsegmentation quietly
-from sfp import methods, ops
-from sfp.data import datasets
-from sfp.evaluation import metrics
-from sfp.api import Model, load
-from sfp.clip.checkpoints.loading import WeightsError, load_clip
-from sfp.clip.model import CLIP
-from sfp.data.coco import coco_document
-from sfp.data.images import DataError, ImageError, as_image, read_image
-from sfp.method import Method, Purify, Readout, build_method
-from sfp.registry import METHODS, OPS, list_methods, list_ops, op
-from sfp.result import Result
-from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
-from sfp.tokens import Heads, Tokens
-from sfp.trace import Trace
+Names are imported at their first use (PEP 562): `import sfp` itself loads neither PyTorch nor
+mmsegmentation. The latter is for evaluation, and for the names that need it: `OpenVocabSegmentor`,
+`ImagePreprocessor`, `datasets`, `metrics` and `mm`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from sfp import _host
 from sfp.version import __version__
-from sfp.vocabulary import Vocabulary, load_vocabulary
+
+if TYPE_CHECKING:  # for type checkers and editors; a test compares with the table below
+    from sfp import _mmseg as mm
+    from sfp import methods, ops
+    from sfp.api import Model, load
+    from sfp.clip.checkpoints.loading import WeightsError, load_clip
+    from sfp.clip.model import CLIP
+    from sfp.data import datasets
+    from sfp.data.coco import coco_document
+    from sfp.data.images import DataError, ImageError, as_image, read_image
+    from sfp.evaluation import metrics
+    from sfp.method import Method, Purify, Readout, build_method
+    from sfp.registry import METHODS, OPS, list_methods, list_ops, op
+    from sfp.result import Result
+    from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
+    from sfp.tokens import Heads, Tokens
+    from sfp.trace import Trace
+    from sfp.vocabulary import Vocabulary, load_vocabulary
+
+_MODULES = {
+    "datasets": "sfp.data.datasets",
+    "methods": "sfp.methods",
+    "metrics": "sfp.evaluation.metrics",
+    "mm": "sfp._mmseg",
+    "ops": "sfp.ops",
+}
+_NAMES = {
+    "sfp.api": ("Model", "load"),
+    "sfp.clip.checkpoints.loading": ("WeightsError", "load_clip"),
+    "sfp.clip.model": ("CLIP",),
+    "sfp.data.coco": ("coco_document",),
+    "sfp.data.images": ("DataError", "ImageError", "as_image", "read_image"),
+    "sfp.method": ("Method", "Purify", "Readout", "build_method"),
+    "sfp.registry": ("METHODS", "OPS", "list_methods", "list_ops", "op"),
+    "sfp.result": ("Result",),
+    "sfp.segmentor": ("ImagePreprocessor", "OpenVocabSegmentor"),
+    "sfp.tokens": ("Heads", "Tokens"),
+    "sfp.trace": ("Trace",),
+    "sfp.vocabulary": ("Vocabulary", "load_vocabulary"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "CLIP",
@@ -53,3 +90,27 @@ __all__ = [
     "ops",
     "read_image",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of this package, imported when it is first asked for."""
+    try:
+        if name in _HOMES:
+            value = getattr(import_module(_HOMES[name]), name)
+        elif name in _MODULES:
+            value = import_module(_MODULES[name])
+        elif not name.startswith("_") and find_spec(f"sfp.{name}"):
+            return import_module(f"sfp.{name}")  # which makes it an attribute
+        else:
+            raise AttributeError(f"module 'sfp' has no attribute {name!r}")
+    except ModuleNotFoundError as error:
+        raise _host.explained(error) from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_host.register()

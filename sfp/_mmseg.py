@@ -1,13 +1,19 @@
-"""The one door to mmsegmentation: its import greets users with lines that are not for them."""
+"""Imports mmsegmentation with its notices silenced, and registers this package with it."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import warnings
+from importlib import import_module
 
 with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     # "Could not import OneDL" (printed) and mmcv-lite's note on compiled ops, which nothing here uses
     warnings.simplefilter("ignore")
     import mmseg.datasets
     import mmseg.models  # noqa: F401
+
+# All that configs may name, whichever of them a user imports. They import this module themselves, so
+# none of them may import names from another one of them.
+for _part in ("sfp.data.datasets", "sfp.evaluation.metrics", "sfp.segmentor"):
+    import_module(_part)

@@ -73,7 +73,7 @@ config = Config.fromfile("config.py")
 init_default_scope(config.default_scope)
 from mmengine.registry import DATASETS, METRICS, MODELS
 print(type(MODELS.build(config.model)).__name__)
-for registry, name in ((DATASETS, "MiniSceneDataset"), (METRICS, "HungarianMetric")):
+for registry, name in ((DATASETS, "mmseg.MiniSceneDataset"), (METRICS, "mmseg.HungarianMetric")):
     assert registry.get(name) is not None
 """
 

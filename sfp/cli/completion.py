@@ -63,7 +63,7 @@ def _words() -> dict[str, list[str]]:
         method=methods,
         methods=methods,
         study=sorted(studies()),
-        kind=sorted({op.kind for op in OPS.module_dict.values()}),
+        kind=sorted({getattr(op, "kind", "") for op in OPS.module_dict.values()}),
     )
 
 

@@ -132,7 +132,7 @@ def methods_markdown() -> str:
 def ops_rows() -> list[tuple[str, str, str, str]]:
     """(kind, name, knobs, summary) of every registered op, by kind."""
     rows = [
-        (fn.kind, name, _knob_list(fn), summary(fn))
+        (getattr(fn, "kind", ""), name, _knob_list(fn), summary(fn))
         for name, fn in ((name, OPS.module_dict[name]) for name in list_ops())
     ]
     return sorted(rows)

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-UMASK = os.umask(0)  # asking sets it: once, before there are threads, which share it
-os.umask(UMASK)
-
 
 def cache_dir(*parts: str) -> Path:
-    """`$SFP_CACHE` or ~/.cache/sfp, and a folder inside it; not created."""
-    root = os.environ.get("SFP_CACHE") or Path.home() / ".cache" / "sfp"
-    return Path(root, *parts)
+    """`$SFP_CACHE` or ~/.cache/sfp, and a folder inside it; not created.
+
+    Where there is no home folder, or nothing can be made in it (containers with an arbitrary user id),
+    a folder of this user's under the system's temporary one.
+    """
+    if root := os.environ.get("SFP_CACHE"):
+        return Path(root, *parts)
+    home = home_dir()
+    if home and _usable(home / ".cache" / "sfp"):
+        return home.joinpath(".cache", "sfp", *parts)
+    return _temporary_cache().joinpath(*parts)
+
+
+def home_dir() -> Path | None:
+    """The user's home folder, or None if there is none."""
+    home = os.path.expanduser("~")  # stays "~" where neither $HOME nor a user name is known
+    return Path(home) if os.path.isabs(home) and os.path.isdir(home) else None
+
+
+def _usable(folder: Path) -> bool:
+    """Whether a folder is there, if only to be read, or can be made."""
+    if os.path.isdir(folder):
+        return True
+    there = next(parent for parent in folder.parents if os.path.isdir(parent))
+    return os.access(there, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def _temporary_cache() -> Path:
+    """A folder that nobody else can write to; a new one if another user has taken its name."""
+    user = os.getuid() if hasattr(os, "getuid") else "cache"
+    folder = Path(tempfile.gettempdir(), f"sfp-{user}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()  # no link: where it leads, another user decides
+        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == user
+        if ours and not found.st_mode & 0o022:
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="sfp-"))
 
 
 @contextmanager
@@ -24,14 +62,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
+    # a short name: beside one of 255 bytes there is no room for a longer one
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{path.suffix}")
+    # not mkstemp, whose mode 0600 would shut other users of a cache out: here the umask decides
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~UMASK)  # mkstemp's 0600 would shut other users of a cache out
-        os.replace(name, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sha256_file(path: str | Path) -> str:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _words() -> dict[str, list[str]]:
     """Names of an option or a positional argument: what may stand there, files aside."""
-    from sfp.clip.checkpoints.loading import MINI, PUBLISHED
+    from sfp.clip.checkpoints.published import PUBLISHED
     from sfp.evaluation.ablate import studies
     from sfp.evaluation.configs import config_names
     from sfp.registry import OPS, list_methods
@@ -57,9 +57,9 @@ def _words() -> dict[str, list[str]]:
     methods = list_methods()
     return dict(
         config=config_names(),
-        weights=[MINI, *PUBLISHED],
+        weights=[*PUBLISHED],
         names=list(PUBLISHED),
-        source=[MINI, *PUBLISHED],
+        source=[*PUBLISHED],
         method=methods,
         methods=methods,
         study=sorted(studies()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from sfp.cli.options import WEIGHTS, add_command
 
@@ -66,9 +65,6 @@ def run(args: argparse.Namespace) -> int:
 
 def default_weights() -> str:
     """ViT-B/16 if no download is needed, else the mini CLIP."""
-    from sfp.clip.checkpoints.loading import MINI, PUBLISHED
-    from sfp.files import cache_dir
+    from sfp.clip.checkpoints.published import MINI, on_disk
 
-    folders = (cache_dir("weights"), Path.home() / ".cache" / "clip")
-    there = any((folder / PUBLISHED["ViT-B/16"].file).is_file() for folder in folders)
-    return "ViT-B/16" if there else MINI
+    return "ViT-B/16" if on_disk("ViT-B/16") else MINI

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from sfp.clip.checkpoints.published import ARCHITECTURES, OPENAI_MEAN, PUBLISHED, Published, on_disk
+
 TEXT = """\
 Published weights by name, and files of one's own.
 
@@ -56,8 +58,6 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def rows() -> list[list[str]]:
     """The table of published weights, in words."""
-    from sfp.clip.checkpoints.published import ARCHITECTURES, OPENAI_MEAN, PUBLISHED
-
     result = []
     for name, row in PUBLISHED.items():
         assert row.architecture is not None
@@ -71,10 +71,18 @@ def rows() -> list[list[str]]:
                 str(sizes.embed_dim),
                 row.activation,
                 "OpenAI's" if row.mean == OPENAI_MEAN else f"{row.mean[0]:g}",
-                f"huggingface.co/{row.repo}" if row.repo else "openaipublic.azureedge.net",
+                ("openaipublic.azureedge.net, " if row.sha256 else "")
+                + f"huggingface.co/{row.repo}",
             ]
         )
     return result
+
+
+def _sources(row: Published) -> str:
+    if row.shipped:
+        return "this package"
+    hub = f"huggingface.co/{row.repo}"
+    return f"openaipublic.azureedge.net, {hub}" if row.sha256 else hub
 
 
 def weights_markdown() -> str:
@@ -92,13 +100,12 @@ def list_weights(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from sfp.cli.terminal import console
-    from sfp.clip.checkpoints.loading import find
 
     table = Table(caption="sfp weights get NAME downloads")
     for column in (*COLUMNS, "on disk"):
         table.add_column(column, overflow="fold", no_wrap=column in ("name", "on disk"))
     for row in rows():
-        path = find(row[0])
+        path = on_disk(row[0])
         table.add_row(*row, _size(path.stat().st_size) if path else "-")
     console(200).print(table)
     return 0
@@ -106,7 +113,7 @@ def list_weights(args: argparse.Namespace) -> int:
 
 def get_weights(args: argparse.Namespace) -> int:
     """Downloads what is not on disk yet, and verifies all of it."""
-    from sfp.clip.checkpoints.loading import PUBLISHED, known_names, locate, verify
+    from sfp.clip.checkpoints.loading import known_names, locate, verify
 
     for name in args.names:
         if name not in PUBLISHED:
@@ -126,15 +133,13 @@ def check_weights(args: argparse.Namespace) -> int:
 
     from sfp.cli.terminal import console
     from sfp.clip.checkpoints.loading import (
-        PUBLISHED,
         WeightsError,
-        find,
         open_weights,
         split_activation,
     )
 
     name = str(split_activation(args.source)[0])
-    if name in PUBLISHED and find(name) is None:
+    if name in PUBLISHED and on_disk(name) is None:
         raise WeightsError(f"{name} is not on this machine: sfp weights get {name} downloads it")
     checkpoint = open_weights(args.source)
     clip = checkpoint.build()

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfp.clip.checkpoints import published
 from sfp.mini.scenes import ALIASES, CLASSES, PALETTE, STUFF, THINGS, prepare, scene
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def checkpoint() -> Path:
 
 
 def short_side(weights: object) -> int:
-    """Pixels that the short side of images is resized to: the benchmarks' 336, 224 for "mini"."""
-    return 224 if weights == "mini" else 336
+    """As `sfp.clip.checkpoints.published.short_side`."""
+    return published.short_side(weights)
 
 
 def unknown_words(weights: object, vocabulary: Vocabulary) -> list[str]:
@@ -92,10 +93,7 @@ def vocabulary_note(weights: object, vocabulary: Vocabulary | None = None) -> st
 
 
 def _is_mini(weights: object) -> bool:
-    if not isinstance(weights, (str, Path)):
-        return False
-    shipped = Path(__file__).with_name("mini.safetensors")
-    return weights == "mini" or Path(weights).resolve() == shipped.resolve()
+    return published.find(weights) is published.PUBLISHED[published.MINI]
 
 
 def _spoken(query: str) -> str:

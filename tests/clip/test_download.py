@@ -22,7 +22,8 @@ import sfp
 from sfp.cli import main
 from sfp.clip.checkpoints import download
 from sfp.clip.checkpoints.download import HashError, fetch
-from sfp.clip.checkpoints.loading import PUBLISHED, Published, find, load_clip, open_weights
+from sfp.clip.checkpoints.loading import PUBLISHED, Published, load_clip, open_weights
+from sfp.clip.checkpoints.published import on_disk
 from sfp.files import sha256_file
 
 DATA = bytes(range(256)) * 2000  # 512 kB
@@ -116,7 +117,7 @@ def test_a_file(server, path, length, capfd):
     fetch(server.url, path, SHA256)
     assert path.read_bytes() == DATA
     assert left(path) == ["file.pt"]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~download.UMASK
+    assert path.stat().st_mode & 0o777 == 0o644
     assert server.asked == [None]
     shown = capfd.readouterr()
     assert "file.pt" in shown.err
@@ -387,11 +388,11 @@ def content(tmp_path: Path, suffix: str) -> bytes:
 def test_weights_from_the_hub(hub, row, tmp_path, file, suffix):
     hub.files[f"{REPO}/{file}"] = data = content(tmp_path, suffix)
     hub.files[f"{REPO}/README.md"] = b"nothing that is wanted"
-    assert find(NAME) is None
+    assert on_disk(NAME) is None
     clip = load_clip(NAME)
     assert clip.activation == "gelu"
     assert clip.mean == (127.5,) * 3
-    path = find(NAME)
+    path = on_disk(NAME)
     assert path.read_bytes() == data
     assert path.is_relative_to(tmp_path / "hub")
     asked = len(hub.asked)
@@ -404,7 +405,7 @@ def test_weights_from_the_hub(hub, row, tmp_path, file, suffix):
 def test_damage_in_the_hubs_cache_is_found(hub, row, tmp_path):
     hub.files[f"{REPO}/open_clip_model.safetensors"] = content(tmp_path, ".safetensors")
     load_clip(NAME)
-    blob = find(NAME).resolve()
+    blob = on_disk(NAME).resolve()
     data = bytearray(blob.read_bytes())
     data[-7] ^= 1
     blob.write_bytes(data)
@@ -417,7 +418,7 @@ def test_a_hub_file_that_is_not_what_the_hub_states(hub, row, tmp_path):
     hub.files[file], hub.states[file] = content(tmp_path, ".safetensors"), "a" * 64
     with pytest.raises(sfp.WeightsError, match=f"the Hub states {'a' * 64}"):
         load_clip(NAME)
-    assert find(NAME) is None
+    assert on_disk(NAME) is None
     del hub.states[file]
     assert load_clip(NAME).digest
 
@@ -428,7 +429,7 @@ def test_a_hub_download_that_breaks_off_is_continued(hub, row, tmp_path):
     with contextlib.suppress(sfp.WeightsError):  # its library may continue by itself
         load_clip(NAME)
     load_clip(NAME)
-    assert find(NAME).read_bytes() == data
+    assert on_disk(NAME).read_bytes() == data
     assert sum(asked.startswith("GET") for asked in hub.asked) == 2
 
 
@@ -470,7 +471,7 @@ def test_get(server, hub, row, tmp_path, monkeypatch, capsys):
         path = tmp_path / "cache" / "weights" / "ViT-B-16.pt"
         assert lines[0].startswith(f"ViT-B/16: {path} (")
         assert lines[0].endswith(f"SHA-256 {sha256}, verified")
-        assert lines[1].endswith(f"SHA-256 {sha256_file(find(NAME))}, verified")
+        assert lines[1].endswith(f"SHA-256 {sha256_file(on_disk(NAME))}, verified")
     assert server.asked == [None, "bytes=3000-"]
     path.write_bytes(b"damaged")
     assert get("ViT-B/16") == 3

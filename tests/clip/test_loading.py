@@ -8,6 +8,7 @@ import http.server
 import io
 import os
 import pickle
+import re
 import threading
 import warnings
 import zipfile
@@ -20,8 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sfp
-from sfp.clip.checkpoints import loading
-from sfp.clip.checkpoints.loading import PUBLISHED, Published, digest_of, load_clip, read_state
+from sfp.clip.checkpoints import download, loading
+from sfp.clip.checkpoints.loading import (
+    PUBLISHED,
+    Published,
+    digest_of,
+    load_clip,
+    read_state,
+    weights_digest,
+)
 from sfp.files import sha256_file
 
 SIZE = dict(layers=2, vocab=40, text_layers=1, context=9)
@@ -549,6 +557,45 @@ def test_a_download_with_the_wrong_hash_leaves_nothing(home, published, server, 
     assert list((home / "cache" / "weights").iterdir()) == []
 
 
+@pytest.fixture
+def second_source(tmp_path, monkeypatch):
+    """A copy in the Hub's cache, which nothing has fetched yet; OpenAI's server cannot be reached."""
+    row = Published("ViT-B-16.pt", 64 * "0", "timm/some.openai", activation="quick_gelu")
+    monkeypatch.setitem(PUBLISHED, "ViT-B/16", row)
+    monkeypatch.setattr(Published, "url", property(lambda self: "http://127.0.0.1:9/ViT-B-16.pt"))
+    path = tmp_path / "models--timm--some.openai" / "open_clip_model.safetensors"
+    path.parent.mkdir()
+    save_file({k: v.contiguous() for k, v in weights().items()}, path)
+    return path
+
+
+def test_the_hub_where_openai_cannot_be_reached(home, second_source, monkeypatch):
+    monkeypatch.setattr(download, "from_hub", lambda repo: second_source)
+    expected = PUBLISHED["ViT-B/16"].sha256
+    assert weights_digest("ViT-B/16") == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the table knows the activation
+        clip = load_clip("ViT-B/16")
+        assert load_clip(second_source).digest == clip.digest
+    assert clip.digest == sha256_file(second_source) != expected
+    monkeypatch.setattr(download, "on_hub", lambda repo: second_source)
+    assert weights_digest("ViT-B/16") == clip.digest  # of what would be loaded now
+
+
+def test_neither_source_can_be_reached(home, second_source, monkeypatch):
+    def fail(repo):
+        raise OSError("the Hub is out of reach")
+
+    monkeypatch.setattr(download, "from_hub", fail)
+    with pytest.raises(sfp.WeightsError, match=r"refused.*; the Hub is out of reach") as error:
+        load_clip("ViT-B/16")
+    check_advice(error, home)
+    assert "huggingface.co/timm/some.openai" in str(error.value)
+    by_hand = home / "cache" / "weights" / "ViT-B-16.safetensors"
+    by_hand.write_bytes(second_source.read_bytes())
+    assert load_clip("ViT-B/16").digest == sha256_file(second_source)
+
+
 def check_advice(error: pytest.ExceptionInfo, home: Path) -> None:
     """Which file to put where, and what works without."""
     for part in (
@@ -605,7 +652,7 @@ def test_published_addresses():
     }.items():
         file = name.replace("/", "-").replace("@", "-") + ".pt"
         assert (PUBLISHED[name].file, PUBLISHED[name].sha256) == (file, sha)
-        assert PUBLISHED[name].repo is None
+        assert re.fullmatch(r"timm/vit_.*\.openai", PUBLISHED[name].repo)
         assert PUBLISHED[name].url == f"https://openaipublic.azureedge.net/clip/models/{sha}/{file}"
 
 

@@ -25,7 +25,6 @@ from sfp.clip.checkpoints import metadata as facts
 from sfp.clip.checkpoints.loading import (
     PUBLISHED,
     LayoutError,
-    find,
     load_clip,
     open_weights,
     weights_digest,
@@ -39,6 +38,7 @@ from sfp.clip.checkpoints.published import (
     OPENAI_STD,
     Architecture,
     in_pixels,
+    on_disk,
 )
 from sfp.clip.model import CLIP, build_clip
 from sfp.evaluation.card import differences, settings
@@ -511,7 +511,7 @@ def test_the_table():
     assert in_pixels(OPENAI_MEAN, OPENAI_STD) == (CLIP_MEAN, CLIP_STD)
     exact = torch.tensor([OPENAI_MEAN, OPENAI_STD]) * 255
     torch.testing.assert_close(exact, torch.tensor([CLIP_MEAN, CLIP_STD]), atol=6e-4, rtol=0)
-    hub = {name: row for name, row in PUBLISHED.items() if row.repo}
+    hub = {name: row for name, row in PUBLISHED.items() if not row.shipped}
     assert len({row.file for row in PUBLISHED.values()}) == len(PUBLISHED)
     assert len({row.repo for row in hub.values()}) == len(hub)
     for name, row in PUBLISHED.items():
@@ -724,7 +724,7 @@ def test_get_wants_names(capsys):
 def test_without_huggingface_hub(cache, monkeypatch):
     """Names of the Hub say what to install, and everything else works."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert find("ViT-B-16:dfn2b") is None
+    assert on_disk("ViT-B-16:dfn2b") is None
     with pytest.raises(sfp.WeightsError, match="could not download ViT-B-16:dfn2b") as error:
         load_clip("ViT-B-16:dfn2b")
     for part in (

@@ -2,10 +2,16 @@
 
 `torch.save` and TorchScript write the same thing: `data.pkl`, which describes tensors and the tree
 they hang in as instructions of the pickle format, and `data/<key>`, their numbers (TorchScript also
-puts its programs under `code/`). This reader interprets the few instructions that occur there by
-itself. Python's pickle module, imports, constructors and the programs are never involved: whatever an
-archive says, it yields tensors or is refused. What it says about sizes is held against the size of
-the file before any memory is asked for.
+puts its programs under `code/`). What is promised of any file, whoever has written it:
+
+* no code of it runs: nothing is imported, called or changed in this process;
+* it yields tensors or an error, and never ends the interpreter;
+* memory stays within a small multiple of the file's size.
+
+A `pickle.Unpickler` that refuses names keeps only the first: a memo index makes it ask for gigabytes
+(7 bytes for 4 GB), and hashing a deep tuple as a key overflows the C stack. So the few instructions
+that occur are interpreted here, and what they say about sizes is held against the size of the file
+before any memory is asked for.
 """
 
 from __future__ import annotations

@@ -26,8 +26,13 @@ from rich.progress import (
 )
 
 from sfp.clip.checkpoints.published import HUB_FILES
-from sfp.files import UMASK, sha256_file
+from sfp.files import sha256_file
 from sfp.version import __version__
+
+try:
+    import fcntl
+except ImportError:  # on Windows two processes may download the same file, and one of them fails
+    fcntl = None  # type: ignore[assignment]
 
 TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as broken
 BLOCK = 1 << 20
@@ -71,26 +76,26 @@ def fetch(url: str, path: Path, sha256: str, *, timeout: float = TIMEOUT) -> Non
                 _transfer(url, file, path.name, timeout)
                 found = sha256_file(part)
         except (OSError, http.client.HTTPException) as error:
-            if _is_full(error) or not file.seek(0, os.SEEK_END):
+            if is_full(error) or not file.seek(0, os.SEEK_END):
                 part.unlink()
             raise
         if found != sha256:
             part.unlink()
             raise HashError(f"{url} has the SHA-256 {found}, expected {sha256}")
-        os.chmod(part, 0o666 & ~UMASK)
         os.replace(part, path)
 
 
 @contextlib.contextmanager
 def _alone(part: Path) -> Iterator[FileIO]:
     """The unfinished file, open for this process only; others wait, also when this one is killed."""
-    import fcntl  # not on Windows, where files have to be put into the cache by hand
-
     while True:
-        file = FileIO(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        file = FileIO(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+")
         with file:
-            with contextlib.suppress(OSError):  # a file system without locks: the hash will tell
-                fcntl.flock(file, fcntl.LOCK_EX)
+            if fcntl:
+                with contextlib.suppress(
+                    OSError
+                ):  # a file system without locks: the hash will tell
+                    fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 same = os.path.samestat(os.fstat(file.fileno()), part.stat())
             except FileNotFoundError:
@@ -118,12 +123,13 @@ def _transfer(url: str, file: FileIO, name: str, timeout: float) -> None:
                 _attempt(url, file, timeout, bar, task)
                 return
             except (OSError, http.client.HTTPException) as error:
-                final = isinstance(error, urllib.error.HTTPError) or _is_full(error)
+                final = isinstance(error, urllib.error.HTTPError) or is_full(error)
                 if final or file.seek(0, os.SEEK_END) <= before:
                     raise
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
+    """Whether there is no room for what is being written."""
     return isinstance(error, OSError) and error.errno in FULL
 
 

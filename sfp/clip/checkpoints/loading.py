@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import http.client
 import io
+import os
 import pickle
 import re
 import struct
@@ -37,13 +38,12 @@ from sfp.clip.checkpoints.published import (
     Published,
     WeightsError,
     in_pixels,
+    on_disk,
 )
 from sfp.clip.model import CLIP, build_clip
 from sfp.clip.vit import ACTIVATIONS
 from sfp.files import cache_dir, sha256_file
 from sfp.registry import suggest
-
-MINI = "mini"
 
 
 def load_clip(
@@ -155,7 +155,7 @@ def open_weights(
     text_head_width: int | None = None,
 ) -> Checkpoint:
     """Finds, verifies, reads and recognises weights; arguments and errors as those of `load_clip`."""
-    row, mini = None, False
+    row = None
     if isinstance(source, Mapping):
         inner: Any = source.get("state_dict")
         if isinstance(inner, Mapping):  # a training checkpoint
@@ -167,7 +167,7 @@ def open_weights(
     else:
         source, suffix = split_activation(source)
         activation = activation or suffix
-        row, mini = PUBLISHED.get(str(source)), str(source) == MINI
+        row = PUBLISHED.get(str(source))
         path = locate(source)
         origin = str(path)
         sha256, verified = verify(str(source), path)  # before anything looks inside
@@ -178,7 +178,7 @@ def open_weights(
         recognised = recognise(state)
     except LayoutError as error:
         raise LayoutError(f"{origin}: {error}; {ACCEPTED}") from None
-    known = Facts("quick_gelu", "its training") if mini else facts(path, recognised.layout, row)
+    known = facts(path, recognised.layout, row)
     if activation is not None:
         known = replace(known, activation=activation, because="the caller", certain=True)
     known = replace(
@@ -199,10 +199,11 @@ def weights_digest(source: str | Path) -> str | None:
     """
     bare, suffix = split_activation(source)
     row = PUBLISHED.get(str(bare))
-    if row is not None and row.sha256:
+    path = None if row is None else on_disk(str(bare))
+    if row is not None and row.sha256 and (path is None or path.name == row.file):
         known = facts(None, "", row)
         return _digest(row.sha256, replace(known, activation=suffix or known.activation))
-    if row is not None and find(str(bare)) is None:
+    if row is not None and path is None:
         return None
     return open_weights(source).digest
 
@@ -210,7 +211,7 @@ def weights_digest(source: str | Path) -> str | None:
 def split_activation(source: str | Path) -> tuple[str | Path, str | None]:
     """A source without the activation that may stand behind its last "@", and that, or None."""
     bare, at, suffix = str(source).rpartition("@")
-    if at and suffix in ACTIVATIONS and not Path(source).expanduser().is_file():
+    if at and suffix in ACTIVATIONS and not os.path.isfile(os.path.expanduser(source)):
         return bare, suffix
     return source, None
 
@@ -255,28 +256,13 @@ def verify(name: str, path: Path) -> tuple[str, bool]:
 
 def _stated(row: Published | None, path: Path) -> str | None:
     """The hash that a file of this row should have, where its publisher or the Hub's cache says it."""
-    if row is None:
+    if row is None or row.shipped:
         return None
-    if not row.repo:
+    if row.sha256 and path.name == row.file:
         return row.sha256
     from sfp.clip.checkpoints.download import stated_hash
 
     return stated_hash(path)
-
-
-def find(name: str) -> Path | None:
-    """The file of a published name on this machine, or None; nothing is downloaded."""
-    row = PUBLISHED[name]
-    # the second folder is where OpenAI's own package keeps the same files
-    for folder in (cache_dir("weights"), Path.home() / ".cache" / "clip"):
-        for file in row.files:
-            if (folder / file).is_file():
-                return folder / file
-    if row.repo:
-        from sfp.clip.checkpoints.download import on_hub
-
-        return on_hub(row.repo)
-    return None
 
 
 def locate(source: str | Path) -> Path:
@@ -287,14 +273,10 @@ def locate(source: str | Path) -> Path:
     """
     source, _ = split_activation(source)
     name = str(source)
-    if name == MINI:
-        from sfp.mini import checkpoint
-
-        return checkpoint()
     if name in PUBLISHED:
-        return find(name) or download(name)
-    path = Path(source).expanduser()
-    if not path.is_file():
+        return on_disk(name) or download(name)
+    path = Path(os.path.expanduser(source))
+    if not os.path.isfile(path):
         raise WeightsError(
             f"no weights {name!r}: neither a file nor a known name{known_names(name)}"
         )
@@ -303,11 +285,11 @@ def locate(source: str | Path) -> Path:
 
 def known_names(name: str) -> str:
     """The tail of an error message: the closest name, and those that there are, without all tags."""
-    close = difflib.get_close_matches(name, [*PUBLISHED, MINI], n=1)
-    short = [n for n, row in PUBLISHED.items() if not row.repo]
+    close = difflib.get_close_matches(name, PUBLISHED, n=1)
+    short = [n for n, row in PUBLISHED.items() if row.sha256 or row.shipped]
     hint = f"did you mean {close[0]!r}? " if close else ""
     return (
-        f"; {hint}valid: {', '.join([*short, MINI])}, and {len(PUBLISHED) - len(short)} of open_clip "
+        f"; {hint}valid: {', '.join(short)}, and {len(PUBLISHED) - len(short)} of open_clip "
         "such as ViT-B-16:laion2b_s34b_b88k (sfp weights list)"
     )
 
@@ -321,30 +303,41 @@ def download(name: str) -> Path:
     Raises:
         WeightsError: if that fails; the message says which file to put where.
     """
-    from sfp.clip.checkpoints.download import fetch, from_hub
+    from sfp.clip.checkpoints.download import fetch, from_hub, is_full
 
     row = PUBLISHED[name]
-    path = cache_dir("weights", row.file)
-    try:
-        if row.repo:
-            return from_hub(row.repo)
-        assert row.sha256 is not None
-        fetch(row.url, path, row.sha256)
-    except (OSError, http.client.HTTPException, ImportError) as error:
-        part = path.with_name(f"{path.name}.part")
-        kept = (
-            "What has arrived is kept, and the next attempt continues it. "
-            if part.is_file()
-            else ""
-        )
-        sha256 = f" (SHA-256 {row.sha256})" if row.sha256 else ""
-        other = f" (or {HUB_FILES[1]} from there, as {row.files[1]})" if row.repo else ""
+    if row.shipped:
         raise WeightsError(
-            f"could not download {name}: {error}. {kept}Fetch {row.url} on a machine that has a "
-            f"network and put it at {path}{sha256}{other}, or give the path of a local copy instead of "
-            "the name. Without any weights, configs/cfg_mini.py still runs."
-        ) from error
-    return path
+            f"{row.shipped} is missing: take it from the repository, or train it with "
+            "`python -m sfp.mini.train --out runs/mini` and copy runs/mini/mini.safetensors there"
+        )
+    path = cache_dir("weights", row.file)
+    problems: list[Exception] = []
+    if row.sha256:
+        try:
+            fetch(row.url, path, row.sha256)
+            return path
+        except (OSError, http.client.HTTPException) as error:
+            problems.append(error)
+    if row.repo and not any(map(is_full, problems)):
+        try:
+            return from_hub(row.repo)
+        except (OSError, ImportError) as error:
+            problems.append(error)
+    part = path.with_name(f"{path.name}.part")
+    kept = (
+        "What has arrived is kept, and the next attempt continues it. "
+        if os.path.isfile(part)
+        else ""
+    )
+    what = f"{path} (SHA-256 {row.sha256})" if row.sha256 else path
+    second = row.hub_url if row.sha256 else f"{HUB_FILES[1]} from there"
+    other = f" (or {second}, as {row.files[1]})" if row.repo else ""
+    raise WeightsError(
+        f"could not download {name}: {'; '.join(map(str, problems))}. {kept}Fetch {row.url} on a "
+        f"machine that has a network and put it at {what}{other}, or give the path of a local copy "
+        "instead of the name. Without any weights, configs/cfg_mini.py still runs."
+    ) from problems[0]
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

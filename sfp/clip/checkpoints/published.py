@@ -7,14 +7,19 @@ those of open_clip 3.3.0 (its model configs and table of pretrained weights); th
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from sfp.files import cache_dir, home_dir
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB in 0..1
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_MEAN = (122.771, 116.746, 104.094)  # the same in 0..255, as segmentation repositories round it
 CLIP_STD = (68.501, 66.632, 70.323)
 HALF = (0.5, 0.5, 0.5)
+SHORT_SIDE = 336  # pixels, of the benchmarks
+MINI = "mini"
 
 RGB = tuple[float, float, float]
 
@@ -60,22 +65,25 @@ ARCHITECTURES = {
     "ViT-H-14-378": Architecture(14, 378, 1280, 32, 1024, 24, 1024, head_width=80),
     "ViT-g-14": Architecture(14, 224, 1408, 40, 1024, 24, 1024, head_width=88),
     "ViT-bigG-14": Architecture(14, 224, 1664, 48, 1280, 32, 1280, head_width=104),
+    "mini": Architecture(16, 224, 128, 12, 64, 2, 128),
 }
 HEAD_WIDTHS = {a.width: a.head_width for a in ARCHITECTURES.values()}  # of image towers, by width
 
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint that can be downloaded.
+    """A checkpoint that can be downloaded, or ships with this package.
 
     Attributes:
         file: its name in the cache folder.
-        sha256: of the file, where its publisher states it beforehand. The Hugging Face Hub states one
+        sha256: of the file on OpenAI's server, whose name states it. The Hugging Face Hub states one
             on download, and its cache names the file by it.
-        repo: on the Hugging Face Hub; None for OpenAI's own server.
+        repo: on the Hugging Face Hub; for OpenAI's weights the second source, in another format.
+        shipped: path of a file that is part of this package.
         architecture: key of `ARCHITECTURES`, which the file is compared with; None compares nothing.
         activation: "quick_gelu" or "gelu".
         mean, std: normalisation of the images, RGB in 0..1.
+        short_side: pixels to which the short side of images is resized by default.
     """
 
     file: str
@@ -85,18 +93,26 @@ class Published:
     activation: str = "quick_gelu"
     mean: RGB = OPENAI_MEAN
     std: RGB = OPENAI_STD
+    shipped: Path | None = None
+    short_side: int = SHORT_SIDE
 
     @property
     def url(self) -> str:
         """Its address, for people; OpenAI names the folder by the hash."""
-        if self.repo:
-            return f"https://huggingface.co/{self.repo}/resolve/main/{HUB_FILES[0]}"
-        return f"https://openaipublic.azureedge.net/clip/models/{self.sha256}/{self.file}"
+        if self.sha256:
+            return f"https://openaipublic.azureedge.net/clip/models/{self.sha256}/{self.file}"
+        return self.hub_url
+
+    @property
+    def hub_url(self) -> str:
+        """Its address on the Hugging Face Hub."""
+        return f"https://huggingface.co/{self.repo}/resolve/main/{HUB_FILES[0]}"
 
     @property
     def files(self) -> tuple[str, ...]:
         """Names that a copy in the cache folder may have."""
-        return (self.file, str(Path(self.file).with_suffix(".bin"))) if self.repo else (self.file,)
+        other = Path(self.file).with_suffix(".safetensors" if self.sha256 else ".bin")
+        return (self.file, str(other))
 
 
 # what open_clip's repositories hold: the first of them that is there
@@ -106,21 +122,25 @@ _OPENAI = {
     "ViT-B/32": (
         "ViT-B-32",
         "ViT-B-32.pt",
+        "timm/vit_base_patch32_clip_224.openai",
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     ),
     "ViT-B/16": (
         "ViT-B-16",
         "ViT-B-16.pt",
+        "timm/vit_base_patch16_clip_224.openai",
         "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     ),
     "ViT-L/14": (
         "ViT-L-14",
         "ViT-L-14.pt",
+        "timm/vit_large_patch14_clip_224.openai",
         "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     ),
     "ViT-L/14@336px": (
         "ViT-L-14-336",
         "ViT-L-14-336px.pt",
+        "timm/vit_large_patch14_clip_336.openai",
         "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
     ),
 }
@@ -157,21 +177,31 @@ ViT-g-14          laion2b_s34b_b88k     exact laion/CLIP-ViT-g-14-laion2B-s34B-b
 ViT-bigG-14       laion2b_s39b_b160k    exact laion/CLIP-ViT-bigG-14-laion2B-39B-b160k
 ViT-bigG-14       metaclip_fullcc       quick timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b
 """
-PUBLISHED = {
-    name: Published(file, sha256, architecture=architecture)
-    for name, (architecture, file, sha256) in _OPENAI.items()
-} | {
-    f"{architecture}:{tag}": Published(
-        f"{architecture}-{tag}.safetensors",
-        repo=repo,
-        architecture=architecture,
-        activation={"quick": "quick_gelu", "exact": "gelu"}[gelu],
-        mean=HALF if half else OPENAI_MEAN,
-        std=HALF if half else OPENAI_STD,
-    )
-    for architecture, tag, gelu, repo, *half in map(str.split, _HUB.strip().splitlines())
-}
-"""By name: OpenAI's, and "model:tag" as open_clip prints them."""
+_MINI = Published(
+    "mini.safetensors",
+    architecture="mini",
+    shipped=Path(__file__).parents[2] / "mini" / "mini.safetensors",
+    short_side=224,  # on which it was trained
+)
+PUBLISHED = (
+    {
+        name: Published(file, sha256, repo, architecture)
+        for name, (architecture, file, repo, sha256) in _OPENAI.items()
+    }
+    | {
+        f"{architecture}:{tag}": Published(
+            f"{architecture}-{tag}.safetensors",
+            repo=repo,
+            architecture=architecture,
+            activation={"quick": "quick_gelu", "exact": "gelu"}[gelu],
+            mean=HALF if half else OPENAI_MEAN,
+            std=HALF if half else OPENAI_STD,
+        )
+        for architecture, tag, gelu, repo, *half in map(str.split, _HUB.strip().splitlines())
+    }
+    | {MINI: _MINI}
+)
+"""By name: OpenAI's, "model:tag" as open_clip prints them, and the small model of this package."""
 
 
 def in_pixels(mean: RGB, std: RGB) -> tuple[RGB, RGB]:
@@ -181,13 +211,51 @@ def in_pixels(mean: RGB, std: RGB) -> tuple[RGB, RGB]:
     return tuple(255 * x for x in mean), tuple(255 * x for x in std)  # type: ignore[return-value]
 
 
+def find(weights: object) -> Published | None:
+    """The row of a name, or of the path of a file that is known by its place or name."""
+    if isinstance(weights, str) and weights in PUBLISHED:
+        return PUBLISHED[weights]
+    return row_of(Path(weights)) if isinstance(weights, (str, Path)) else None
+
+
+def short_side(weights: object) -> int:
+    """Pixels to which the short side of images is resized by default: the row's, else 336.
+
+    Args:
+        weights: whatever `load_clip` takes; a name may have its activation behind "@".
+    """
+    if isinstance(weights, str) and (bare := weights.rpartition("@")[0]) in PUBLISHED:
+        weights = bare
+    row = find(weights)
+    return row.short_side if row else SHORT_SIDE
+
+
+def on_disk(name: str) -> Path | None:
+    """The file of a published name on this machine, or None; nothing is downloaded."""
+    row = PUBLISHED[name]
+    if row.shipped:
+        return row.shipped if os.path.isfile(row.shipped) else None
+    folders = [cache_dir("weights")]
+    if home := home_dir():  # where OpenAI's own package keeps the same files
+        folders.append(home / ".cache" / "clip")
+    for folder in folders:
+        for file in row.files:
+            if os.path.isfile(folder / file):  # False too where the folder cannot be read
+                return folder / file
+    from sfp.clip.checkpoints.download import on_hub
+
+    return on_hub(row.repo) if row.repo else None
+
+
 def row_of(path: Path) -> Published | None:
-    """The row of a file that has the name of a Hub checkpoint, or lies in the Hub's cache."""
+    """The row of a file that is shipped, has a Hub checkpoint's name, or lies in the Hub's cache."""
     folder = path.as_posix()
     for row in PUBLISHED.values():
-        if row.repo and (
-            path.name in row.files
-            or (f"/models--{row.repo.replace('/', '--')}/" in folder and path.name in HUB_FILES)
+        if row.shipped:
+            if path.name == row.file and os.path.realpath(path) == os.path.realpath(row.shipped):
+                return row
+        elif (path.name in row.files and not row.sha256) or (
+            f"/models--{str(row.repo).replace('/', '--')}/" in folder and path.name in HUB_FILES
         ):
             return row
     return None

@@ -20,7 +20,7 @@ from torch import Tensor
 import sfp
 from sfp import visualize
 from sfp.cli import main
-from sfp.clip.checkpoints import layouts
+from sfp.clip.checkpoints import layouts, published
 from sfp.clip.checkpoints import metadata as facts
 from sfp.clip.checkpoints.loading import (
     PUBLISHED,
@@ -511,15 +511,15 @@ def test_the_table():
     assert in_pixels(OPENAI_MEAN, OPENAI_STD) == (CLIP_MEAN, CLIP_STD)
     exact = torch.tensor([OPENAI_MEAN, OPENAI_STD]) * 255
     torch.testing.assert_close(exact, torch.tensor([CLIP_MEAN, CLIP_STD]), atol=6e-4, rtol=0)
-    hub = {name: row for name, row in PUBLISHED.items() if not row.shipped}
+    hub = {name: row for name, row in PUBLISHED.items() if ":" in name}
     assert len({row.file for row in PUBLISHED.values()}) == len(PUBLISHED)
-    assert len({row.repo for row in hub.values()}) == len(hub)
+    assert len({row.repo for row in PUBLISHED.values()}) == len(PUBLISHED)  # None for the mini
     for name, row in PUBLISHED.items():
         sizes = ARCHITECTURES[row.architecture]
         assert sizes.image_size % sizes.patch == 0
         assert sizes.width % sizes.head_width == sizes.text_width % 64 == 0
         assert row.activation in ("gelu", "quick_gelu")
-        assert (row.sha256 is None) == (name in hub)
+        assert (row.sha256 is None) == (name in hub or name == "mini")
     for name in hub:  # the published statements: OpenAI's recipe kept by these two
         assert (hub[name].activation == "quick_gelu") == (
             ("metaclip_" in name and "altogether" not in name)
@@ -527,6 +527,19 @@ def test_the_table():
             or name == "ViT-B-32:laion400m_e32"
         )  # fmt: skip
     assert [n for n, row in hub.items() if row.mean == HALF] == ["ViT-L-14:laion2b_s32b_b82k"]
+
+
+def test_rows_by_name_and_place(tmp_path):
+    shipped = PUBLISHED["mini"].shipped
+    for weights in ("mini", shipped, str(shipped)):
+        assert published.find(weights) is PUBLISHED["mini"]
+        assert published.short_side(weights) == 224
+    assert published.short_side("mini@gelu") == 224
+    assert published.short_side("ViT-B/16") == published.short_side("my/clip.pt") == 336
+    assert published.short_side({}) == 336
+    assert published.find({}) is published.find("my/clip.pt") is None
+    assert published.find(tmp_path / "mini.safetensors") is None  # another file of that name
+    assert published.find("ViT-B/16") is PUBLISHED["ViT-B/16"]
 
 
 @pytest.fixture

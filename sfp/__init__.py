@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares with the tab
     from sfp.method import Method, Purify, Readout, build_method
     from sfp.registry import METHODS, OPS, list_methods, list_ops, op
     from sfp.result import Result
-    from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
+    from sfp.preprocessor import ImagePreprocessor
+    from sfp.segmentor import OpenVocabSegmentor
     from sfp.tokens import Heads, Tokens
     from sfp.trace import Trace
     from sfp.vocabulary import Vocabulary, load_vocabulary
@@ -48,7 +49,8 @@ _NAMES = {
     "sfp.method": ("Method", "Purify", "Readout", "build_method"),
     "sfp.registry": ("METHODS", "OPS", "list_methods", "list_ops", "op"),
     "sfp.result": ("Result",),
-    "sfp.segmentor": ("ImagePreprocessor", "OpenVocabSegmentor"),
+    "sfp.preprocessor": ("ImagePreprocessor",),
+    "sfp.segmentor": ("OpenVocabSegmentor",),
     "sfp.tokens": ("Heads", "Tokens"),
     "sfp.trace": ("Trace",),
     "sfp.vocabulary": ("Vocabulary", "load_vocabulary"),

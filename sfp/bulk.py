@@ -7,176 +7,40 @@ fails is recorded, and the run goes on. An engine only decides which process get
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
-import tarfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-import mmcv
 import numpy as np
 import torch
-from mmengine.config import Config
-from mmengine.dataset import Compose
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from sfp import mini
-from sfp.data.datasets import LABEL_STEPS
-from sfp.data.images import LONG_SIDE, check_short_side
-from sfp.evaluation.card import NOTED, settings
-from sfp.files import atomic_write
+from sfp.clip.checkpoints import published
+from sfp.clip.checkpoints.loading import weights_digest
+from sfp.data.images import LONG_SIDE, read_image, resize_short_side
+from sfp.data.listing import Item, Outcome, Unit, items
+from sfp.engine import Engine, Queries, choose_device
+from sfp.files import atomic_write, sha256_file
+from sfp.functional.labels import Labels
+from sfp.method import build_method
+from sfp.overlay import Panel, label_picture, overlay
 from sfp.palette import colour_map
-from sfp.segmentor import OpenVocabSegmentor
-from sfp.visualize.sheets import Panel, label_picture, overlay
+from sfp.vocabulary import Vocabulary, load_vocabulary
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-SHARDS = {".tar", ".tgz", ".gz"}
-# first and last bytes of a whole file
-MARKS = {
-    ".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"),
-    ".jpg": (b"\xff\xd8", b"\xff\xd9"),
-    ".jpeg": (b"\xff\xd8", b"\xff\xd9"),
-}
+LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # of mmseg pipelines: they do nothing to images
+# first and last bytes of a whole file, as this module writes them
+MARKS = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A file to work on, an image or a tar shard, and its name: a relative path without suffix."""
-
-    path: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Item:
-    """An image: its name, and its bytes or the path that has them."""
-
-    name: str
-    path: str = ""
-    data: bytes = b""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of an image: "done", "skipped" (it was done before) or "failed", and why."""
-
-    name: str
-    status: str
-    error: str = ""
-
-
-def list_units(inputs: Sequence[str | Path]) -> list[Unit]:
-    """The files behind inputs: folders (searched), lists (.txt), tar shards, images.
-
-    Lists hold a path per line; a relative one starts at the list. Names keep the folders below an
-    input folder or a list.
-
-    Raises:
-        FileNotFoundError: if an input does not exist or has no images.
-        ValueError: if two files would be written to one label map.
-    """
-    units = [unit for entry in inputs for unit in _units(Path(entry))]
-    taken: dict[str, str] = {}
-    for unit in units:
-        if taken.setdefault(unit.name, unit.path) != unit.path:
-            raise ValueError(
-                f"{taken[unit.name]} and {unit.path} would both become {unit.name}.png: rename one, "
-                "or label the folders one by one"
-            )
-    return units
-
-
-def _units(path: Path) -> list[Unit]:
-    if path.is_dir():
-        files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-        # hidden files are somebody's half-written ones
-        images = [f for f in files if f.suffix.lower() in SUFFIXES | SHARDS and f.name[0] != "."]
-        if not images:
-            raise FileNotFoundError(
-                f"no image or tar shard in {path}: expected files with the endings "
-                f"{', '.join(sorted(SUFFIXES | SHARDS))}"
-            )
-        return [_unit(f, f.relative_to(path)) for f in sorted(images)]
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: give a folder, a list, a shard or an image"
-        )
-    if path.suffix == ".txt":
-        lines = filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines()))
-        files = [Path(os.path.normpath(path.parent / line)) for line in lines]
-        return [_unit(f, _below(f, path.parent)) for f in files]
-    return [_unit(path, Path(path.name))]
-
-
-def _unit(path: Path, name: Path) -> Unit:
-    return Unit(str(path), name.with_suffix("").as_posix())
-
-
-def _below(path: Path, root: Path) -> Path:
-    """A path seen from `root` if it lies there, else from the top of the file system."""
-    path, root = path.absolute(), Path(os.path.normpath(root.absolute()))
-    return path.relative_to(root if path.is_relative_to(root) else path.anchor)
-
-
-def items(unit: Unit, done: Callable[[str], bool]) -> Iterator[Item | Outcome]:
-    """The images of a unit; those that are done or cannot be had as outcomes, without their bytes.
-
-    Shards are read as a stream, from the first byte to the last.
-    """
-    if Path(unit.path).suffix.lower() not in SHARDS:
-        yield (
-            Outcome(unit.name, "skipped") if done(unit.name) else Item(unit.name, path=unit.path)
-        )
-        return
-    seen = set()
-    try:
-        with tarfile.open(unit.path, "r|*") as shard:
-            for member in shard:
-                place = PurePosixPath(member.name)
-                if not member.isfile() or place.suffix.lower() not in SUFFIXES:
-                    continue
-                if place.is_absolute() or ".." in place.parts:
-                    yield Outcome(f"{unit.name}/{place}", "failed", "its path leaves the shard")
-                    continue
-                name = f"{unit.name}/{place.with_suffix('')}"
-                if name in seen:
-                    yield Outcome(name, "failed", f"{unit.path} has two images of this name")
-                elif done(name):
-                    yield Outcome(name, "skipped")
-                else:
-                    stream = shard.extractfile(member)
-                    assert stream is not None  # it is a file
-                    yield Item(name, data=stream.read())
-                seen.add(name)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        yield Outcome(unit.name, "failed", f"{unit.path}: {error}; the rest of it is left out")
-
-
-def decode(data: bytes) -> np.ndarray:
-    """Pixels as mmseg's LoadImageFromFile has them, (H, W, 3) uint8 BGR.
-
-    Raises:
-        ValueError: if the bytes are no image, or not all of one.
-    """
-    if not data:
-        raise ValueError("the file is empty")
-    for first, last in MARKS.values():
-        # what a camera appends may follow the last mark; a decoder would paint the rest grey
-        if data.startswith(first) and last not in data[-4096:]:
-            raise ValueError("the file is truncated")
-    image = mmcv.imfrombytes(data, flag="color")
-    if image is None:
-        raise ValueError("not an image that OpenCV can read")
-    return image
 
 
 def whole(path: Path) -> bool:
@@ -192,37 +56,103 @@ def whole(path: Path) -> bool:
         return False
 
 
-def bulk_config(config: Config, short_side: int | None = None) -> Config:
-    """A config reduced to what labelling needs: the model, and the steps from file to network.
+@dataclass(frozen=True)
+class Job:
+    """What is done to every image, in plain values that other processes can be given.
+
+    Attributes:
+        weights: name or path.
+        classes: the words.
+        method: preset name or config node.
+        short_side: pixels that the short side of each image is resized to; None leaves its size.
+        settings: of the `Engine`, where they are not its defaults.
+        query_features: a file of text features to use instead of the words' own.
+        whole_image_masks: whether mask proposers see images at their own size.
+    """
+
+    weights: str
+    classes: Vocabulary
+    method: str | Mapping[str, Any] = "sfp"
+    short_side: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    query_features: str | None = None
+    whole_image_masks: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that determines the label maps, as JSON holds it."""
+        engine = inspect.signature(Engine).parameters
+        defaults = {k: p.default for k, p in engine.items() if k not in ("weights", *UNIMPORTANT)}
+        own = {k: v for k, v in self.settings.items() if k not in UNIMPORTANT}
+        record = dict(
+            weights=dict(name=self.weights, sha256=weights_digest(self.weights)),
+            vocabulary=asdict(self.classes),
+            method=repr(build_method(self.method)),
+            protocol=dict(
+                defaults | own,
+                short_side=self.short_side,
+                whole_image_masks=self.whole_image_masks,
+                query_features=self.query_features and sha256_file(self.query_features),
+            ),
+        )
+        return json.loads(json.dumps(record, default=str))
+
+
+UNIMPORTANT = ("window_batch", "compiled", "cache_bytes")  # change last digits at most
+
+
+def job_from_config(config: Mapping[str, Any], short_side: int | None = None) -> Job:
+    """The job that labels images as a config would evaluate them.
 
     Args:
-        config: of a benchmark, whose steps are taken over, or configs/base_config.py.
-        short_side: pixels that the short side of each image is resized to; by default the
-            config's, or what fits the weights if it has no steps.
+        config: of a benchmark or like one.
+        short_side: replaces the size of the config's `Resize`; without both it is that of `sfp.load`.
 
     Raises:
-        ValueError: if `short_side` is no such number.
+        ValueError: if the config does something to images, or has a setting, that this cannot.
     """
-    config = config.copy()
-    steps = [s for s in config.get("test_pipeline", []) if s["type"] not in LABEL_STEPS]
-    if short_side is not None or not steps:
-        side = mini.short_side(config.model.get("weights")) if short_side is None else short_side
-        check_short_side(side)
-        resize = dict(type="Resize", scale=(LONG_SIDE, side), keep_ratio=True)
-        steps = [dict(type="LoadImageFromFile"), resize, dict(type="PackSegInputs")]
-    config.test_pipeline = steps
-    for key in ("test_dataloader", "test_evaluator"):
-        config.pop(key, None)
-    return config
+    model = dict(config["model"])
+    known = inspect.signature(Engine).parameters
+    settings = {k: v for k, v in model.items() if k in known and k != "weights"}
+    left = set(model) - set(known) - {"type", "classes", "method", "query_features", *SHOWN}
+    if left:
+        raise ValueError(f"`sfp label` does not know the config's setting(s) {sorted(left)}")
+    masks = False
+    for step in config.get("test_pipeline", ()):
+        if step["type"] == "Resize" and step.get("keep_ratio") and "scale" in step:
+            long, short = max(step["scale"]), min(step["scale"])
+            if long != LONG_SIDE:
+                raise ValueError(f"Resize to {step['scale']}: the long side has to be {LONG_SIDE}")
+            short_side = short if short_side is None else short_side
+        elif step["type"] == "KeepImage":
+            masks = True
+        elif step["type"] not in ("LoadImageFromFile", "PackSegInputs", *LABEL_STEPS):
+            raise ValueError(
+                f"the step {step['type']!r} of the config's test_pipeline: `sfp label` only resizes "
+                "images (Resize with scale and keep_ratio=True)"
+            )
+    if short_side is None:
+        short_side = published.short_side(model["weights"])
+    return Job(
+        weights=str(model["weights"]),
+        classes=load_vocabulary(model["classes"]),
+        method=model.get("method", "sfp"),
+        short_side=short_side,
+        settings=settings,
+        query_features=model.get("query_features"),
+        whole_image_masks=masks,
+    )
 
 
-def claim(out: Path, config: Config) -> None:
-    """Marks an output folder as made with these settings, or checks that it is.
+SHOWN = ("scores", "palette", "data_preprocessor", "init_cfg", "pretrained", "train_cfg")
+
+
+def claim(out: Path, job: Job) -> None:
+    """Marks an output folder as made by this job, or checks that it is.
 
     Raises:
-        ValueError: if label maps of other settings are there.
+        ValueError: if label maps of another job are there.
     """
-    mine = {k: v for k, v in settings(config).items() if k not in NOTED}
+    mine = job.describe()
     path = out / "settings.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -240,23 +170,23 @@ def claim(out: Path, config: Config) -> None:
 @dataclass(frozen=True)
 class _Loaded:
     name: str
-    image: np.ndarray  # BGR
-    packed: dict[str, Any]
+    image: NDArray[np.uint8]  # RGB
+    pixels: Tensor  # (3, h, w) uint8, as the network sees it
 
 
 @dataclass(frozen=True)
 class _Labelled:
     name: str
-    image: np.ndarray
-    labels: np.ndarray
-    confidence: np.ndarray  # 0..255
+    image: NDArray[np.uint8]
+    labels: NDArray[Any]
+    confidence: NDArray[np.uint8]  # 0..255
 
 
 class Labeller:
-    """A segmentor with its threads, from images to files.
+    """An engine with threads that read and write, from image files to label maps.
 
     Args:
-        config: from `bulk_config`.
+        job: what is done to every image.
         out: folder of the results: labels/<name>.png, confidence/<name>.png, overlay/<name>.jpg.
         confidence: whether to write the probability of the winning class, 0..255.
         overlay: whether to write the labels over the image.
@@ -267,7 +197,7 @@ class Labeller:
 
     def __init__(
         self,
-        config: Config,
+        job: Job,
         out: str | Path,
         *,
         confidence: bool = False,
@@ -276,21 +206,24 @@ class Labeller:
         workers: int = 4,
         device: str = "auto",
     ) -> None:
-        init_default_scope("mmseg")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = MODELS.build(config.model)
-        assert isinstance(model, OpenVocabSegmentor)
-        self.model = model.to(device).eval()
-        self.model.text_features()
-        self.palette = colour_map(256)
-        classes = self.model.vocabulary.num_classes
+        classes = job.classes.num_classes
         if overlay and classes > 255:
             raise ValueError(f"an overlay shows 255 classes at most, the vocabulary has {classes}")
+        self.job = job
+        self.method = build_method(job.method)
+        self.engine = Engine(job.weights, **job.settings).to(choose_device(device))
+        if job.query_features is None:
+            self.queries = self.engine.queries(job.classes)
+        else:
+            features = self.engine.given_features(job.query_features, job.classes)
+            self.queries = Queries(features.to(self.engine.device), job.classes.index)
+        self.palette = colour_map(256)
         self.dtype = np.uint8 if classes <= 256 else np.uint16
-        self.prepare = Compose([dict(type="LoadImageFromNDArray"), *config.test_pipeline[1:]])
-        folders = dict(labels=".png", confidence=".png" * confidence, overlay=".jpg" * overlay)
-        self.folders = {Path(out, key): suffix for key, suffix in folders.items() if suffix}
+        self.folders = {Path(out, "labels"): ".png"}
+        if confidence:
+            self.folders[Path(out, "confidence")] = ".png"
+        if overlay:
+            self.folders[Path(out, "overlay")] = ".jpg"
         self.batch_size = batch_size
         self.workers = workers
 
@@ -313,8 +246,11 @@ class Labeller:
         if isinstance(item, Outcome):
             return item
         try:
-            image = decode(item.data or Path(item.path).read_bytes())
-            return _Loaded(item.name, image, self.prepare(dict(img=image)))
+            image = read_image(item.data or item.path, name=item.name)
+            side = self.job.short_side
+            resized = image if side is None else resize_short_side(image, side)
+            pixels = torch.from_numpy(resized.transpose(2, 0, 1).copy())
+            return _Loaded(item.name, image, pixels)
         except Exception as error:  # whatever one image does, the others go on
             return _failed(item.name, error)
 
@@ -333,12 +269,7 @@ class Labeller:
 
     def _predict(self, batch: list[_Loaded]) -> Iterator[_Labelled | Outcome]:
         try:
-            samples = self.model.test_step(
-                dict(
-                    inputs=[entry.packed["inputs"] for entry in batch],
-                    data_samples=[entry.packed["data_samples"] for entry in batch],
-                )
-            )
+            results = self.predict(batch)
         except Exception as error:
             if len(batch) == 1:
                 yield _failed(batch[0].name, error)
@@ -346,10 +277,27 @@ class Labeller:
                 for entry in batch:
                     yield from self._predict([entry])
             return
-        for entry, sample in zip(batch, samples, strict=True):
-            labels = sample.pred_sem_seg.data[0].cpu().numpy().astype(self.dtype)
-            confidence = (sample.confidence.data[0].float() * 255).round().byte().cpu().numpy()
+        for entry, result in zip(batch, results, strict=True):
+            labels = result.labels.cpu().numpy().astype(self.dtype)
+            confidence = (result.confidence.float() * 255).round().byte().cpu().numpy()
             yield _Labelled(entry.name, entry.image, labels, confidence)
+
+    def predict(self, batch: Sequence[_Loaded]) -> list[Labels]:
+        """The labels of images, whose windows go through the network together."""
+        engine = self.engine
+        inputs = [engine.input(entry.pixels) for entry in batch]
+        sizes = [entry.image.shape[:2] for entry in batch]
+        (sheets,) = engine.logits([self.method], inputs, sizes, self.queries)
+        return [
+            engine.label(pixels, sheet, self.queries.index, full_image=self._full(entry))
+            for entry, pixels, sheet in zip(batch, inputs, sheets, strict=True)
+        ]
+
+    def _full(self, entry: _Loaded) -> Tensor | None:
+        if not self.job.whole_image_masks or self.engine.masks is None:
+            return None
+        pixels = torch.from_numpy(entry.image.transpose(2, 0, 1).copy())
+        return self.engine.normalise(pixels.to(self.engine.device))
 
     def _write(self, result: _Labelled | Outcome) -> Outcome:
         if isinstance(result, Outcome):
@@ -364,8 +312,7 @@ class Labeller:
 
     def _picture(self, result: _Labelled, what: str) -> Image.Image:
         if what == "overlay":
-            rgb = np.ascontiguousarray(result.image[..., ::-1])
-            return Image.fromarray(overlay(Panel(rgb, result.labels), self.palette[:255]))
+            return Image.fromarray(overlay(Panel(result.image, result.labels), self.palette[:255]))
         if what == "labels":
             return label_picture(result.labels, self.palette)
         return Image.fromarray(result.confidence)
@@ -428,8 +375,8 @@ def run_on_ray(
     gpus = int(ray.cluster_resources().get("GPU", 0))
     processes = processes or gpus or 1
     # many images per call keep the threads of a process fed; a shard is many images already
-    shards = any(Path(unit.path).suffix.lower() in SHARDS for unit in units)
-    size = 1 if shards else min(256, -(-len(units) // processes))
+    archives = any(unit.is_archive for unit in units)
+    size = 1 if archives else min(256, -(-len(units) // processes))
     rows = [dict(path=str(Path(unit.path).absolute()), name=unit.name) for unit in units]
     done = ray.data.from_items(rows).map_batches(
         _RayLabeller,

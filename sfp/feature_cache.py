@@ -1,13 +1,13 @@
-"""What the network saw in recent images, so that other words cost no second look at them."""
+"""Features of recent images, kept so that other words for them cost no second forward pass."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -16,112 +16,149 @@ from sfp.method import Method
 from sfp.tokens import Tokens, cosine_logits
 from sfp.trace import Trace
 
+T = TypeVar("T")
+
+
+class LRUCache(Generic[T]):
+    """The most recently used values, as many as fit; safe to use from several threads.
+
+    Copies and pickles of it are empty: what is cached can be computed again.
+
+    Args:
+        limit: total size of the values that are kept at most; 0 keeps nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._entries: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()  # oldest use first
+        self._lock = threading.Lock()
+        self.size = 0
+
+    def get(self, key: Hashable) -> T | None:
+        """The value of a key, or None."""
+        with self._lock:
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
+
+    def put(self, key: Hashable, value: T, size: int = 1) -> None:
+        """Keeps a value, unless it is larger than the limit; the least recently used make room."""
+        with self._lock:
+            if size > self.limit:
+                return
+            if key in self._entries:
+                self.size -= self._entries.pop(key)[1]
+            self._entries[key] = (value, size)
+            self.size += size
+            while self.size > self.limit:
+                self.size -= self._entries.popitem(last=False)[1][1]
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._entries.clear()
+            self.size = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.limit,)
+
 
 @dataclass(frozen=True)
-class Seen:
+class Features:
     """What is kept of a batch of windows, free of any words.
 
     Attributes:
-        features: what the method read, or None if the words had a part in it (ResCLIP's feedback).
-        trace: the run of the trunk, or None where nothing asks for it again: `features` are there
-            and no refiner follows.
+        read: what the readouts gave, or None if they depend on words (ResCLIP's feedback).
+        trace: the run of the trunk, or None where nothing needs it again: `read` is there and no
+            refiner follows.
     """
 
-    features: Tokens | None
+    read: Tokens | None
     trace: Trace | None
 
     def logits(self, method: Method, context: Mapping[str, Any]) -> Tensor:
-        """Query logits (B, Q, h, w) for the words of `context`, to the last bit those of a new run."""
+        """Query logits (B, Q, h, w) for the words of `context`, bit for bit those of a new run."""
         if self.trace is None:
-            assert self.features is not None
-            return cosine_logits(self.features, context["text"])
+            assert self.read is not None
+            return cosine_logits(self.read, context["text"])
         trace = self.trace.with_words(context["text"], context["index"])
-        features = method.read(trace) if self.features is None else self.features
-        return method.compare(features, trace)
+        read = method.read(trace) if self.read is None else self.read
+        return method.compare(read, trace)
 
     @property
     def nbytes(self) -> int:
         """Memory that its tensors hold."""
-        tensors = [] if self.trace is None else [*self.trace.tensors()]
-        if self.features is not None:
-            tensors.append(self.features.data)
-        storages = [x.untyped_storage() for x in tensors]  # views share theirs
+        storages = [x.untyped_storage() for x in self._tensors()]  # views share theirs
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
+    def _tensors(self) -> Iterator[Tensor]:
+        if self.trace is not None:
+            yield from self.trace.tensors()
+        if self.read is not None:
+            yield self.read.data
 
-def look(
+
+def run(
     method: Method, vit: VisionTransformer, windows: Tensor, context: Mapping[str, Any]
-) -> tuple[Tensor, Seen | None]:
-    """A new run: query logits (B, Q, h, w) of windows (B, 3, H, W), and what other words can use.
+) -> tuple[Tensor, Features | None]:
+    """Query logits (B, Q, h, w) of windows (B, 3, H, W), and what can be kept for other words.
 
-    That is nothing if the trunk depends on the words.
+    That is nothing if the method's edits of the trunk depend on words.
     """
     trace = method.run(vit, windows, **context)
-    features = method.read(trace)
-    logits = method.compare(features, trace)
+    read = method.read(trace)
+    logits = method.compare(read, trace)
     if method.words_in_trunk:
         return logits, None
     worded = method.words_in_readouts
     kept = trace.with_words(None, None) if worded or method.refiners else None
-    return logits, Seen(None if worded else features, kept)
+    return logits, Features(None if worded else read, kept)
 
 
-def _hashable(method: Method) -> bool:
-    """Whether a method can be looked up: one that was put together from lists by hand cannot."""
-    try:
-        hash(method)
-    except TypeError:
-        return False
-    return True
-
-
-class Memory:
-    """The batches of windows that were seen last, by their pixels and the method.
+class FeatureCache(LRUCache[Features]):
+    """Features of the batches of windows that were seen last, by their pixels, method and weights.
 
     Args:
         limit: bytes that are kept at most, on the device of the model; 0 keeps nothing.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._seen: OrderedDict[Hashable, tuple[Seen, int]] = OrderedDict()  # oldest use first
-        self._lock = threading.Lock()
-
     def logits(
-        self, method: Method, vit: VisionTransformer, windows: Tensor, context: Mapping[str, Any]
+        self,
+        method: Method,
+        vit: VisionTransformer,
+        windows: Tensor,
+        context: Mapping[str, Any],
+        weights: Hashable,
     ) -> Tensor:
-        """As `look`, from memory if these windows were seen with this method."""
-        if not self.limit or not _hashable(method):
-            return look(method, vit, windows, context)[0]
+        """Logits as `run` gives them, without the forward pass if its features are cached.
+
+        Args:
+            method, vit, windows, context: as for `run`.
+            weights: changes whenever those of `vit` or of a guide do (`state_key`).
+        """
+        if not self.limit or not _is_hashable(method):
+            return run(method, vit, windows, context)[0]
         pixels = windows.contiguous().cpu().numpy().data
         digest = hashlib.blake2b(pixels, digest_size=16).digest()
-        key = (method, vit.proj.dtype, windows.shape, digest)
-        with self._lock:
-            if key in self._seen:
-                self._seen.move_to_end(key)
-            seen = self._seen.get(key, (None,))[0]
-        if seen is not None:
-            return seen.logits(method, context)
-        logits, seen = look(method, vit, windows, context)
-        if seen is not None:
-            self._keep(key, seen)
+        key = (method, weights, windows.shape, digest)
+        if (features := self.get(key)) is not None:
+            return features.logits(method, context)
+        logits, features = run(method, vit, windows, context)
+        if features is not None:
+            self.put(key, features, features.nbytes)
         return logits
-
-    def _keep(self, key: Hashable, seen: Seen) -> None:
-        size = seen.nbytes
-        with self._lock:
-            if size > self.limit or key in self._seen:
-                return
-            self._seen[key] = (seen, size)
-            while self.nbytes > self.limit:
-                self._seen.popitem(last=False)
 
     @property
     def nbytes(self) -> int:
         """Memory in use."""
-        return sum(size for _, size in self._seen.values())
+        return self.size
 
-    def clear(self) -> None:
-        """Forgets everything."""
-        with self._lock:
-            self._seen.clear()
+
+def _is_hashable(method: Method) -> bool:
+    """Whether a method can be a key: one that was put together from lists by hand cannot."""
+    try:
+        hash(method)
+    except TypeError:
+        return False
+    return True

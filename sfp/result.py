@@ -6,25 +6,74 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageShow
+from torch import Tensor
 
 from sfp.data.coco import coco_document
 from sfp.files import atomic_write
+from sfp.functional.labels import assign
+from sfp.functional.pamr import Refinement
+from sfp.functional.windows import LogitSheet
+from sfp.overlay import Panel, label_picture, overlay
 from sfp.palette import class_palette
 from sfp.registry import suggest
-from sfp.visualize.sheets import Panel, label_picture, overlay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 640  # pixels of the long side in notebooks
+SLAB = 2**24  # scores that are computed at once
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Class probabilities of an image, rendered from its merged logits when they are asked for.
+
+    Attributes:
+        sheet: the logits, at patch resolution.
+        index: class of each query.
+        scale: inverse temperature of the softmax.
+        background: whether a threshold has put a class without words before the others.
+        refine: the refinement of the logits, if any.
+    """
+
+    sheet: LogitSheet
+    index: tuple[int, ...]
+    scale: float
+    background: bool
+    refine: Refinement | None
+
+    def slabs(self) -> Iterator[NDArray[np.float32]]:
+        """The probabilities, some rows (K, rows, W) after the other."""
+        height, width = self.sheet.size
+        step = max(SLAB // ((self.index[-1] + 2) * width), 1)
+        rows = self.sheet.rows if self.refine is None else self.refine(self.sheet)
+        for start in range(0, height, step):
+            stop = min(start + step, height)
+            with torch.inference_mode():
+                scores = assign(
+                    partial(_shifted, rows, start),
+                    (stop - start, width),
+                    self.index,
+                    scale=self.scale,
+                    keep_scores=True,
+                ).scores
+            assert scores is not None  # they were asked for
+            known = scores.float().numpy()
+            yield np.pad(known, ((1, 0), (0, 0), (0, 0))) if self.background else known
+
+
+def _shifted(rows: Callable[[int, int], Tensor], by: int, start: int, stop: int) -> Tensor:
+    """Rows counted from row `by`."""
+    return rows(start + by, stop + by)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -37,14 +86,14 @@ class Result:
             background, of the class that did not reach it.
         names: of the classes.
         image: the picture, (H, W, 3) uint8 RGB.
-        _slabs: computes `scores`, some rows (K, rows, W) after the other.
+        _scores: renders the class probabilities.
     """
 
     labels: NDArray[np.int32]
     confidence: NDArray[np.float32]
     names: tuple[str, ...]
     image: NDArray[np.uint8]
-    _slabs: Callable[[], Iterator[NDArray[np.float32]]] = field(repr=False)
+    _scores: Scores = field(repr=False)
 
     @property
     def scores(self) -> NDArray[np.float32]:
@@ -65,7 +114,7 @@ class Result:
         count = len(range(len(self.names))[classes])
         scores = np.empty((count, *self.labels.shape), np.float32)
         start = 0
-        for slab in self._slabs():
+        for slab in self._scores.slabs():
             stop = start + slab.shape[1]
             scores[:, start:stop] = slab[classes]
             start = stop

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sfp
-from sfp import api, mini, visualize, words
+from sfp import mini, visualize, words
+from sfp import result as result_module
 from sfp.clip import text
+from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
 from sfp.clip.vit import VisionTransformer
-from sfp.feature_cache import Memory
+from sfp.feature_cache import FeatureCache
 from sfp.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -129,11 +131,11 @@ def test_memory_is_bounded_and_forgets_what_was_used_least_recently(clip, runs):
     batches = [tiny.images(2, seed=i) for i in range(3)]
     method = sfp.build_method("sclip")
     one = 2 * 65 * 32 * 4  # features of two windows: a class token and 64 patches each
-    memory = Memory(2 * one)
+    memory = FeatureCache(2 * one)
 
     def look(i: int) -> int:
         before = len(runs)
-        memory.logits(method, clip.visual, batches[i], context)
+        memory.logits(method, clip.visual, batches[i], context, 0)
         assert memory.nbytes <= 2 * one
         return len(runs) - before
 
@@ -145,11 +147,11 @@ def test_memory_is_bounded_and_forgets_what_was_used_least_recently(clip, runs):
         # the refiner asks for the trunk's tokens again: they are kept, and counted
         surgery = sfp.build_method("clip_surgery")
         for _ in range(2):
-            memory.logits(surgery, clip.visual, batches[0], context)
+            memory.logits(surgery, clip.visual, batches[0], context, 0)
         assert memory.nbytes == 0  # too large
         assert len(runs) == 7
-        large = Memory(2**30)
-        large.logits(surgery, clip.visual, batches[0], context)
+        large = FeatureCache(2**30)
+        large.logits(surgery, clip.visual, batches[0], context, 0)
         assert large.nbytes > 12 * 2 * 65 * 64 * 4
 
 
@@ -256,9 +258,9 @@ def test_scores(clip):
 def test_scores_come_in_slabs(clip, monkeypatch):
     """A large image has them a few rows at a time, and they are the same."""
     expected = door(clip).segment(picture(), WORDS, background=0.4)
-    monkeypatch.setattr(api, "SLAB", 130 * 4 * 17)
+    monkeypatch.setattr(result_module, "SLAB", 130 * 4 * 17)
     result = door(clip).segment(picture(), WORDS, background=0.4)
-    assert len(list(result._slabs())) == 6
+    assert len(list(result._scores.slabs())) == 6
     np.testing.assert_allclose(result.scores, expected.scores, atol=1e-6)
     assert np.array_equal(result.score("grass"), result.scores[2])
 
@@ -309,9 +311,7 @@ def test_looking_inside(clip):
     trace = model.trace(image)
     assert trace.embedded.grid == (10, 16)
     pixels = torch.from_numpy(shown).permute(2, 0, 1).float()
-    mean, std = (
-        torch.tensor(x)[:, None, None] for x in (sfp.segmentor.CLIP_MEAN, sfp.segmentor.CLIP_STD)
-    )
+    mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
     torch.testing.assert_close(trace.image[0], (pixels - mean) / std)
     expected = model.method.run(clip.visual, ((pixels - mean) / std)[None])
     assert list(trace.masks) == list(expected.masks) == [10]
@@ -426,7 +426,7 @@ def test_words_that_are_wrong(clip, classes, background, error, message):
     [
         (dict(method="scilp"), ValueError, "did you mean 'sclip'"),
         (dict(method=dict(type="sfp", purfy=True)), ValueError, "did you mean 'purify'"),
-        (dict(device="gpu"), ValueError, "device='gpu' is not to be had here"),
+        (dict(device="gpu"), ValueError, "device='gpu' is not available here"),
         (dict(device="meta:x"), ValueError, "device='meta:x'"),
         (dict(precision="fp8"), ValueError, "unknown precision 'fp8'"),
         (dict(short_side=0), ValueError, "short_side=0: expected 1 to 2048"),

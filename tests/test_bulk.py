@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +20,19 @@ from PIL import Image
 
 from sfp import bulk, cli
 from sfp.cli import label as label_cli
+from sfp.data.listing import Outcome, list_units
 from sfp.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[1]
 
 
+WORDS = ["sky", "grass", ["sun", "star"]]
+
+
 @pytest.fixture(scope="module")
-def config():
-    config = Config.fromfile(str(ROOT / "configs/base_config.py"))
-    config.model.update(weights="mini", classes=["sky", "grass", ["sun", "star"]])
-    config.model.templates = ["a {}."]
-    return bulk.bulk_config(config, short_side=112)
+def job() -> bulk.Job:
+    settings = dict(templates=["a {}."])
+    return bulk.Job("mini", load_vocabulary(WORDS), short_side=112, settings=settings)
 
 
 def picture(seed: int, size: tuple[int, int] = (60, 90), form: str = "PNG") -> bytes:
@@ -55,8 +58,8 @@ def shard(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def label(config: Config, inputs: list[Path], out: Path, **knobs) -> dict[str, bulk.Outcome]:
-    outcomes = bulk.Labeller(config, out, **knobs).run(bulk.list_units(inputs))
+def label(job: bulk.Job, inputs: list[Path], out: Path, **knobs) -> dict[str, Outcome]:
+    outcomes = bulk.Labeller(job, out, **knobs).run(list_units(inputs))
     return {outcome.name: outcome for outcome in outcomes}
 
 
@@ -65,7 +68,7 @@ def outputs(out: Path, what: str = "labels") -> dict[str, bytes]:
     return {f.relative_to(out / what).as_posix(): f.read_bytes() for f in files}
 
 
-def test_folder_list_and_shard_agree(tmp_path, config):
+def test_folder_list_and_shard_agree(tmp_path, job):
     sizes = ((60, 90), (96, 64), (40, 40), (30, 100), (60, 90))
     files = {f"a/b{i}.png": picture(i, size) for i, size in enumerate(sizes)}
     folder = write(tmp_path / "in", files)
@@ -74,11 +77,11 @@ def test_folder_list_and_shard_agree(tmp_path, config):
     listing.write_text("".join(f"{name}\n" for name in files))
     tar = shard(tmp_path / "s.tar", {**files, "a/b0.json": b"{}"})
 
-    done = label(config, [folder], tmp_path / "1", confidence=True, overlay=True, batch_size=2)
+    done = label(job, [folder], tmp_path / "1", confidence=True, overlay=True, batch_size=2)
     assert {o.status for o in done.values()} == {"done"}
     assert list(done) == [f"a/b{i}" for i in range(5)]
-    label(config, [listing], tmp_path / "2", batch_size=2)
-    label(config, [tar], tmp_path / "3", batch_size=2)
+    label(job, [listing], tmp_path / "2", batch_size=2)
+    label(job, [tar], tmp_path / "3", batch_size=2)
     expected = outputs(tmp_path / "1")
     assert list(expected) == [f"a/b{i}.png" for i in range(5)]
     assert outputs(tmp_path / "2") == expected
@@ -95,37 +98,45 @@ def test_folder_list_and_shard_agree(tmp_path, config):
         assert Image.open(tmp_path / "1/overlay" / f"a/b{i}.jpg").size == (width, height)
 
 
-def test_equal_to_the_segmentor(tmp_path, config):
+def test_equal_to_the_segmentor(tmp_path, job):
     """What is written is what `inference_model` gives for the file."""
     from mmseg.apis import inference_model, init_model
 
     folder = write(tmp_path / "in", {"x.jpg": picture(0, (70, 110), "JPEG")})
-    label(config, [folder], tmp_path / "out")
+    label(job, [folder], tmp_path / "out")
+    config = Config.fromfile(str(ROOT / "configs/base_config.py"))
+    config.model.update(weights="mini", classes=WORDS, templates=["a {}."])
+    config.test_pipeline = [
+        dict(type="LoadImageFromFile"),
+        dict(type="Resize", scale=(2048, 112), keep_ratio=True),
+        dict(type="PackSegInputs"),
+    ]
+    assert bulk.job_from_config(config).describe() == job.describe()
     model = init_model(config, device="cpu")
     expected = inference_model(model, str(folder / "x.jpg")).pred_sem_seg.data[0]
     found = np.asarray(Image.open(tmp_path / "out/labels/x.png"))
     assert np.array_equal(found, expected.numpy())
 
 
-def test_what_is_done_is_skipped(tmp_path, config):
+def test_what_is_done_is_skipped(tmp_path, job):
     folder = write(tmp_path / "in", {f"{i}.png": picture(i) for i in range(4)})
     tar = shard(tmp_path / "s.tar", {f"{i}.png": picture(i) for i in range(2)})
     out = tmp_path / "out"
-    label(config, [folder, tar], out)
+    label(job, [folder, tar], out)
     expected = outputs(out)
     file = out / "labels/1.png"
     file.write_bytes(file.read_bytes()[:-3])  # torn, as by a crash of the machine
     (out / "labels/s/1.png").write_bytes(b"")
     (out / "labels/3.png").unlink()
-    again = label(config, [folder, tar], out)
+    again = label(job, [folder, tar], out)
     assert {k for k, o in again.items() if o.status == "done"} == {"1", "3", "s/1"}
     assert {k for k, o in again.items() if o.status == "skipped"} == {"0", "2", "s/0"}
     assert outputs(out) == expected
     # another kind of result is wanted: the images are done again
-    assert {o.status for o in label(config, [folder], out, overlay=True).values()} == {"done"}
+    assert {o.status for o in label(job, [folder], out, overlay=True).values()} == {"done"}
 
 
-def test_broken_images_are_recorded(tmp_path, config):
+def test_broken_images_are_recorded(tmp_path, job):
     good, photo = picture(0), picture(1, form="JPEG")
     files = {
         "0.png": good,
@@ -138,20 +149,20 @@ def test_broken_images_are_recorded(tmp_path, config):
     folder = write(tmp_path / "in", {k: v for k, v in files.items() if k != "cut.jpg"})
     write(folder, {"more/cut.jpg": files["cut.jpg"], "list.txt": b"0.png\nnowhere.png\n"})
     names = {"empty": "is empty", "text": "not an image", "cut": "truncated"}
-    found = label(config, [folder], tmp_path / "1")
+    found = label(job, [folder], tmp_path / "1")
     assert {k for k, o in found.items() if o.status == "done"} == {"0", "z"}
     for name, error in (names | {"more/cut": "truncated"}).items():
         assert error in found[name].error
     assert set(outputs(tmp_path / "1")) == {"0.png", "z.png"}
 
-    missing = label(config, [folder / "list.txt"], tmp_path / "2")
+    missing = label(job, [folder / "list.txt"], tmp_path / "2")
     assert "nowhere.png" in missing["nowhere"].error
     assert missing["0"].status == "done"
 
     tar = shard(
         tmp_path / "s.tar", {"0.png": good, "../out.png": good, "0.jpg": photo, "1.png": good}
     )
-    found = list(bulk.Labeller(config, tmp_path / "3").run(bulk.list_units([tar])))
+    found = list(bulk.Labeller(job, tmp_path / "3").run(list_units([tar])))
     assert sorted((o.name, o.status) for o in found) == [
         ("s/../out.png", "failed"),
         ("s/0", "done"),
@@ -159,7 +170,7 @@ def test_broken_images_are_recorded(tmp_path, config):
         ("s/1", "done"),
     ]
     errors = "".join(o.error for o in found)
-    assert "leaves the shard" in errors
+    assert "leaves the archive" in errors
     assert "two images of this name" in errors
     assert set(outputs(tmp_path / "3")) == {"s/0.png", "s/1.png"}
 
@@ -167,53 +178,56 @@ def test_broken_images_are_recorded(tmp_path, config):
     torn.write_bytes(
         shard(tmp_path / "t.tar", {f"{i}.png": good for i in range(3)}).read_bytes()[:9000]
     )
-    found = label(config, [torn], tmp_path / "4")
+    found = label(job, [torn], tmp_path / "4")
     assert "torn.tar" in found["torn"].error
 
 
-def test_one_image_does_not_fail_its_batch(tmp_path, config, monkeypatch):
+def test_one_image_does_not_fail_its_batch(tmp_path, job, monkeypatch):
     folder = write(tmp_path / "in", {f"{i}.png": picture(i, (40 + i, 60)) for i in range(4)})
-    labeller = bulk.Labeller(config, tmp_path / "out", batch_size=4)
-    step = labeller.model.test_step
+    labeller = bulk.Labeller(job, tmp_path / "out", batch_size=4)
+    predict = labeller.predict
 
-    def fragile(data):
-        if any(sample.ori_shape[0] == 42 for sample in data["data_samples"]):
+    def fragile(batch):
+        if any(len(entry.image) == 42 for entry in batch):
             raise RuntimeError("out of memory")
-        return step(data)
+        return predict(batch)
 
-    monkeypatch.setattr(labeller.model, "test_step", fragile)
-    found = {o.name: o.status for o in labeller.run(bulk.list_units([folder]))}
+    monkeypatch.setattr(labeller, "predict", fragile)
+    found = {o.name: o.status for o in labeller.run(list_units([folder]))}
     assert found == {"0": "done", "1": "done", "2": "failed", "3": "done"}
 
 
-def test_many_classes_have_16_bits(tmp_path, config):
-    config = config.copy()
-    config.model.classes = [f"word {i}" for i in range(300)]
+def test_many_classes_have_16_bits(tmp_path, job):
+    job = replace(job, classes=load_vocabulary([f"word {i}" for i in range(300)]))
     folder = write(tmp_path / "in", {"0.png": picture(0)})
-    label(config, [folder], tmp_path / "out")
+    label(job, [folder], tmp_path / "out")
     assert Image.open(tmp_path / "out/labels/0.png").mode == "I;16"
     with pytest.raises(ValueError, match="255 classes at most"):
-        bulk.Labeller(config, tmp_path / "out", overlay=True)
+        bulk.Labeller(job, tmp_path / "out", overlay=True)
 
 
 def test_inputs_that_cannot_be(tmp_path):
     write(tmp_path / "in", {"a.jpg": picture(0, form="JPEG"), "a.png": picture(0)})
     with pytest.raises(ValueError, match=r"both become a\.png"):
-        bulk.list_units([tmp_path / "in"])
+        list_units([tmp_path / "in"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no image or tar shard"):
-        bulk.list_units([tmp_path / "empty"])
+    with pytest.raises(FileNotFoundError, match="no image"):
+        list_units([tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        bulk.list_units([tmp_path / "nowhere"])
+        list_units([tmp_path / "nowhere"])
 
 
-def test_a_folder_belongs_to_its_settings(tmp_path, config):
-    bulk.claim(tmp_path, config)
-    bulk.claim(tmp_path, config)
-    other = config.copy()
-    other.model.classes = ["sky"]
-    with pytest.raises(ValueError, match="made with another vocabulary"):
-        bulk.claim(tmp_path, other)
+def test_a_folder_belongs_to_its_settings(tmp_path, job):
+    bulk.claim(tmp_path, job)
+    bulk.claim(tmp_path, replace(job, settings=job.settings | dict(window_batch=3)))
+    for other, what in (
+        (dict(classes=load_vocabulary(["sky"])), "vocabulary"),
+        (dict(method="sclip"), "method"),
+        (dict(short_side=100), "protocol"),
+        (dict(settings=dict(prob_thd=0.1)), "protocol"),
+    ):
+        with pytest.raises(ValueError, match=f"made with another {what}"):
+            bulk.claim(tmp_path, replace(job, **other))
 
 
 @pytest.mark.parametrize(
@@ -231,8 +245,7 @@ def test_classes_on_the_command_line(tmp_path, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     Path("cls.txt").write_text("one\ntwo, 2\n")
     given = cli.build_parser().parse_args(["label", "in", "--out", "out", "--classes", words])
-    config = label_cli._config(given)
-    vocabulary = load_vocabulary(config.model.classes)
+    vocabulary = label_cli._job(given).classes
     for i, queries in enumerate(expected):
         found = [q for q, own in zip(vocabulary.queries, vocabulary.index, strict=True) if own == i]
         assert found == queries
@@ -246,13 +259,31 @@ def test_size_on_the_command_line(options, side):
     given = cli.build_parser().parse_args(
         ["label", "in", "--out", "out", "--classes", "cat", *options]
     )
-    (scale,) = (s.scale for s in label_cli._config(given).test_pipeline if s.type == "Resize")
-    assert scale == (2048, side)
+    assert label_cli._job(given).short_side == side
 
 
-def test_no_size(config):
+def test_no_size():
+    given = ["label", "in", "--out", "out", "--classes", "cat", "--short-side", "0"]
     with pytest.raises(ValueError, match="short_side=0: expected 1 to 2048 pixels"):
-        bulk.bulk_config(config, short_side=0)
+        label_cli._job(cli.build_parser().parse_args(given))
+
+
+def test_a_config_says_how():
+    """Size, thresholds and words of a benchmark; what labelling cannot do is refused."""
+    given = ["label", "in", "--out", "out", "--config", "city_scapes"]
+    job = label_cli._job(cli.build_parser().parse_args(given))
+    assert (job.short_side, job.classes.num_classes, job.weights) == (560, 19, "ViT-B/16")
+    options = ["--cfg-options", "model.prob_thd=0.25"]
+    given = ["label", "in", "--out", "out", "--classes", "cat", *options]
+    job = label_cli._job(cli.build_parser().parse_args(given))
+    assert (job.short_side, job.settings["prob_thd"]) == (336, 0.25)
+    config = Config(dict(model=dict(weights="mini", classes=["sky"])))
+    config.test_pipeline = [dict(type="LoadImageFromFile"), dict(type="RandomCrop")]
+    with pytest.raises(ValueError, match="'RandomCrop'"):
+        bulk.job_from_config(config)
+    config.model.speed = 3
+    with pytest.raises(ValueError, match="speed"):
+        bulk.job_from_config(config)
 
 
 def command(folder: Path, out: Path) -> list[str]:
@@ -277,7 +308,7 @@ def finished(out: Path) -> dict:
     return {name: data for name, data in outputs(out).items() if not name.startswith(".")}
 
 
-def test_kill_9_and_continue(tmp_path, config):
+def test_kill_9_and_continue(tmp_path, job):
     """A killed run of the tool continues; its label maps equal those of one that was left alone."""
     folder = write(tmp_path / "in", {f"{i:03}.png": picture(i, (100, 140)) for i in range(COUNT)})
     write(folder, {"000.png": b"broken"})
@@ -306,9 +337,8 @@ def test_kill_9_and_continue(tmp_path, config):
     (line,) = (out / "failures.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "000"
     after = finished(out)
-    whole = config.copy()
-    whole.model.update(classes=["sky", ["sun", "star"]], templates="imagenet")
-    label(bulk.bulk_config(whole, 224), [folder], tmp_path / "whole", batch_size=1)
+    whole = bulk.Job("mini", load_vocabulary(["sky", ["sun", "star"]]), short_side=224)
+    label(whole, [folder], tmp_path / "whole", batch_size=1)
     assert after == outputs(tmp_path / "whole")
 
 
@@ -318,13 +348,13 @@ def test_ray_is_asked_for_by_name(monkeypatch):
         bulk.run_on_ray([], {})
 
 
-def test_ray(tmp_path, config):
+def test_ray(tmp_path, job):
     pytest.importorskip("ray")
     files = {f"{i}.png": picture(i) for i in range(6)}
     inputs = [write(tmp_path / "in", files), shard(tmp_path / "s.tar", files)]
-    label(config, inputs, tmp_path / "local", batch_size=1)
-    knobs = dict(config=config, out=tmp_path / "ray", batch_size=1)
-    found = list(bulk.run_on_ray(bulk.list_units(inputs), knobs, processes=2))
+    label(job, inputs, tmp_path / "local", batch_size=1)
+    knobs = dict(job=job, out=tmp_path / "ray", batch_size=1)
+    found = list(bulk.run_on_ray(list_units(inputs), knobs, processes=2))
     assert sorted(o.name for o in found) == sorted(
         [*map(str, range(6)), *(f"s/{i}" for i in range(6))]
     )

@@ -32,7 +32,7 @@ def result(labels: np.ndarray | None = None, names: tuple[str, ...] = NAMES) -> 
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (*labels.shape, 3), np.uint8)
     confidence = rng.random(labels.shape, np.float32)
-    return sfp.Result(labels.astype(np.int32), confidence, names, image, lambda: iter(()))
+    return sfp.Result(labels.astype(np.int32), confidence, names, image, None)
 
 
 # -- COCO ----------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def logits_by_hand(model, image: Tensor, size: tuple[int, int]) -> Tensor:
         )
         return F.interpolate(low, window.shape[2:], mode="bilinear")
 
-    if not model.slide_crop:
+    if not model.engine.slide_crop:
         features, _ = model.method.features(model.clip.visual, image[None])
         low = torch.cosine_similarity(
             features.as_map()[:, None], tiny.queries(7)[None, :, :, None, None], dim=2
@@ -64,8 +64,8 @@ def logits_by_hand(model, image: Tensor, size: tuple[int, int]) -> Tensor:
 
     class Host:
         class test_cfg:
-            stride = (model.slide_stride,) * 2
-            crop_size = (model.slide_crop,) * 2
+            stride = (model.engine.slide_stride,) * 2
+            crop_size = (model.engine.slide_crop,) * 2
 
         out_channels = 7
         encode_decode = staticmethod(network)
@@ -364,8 +364,8 @@ def test_precision_is_the_settings_not_the_callers(move):
     (expected,) = predict(model, [image], [shape.clone()])
     moved = move(model)
     assert moved is model
-    assert model.clip.visual.proj.dtype == torch.float32
     (result,) = predict(model, [image], [shape.clone()])
+    assert model.clip.visual.proj.dtype == torch.float32
     torch.testing.assert_close(
         result.seg_logits.data.float(), expected.seg_logits.data, atol=1e-2, rtol=0
     )

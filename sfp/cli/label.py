@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sfp.cli import options
 
 if TYPE_CHECKING:
-    from mmengine.config import Config
+    from sfp.bulk import Job
 
 TEXT = """\
 Segments a folder, a list or tar shards of images into PNG label maps.
@@ -65,18 +65,17 @@ def run(args: argparse.Namespace) -> int:
     """Labels: 1 if some images failed."""
     from sfp import bulk
     from sfp.cli.terminal import progress
-    from sfp.evaluation import run as evaluate
+    from sfp.data.listing import list_units
     from sfp.files import atomic_write
 
-    evaluate.quiet()
-    config = _config(args)
-    units, suffix = bulk.list_units(args.inputs), ""
+    job = _job(args)
+    units, suffix = list_units(args.inputs), ""
     if args.part:
         number, count = _part(args.part)
         units, suffix = units[number::count], f"-{number}"
-    bulk.claim(args.out, config)
+    bulk.claim(args.out, job)
     knobs = dict(
-        config=config,
+        job=job,
         out=args.out,
         confidence=args.confidence,
         overlay=args.overlay,
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         outcomes = bulk.Labeller(**knobs).run(units)
 
     statuses: Counter[str] = Counter()
-    shards = any(Path(unit.path).suffix.lower() in bulk.SHARDS for unit in units)
+    shards = any(unit.is_archive for unit in units)
     bar = progress("{task.fields[rate]}")
     start = time.perf_counter()
     with open(args.out / f"failures{suffix}.jsonl", "w", encoding="utf-8") as failures, bar:
@@ -115,27 +114,39 @@ def run(args: argparse.Namespace) -> int:
     return 1 if statuses["failed"] else 0
 
 
-def _config(args: argparse.Namespace) -> Config:
-    """What the command line says about model, words and size."""
-    from sfp import bulk
-    from sfp.evaluation import run as evaluate
-    from sfp.evaluation.configs import CONFIGS
-    from sfp.words import class_file, is_benchmark
+def _job(args: argparse.Namespace) -> Job:
+    """What the command line says about model, words and size.
 
-    config = evaluate.load_config(
+    Raises:
+        ValueError: if there are no words, or something is wrong with them.
+    """
+    from sfp import bulk
+    from sfp.clip.checkpoints import published
+    from sfp.data.images import check_short_side
+    from sfp.vocabulary import as_vocabulary
+
+    side = None if args.short_side is None else check_short_side(args.short_side)
+    words = None if args.classes is None else as_vocabulary(options.parse_classes(args.classes))
+    if args.config is None and not args.cfg_options:  # then OpenMMLab's config reader is not needed
+        if words is None:
+            raise ValueError("nothing to look for: give --classes or --config")
+        weights = args.weights or "ViT-B/16"
+        side = published.short_side(weights) if side is None else side
+        return bulk.Job(weights, words, args.method or "sfp", side)
+    from sfp.evaluation.configs import CONFIGS
+    from sfp.evaluation.run import load_config
+
+    config = load_config(
         args.config or CONFIGS / "base_config.py",
         method=args.method,
         weights=args.weights,
         options=args.cfg_options,
     )
-    if args.classes is not None:
-        words = options.parse_classes(args.classes)
-        if isinstance(words, str) and is_benchmark(words):
-            words = str(class_file(words))
+    if words is not None:
         config.model.classes = words
     elif "classes" not in config.model:
         raise ValueError("nothing to look for: give --classes or --config")
-    return bulk.bulk_config(config, args.short_side)
+    return bulk.job_from_config(config, side)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sfp.cli import options
 
 if TYPE_CHECKING:
-    from sfp.bulk import Unit
+    from sfp.data.listing import Unit
     from sfp.result import Result
 
 TEXT = """\
@@ -76,23 +76,21 @@ def register(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Segments the images of a command line: 0, or 1 if some could not be read."""
     import sfp
-    from sfp import bulk
-    from sfp.evaluation.run import quiet
+    from sfp.data.listing import list_units
     from sfp.files import atomic_write
+    from sfp.vocabulary import as_vocabulary, background_threshold, check_threshold
 
-    quiet()
     if args.out is None and (args.overlay or args.coco):
         raise ValueError("--overlay and --coco write files: say where with --out FOLDER")
     if args.parts and not args.coco:
         raise ValueError("--parts says how coco.json is written: give --coco too")
-    units = bulk.list_units(args.images)
-    shards = [unit.path for unit in units if Path(unit.path).suffix.lower() in bulk.SHARDS]
+    units = list_units(args.images)
+    shards = [unit.path for unit in units if unit.is_archive]
     if shards:
-        raise ValueError(f"{shards[0]} is a tar shard: `sfp label` reads those")
+        raise ValueError(f"{shards[0]} is an archive: `sfp label` reads those")
     classes, background = options.parse_classes(args.classes), parse_background(args.background)
-    sfp.words.as_vocabulary(
-        classes, background
-    )  # what is wrong with them, before weights are loaded
+    vocabulary = as_vocabulary(classes, background)  # errors show before weights are loaded
+    check_threshold(vocabulary, background_threshold(background))
     model = sfp.load(
         args.weights,
         args.method,

@@ -37,8 +37,9 @@ from sfp.data.datasets import LABEL_STEPS
 from sfp.evaluation.configs import ConfigError, find_config, read_config
 from sfp.evaluation.journal import fingerprint
 from sfp.files import atomic_write, sha256_file
+from sfp.preprocessor import ImagePreprocessor
 from sfp.registry import METHODS, OPS, find
-from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
+from sfp.segmentor import SETTINGS, OpenVocabSegmentor
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary
 
@@ -108,9 +109,7 @@ def settings(
 def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any]:
     node = config.model
     preprocessor = {k: v for k, v in node.get("data_preprocessor", {}).items() if k != "type"}
-    result = {
-        k: node.get(k, v) for k, v in knobs(OpenVocabSegmentor).items() if k not in _ELSEWHERE
-    }
+    result = {k: node.get(k, v) for k, v in SETTINGS.items() if k not in _ELSEWHERE}
     if "clusters" in config:  # its knobs are the setting; `run` has the file that they led to
         result["clusters"] = config.clusters
         del result["query_features"]

@@ -22,16 +22,14 @@ from mmseg.registry import MODELS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from sfp.data.datasets import DATASETS
+from sfp.engine import choose_device
 from sfp.evaluation.card import settings
 from sfp.evaluation.journal import fingerprint
 from sfp.files import atomic_write
 from sfp.functional.kmeans import spherical_kmeans
-from sfp.functional.windows import WindowGrid
 from sfp.registry import check_knobs
-from sfp.segmentor import OpenVocabSegmentor
 
 FILE = "clusters.safetensors"
 
@@ -120,8 +118,7 @@ def fit_clusters(
         (count, C) unit centres, and the mean cosine of a patch with its own.
     """
     init_default_scope(config.get("default_scope", "mmseg"))
-    segmentor = MODELS.build(config.model)
-    segmentor = segmentor.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    segmentor = MODELS.build(config.model).to(choose_device()).eval()
     built = _dataset(config, dataset)
     # all images in this process: mmengine's samplers would wait for the others, and share the images
     order = list(range(len(built)))
@@ -130,7 +127,7 @@ def fit_clusters(
     drawn: list[Tensor] = []
     for data in loader:
         for image in segmentor.data_preprocessor(data)["inputs"]:
-            features = patch_features(segmentor, image)
+            features = segmentor.patch_features(image)
             chosen = torch.randperm(len(features), generator=generator)[:patches]
             drawn.append(features[chosen.to(features.device)])
     return spherical_kmeans(
@@ -143,29 +140,3 @@ def _dataset(config: Config, node: Mapping[str, Any] | None = None) -> Any:
     built = DATASETS.build(config.test_dataloader.dataset if node is None else node)
     built.full_init()
     return built
-
-
-@torch.inference_mode()
-def patch_features(segmentor: OpenVocabSegmentor, image: Tensor) -> Tensor:
-    """Unit features of the patches of all windows of a normalised image (3, H, W), (N, C) float32.
-
-    Raises:
-        LookupError: if the method needs words to compute its features.
-    """
-    vit = segmentor.clip.visual
-    if image.dtype == torch.uint8:  # a large one, which its preprocessor has left as it is
-        image = segmentor.data_preprocessor.normalise(image)
-    grid = WindowGrid.over(
-        image.shape[-2:],
-        segmentor.slide_crop,
-        segmentor.slide_stride,
-        multiple=vit.patch if segmentor.pad_windows else 1,
-        least=vit.patch,
-    )
-    parts, step = [], segmentor.windows_at_once
-    for i in range(0, len(grid.places), step):
-        places = grid.places[i : i + step]
-        windows = torch.stack([grid.cut(image, place) for place in places])
-        tokens, _ = segmentor.method.features(vit, windows, guides=dict(segmentor.guides.items()))
-        parts.append(F.normalize(tokens.patches.float(), dim=-1).flatten(0, 1))
-    return torch.cat(parts)

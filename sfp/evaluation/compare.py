@@ -25,8 +25,9 @@ from sfp.evaluation.journal import Journal, confusion, count
 from sfp.evaluation.metrics import summarize
 from sfp.files import atomic_write
 from sfp.method import Method, build_method
+from sfp.overlay import Panel
 from sfp.segmentor import OpenVocabSegmentor
-from sfp.visualize.sheets import Panel, at_size, picture_sheet
+from sfp.visualize.sheets import at_size, picture_sheet
 
 COLUMNS = ("mIoU", "mAcc", "aAcc", "fwIoU")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
@@ -36,9 +35,10 @@ from sfp.evaluation.metrics import HungarianMetric, SegmentationMetric
 from sfp.evaluation.resumable_loop import ResumableTestLoop
 from sfp.files import atomic_write
 from sfp.method import build_method
+from sfp.overlay import Panel
 from sfp.registry import suggest
-from sfp.segmentor import OpenVocabSegmentor
-from sfp.visualize.sheets import Panel, at_size, picture_sheet
+from sfp.segmentor import SETTINGS, OpenVocabSegmentor
+from sfp.visualize.sheets import at_size, picture_sheet
 from sfp.vocabulary import load_vocabulary
 
 METRICS = ("mIoU", "aAcc", "mAcc", "fwIoU")
@@ -139,7 +139,7 @@ def check(config: Config) -> None:
         cluster_config(config)
     if MODELS.get(config.model.type) is None:
         raise ConfigError(f"model.type={config.model.type!r} is not registered in mmseg's MODELS")
-    known = inspect.signature(OpenVocabSegmentor).parameters
+    known = SETTINGS
     for name in config.model:
         if name != "type" and name not in known:
             raise ConfigError(f"the segmentor has no setting {name!r}{suggest(name, known)}")

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.functional.windows import LogitSheet
+
 CHUNK = 2**18  # pixels of masks refined at once
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """`pamr` of an image's merged logits, at their size.
+
+    Attributes:
+        image: normalised, (3, H, W), of any size.
+        steps, dilations: as in `pamr`.
+    """
+
+    image: Tensor
+    steps: int
+    dilations: tuple[int, ...]
+
+    def __call__(self, sheet: LogitSheet) -> Callable[[int, int], Tensor]:
+        """Rows (Q, stop - start, W) of the refined logits, which are computed all at once."""
+        guide = F.interpolate(self.image[None], sheet.size, mode="bilinear", align_corners=False)
+        logits = sheet.rows(0, sheet.size[0])[None]
+        refined = pamr(guide, logits, steps=self.steps, dilations=self.dilations)[0]
+        return lambda start, stop: refined[:, start:stop]
 
 
 def pamr(

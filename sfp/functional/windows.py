@@ -175,6 +175,10 @@ class LogitSheet:
         """Rows and columns of the output."""
         return len(self.row_matrix), len(self.column_matrix)
 
+    def cpu(self) -> LogitSheet:
+        """The same in the host's memory."""
+        return LogitSheet(self.tiles.cpu(), self.row_matrix.cpu(), self.column_matrix.cpu())
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Logits of output rows start to stop, (Q, stop - start, W), a pixel's adjacent in memory."""
         if max(self.size) <= BLOCK:

@@ -15,11 +15,11 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
+from sfp.overlay import Panel, overlay
 from sfp.palette import class_colours
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.visualize.canvas import panels
 from sfp.visualize.images import normalised
-from sfp.visualize.sheets import Panel, overlay
 
 
 @dataclass(frozen=True)

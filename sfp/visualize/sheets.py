@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -11,44 +10,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
 from torch import Tensor
 
 from sfp.files import atomic_write
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A picture, (H, W, 3) uint8 RGB, and optionally the labels to lay over it, (H, W)."""
-
-    image: np.ndarray
-    labels: np.ndarray | None = None
-
-
-def overlay(panel: Panel, palette: Sequence[Sequence[int]], opacity: float = 0.7) -> np.ndarray:
-    """Labels in their colours over the picture, with white borders between them: (H, W, 3) uint8.
-
-    Pixels whose label is none of the palette's, the ignored ones, stay as they are.
-    """
-    if panel.labels is None:
-        return panel.image
-    colours = np.array([*palette, (0, 0, 0)], np.float32)
-    labels = np.minimum(panel.labels, len(palette)).astype(np.uint16)
-    # the picture keeps its light and dark under the colour
-    grey = cv2.cvtColor(panel.image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
-    mixed = opacity * colours[labels] + (1 - opacity) * grey
-    edges = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-    mixed[edges] = 255
-    shown = (labels < len(palette))[..., None]
-    return np.where(shown, mixed, panel.image).astype(np.uint8)
-
-
-def label_picture(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:
-    """A label map (H, W), uint8 with a palette or uint16 (which PNG has none for), as a picture."""
-    picture = Image.fromarray(labels)
-    if labels.dtype == np.uint8:
-        picture.putpalette([value for colour in palette for value in colour])
-    return picture
+from sfp.overlay import Panel, overlay
 
 
 def at_size(image: Tensor, size: Sequence[int]) -> np.ndarray:

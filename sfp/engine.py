@@ -1,0 +1,510 @@
+"""The engine: images, words and methods in, logits and labels out. Plain PyTorch, no host.
+
+One engine serves any number of words and methods, which are arguments of its calls, from several
+threads if need be. `sfp.Model`, the mmsegmentation segmentor, bulk labelling and clustering each hold
+one.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfp.clip.checkpoints.loading import load_clip
+from sfp.clip.fingerprint import state_key
+from sfp.clip.int8 import quantised
+from sfp.clip.model import CLIP
+from sfp.clip.text import prompt_templates, text_bank
+from sfp.clip.vit import VisionTransformer
+from sfp.feature_cache import FeatureCache, LRUCache
+from sfp.functional.labels import Labels, assign
+from sfp.functional.pamr import Refinement
+from sfp.functional.windows import LogitSheet, WindowGrid
+from sfp.guides import build_guides
+from sfp.masks import build_masks
+from sfp.method import Method
+from sfp.numerics import finite, first_bad
+from sfp.registry import suggest
+from sfp.tokens import Tokens
+from sfp.vocabulary import Vocabulary
+
+LARGE = 2**24  # pixels above which an image stays in 8 bits and is normalised window by window
+BANKS = 16  # text banks in memory; the disk has all
+PRECISIONS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,  # of everything that is not 8-bit
+}
+Prepare: TypeAlias = "Callable[[Tensor], Tensor]"
+_CONVERTING = threading.Lock()
+
+
+@runtime_checkable
+class FollowsNormalisation(Protocol):
+    """A part that needs to know for which weights its input images are normalised."""
+
+    def follow(self, clip: CLIP) -> None:
+        """Takes over the mean and standard deviation of `clip`."""
+
+
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of a name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(name)!r} is not available here: {reason}") from None
+    return device
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Words that are ready to be compared with patches.
+
+    Attributes:
+        features: unit text features, (Q, C) float32.
+        index: class of each query, from 0, in order.
+    """
+
+    features: Tensor
+    index: tuple[int, ...]
+
+
+class Engine:
+    """A frozen CLIP with everything between an image and its labels but words and method.
+
+    Windows of equal size, of all images of a call, go through the network together; their
+    low-resolution logits are merged and upsampled by two small matrices (`functional/windows.py`).
+
+    Args:
+        weights: name, path or state dict for `load_clip`; or a `CLIP`, used as it is.
+        templates: prompt templates, a list or the name of a set (`sfp.clip.templates`).
+        logit_scale: inverse temperature of the softmax over queries.
+        prob_thd: pixels whose best class is less probable become class 0.
+        area_thd: classes that win no more than this share of the foreground are left out.
+        slide_crop: side of the windows in pixels; 0 runs whole images.
+        slide_stride: pixels between windows.
+        pad_windows: pad windows with zeros to whole patches (ClearCLIP's release) instead of leaving
+            out the pixels beyond the last whole patch.
+        whole_via_input: with `slide_crop=0`, logits go through the size of the network's input on
+            their way to the original one (NACLIP's release).
+        window_batch: most windows in one forward pass; None for 32 on a GPU and one per thread (at
+            least 2) on a CPU, where more cost memory and gain next to nothing.
+        pamr_steps: steps of pixel-adaptive refinement of the final logits; 0 for none.
+        pamr_dilations: distances of its neighbours, in pixels.
+        guides: external encoders by name, config nodes or modules, for methods that need them.
+        masks: settings of a `MaskVote`, or a module like it: labels follow the masks of SAM or DINO.
+        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
+            products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
+        compiled: whether the blocks' MLPs go through `torch.compile`; for GPUs, on CPUs it costs time.
+        cache_bytes: size of the cache of recent images' features; 0 for none.
+
+    Raises:
+        WeightsError: if the weights cannot be found, downloaded or read.
+        ValueError: if a setting is wrong; the message names the valid ones.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path | Mapping[str, Tensor] | CLIP,
+        *,
+        templates: str | Sequence[str] = "imagenet",
+        logit_scale: float = 40.0,
+        prob_thd: float = 0.0,
+        area_thd: float | None = None,
+        slide_crop: int = 224,
+        slide_stride: int = 112,
+        pad_windows: bool = False,
+        whole_via_input: bool = False,
+        window_batch: int | None = None,
+        pamr_steps: int = 0,
+        pamr_dilations: Sequence[int] = (8, 16),
+        guides: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Any] | nn.Module | None = None,
+        precision: str = "auto",
+        compiled: bool = False,
+        cache_bytes: int = 0,
+    ) -> None:
+        if precision not in ("auto", *PRECISIONS):
+            raise ValueError(
+                f"unknown precision {precision!r}{suggest(precision, ['auto', *PRECISIONS])}"
+            )
+        if slide_crop and not 0 < slide_stride <= slide_crop:
+            raise ValueError(
+                f"slide_stride={slide_stride} must be between 1 and slide_crop={slide_crop}: "
+                "larger strides leave pixels without a label"
+            )
+        if window_batch is not None and window_batch < 1:
+            raise ValueError(f"window_batch={window_batch}: at least one window runs at a time")
+        prompt_templates(templates)
+        self.templates = templates
+        self.logit_scale = logit_scale
+        self.prob_thd = prob_thd
+        self.area_thd = area_thd
+        self.slide_crop = slide_crop
+        self.slide_stride = slide_stride
+        self.pad_windows = pad_windows
+        self.whole_via_input = whole_via_input
+        self.window_batch = window_batch
+        self.pamr_steps = pamr_steps
+        self.pamr_dilations = tuple(pamr_dilations)
+        self.precision = precision
+        self.guides = build_guides(guides)
+        self.masks = build_masks(masks)
+        self.clip = _adapted(
+            weights if isinstance(weights, CLIP) else load_clip(weights), precision, compiled
+        )
+        for part in (self.masks, *self.guides.values()):
+            if isinstance(part, FollowsNormalisation):
+                part.follow(self.clip)
+        self.cache = FeatureCache(cache_bytes)
+        self._banks: LRUCache[Tensor] = LRUCache(BANKS)
+        self._converted: tuple[torch.device, torch.dtype] | None = None
+        self.convert()
+
+    # -- device and precision --------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.clip.text_projection.device
+
+    def to(self, device: str | torch.device) -> Engine:
+        """Moves all parts, and converts them to the precision that suits the device."""
+        for part in self.parts():
+            part.to(device)
+        self.convert()
+        return self
+
+    def parts(self) -> list[nn.Module]:
+        """Everything with weights: the CLIP, the guides, the proposer of masks."""
+        return [self.clip, self.guides] + ([] if self.masks is None else [self.masks])
+
+    def convert(self) -> None:
+        """Brings the weights to `precision`, if they are on another device or of another type by now.
+
+        A host moves and casts modules without telling (mmengine's Runner calls `.to`), so every call
+        of the engine begins here: `precision` decides.
+
+        Raises:
+            ValueError: if the device cannot do it.
+        """
+        device = self.device
+        if (device, self.clip.text_projection.dtype) == self._converted:
+            return
+        with _CONVERTING:
+            name = self.precision
+            if name == "auto":
+                name = "fp16" if device.type == "cuda" else "fp32"
+            if name == "int8" and device.type != "cpu":
+                raise ValueError("precision='int8' is for CPUs: on a GPU use 'fp16' or 'bf16'")
+            for part in self.parts():
+                part.to(PRECISIONS[name])
+            self._converted = (device, PRECISIONS[name])
+
+    # -- words -----------------------------------------------------------------------------------
+
+    def queries(self, vocabulary: Vocabulary) -> Queries:
+        """The text features of a vocabulary, encoded or read from the cache once."""
+        return Queries(self.encode(vocabulary.queries), vocabulary.index)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Unit text features over all templates, (Q, C) float32.
+
+        They depend, in the last bits, on which texts are encoded together.
+        """
+        self.convert()
+        key = (self.clip.digest, self.device, self.clip.text_projection.dtype, tuple(texts))
+        if (bank := self._banks.get(key)) is None:
+            with torch.inference_mode(False):  # the bank outlives calls with and without it
+                bank = text_bank(self.clip, texts, self.templates).float()
+            self._banks.put(key, bank)
+        return bank
+
+    def given_features(self, features: Tensor | str | Path, vocabulary: Vocabulary) -> Tensor:
+        """Text features that were computed elsewhere, as unit vectors (Q, C) float32.
+
+        Args:
+            features: a tensor (Q, C), or a safetensors file that has it as "queries".
+            vocabulary: what its rows stand for.
+
+        Raises:
+            ValueError: if the file or the shape is not right.
+        """
+        if isinstance(features, (str, Path)):
+            try:
+                features = load_file(features)["queries"]
+            except (KeyError, SafetensorError) as error:
+                raise ValueError(
+                    f"query_features={str(features)!r}: expected a safetensors file with a tensor "
+                    f"'queries' of one row for each query ({type(error).__name__}: {error})"
+                ) from None
+        expected = (len(vocabulary.queries), self.clip.text_projection.shape[1])
+        if tuple(features.shape) != expected:
+            raise ValueError(
+                f"query_features of shape {tuple(features.shape)}: expected {expected}, one row for "
+                "each query of `classes`"
+            )
+        return F.normalize(features.float(), dim=-1)
+
+    # -- images ----------------------------------------------------------------------------------
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """An RGB image or window in 0..255, (3, H, W), as the network expects it; floats pass."""
+        if image.dtype != torch.uint8:
+            return image
+        mean, std = (
+            torch.tensor(x, device=image.device)[:, None, None]
+            for x in (self.clip.mean, self.clip.std)
+        )
+        return (image.float() - mean) / std
+
+    def input(self, image: Tensor) -> Tensor:
+        """An RGB image (3, H, W) uint8 on the engine's device, normalised unless it is large."""
+        image = image.to(self.device)
+        return image if is_large(image) else self.normalise(image)
+
+    # -- the network -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        methods: Sequence[Method],
+        images: Tensor | Sequence[Tensor],
+        sizes: Sequence[Sequence[int]],
+        queries: Queries,
+        *,
+        prepare: Prepare | None = None,
+    ) -> list[list[LogitSheet]]:
+        """All windows of all images through the network.
+
+        Args:
+            methods: those of equal trunk share its run.
+            images: (3, H, W) each, normalised, or 8-bit if `prepare` takes it.
+            sizes: rows and columns of each image's output.
+            queries: the words.
+            prepare: makes a window ready for the network; `normalise` by default.
+
+        Returns:
+            For each method, the merged logits of each image.
+        """
+        self.convert()
+        weights = self._weights() if self.cache.limit else None
+        grids = [self._grid(image) for image in images]
+        logits: list[list[list[Tensor]]] = [[[] for _ in images] for _ in methods]
+        for places, windows in self._batches(images, grids, prepare or self.normalise):
+            outputs = self.window_logits(methods, windows, queries, weights)
+            for each, batch in zip(logits, outputs, strict=True):
+                for n, output in zip(places, batch, strict=True):
+                    each[n].append(output)
+        return [
+            [
+                grid.sheet(torch.stack(parts), (int(size[0]), int(size[1])))
+                for grid, parts, size in zip(grids, each, sizes, strict=True)
+            ]
+            for each in logits
+        ]
+
+    @torch.inference_mode()
+    def features(self, method: Method, image: Tensor, *, prepare: Prepare | None = None) -> Tensor:
+        """Unit features of the patches of all windows of an image, (N, C) float32.
+
+        Raises:
+            LookupError: if the method needs words to compute its features.
+        """
+        self.convert()
+        batches = self._batches([image], [self._grid(image)], prepare or self.normalise)
+        read = [
+            method.features(self.clip.visual, windows, guides=dict(self.guides.items()))[0]
+            for _, windows in batches
+        ]
+        return torch.cat([F.normalize(x.patches.float(), dim=-1).flatten(0, 1) for x in read])
+
+    def tokens(self, method: Method, windows: Tensor, queries: Queries) -> Tokens:
+        """Features of windows (B, 3, H, W) in the joint space, patches of width C."""
+        self.convert()
+        read, _ = method.features(self.clip.visual, windows, **self._context(queries))
+        return read.only_patches()
+
+    def window_logits(
+        self,
+        methods: Sequence[Method],
+        windows: Tensor,
+        queries: Queries,
+        weights: Hashable = None,
+    ) -> list[Tensor]:
+        """Logits of windows (B, 3, H, W) by each method at patch resolution, (B, Q, h, w).
+
+        Windows for which half precision gives NaN or infinite values run again in float32.
+
+        Raises:
+            FloatingPointError: if float32 does too; the message names the first part that did.
+        """
+        vit, context = self.clip.visual, self._context(queries)
+        logits = self._run(methods, windows, context, vit, weights)
+        bad = [method for method, x in zip(methods, logits, strict=True) if not finite(x)]
+        if not bad:
+            return logits
+        where = first_bad(bad[0], vit, windows, context)
+        if vit.proj.dtype != torch.float32:
+            single = copy.deepcopy(vit).float()
+            logits = self._run(methods, windows, context, single, None)
+            if all(finite(x) for x in logits):
+                warnings.warn(
+                    f"NaN or infinite values in {vit.proj.dtype}, first in {where}; these windows "
+                    "ran again in float32 (precision='fp32' does so at once)",
+                    stacklevel=2,
+                )
+                return logits
+            where = first_bad(bad[0], single, windows, context)
+        raise FloatingPointError(
+            f"NaN or infinite values, first in {where}, also in float32: the weights or the image "
+            "are damaged, or were too large for the precision that they were converted to"
+        )
+
+    def _run(
+        self,
+        methods: Sequence[Method],
+        windows: Tensor,
+        context: Mapping[str, Any],
+        vit: VisionTransformer,
+        weights: Hashable,
+    ) -> list[Tensor]:
+        if weights is not None:
+            return [self.cache.logits(m, vit, windows, context, weights) for m in methods]
+        logits: list[Tensor | None] = [None] * len(methods)
+        for trunk in dict.fromkeys(method.trunk for method in methods):
+            sharing = [i for i, method in enumerate(methods) if method.trunk == trunk]
+            trace = methods[sharing[0]].run(vit, windows, **context)
+            for i in sharing:
+                logits[i] = methods[i].read_logits(trace)
+        return logits  # type: ignore[return-value]
+
+    def _context(self, queries: Queries) -> dict[str, Any]:
+        """What a trace knows besides the image."""
+        return dict(text=queries.features, index=queries.index, guides=dict(self.guides.items()))
+
+    def _weights(self) -> Hashable:
+        return state_key(self.clip.visual), state_key(self.guides)
+
+    def _grid(self, image: Tensor) -> WindowGrid:
+        patch = self.clip.visual.patch
+        return WindowGrid.over(
+            image.shape[-2:],
+            self.slide_crop,
+            self.slide_stride,
+            multiple=patch if self.pad_windows else 1,
+            least=patch,
+            via_input=self.whole_via_input,
+        )
+
+    def _batches(
+        self, images: Tensor | Sequence[Tensor], grids: Sequence[WindowGrid], prepare: Prepare
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Windows of equal size, (B, 3, H, W), each with the number of its image."""
+        queues: dict[tuple[int, int], list[tuple[int, tuple[int, int]]]] = defaultdict(list)
+        for n, grid in enumerate(grids):
+            queues[grid.window] += [(n, place) for place in grid.places]
+        step = self.windows_at_once
+        for queue in queues.values():
+            for i in range(0, len(queue), step):
+                batch = queue[i : i + step]
+                windows = [grids[n].cut(images[n], place, prepare) for n, place in batch]
+                yield [n for n, _ in batch], torch.stack(windows)
+
+    @property
+    def windows_at_once(self) -> int:
+        """Most windows in one forward pass: `window_batch`, or what suits the device."""
+        if self.window_batch is not None:
+            return self.window_batch
+        return max(torch.get_num_threads(), 2) if self.device.type == "cpu" else 32
+
+    # -- labels ----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def label(
+        self,
+        image: Tensor,
+        sheet: LogitSheet,
+        index: Sequence[int],
+        *,
+        scores: bool = False,
+        full_image: Tensor | None = None,
+        prepare: Prepare | None = None,
+    ) -> Labels:
+        """Labels an image: refinement, softmax, best synonym, thresholds, vote in masks.
+
+        Args:
+            image: as in `logits`.
+            sheet: its merged logits.
+            index: class of each query.
+            scores: whether to return class probabilities, (K, H, W).
+            full_image: what mask proposers see, normalised; `image` by default.
+            prepare: as in `logits`.
+        """
+        prepare = prepare or self.normalise
+        refine = self.refinement(image, prepare)
+        labels = assign(
+            sheet.rows if refine is None else refine(sheet),
+            sheet.size,
+            index,
+            scale=self.logit_scale,
+            prob_thd=self.prob_thd,
+            area_thd=self.area_thd,
+            keep_scores=scores or getattr(self.masks, "vote", None) == "mean",
+        )
+        if self.masks is not None:
+            labels = self.masks(
+                self.clip.visual,
+                prepare(image) if full_image is None else full_image,
+                labels,
+                index[-1] + 1,
+                guides=dict(self.guides.items()),
+                prob_thd=self.prob_thd,
+            )
+        return labels if scores else replace(labels, scores=None)
+
+    def refinement(self, image: Tensor, prepare: Prepare | None = None) -> Refinement | None:
+        """PAMR along the colours of an image (3, H, W), if the engine is set to refine."""
+        if not self.pamr_steps:
+            return None
+        image = (prepare or self.normalise)(image)
+        return Refinement(image, self.pamr_steps, self.pamr_dilations)
+
+
+def is_large(image: Tensor) -> bool:
+    """Whether an image is better normalised window by window: 8 bits, and very many pixels."""
+    return image.dtype == torch.uint8 and image[0].numel() > LARGE
+
+
+def _adapted(clip: CLIP, precision: str, compiled: bool) -> CLIP:
+    """A CLIP to run in 8 bits or compiled: a copy around the same weights, the caller's is left."""
+    if precision != "int8" and not compiled:
+        return clip
+    clip = copy.deepcopy(clip, {id(p): p for p in clip.parameters()})
+    if precision == "int8":
+        clip.visual = quantised(clip.visual)
+    if compiled:
+        for block in clip.visual.blocks:
+            block.mlp.compile(dynamic=True)
+    return clip

@@ -1,0 +1,183 @@
+"""One engine for many words, methods and threads: bounded, picklable, and never stale."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import sfp
+from sfp import engine as engine_module
+from sfp.engine import Engine, choose_device
+from sfp.feature_cache import LRUCache
+from sfp.functional.windows import WindowGrid
+
+SMALL = dict(
+    device="cpu", short_side=64, slide_crop=64, slide_stride=32, templates=["a {}."], window_batch=2
+)
+WORDS = [["sky", "clouds"], "grass", "road"]
+
+
+@pytest.fixture(scope="module")
+def model() -> sfp.Model:
+    return sfp.load(tiny.clip(**tiny.WORDS), **SMALL)
+
+
+def picture(seed: int = 0, height: int = 70, width: int = 90) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def same(a: sfp.Result, b: sfp.Result) -> None:
+    assert a.names == b.names
+    for key in ("labels", "confidence", "scores", "image"):
+        assert np.array_equal(getattr(a, key), getattr(b, key)), key
+
+
+def test_threads_get_what_one_caller_gets(model):
+    """Different words, methods and images at once, with the caches in use."""
+    methods = ["sfp", "sclip", "resclip", "clip_surgery", "gclip"]
+    words = [WORDS, ["tree", "car"], [["a", "b"], "c", "d", "e"]]
+    jobs = [(picture(i % 3), words[i % len(words)], methods[i % len(methods)]) for i in range(30)]
+    alone = sfp.load(model.clip, **SMALL, memory_mb=0)
+    expected = [alone.segment(image, names, method=method) for image, names, method in jobs]
+    model.memory.clear()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda job: model.segment(job[0], job[1], method=job[2]), jobs))
+    for one, other in zip(found, expected, strict=True):
+        same(one, other)
+
+
+def test_nothing_grows_with_the_number_of_images():
+    model = sfp.load(tiny.clip(**tiny.WORDS), **SMALL)
+    model.memory.limit = 2**17
+
+    def held() -> int:
+        return len(pickle.dumps([vars(model), vars(model.engine)]))
+
+    model.segment(picture(), WORDS)
+    before = held()
+    for seed in range(40):
+        model.segment(picture(seed), [*WORDS, f"word {seed % 5}"])
+    assert model.memory.nbytes <= 2**17
+    assert len(model.memory._entries) < 40
+    assert held() == before  # caches are left out, and there is nothing else
+
+
+@pytest.mark.parametrize("travel", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_models_methods_and_results_travel(model, travel):
+    result = model.segment(picture(), WORDS, background=0.4)
+    same(travel(result), result)
+    same(travel(model).segment(picture(), WORDS, background=0.4), result)
+    for name in sfp.list_methods():
+        method = sfp.build_method(name)
+        assert travel(method) == method
+
+
+def test_a_refined_result_travels():
+    model = sfp.load(tiny.clip(**tiny.WORDS), **SMALL, pamr_steps=2)
+    result = model.segment(picture(), WORDS)
+    same(pickle.loads(pickle.dumps(result)), result)
+    file = io.BytesIO()
+    torch.save(sfp.OpenVocabSegmentor(tiny.clip(**tiny.WORDS), WORDS, templates=["{}"]), file)
+
+
+def change(how: str, clip: sfp.CLIP) -> None:
+    block = clip.visual.blocks[4]
+    if how == "in place":
+        block.mlp.c_fc.weight.mul_(1.5)
+    elif how == "data":
+        block.mlp.c_fc.weight.data.mul_(1.5)
+    elif how == "replaced":
+        block.mlp.c_fc.weight = torch.nn.Parameter(block.mlp.c_fc.weight * 1.5)
+    elif how == "loaded":
+        state = {k: v * 1.1 for k, v in clip.state_dict().items()}
+        clip.load_state_dict(state)
+    elif how == "text":
+        clip.text_projection.data[:, 0] *= 3
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "replaced", "loaded", "text"])
+@pytest.mark.parametrize("method", ["sfp", "gclip"])  # gclip: surgery, of which a copy is cached
+def test_no_cache_outlives_the_weights(how, method, tmp_path, monkeypatch):
+    monkeypatch.setenv("SFP_CACHE", str(tmp_path))
+    model = sfp.load(tiny.clip(**tiny.WORDS), method, **SMALL)
+    old = model.segment(picture(), WORDS)
+    change(how, model.clip)
+    new = model.segment(picture(), WORDS)
+    state = {k: v.clone() for k, v in model.clip.state_dict().items()}
+    monkeypatch.setenv("SFP_CACHE", str(tmp_path / "other"))
+    same(new, sfp.load(state, method, **SMALL).segment(picture(), WORDS))
+    assert not np.array_equal(old.confidence, new.confidence)
+
+
+def test_a_host_may_move_the_weights():
+    """The engine notices at its next call."""
+    engine = Engine(tiny.clip(**tiny.WORDS), templates=["{}"])
+    engine.clip.double()
+    assert engine.encode(["sky"]).dtype == torch.float32
+    assert engine.clip.visual.proj.dtype == torch.float32
+    engine = Engine(tiny.clip(**tiny.WORDS), precision="int8", templates=["{}"])
+    engine.clip.to("meta")
+    with pytest.raises(ValueError, match=r"int8.*for CPUs"):
+        engine.convert()
+
+
+def test_windows_meet_their_images():
+    """Every window of every image goes through once, in batches of equal size."""
+    engine = Engine(tiny.clip(**tiny.WORDS), slide_crop=64, slide_stride=40, window_batch=3)
+    images = [
+        tiny.images(1, *size, seed=i)[0] for i, size in enumerate([(64, 120), (100, 64), (30, 64)])
+    ]
+    grids = [engine._grid(image) for image in images]
+    seen: list[tuple[int, torch.Tensor]] = []
+    for numbers, windows in engine._batches(images, grids, engine.normalise):
+        assert len(windows) <= 3
+        seen += zip(numbers, windows, strict=True)
+    expected = [
+        (n, g.cut(x, p))
+        for n, (x, g) in enumerate(zip(images, grids, strict=True))
+        for p in g.places
+    ]
+    assert len(seen) == len(expected)
+    for number, window in seen:
+        assert any(
+            n == number and torch.equal(w, window) for n, w in expected if w.shape == window.shape
+        )
+    assert isinstance(grids[0], WindowGrid)
+
+
+def test_large_images_are_normalised_window_by_window(monkeypatch):
+    whole = sfp.load(tiny.clip(**tiny.WORDS), **SMALL).segment(picture(), WORDS)
+    monkeypatch.setattr(engine_module, "LARGE", 100)
+    model = sfp.load(tiny.clip(**tiny.WORDS), **SMALL)
+    assert model.input(picture()).dtype == torch.uint8
+    same(model.segment(picture(), WORDS), whole)
+
+
+def test_least_recently_used():
+    cache: LRUCache[str] = LRUCache(3)
+    for key in "abc":
+        cache.put(key, key)
+    assert cache.get("a") == "a"
+    cache.put("d", "d")
+    assert [cache.get(key) for key in "abcd"] == ["a", None, "c", "d"]
+    cache.put("c", "longer", 2)
+    assert (cache.get("c"), cache.size) == ("longer", 3)
+    cache.put("e", "too large", 4)
+    assert cache.get("e") is None
+    assert copy.deepcopy(cache).size == 0
+    cache.clear()
+    assert (cache.size, cache.get("c")) == (0, None)
+
+
+def test_devices():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device().type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="device='gpu' is not available here"):
+        choose_device("gpu")

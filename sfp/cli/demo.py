@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from sfp.cli.options import WEIGHTS, add_command
 
@@ -38,10 +37,8 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves the page until Ctrl-C."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # which gradio imports
     try:
-        from sfp.demo.page import build, launch
+        from sfp.demo.page import Page
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
@@ -49,17 +46,19 @@ def run(args: argparse.Namespace) -> int:
             "the demo needs gradio, which is not installed: pip install 'sfp[demo]'"
         ) from None
     import sfp
-    from sfp.demo.session import Desk, usable_methods
-    from sfp.evaluation.run import quiet
+    from sfp.demo.session import Session, usable_methods
     from sfp.registry import suggest
 
-    quiet()
     weights = args.weights or default_weights()
     if args.method not in usable_methods():
         raise ValueError(f"--method {args.method}{suggest(args.method, usable_methods())}")
     model = sfp.load(weights, args.method, device=args.device)
-    page = build(Desk(model, mini=weights == "mini"), weights=str(weights), method=args.method)
-    launch(page, host=args.host, port=args.port, share=args.share, browser=not args.no_browser)
+    page = Page(Session(model, weights), args.method)
+    address = page.serve(
+        host=args.host, port=args.port, share=args.share, browser=not args.no_browser
+    )
+    print(f"sfp demo: {address} (Ctrl-C ends it)", flush=True)
+    page.blocks.block_thread()
     return 0
 
 

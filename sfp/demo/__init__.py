@@ -1,5 +1,5 @@
 """A page to try methods in: `sfp demo`.
 
-`pictures` turns arrays into what is shown and `words` text into classes, pure functions; `desk` asks
-the model and keeps what is slow; `page` is the layout, and the only module that needs gradio.
+`pictures` draws arrays, as pure functions; `session` runs the model and caches what is slow; `tabs`
+and `page` are the layout and its events, and the only modules that need gradio.
 """

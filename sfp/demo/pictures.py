@@ -159,10 +159,11 @@ def legend(results: Sequence[Result]) -> str:
     return f'<ul class="legend" aria-label="Classes">{"".join(items)}</ul>{none}'
 
 
-def status(text: str, *, error: bool = False) -> str:
-    """A line about what was done, or went wrong, as screen readers announce it."""
+def status(text: str, *, error: bool = False, warning: str = "") -> str:
+    """A line about what was done, or went wrong, as screen readers announce it; and a warning."""
     role, kind = ("alert", "error") if error else ("status", "fine")
-    return f'<p class="told {kind}" role="{role}">{escape(text)}</p>'
+    line = f'<p class="told {kind}" role="{role}">{escape(text)}</p>'
+    return line + (f'<p class="told warning" role="alert">{escape(warning)}</p>' if warning else "")
 
 
 def caption(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The model at work for the page: one request at a time, with what is slow kept for the next."""
+"""The model behind the page: one request at a time, with recent photos and traces cached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sfp.result import Result
 from sfp.tokens import upcast
 from sfp.trace import Trace
 from sfp.visualize.tokens import as_map, named_detectors, patch_index
-from sfp.words import as_vocabulary
+from sfp.vocabulary import Vocabulary
 
 MAX_PIXELS = 2**27  # 134 million, 0.4 GB while they are read
 OWN = "the method's own"
@@ -65,38 +65,40 @@ def usable_methods() -> list[str]:
     return [m for m in list_methods() if not any(r.layout for r in build_method(m).readouts)]
 
 
-class Desk:
-    """Answers what the page asks.
+class Session:
+    """Computes what the page shows.
 
-    Pictures are named by path: gradio puts the hash of the contents into it.
+    Photos are given as paths, by which they are cached: gradio's have the hash of their contents in
+    them.
 
     Args:
         model: as `sfp.load` makes it.
-        mini: whether it knows the words of the mini world only.
+        weights: their name.
+
+    Attributes:
+        blocks: how many the image encoder has.
+        patch: side of a patch in pixels.
     """
 
-    def __init__(self, model: Model, *, mini: bool = False) -> None:
+    def __init__(self, model: Model, weights: str) -> None:
         self.model = model
-        self.mini = mini
+        self.weights = weights
         self.blocks = len(model.clip.visual.blocks)
         self.patch = model.clip.visual.patch
         self._lock = threading.RLock()
         self.photo = lru_cache(8)(self._photo)
-        self._trace = lru_cache(3)(self._run)  # one holds the tokens of all layers
+        self._trace = lru_cache(3)(self._run)  # each holds the tokens of all layers
 
     def _photo(self, path: str) -> Pixels:
         return bounded(read_image(path, name=Path(path).name, max_pixels=MAX_PIXELS))
 
-    def segment(
-        self, path: str, classes: list[list[str]], background: list[str] | None, method: str
-    ) -> Timed:
-        """Labels a picture.
+    def segment(self, path: str, vocabulary: Vocabulary, method: str) -> Timed:
+        """Segments a photo.
 
         Raises:
-            ValueError: if picture or words are not right.
+            ValueError: if the photo cannot be used.
         """
         photo = self.photo(path)
-        vocabulary = as_vocabulary(classes, background)
         with self._lock:
             start = time.perf_counter()
             self.model.encode(vocabulary.queries)
@@ -104,17 +106,17 @@ class Desk:
             result = self.model.segment(photo, vocabulary, method=method)
             return Timed(result, encoded - start, time.perf_counter() - encoded)
 
-    def seen(self, path: str) -> Pixels:
-        """The picture as traces see it."""
+    def resized(self, path: str) -> Pixels:
+        """The photo at the size at which traces see it."""
         return self.model.resized(self.photo(path))
 
     def outliers(self, path: str, method: str, detector: str, layer: int) -> Found:
         """What a detector finds in the output of a layer.
 
         Args:
-            path: of the picture.
+            path: of the photo.
             method: whose run is looked at.
-            detector: name of one, which looks at plain CLIP; or `OWN`, the method's in its own run.
+            detector: name of one, for plain CLIP's tokens; or `OWN`, the method's in its own run.
             layer: absolute, any but the last.
         """
         purify = next((e for e in build_method(method).edits if isinstance(e, Purify)), None)

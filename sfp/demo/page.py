@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -22,7 +23,7 @@ SCENES = {  # seed: words for it, one of them without a place in the picture
     900_060: "box|crate, cat, water, night, ball",
     900_032: "ball, house, sand, brick wall, car",
     900_031: "ball, box|crate, car, sand, night, fish",
-    900_005: "ball, tree, sun, car, sky, boat",
+    900_107: "sun, ball, sky, grass, tree",
 }
 MAX_FILE = "100mb"
 CSS = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
@@ -258,11 +259,11 @@ class Page:
 
 
 def _header(weights: str) -> str:
-    note = vocabulary_note(weights)
+    note = re.sub("`(.+?)`", r"<code>\1</code>", escape(vocabulary_note(weights)))
     return (
         "<header><h1>sfp</h1><span>Training-free open-vocabulary segmentation with frozen CLIP"
         f"</span><code>{escape(weights)}</code></header>"
-        + (f'<p class="note">{escape(note[0].upper() + note[1:])}.</p>' if note else "")
+        + (f'<p class="note">{note[0].upper()}{note[1:]}.</p>' if note else "")
     )
 
 

@@ -21,9 +21,10 @@ from sfp.result import Result
 from sfp.tokens import upcast
 from sfp.trace import Trace
 from sfp.visualize.tokens import as_map, named_detectors, patch_index
-from sfp.vocabulary import Vocabulary
+from sfp.vocabulary import Vocabulary, as_vocabulary, parse_words
 
 MAX_PIXELS = 2**27  # 134 million, 0.4 GB while they are read
+MAX_QUERIES = 256  # each is a batch of prompts for the text encoder
 OWN = "the method's own"
 FALLBACK = "som"  # for methods that look for no outliers
 
@@ -63,6 +64,23 @@ class Found:
 def usable_methods() -> list[str]:
     """Presets that need no external encoder."""
     return [m for m in list_methods() if not any(r.layout for r in build_method(m).readouts)]
+
+
+def typed_vocabulary(words: str | None, background: str | None = None) -> Vocabulary:
+    """The words of the page's two fields; never a file, since others may have typed them.
+
+    Raises:
+        ValueError: if there is none, one is there twice, or there are too many.
+    """
+    classes = parse_words(words or "")
+    typed = [word for synonyms in classes for word in synonyms]
+    if twice := sorted({word for word in typed if typed.count(word) > 1}):
+        raise ValueError(f"{twice[0]!r} is there twice: remove one, their scores would tie")
+    rest = parse_words(background) if background and background.strip() else []
+    vocabulary = as_vocabulary(classes, [word for names in rest for word in names] or None)
+    if (count := len(vocabulary.queries)) > MAX_QUERIES:
+        raise ValueError(f"{count} words: expected {MAX_QUERIES} at most")
+    return vocabulary
 
 
 class Session:

@@ -14,12 +14,10 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from sfp.demo.pictures import SHOWN, caption, framed, heat, labelled, legend, marked, patch_at
-from sfp.demo.session import OWN, Session, Timed, usable_methods
-from sfp.demo.words import parse_words
+from sfp.demo.session import OWN, Session, Timed, typed_vocabulary, usable_methods
 from sfp.mini import unknown_words
 from sfp.registry import list_ops
 from sfp.vocabulary import Vocabulary
-from sfp.words import as_vocabulary
 
 Values = dict[Any, Any]  # the value of each component
 
@@ -92,12 +90,7 @@ class Tab(ABC):
 
     def vocabulary(self, values: Values) -> Vocabulary:
         """The words of both fields."""
-        background = values[self.inputs.background] or ""
-        words = parse_words(background) if background.strip() else []
-        return as_vocabulary(
-            parse_words(values[self.inputs.words]),
-            [word for synonyms in words for word in synonyms] or None,
-        )
+        return typed_vocabulary(values[self.inputs.words], values[self.inputs.background])
 
     def segment(self, values: Values, vocabulary: Vocabulary, method: str) -> Timed:
         """The segmentation of the photo by a method."""

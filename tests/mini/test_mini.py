@@ -15,7 +15,7 @@ import sfp
 from sfp import mini
 from sfp.clip.model import build_clip
 from sfp.mini import scenes, train
-from sfp.words import as_vocabulary
+from sfp.vocabulary import as_vocabulary
 
 
 def digest(seed: int) -> str:

@@ -34,6 +34,7 @@ from sfp.functional.labels import Labels
 from sfp.method import build_method
 from sfp.overlay import Panel, label_picture, overlay
 from sfp.palette import colour_map
+from sfp.registry import METHODS, find
 from sfp.vocabulary import Vocabulary, load_vocabulary
 
 LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # of mmseg pipelines: they do nothing to images
@@ -86,7 +87,7 @@ class Job:
         record = dict(
             weights=dict(name=self.weights, sha256=weights_digest(self.weights)),
             vocabulary=asdict(self.classes),
-            method=repr(build_method(self.method)),
+            method=self._method(),
             protocol=dict(
                 defaults | own,
                 short_side=self.short_side,
@@ -95,6 +96,14 @@ class Job:
             ),
         )
         return json.loads(json.dumps(record, default=str))
+
+    def _method(self) -> dict[str, Any]:
+        """The method with the defaults of its preset resolved."""
+        node = dict(type=self.method) if isinstance(self.method, str) else dict(self.method)
+        if (name := node.get("type", "Method")) == "Method":
+            return node
+        knobs = inspect.signature(find(METHODS, name)).parameters
+        return {k: p.default for k, p in knobs.items()} | node
 
 
 UNIMPORTANT = ("window_batch", "compiled", "cache_bytes")  # change last digits at most

@@ -27,8 +27,8 @@ With --out it writes OUT/labels/<name>.png, the label of each pixel as a palette
 also OUT/overlay/<name>.jpg, a picture to look at; with --coco also OUT/coco.json, all images as COCO
 annotations. Very many images: `sfp label`, which continues where it was stopped.
 
-Exit codes: 0 done; 1 some images could not be read; 2 wrong command line or settings; 3 the only image,
-or the weights, are missing or damaged.
+Exit codes: 0 done; 1 some images could not be read or written; 2 wrong command line or settings; 3 the
+only image, or the weights, are missing or damaged.
 """
 
 
@@ -74,10 +74,11 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Segments the images of a command line: 0, or 1 if some could not be read."""
+    """Segments the images of a command line: 0, or 1 if some failed."""
     import sfp
     from sfp.data.listing import list_units
     from sfp.files import atomic_write
+    from sfp.mini import vocabulary_note
     from sfp.vocabulary import as_vocabulary, background_threshold, check_threshold
 
     if args.out is None and (args.overlay or args.coco):
@@ -90,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{shards[0]} is an archive: `sfp label` reads those")
     classes, background = options.parse_classes(args.classes), parse_background(args.background)
     vocabulary = as_vocabulary(classes, background)  # errors show before weights are loaded
-    check_threshold(vocabulary, background_threshold(background))
+    threshold = background_threshold(background)
+    check_threshold(vocabulary, threshold)
+    if note := vocabulary_note(args.weights, vocabulary):
+        print(f"note: {note}", file=sys.stderr)
     model = sfp.load(
         args.weights,
         args.method,
@@ -105,16 +109,16 @@ def run(args: argparse.Namespace) -> int:
     def results() -> Iterator[tuple[str, Result]]:
         for unit in units:
             try:
-                result = model.segment(unit.path, classes, background=background)
-            except sfp.ImageError as error:  # the others go on
+                result = model.segment(unit.path, vocabulary, background=threshold)
+                if args.out:
+                    _write(args, unit, result)
+            except (sfp.ImageError, OSError, FloatingPointError) as error:  # the others go on
                 if len(units) == 1:
                     raise
                 print(f"failed: {error}", file=sys.stderr)
                 failures.append(error)
                 continue
             print(f"{unit.path}: {result.summary()}")
-            if args.out:
-                _write(args, unit, result)
             yield unit.path, result
 
     if args.coco:

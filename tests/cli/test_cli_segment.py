@@ -37,7 +37,8 @@ def test_a_folder(photos, tmp_path, capsys):
     printed = capsys.readouterr()
     assert f"{photos}/a.png: " in printed.out
     assert f"2 of 2 images segmented; results in {out}" in printed.out
-    assert not printed.err
+    (line,) = printed.err.splitlines()
+    assert line.startswith("note: the mini CLIP knows the words of its drawn scenes only")
     model = sfp.load("mini", device="cpu", short_side=224)
     document = json.loads((out / "coco.json").read_text())
     for i, name in enumerate(["a", "deep/b"]):
@@ -53,6 +54,19 @@ def test_a_folder(photos, tmp_path, capsys):
         assert document["images"][i]["file_name"] == str(photos / f"{name}.png")
     assert [c["name"] for c in document["categories"]] == ["cat", "grass", "sky"]
     assert {a["image_id"] for a in document["annotations"]} == {1, 2}
+
+
+def test_words_that_the_mini_clip_never_saw(photos, capsys):
+    assert run(str(photos / "a.png"), "--classes", "dog, sky|person", *MINI) == 0
+    assert "dog, person: never seen by the mini CLIP" in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_written_fails_alone(photos, tmp_path, capsys):
+    (tmp_path / "out" / "labels" / "a.png").mkdir(parents=True)
+    words = ["--classes", "cat, sky", "--out", str(tmp_path / "out")]
+    assert run(str(photos), *words, *MINI) == 1
+    assert (tmp_path / "out" / "labels" / "deep" / "b.png").is_file()
+    assert "1 of 2 images segmented" in capsys.readouterr().out
 
 
 def test_settings_arrive(photos, tmp_path, capsys):

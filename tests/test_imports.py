@@ -34,6 +34,20 @@ def test_importing_loads_nothing_heavy():
     assert python(code) == f"{sfp.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    "command", ["--help", "segment --help", "eval --help", "methods", "weights list", "data list"]
+)
+def test_commands_that_answer_at_once(command):
+    """Their modules are imported, and nothing that takes seconds to import."""
+    code = (
+        "import contextlib, io, sys\nfrom sfp.cli import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    main({command.split()})\n"
+        f"print(*set({HEAVY}) & set(sys.modules))"
+    )
+    assert python(code) == "\n"
+
+
 def test_every_name_is_listed_for_all_readers():
     """The table that is used, what type checkers read, and `__all__`."""
     tree = ast.parse((ROOT / "sfp/__init__.py").read_text())

@@ -1,18 +1,23 @@
 """The command `sfp`: one module per subcommand, one place that turns errors into exit codes.
 
 A module `sfp.cli.<command>` has `register(commands)`, which adds its parser and says with
-`set_defaults(run=...)` which function does the work, from the parsed arguments to an exit code. What
-is heavy to import is imported there, and errors are raised, not printed.
+`set_defaults(run=...)` which function does the work, from the parsed arguments to an exit code. That
+function imports what it needs, so that a help or a list does not wait for PyTorch; errors are raised,
+not printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any, TextIO, cast
 
+from sfp import _host
+from sfp.cli.options import import_modules
 from sfp.version import __version__
 
 COMMANDS = (  # in the order of the help
@@ -63,22 +68,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Errors that have none, bugs that is, are raised.
     """
-    args = build_parser().parse_args(argv)
-    return guarded(args.run, args)
+    before = sys.stdout, sys.stderr
+    out, err = (_Output(stream) if stream else stream for stream in before)
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
+    try:
+        args = build_parser().parse_args(argv)
+        return guarded(args.run, args) or int(isinstance(out, _Output) and out.reader_left)
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _Output:
+    """Standard output or error of a command whose work is more than what it prints.
+
+    Characters that the terminal cannot show appear as escapes, and when the reader of a pipe has left
+    (`sfp segment ... | head`), the rest goes nowhere; the work goes on.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.reader_left = False
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes, as files do."""
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flushes, as files do."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self._discard()
+
+    def _discard(self) -> None:
+        self.reader_left = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        self.stream.flush()  # what is still buffered
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Runs a command and turns its errors into a line on stderr and an exit code."""
     try:
+        if getattr(args, "modules", None):
+            import_modules(args.modules)
         code = run(args)
-        sys.stdout.flush()  # a reader that has gone shows up here, and not in the interpreter's end
-    except BrokenPipeError:  # `sfp methods --markdown | head`; rich does the same for its tables
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a reader that has left shows up here, not in the interpreter's end
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # what shells say of a program that Ctrl-C ended
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError):
+            error = _host.explained(error)
         code = exit_code(error)
         if code == 1:
             raise
@@ -88,8 +138,11 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
 
 def exit_code(error: Exception) -> int:
     """2 for a wrong command line or config, 3 for data or weights, 1 for anything else."""
-    from sfp import DataError, WeightsError
+    from sfp.clip.checkpoints.published import WeightsError
+    from sfp.data.images import DataError
 
+    if isinstance(error, ModuleNotFoundError) and error.name in _host.PACKAGES:
+        return 2
     # a DataError is a ValueError too; a module that is missing is of an extra that is not installed
     missing = (OSError, WeightsError, DataError, FloatingPointError, ModuleNotFoundError)
     if isinstance(error, missing):

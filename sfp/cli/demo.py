@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sfp.cli.options import WEIGHTS, add_command
+from sfp.cli.options import WEIGHTS, add_command, add_import
 
 TEXT = """\
 Opens a page in the browser: drop a photo or pick a scene of the mini world, type words, and see the
@@ -33,6 +33,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         "--share", action="store_true", help="a public address, through gradio's servers"
     )
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    add_import(parser)
 
 
 def run(args: argparse.Namespace) -> int:

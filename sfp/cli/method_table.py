@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sfp.method import Method, Purify, Readout, build_method
 from sfp.ops.integrators import own_tokens
-from sfp.registry import METHODS, OPS, list_methods, list_ops
-
-POSITIONAL = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+from sfp.registry import METHODS, OPS, find, list_methods, list_ops
 
 
 def knobs(fn: Callable[..., Any]) -> dict[str, Any]:
@@ -29,46 +26,29 @@ def summary(fn: Callable[..., Any]) -> str:
     return (inspect.getdoc(fn) or "").split("\n\n")[0].replace("\n", " ")
 
 
-@dataclass(frozen=True)
-class MethodCard:
-    """A preset as a table shows it.
-
-    Attributes:
-        name: of the preset.
-        title: first line of its file: the paper.
-        summary: what it does.
-        knobs: with their defaults.
-        attention, residual, ffn, edits, refiners: of the method it builds, in the words of the ops.
-    """
-
-    name: str
-    title: str
-    summary: str
-    knobs: dict[str, Any]
-    attention: str
-    residual: str
-    ffn: str
-    edits: str
-    refiners: str
+def methods_rows() -> list[tuple[str, str, str, str]]:
+    """(name, knobs, summary, paper) of every registered preset, those of other packages included."""
+    presets = METHODS.module_dict
+    return [
+        (name, _knob_list(presets[name]), summary(presets[name]), title(presets[name]))
+        for name in list_methods()
+    ]
 
 
-def method_card(name: str) -> MethodCard:
-    """Builds a preset with its defaults and says what came out."""
-    preset = METHODS.module_dict[name]
-    method: Method = build_method(name)
+def title(preset: Callable[..., Any]) -> str:
+    """The first line of a preset's file: the paper."""
     module = inspect.getmodule(preset)
-    readouts = method.readouts
-    return MethodCard(
-        name=name,
-        title=(inspect.getdoc(module) or "").split("\n")[0] if module else "",
-        summary=summary(preset),
-        knobs=knobs(preset),
-        attention=_each(_rule(r) for r in readouts),
-        residual=_each(_residual(r) for r in readouts),
-        ffn=_each("yes" if r.ffn else "no" for r in readouts),
-        edits=_each([*map(_edit, method.edits), *map(_name, method.surgery)]),
-        refiners=_each(map(_name, method.refiners)),
-    )
+    return (inspect.getdoc(module) or "").split("\n")[0] if module else ""
+
+
+def documentation(name: str) -> str:
+    """All that a preset says of itself: its paper, what it does, its knobs and their defaults.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+    preset = find(METHODS, name)
+    return f"{title(preset)}\n\n{inspect.getdoc(preset)}\n\nDefaults: {_knob_list(preset)}"
 
 
 def _each(items: Iterable[str]) -> str:
@@ -120,13 +100,23 @@ def _name(op: Any) -> str:
 
 
 def methods_markdown() -> str:
-    """The generated table of docs/methods.md."""
+    """The generated table of docs/methods.md: what each preset builds with its defaults."""
     header = ["preset", "attention of the last block", "residual", "FFN", "edits", "refiners"]
-    rows = [
-        [f"`{c.name}`", c.attention, c.residual, c.ffn, c.edits, c.refiners]
-        for c in map(method_card, list_methods())
+    return markdown(header, map(_parts, list_methods()))
+
+
+def _parts(name: str) -> list[str]:
+    """What a preset consists of, in the words of the ops."""
+    method: Method = build_method(name)
+    readouts = method.readouts
+    return [
+        f"`{name}`",
+        _each(_rule(r) for r in readouts),
+        _each(_residual(r) for r in readouts),
+        _each("yes" if r.ffn else "no" for r in readouts),
+        _each([*map(_edit, method.edits), *map(_name, method.surgery)]),
+        _each(map(_name, method.refiners)),
     ]
-    return markdown(header, rows)
 
 
 def ops_rows() -> list[tuple[str, str, str, str]]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import ast
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
-from sfp.cli.options import add_command
+from sfp.cli.options import add_command, add_import
 
 TEXT = """\
 Lists the registered methods, or the ops that they are made of.
 
 Examples:
     sfp methods
-    sfp methods naclip                 # one method with all its knobs
+    sfp methods naclip                 # one method with all its knobs, and what it does
+    sfp methods mine --import mine.py  # one of your own
     sfp methods --ops
     sfp methods --kind detector
     sfp methods --markdown             # the generated part of docs/methods.md
 """
+PRESETS = Path(__file__).parents[1] / "methods"
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -27,55 +32,64 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--ops", action="store_true", help="list ops by kind, with their knobs")
     parser.add_argument("--kind", help="only ops of this kind")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    add_import(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Lists."""
-    from rich.table import Table
-
-    from sfp.cli import method_table as describe
-    from sfp.cli.terminal import console
-    from sfp.registry import list_methods, suggest
+    header = ["method", "knobs", "what it does", "paper"]
+    if not (args.method or args.ops or args.kind or args.markdown or args.modules):
+        _print(header, shipped_methods())
+        return 0
+    from sfp.cli import method_table
+    from sfp.registry import suggest
 
     if args.method:
-        _show(args.method)
-        return 0
-    if args.ops or args.kind:
-        header = ["kind", "op", "knobs", "what it does"]
-        ops = describe.ops_rows()
+        print(method_table.documentation(args.method))
+    elif args.ops or args.kind:
+        ops = method_table.ops_rows()
         kinds = {row[0] for row in ops}
         if args.kind and args.kind not in kinds:
             raise ValueError(f"no ops of kind {args.kind!r}{suggest(args.kind, kinds)}")
-        rows = [list(row) for row in ops if args.kind in (None, row[0])]
+        header = ["kind", "op", "knobs", "what it does"]
+        rows = [row for row in ops if args.kind in (None, row[0])]
         if args.markdown:
-            print(describe.markdown(header, rows), end="")
-            return 0
+            print(method_table.markdown(header, rows), end="")
+        else:
+            _print(header, rows)
     elif args.markdown:
-        print(describe.methods_markdown(), end="")
-        return 0
+        print(method_table.methods_markdown(), end="")
     else:
-        header = ["method", "attention", "residual", "FFN", "edits", "refiners", "paper"]
-        cards = map(describe.method_card, list_methods())
-        rows = [
-            [c.name, c.attention, c.residual, c.ffn, c.edits, c.refiners, c.title] for c in cards
-        ]
+        _print(header, method_table.methods_rows())
+    return 0
+
+
+def shipped_methods() -> Iterator[tuple[str, str, str, str]]:
+    """(name, knobs, summary, paper) of every preset, read off the sources: PyTorch is not needed."""
+    for path in sorted(PRESETS.glob("*.py")):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        for node in module.body:
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if not any("METHODS" in ast.unparse(line) for line in node.decorator_list):
+                continue
+            knobs = [
+                word.arg if default is None else f"{word.arg}={ast.unparse(default)}"
+                for word, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            ]
+            summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
+            title = (ast.get_docstring(module) or "").split("\n")[0]
+            yield node.name, ", ".join(knobs), summary, title
+
+
+def _print(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    from sfp.cli.terminal import console
+
     table = Table(show_lines=True)
     for column in header:
         table.add_column(column, overflow="fold", no_wrap=column in ("method", "op"))
     for row in rows:
         table.add_row(*row)
     console().print(table)
-    return 0
-
-
-def _show(name: str) -> None:
-    """A method with its documentation."""
-    import inspect
-
-    from sfp.cli import method_table as describe
-    from sfp.registry import METHODS, find
-
-    preset = find(METHODS, name)
-    card = describe.method_card(name)
-    print(card.title, inspect.getdoc(preset), sep="\n\n")
-    print("\nDefaults: " + ", ".join(f"{k}={v!r}" for k, v in card.knobs.items()))

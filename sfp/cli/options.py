@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import importlib.util
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from mmengine.config import DictAction
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
 WEIGHTS = "name or path of CLIP weights, e.g. ViT-L/14"
 CLASSES = 'names separated by commas, synonyms by "|"; or a class file; or a benchmark\'s name'
+BRACKETS = {"(": ")", "[": "]"}
 
 
-class _Settings(DictAction):
-    """mmengine's KEY=VALUE pairs; a word that is none is an error of the command line."""
+class _Settings(argparse.Action):
+    """KEY=VALUE pairs as a dict, with the values that mmengine's `DictAction` reads."""
 
     def __call__(
         self,
@@ -27,10 +30,64 @@ class _Settings(DictAction):
         values: Any,
         option_string: str | None = None,
     ) -> None:
+        """Adds the pairs to those of an earlier use of the option."""
+        settings = dict(getattr(namespace, self.dest) or {})
         for word in values:
-            if "=" not in word:
+            key, equals, text = word.partition("=")
+            if not equals:
                 raise argparse.ArgumentError(self, f"{word!r} is not KEY=VALUE")
-        super().__call__(parser, namespace, values, option_string)
+            try:
+                settings[key] = parse_value(text)
+            except ValueError as error:
+                raise argparse.ArgumentError(self, f"{word!r}: {error}") from None
+        setattr(namespace, self.dest, settings)
+
+
+def parse_value(text: str) -> Any:
+    """A setting's value: a number, a truth value, None, a list, a tuple of values, or else a word.
+
+    Raises:
+        ValueError: if brackets do not match.
+
+    Example:
+        >>> parse_value("0.5"), parse_value("True"), parse_value("som"), parse_value("[(1,2),x]")
+        (0.5, True, 'som', [(1, 2), 'x'])
+        >>> parse_value("5,7")  # a list needs no brackets
+        [5, 7]
+    """
+    text = text.strip("'\"").replace(" ", "")
+    if len(parts := _split(text)) > 1:
+        return _values(parts)
+    if text[:1] in BRACKETS and text.endswith(BRACKETS[text[0]]):
+        values = _values(_split(text[1:-1]))
+        return tuple(values) if text[0] == "(" else values
+    for convert in (int, float):
+        with contextlib.suppress(ValueError):
+            return convert(text)
+    words = {"true": True, "false": False}
+    return words.get(text.lower(), None if text == "None" else text)
+
+
+def _values(parts: list[str]) -> list[Any]:
+    """What the parts mean; a comma may end the last one."""
+    return [parse_value(part) for part in (parts if parts[-1] else parts[:-1])]
+
+
+def _split(text: str) -> list[str]:
+    """`text` at the commas that stand in no bracket."""
+    parts, depth = [""], []
+    for sign in text:
+        if sign in BRACKETS:
+            depth.append(BRACKETS[sign])
+        elif sign in BRACKETS.values() and (not depth or depth.pop() != sign):
+            raise ValueError("brackets do not match")
+        if sign == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    if depth:
+        raise ValueError("brackets do not match")
+    return parts
 
 
 def add_command(
@@ -90,6 +147,51 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="settings that replace the config's, e.g. model.prob_thd=0.2",
     )
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """The option that brings methods and ops of one's own; `sfp.cli.main` imports them."""
+    parser.add_argument(
+        "--import",
+        nargs="+",
+        dest="modules",
+        default=[],
+        metavar="MODULE|FILE",
+        help="Python modules or files to import first, which register methods or ops of your own",
+    )
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Imports modules by name, also from the working folder, and files by path.
+
+    Raises:
+        ValueError: if one cannot be imported; the message says why.
+    """
+    for name in names:
+        try:
+            _import(name)
+        except Exception as error:  # noqa: PERF203 - a few names
+            raise ValueError(f"--import {name}: {type(error).__name__}: {error}") from error
+
+
+def _import(name: str) -> None:
+    if name.endswith(".py"):
+        _import_file(Path(name))
+        return
+    sys.path.insert(0, "")  # the working folder, as in `python -m`
+    try:
+        importlib.import_module(name)
+    finally:
+        sys.path.remove("")
+
+
+def _import_file(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules.setdefault(path.stem, module)  # so that what it defines can be pickled
 
 
 def add_pictures(parser: argparse.ArgumentParser, default: int) -> None:

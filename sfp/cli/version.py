@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 from importlib import metadata
 
@@ -15,7 +16,13 @@ Prints the versions of sfp, Python and the libraries that numbers depend on, and
 Example:
     sfp version
 """
-LIBRARIES = ("torch", "onedl-mmsegmentation", "onedl-mmengine", "onedl-mmcv", "numpy")
+LIBRARIES = (  # of each line the first that is installed
+    ("torch",),
+    ("onedl-mmsegmentation", "mmsegmentation"),
+    ("onedl-mmengine", "mmengine"),
+    ("onedl-mmcv", "mmcv", "mmcv-lite"),
+    ("numpy",),
+)
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -29,8 +36,16 @@ def run(args: argparse.Namespace) -> int:
 
     print(f"sfp {__version__}")
     print(f"python {platform.python_version()} on {platform.platform()}")
-    for name in LIBRARIES:
-        print(f"{name} {metadata.version(name)}")
+    for names in LIBRARIES:
+        print(_version(names))
     cuda = torch.cuda.is_available()
     print(f"GPU: {torch.cuda.get_device_name() if cuda else 'none'}")
     return 0
+
+
+def _version(names: tuple[str, ...]) -> str:
+    """The first of several distributions that is installed, with its version."""
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return f"{name} {metadata.version(name)}"
+    return f"{names[-1]}: not installed"

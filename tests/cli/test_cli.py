@@ -13,12 +13,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from setuptools import find_packages
 
 import sfp
 from sfp import cli
+from sfp.cli import method_table, methods, options
 from sfp.data.images import ImageError
 from sfp.evaluation import configs as shipped
+from sfp.registry import METHODS
 
 ROOT = Path(__file__).parents[2]
 FEW = ["--cfg-options", "test_dataloader.dataset.scenes=2", "test_dataloader.num_workers=0"]
@@ -233,6 +237,81 @@ def test_completion_asks_for_its_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert cli.main(["completion", "zsh"]) == 3
     assert "pip install 'sfp[completion]'" in capsys.readouterr().err
+
+
+# -- settings, modules of one's own, listings ----------------------------------------------------
+
+
+VALUES = st.recursive(
+    st.sampled_from(["1", "-2.5", "1e-3", "True", "none", "None", "som", "a b", "'q'", "x=(1)"]),
+    lambda inner: st.tuples(
+        st.sampled_from(["[{}]", "({})"]), st.lists(inner, max_size=3).map(",".join)
+    ).map(lambda pair: pair[0].format(pair[1])),
+)
+
+
+@given(st.one_of(VALUES, st.lists(VALUES, min_size=2, max_size=3).map(",".join)))
+def test_settings_are_read_as_mmengine_reads_them(text):
+    config = pytest.importorskip("mmengine.config")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--set", nargs="+", action=config.DictAction)
+    try:
+        theirs = parser.parse_args(["--set", f"key={text}"]).set["key"]
+    except RecursionError:  # such as "(1),(2)"
+        return
+    assert options.parse_value(text) == theirs
+
+
+@pytest.mark.parametrize("text", ["(", "[1)", "1]", "a,[b"])
+def test_settings_with_brackets_that_do_not_match(text, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["eval", "mini", "--cfg-options", f"model.x={text}"])
+    assert "brackets do not match" in capsys.readouterr().err
+
+
+MINE = '''
+"""A paper of one's own."""
+from sfp.registry import METHODS
+
+@METHODS.register_module()
+def of_mine_{0}(*, rule="kk"):
+    """Keys with keys."""
+    return dict(readouts=[dict(attention=dict(type="self_self", pairs=[rule]))])
+'''
+
+
+@pytest.mark.parametrize("spelling", ["mine_{}", "mine_{}.py", "./mine_{}.py"])
+def test_methods_of_ones_own(spelling, elsewhere, capsys):
+    number = len(spelling)
+    (elsewhere / f"mine_{number}.py").write_text(MINE.format(number))
+    words = ["methods", f"of_mine_{number}", "--import", spelling.format(number)]
+    try:
+        assert cli.main(words) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith("A paper of one's own.\n\nKeys with keys.")
+        assert "rule='kk'" in printed
+        assert cli.main(["methods", *words[2:]]) == 0
+        assert f"of_mine_{number}" in capsys.readouterr().out
+    finally:
+        METHODS.module_dict.pop(f"of_mine_{number}", None)
+        sys.modules.pop(f"mine_{number}", None)
+
+
+def test_modules_that_cannot_be_imported(elsewhere, capsys):
+    (elsewhere / "bad.py").write_text("1 / 0")
+    for name, message in (
+        ("bad.py", "ZeroDivisionError: division by zero"),
+        ("bad", "ZeroDivisionError"),
+        ("absent.py", "FileNotFoundError"),
+        ("no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ):
+        assert cli.main(["methods", "--import", name]) == 2
+        assert f"error: --import {name}: {message}" in capsys.readouterr().err
+
+
+def test_listed_methods_are_the_registered_ones():
+    """Read off the sources, and off the functions."""
+    assert list(methods.shipped_methods()) == method_table.methods_rows()
 
 
 # -- configs by name -----------------------------------------------------------------------------

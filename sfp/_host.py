@@ -19,8 +19,8 @@ from typing import Any
 
 PACKAGES = ("mmcv", "mmengine", "mmseg")
 INSTALL = (
-    "this needs mmsegmentation, which is not installed: pip install 'sfp[mmseg]', or, beside "
-    "PyTorch's own versions, mmcv 2.1.0, mmengine 0.10.7 and mmsegmentation 1.2.2"
+    "this needs mmsegmentation, which is not installed: pip install 'sfp[mmseg]', or OpenMMLab's own "
+    "packages (mmcv 2.1, mmengine 0.10 and mmsegmentation 1.2 work), but not both"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterable, Iterator
 
 from sfp.cli.options import add_command
@@ -50,21 +51,23 @@ def run(args: argparse.Namespace) -> int:
 def _words() -> dict[str, list[str]]:
     """Names of an option or a positional argument: what may stand there, files aside."""
     from sfp.clip.checkpoints.published import PUBLISHED
-    from sfp.evaluation.ablate import studies
-    from sfp.evaluation.configs import config_names
     from sfp.registry import OPS, list_methods
 
     methods = list_methods()
-    return dict(
-        config=config_names(),
+    words = dict(
         weights=[*PUBLISHED],
         names=list(PUBLISHED),
         source=[*PUBLISHED],
         method=methods,
         methods=methods,
-        study=sorted(studies()),
         kind=sorted({getattr(op, "kind", "") for op in OPS.module_dict.values()}),
     )
+    with contextlib.suppress(ModuleNotFoundError):  # without mmsegmentation nothing is evaluated
+        from sfp.evaluation.ablate import studies
+        from sfp.evaluation.configs import config_names
+
+        words |= dict(config=config_names(), study=sorted(studies()))
+    return words
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

@@ -58,6 +58,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--part", help="I/N: only every N-th input, from the I-th (0 to N-1)")
     parser.add_argument("--engine", choices=["local", "ray"], default="local")
     parser.add_argument("--processes", type=int, help="with ray (default: one per GPU, or one)")
+    options.add_import(parser)
     options.add_cfg_options(parser)
 
 

@@ -71,6 +71,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         choices=["auto", "fp32", "fp16", "bf16", "int8"],
         help="default: auto",
     )
+    options.add_import(parser)
 
 
 def run(args: argparse.Namespace) -> int:

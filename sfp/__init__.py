@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares with the tab
     from sfp.data.images import DataError, ImageError, as_image, read_image
     from sfp.evaluation import metrics
     from sfp.method import Method, Purify, Readout, build_method
+    from sfp.preprocessor import ImagePreprocessor
     from sfp.registry import METHODS, OPS, list_methods, list_ops, op
     from sfp.result import Result
-    from sfp.preprocessor import ImagePreprocessor
     from sfp.segmentor import OpenVocabSegmentor
     from sfp.tokens import Heads, Tokens
     from sfp.trace import Trace

@@ -418,7 +418,8 @@ def pins(text: str, python: str) -> dict[str, str]:
 def requirements() -> list[Requirement]:
     """What pyproject.toml asks for, the extras `docs`, `mmseg` and `test` included."""
     text = (ROOT / "pyproject.toml").read_text()  # tomllib is of Python 3.11
-    lists = re.findall(r"^(?:dependencies|docs|mmseg|test) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+    groups = r"^(?:dependencies|docs|mmseg|test) = \[(.*?)\]$"
+    lists = re.findall(groups, text, re.DOTALL | re.MULTILINE)
     assert len(lists) == 4
     names = [name for one in lists for name in re.findall(r'"(.+?)"|\'(.+?)\'', one)]
     return [Requirement(double or single) for double, single in names]

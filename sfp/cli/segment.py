@@ -77,19 +77,11 @@ def register(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Segments the images of a command line: 0, or 1 if some failed."""
     import sfp
-    from sfp.data.listing import list_units
     from sfp.files import atomic_write
     from sfp.mini import vocabulary_note
     from sfp.vocabulary import as_vocabulary, background_threshold, check_threshold
 
-    if args.out is None and (args.overlay or args.coco):
-        raise ValueError("--overlay and --coco write files: say where with --out FOLDER")
-    if args.parts and not args.coco:
-        raise ValueError("--parts says how coco.json is written: give --coco too")
-    units = list_units(args.images)
-    shards = [unit.path for unit in units if unit.is_archive]
-    if shards:
-        raise ValueError(f"{shards[0]} is an archive: `sfp label` reads those")
+    units = _units(args)
     classes, background = options.parse_classes(args.classes), parse_background(args.background)
     vocabulary = as_vocabulary(classes, background)  # errors show before weights are loaded
     threshold = background_threshold(background)
@@ -134,6 +126,21 @@ def run(args: argparse.Namespace) -> int:
             f"{len(units) - len(failures)} of {len(units)} images segmented; results in {args.out}"
         )
     return 1 if failures else 0
+
+
+def _units(args: argparse.Namespace) -> list[Unit]:
+    """The images, if the options go together."""
+    from sfp.data.listing import list_units
+
+    if args.out is None and (args.overlay or args.coco):
+        raise ValueError("--overlay and --coco write files: say where with --out FOLDER")
+    if args.parts and not args.coco:
+        raise ValueError("--parts says how coco.json is written: give --coco too")
+    units = list_units(args.images)
+    shards = [unit.path for unit in units if unit.is_archive]
+    if shards:
+        raise ValueError(f"{shards[0]} is an archive: `sfp label` reads those")
+    return units
 
 
 def _write(args: argparse.Namespace, unit: Unit, result: Result) -> None:

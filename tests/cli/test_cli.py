@@ -57,7 +57,7 @@ def elsewhere(tmp_path, monkeypatch):
         ("label photos --out out", 2, "nothing to look for"),
         ("label photos --out out --config voc22", 2, "did you mean 'voc21'"),
         ("label photos --out out --classes cat", 3, "photos does not exist"),
-        ("label . --out out --classes cat --part 3/2", 3, "no image or tar shard"),
+        ("label . --out out --classes cat --part 3/2", 3, "no image or archive"),
         ("label broken.pt --out out --classes cat --part 3/2", 2, "--part 3/2: expected I/N"),
         ("label broken.pt --out out --classes cat --weights broken.pt", 3, r"broken\.pt"),
         ("methods spf", 2, "did you mean 'sfp'"),

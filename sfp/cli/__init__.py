@@ -147,7 +147,8 @@ def exit_code(error: Exception) -> int:
     missing = (OSError, WeightsError, DataError, FloatingPointError, ModuleNotFoundError)
     if isinstance(error, missing):
         return 3
-    return 2 if isinstance(error, ValueError) else 1
+    # a plain LookupError says that a method needs what its run does not have; a KeyError is a bug
+    return 2 if isinstance(error, ValueError) or type(error) is LookupError else 1
 
 
 def _message(error: Exception) -> str:

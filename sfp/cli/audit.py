@@ -35,10 +35,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from sfp.evaluation import card
-    from sfp.evaluation.run import METRICS, quiet
+    from sfp.evaluation.notices import quiet
+    from sfp.evaluation.scores import COLUMNS, cell
+    from sfp.evaluation.settings import FREE, STRICT
 
-    quiet()
-    a, b = card.read_side(args.a), card.read_side(args.b)
+    with quiet():
+        a, b = card.read_side(args.a), card.read_side(args.b)
     found = card.differences(a, b)
     if found:
         table = Table("group", "setting", "A", "B")
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     open_questions = card.unknown(a, b)
     if open_questions:
         print(f"Only one side knows: {', '.join(open_questions)}.")
-    different = [group for group in card.STRICT if any(row.group == group for row in found)]
+    different = [group for group in STRICT if any(row.group == group for row in found)]
     if different:
         print(
             f"NOT COMPARABLE: they differ in {_and(different)}, so a difference between the two "
@@ -56,16 +58,19 @@ def run(args: argparse.Namespace) -> int:
         )
         return 1
     if "scores" in a and "scores" in b:
-        for name in METRICS:
+        for name in COLUMNS:
             one, two = a["scores"][name], b["scores"][name]
-            print(f"{name:6} {one:8.2f} {two:8.2f}   {two - one:+.2f}")
-    compared = [group for group in card.FREE if any(row.group == group for row in found)]
-    print(
-        f"Comparable{', as far as both sides tell' * bool(open_questions)}: "
-        + (f"they differ only in {_and(compared)}." if compared else "the same method and weights.")
-    )
+            gain = "" if one is None or two is None else f"{two - one:+.2f}"
+            print(f"{name:6} {cell(one):>8} {cell(two):>8}   {gain}")
+    compared = [group for group in FREE if any(row.group == group for row in found)]
+    verdict = "Comparable, as far as both sides tell" if open_questions else "Comparable"
+    if compared:
+        print(f"{verdict}: they differ only in {_and(compared)}.")
+    else:
+        print(f"{verdict}: the same method and weights.")
     return 0
 
 
 def _and(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last

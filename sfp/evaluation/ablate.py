@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 
 from sfp.cli.method_table import markdown
+from sfp.evaluation import scores
 from sfp.evaluation.compare import measure
 from sfp.files import atomic_write
 from sfp.registry import list_ops, suggest
 
-COLUMNS = ("mIoU", "mAcc", "aAcc")
+COLUMNS = scores.COLUMNS[:3]  # as the papers' tables have them
 BENCHMARKS = {
     "PascalVOC21Dataset": "VOC21",
     "ADE20K150Dataset": "ADE20K",
@@ -224,8 +225,8 @@ def ablate(
             resume=resume,
             progress=partial(progress, str(source)),
         )
-        for row, scores in zip(study.rows, record["methods"].values(), strict=True):
-            numbers = {k: scores[k] for k in COLUMNS}
+        for row, measured in zip(study.rows, record["methods"].values(), strict=True):
+            numbers = {k: measured[k] for k in COLUMNS}
             label, published = prefix + row.label, dict(row.published)
             rows.append(dict(label=label, method=dict(row.method), **numbers, published=published))
     result = dict(
@@ -262,7 +263,7 @@ def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             row["label"],
-            *(f"{row[k]:.1f}" for k in COLUMNS),
+            *(scores.cell(row[k], decimals=1) for k in COLUMNS),
             *(str(row["published"].get(name, "-")) for name in published),
         ]
         for row in result["rows"]

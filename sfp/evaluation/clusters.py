@@ -17,7 +17,6 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,8 +24,9 @@ from torch import Tensor
 
 from sfp.data.datasets import DATASETS
 from sfp.engine import choose_device
-from sfp.evaluation.card import settings
 from sfp.evaluation.journal import fingerprint
+from sfp.evaluation.loading import Batches
+from sfp.evaluation.settings import settings
 from sfp.files import atomic_write
 from sfp.functional.kmeans import spherical_kmeans
 from sfp.registry import check_knobs
@@ -70,7 +70,7 @@ def ensure_clusters(config: Config) -> Config:
     if is_main_process():
         dataset = _dataset(config, config.clusters.get("dataset"))
         groups = settings(config, dataset=dataset)
-        groups["run"] = {"file_sizes_sha256": groups["run"]["file_sizes_sha256"]}
+        groups["run"] = {"files_sha256": groups["run"]["files_sha256"]}
         wanted = fingerprint(groups)
         if not path.is_file() or _made_for(path) != wanted:
             print(
@@ -121,8 +121,7 @@ def fit_clusters(
     segmentor = MODELS.build(config.model).to(choose_device()).eval()
     built = _dataset(config, dataset)
     # all images in this process: mmengine's samplers would wait for the others, and share the images
-    order = list(range(len(built)))
-    loader = Runner.build_dataloader(dict(config.test_dataloader, dataset=built, sampler=order))
+    loader = Batches(config.test_dataloader, built, range(len(built)))
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Tensor] = []
     for data in loader:

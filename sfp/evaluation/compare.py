@@ -3,42 +3,77 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from torch import Tensor
 
 from sfp.cli.method_table import markdown
 from sfp.data.datasets import DATASETS
-from sfp.evaluation.card import image_names, method_settings, plain, settings
-from sfp.evaluation.journal import Journal, confusion, count
-from sfp.evaluation.metrics import summarize
+from sfp.data.images import DataError
+from sfp.engine import choose_device
+from sfp.evaluation.journal import Journal, count
+from sfp.evaluation.loading import Batches
+from sfp.evaluation.metrics import ignored_label
+from sfp.evaluation.notices import quiet
+from sfp.evaluation.scores import (
+    COLUMNS,
+    cells,
+    confusion,
+    coverage,
+    note_coverage,
+    note_progress,
+    note_turned,
+    rounded,
+    summarize,
+)
+from sfp.evaluation.settings import image_names, method_settings, settings
 from sfp.files import atomic_write
 from sfp.method import Method, build_method
 from sfp.overlay import Panel
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.visualize.sheets import at_size, picture_sheet
 
-COLUMNS = ("mIoU", "mAcc", "aAcc", "fwIoU")
-
 
 def build_segmentor(config: Config) -> OpenVocabSegmentor:
     """The segmentor of a config, on the GPU if there is one."""
     init_default_scope(config.get("default_scope", "mmseg"))
     segmentor = MODELS.build(config.model)
-    return segmentor.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return segmentor.to(choose_device()).eval()
 
 
+@dataclass
+class _Plan:
+    """What is compared on what, and what of it is done.
+
+    Attributes:
+        dataset: the test set.
+        images: names of its images.
+        ignored: label of pixels that do not count.
+        methods: by the name that tables show.
+        journals, counts: of each method; counts are those read or made so far, by image.
+        chosen: indices of the images for the sheet.
+        batches: indices of images that go through the network together, and for which methods.
+    """
+
+    dataset: Any
+    images: list[str]
+    ignored: int
+    methods: dict[str, Method]
+    journals: dict[str, Journal]
+    counts: dict[str, dict[str, Tensor]]
+    chosen: set[int]
+    batches: list[tuple[range, list[str]]] = field(default_factory=list)
+
+
+@quiet()
 def measure(
     config: Config,
     methods: Mapping[str, str | Mapping[str, Any] | Method],
@@ -62,102 +97,152 @@ def measure(
 
     Returns:
         "methods": for each name mIoU, mAcc, aAcc, fwIoU and the classes' IoU, in percent.
+
+    Raises:
+        DataError: if a file cannot be used, with its name, or if no pixel of the ground truth counts.
     """
     if "clusters" in config:
         raise ValueError(
             "clusters are fitted to one method's features: evaluate configs without words one by one, "
-            "with tools/test.py --method"
+            "with `sfp eval --method`"
         )
     init_default_scope(config.get("default_scope", "mmseg"))
     built = {name: build_method(method) for name, method in methods.items()}
-    dataset = DATASETS.build(config.test_dataloader.dataset)
     model = config.model.copy()
     model.pop("method", None)  # assigning to it would merge
     model.method = next(iter(built.values()))
     segmentor = build_segmentor(Config(dict(config, model=model)))
-    classes, (_, images) = dataset.metainfo["classes"], image_names(dataset)
+    nodes = {name: method_settings(method) for name, method in methods.items()}
+    plan = _plan(config, segmentor, built, nodes, pictures, resume)
+    columns = _run(config, segmentor, plan, progress)
+    classes = plan.dataset.metainfo["classes"]
+    if pictures:
+        sheet = Path(config.work_dir, "compare.png")
+        picture_sheet(columns, classes, plan.dataset.metainfo["palette"], sheet)
+    found = coverage(next(iter(plan.counts.values())).values(), classes)
+    note_coverage(found, len(classes), plan.ignored)
+    return dict(
+        images=len(plan.images),
+        weights=str(config.model.weights),
+        methods={
+            name: _scores([counts[image] for image in plan.images], classes)
+            for name, counts in plan.counts.items()
+        },
+    )
 
+
+def _plan(
+    config: Config,
+    segmentor: OpenVocabSegmentor,
+    methods: dict[str, Method],
+    nodes: Mapping[str, Mapping[str, Any]],
+    pictures: int,
+    resume: bool,
+) -> _Plan:
+    """What is left to do, in the batches of an undisturbed run.
+
+    The same images go through the network together, whatever was done before.
+    """
+    dataset = DATASETS.build(config.test_dataloader.dataset)
+    _, images = image_names(dataset)
     device = next(segmentor.parameters()).device.type
     groups = settings(config, model=segmentor, dataset=dataset, device=device)
+    note_turned(groups["data"])
+    folder = Path(config.work_dir, "journal")
     journals = {
-        name: Journal(
-            Path(config.work_dir, "journal", re.sub(r"[^\w.+=-]+", "_", name)),
-            dict(groups, method=plain(method_settings(method))),
-        )
-        for name, method in methods.items()
+        name: Journal(folder / re.sub(r"[^\w.+=-]+", "_", name), dict(groups, method=node))
+        for name, node in nodes.items()
     }
     if not resume:
         for journal in journals.values():
             journal.clear()
     counts = {name: journal.read() for name, journal in journals.items()}
-    if (before := min(map(len, counts.values()))) or any(j.damaged for j in journals.values()):
-        damaged = sum(journal.damaged for journal in journals.values())
-        print(
-            f"continuing: {before} of {len(images)} images are done for all {len(methods)} methods, "
-            f"damaged records: {damaged}; --no-resume starts over",
-            file=sys.stderr,
-        )
-
-    # the batches of an undisturbed run, so that the same images go through the network together
+    note_progress(
+        min(map(len, counts.values())),
+        len(images),
+        f"for all {len(methods)} methods",
+        sum(journal.damaged for journal in journals.values()),
+    )
     chosen = {i * len(images) // pictures for i in range(pictures)}
+    ignored = ignored_label(config.test_evaluator)
+    plan = _Plan(dataset, images, ignored, methods, journals, counts, chosen)
     size = config.test_dataloader.get("batch_size", 1)
-    work: list[tuple[range, list[str]]] = []
     for start in range(0, len(images), size):
         batch = range(start, min(start + size, len(images)))
-        lacking = [n for n in built if any(images[i] not in counts[n] for i in batch)]
-        if lacking or not chosen.isdisjoint(batch):
-            work.append((batch, lacking if chosen.isdisjoint(batch) else list(built)))
-    sampler = [i for batch, _ in work for i in batch]
-    loader = Runner.build_dataloader(dict(config.test_dataloader, dataset=dataset, sampler=sampler))
-    done = len(images) - len(sampler)
-    columns: dict[str, list[Panel]] = {t: [] for t in ("image", "ground truth", *built)}
+        lacking = [n for n in methods if any(images[i] not in counts[n] for i in batch)]
+        if not chosen.isdisjoint(batch):
+            lacking = list(methods)
+        if lacking:
+            plan.batches.append((batch, lacking))
+    return plan
 
+
+def _run(
+    config: Config,
+    segmentor: OpenVocabSegmentor,
+    plan: _Plan,
+    progress: Callable[[int, int], None],
+) -> dict[str, list[Panel]]:
+    """Runs the batches of a plan, fills in its counts, and returns the columns of the sheet."""
+    order = [i for batch, _ in plan.batches for i in batch]
+    loader = Batches(config.test_dataloader, plan.dataset, order)
+    done = len(plan.images) - len(order)
+    columns: dict[str, list[Panel]] = {t: [] for t in ("image", "ground truth", *plan.methods)}
     with ExitStack() as stack:
-        for journal in journals.values():
+        for journal in plan.journals.values():
             stack.callback(journal.close)
-        for data, (batch, names) in zip(loader, work, strict=True):
+        for data, (batch, names) in zip(loader, plan.batches, strict=True):
             raw = data["inputs"]
             data = segmentor.data_preprocessor(data)
             samples = data["data_samples"]
-            results = segmentor.predict_each([built[n] for n in names], data["inputs"], samples)
+            methods = [plan.methods[name] for name in names]
+            results = segmentor.predict_each(methods, data["inputs"], samples)
             truths = [sample.gt_sem_seg.data[0] for sample in samples]
-            for name, labels in zip(names, results, strict=True):
-                for i, truth, result in zip(batch, truths, labels, strict=True):
-                    if images[i] not in counts[name]:
-                        entries = count(
-                            result.labels,
-                            truth.to(result.labels),
-                            len(classes),
-                            dataset.ignore_index,
-                        )
-                        journals[name].append(images[i], entries)
-                        counts[name][images[i]] = entries
+            labels = {
+                name: [each.labels for each in result]
+                for name, result in zip(names, results, strict=True)
+            }
+            _record(plan, batch, samples, labels)
             for n, i in enumerate(batch):
-                if i in chosen:
+                if i in plan.chosen:
                     picture = at_size(raw[n], truths[n].shape)
                     columns["image"].append(Panel(picture))
                     columns["ground truth"].append(Panel(picture, truths[n].cpu().numpy()))
-                    for name, labels in zip(names, results, strict=True):
-                        columns[name].append(Panel(picture, labels[n].labels.cpu().numpy()))
+                    for name, each in labels.items():
+                        columns[name].append(Panel(picture, each[n].cpu().numpy()))
             done += len(batch)
-            progress(done, len(images))
+            progress(done, len(plan.images))
+    return columns
 
-    if pictures:
-        sheet = Path(config.work_dir, "compare.png")
-        picture_sheet(columns, classes, dataset.metainfo["palette"], sheet)
-    return dict(
-        images=len(images),
-        weights=str(config.model.weights),
-        methods={n: _scores([counts[n][image] for image in images], classes) for n in built},
-    )
+
+def _record(
+    plan: _Plan, batch: range, samples: Sequence[Any], labels: Mapping[str, Sequence[Tensor]]
+) -> None:
+    """Counts the images of a batch for the methods that lack them, in their journals and the plan.
+
+    Raises:
+        DataError: if a label map does not fit; the message names the file.
+    """
+    classes = len(plan.dataset.metainfo["classes"])
+    for name, each in labels.items():
+        for i, sample, predicted in zip(batch, samples, each, strict=True):
+            image = plan.images[i]
+            if image in plan.counts[name]:
+                continue
+            truth = sample.gt_sem_seg.data[0].to(predicted)
+            try:
+                entries = count(predicted, truth, classes, plan.ignored)
+            except ValueError as error:
+                raise DataError(f"{sample.get('seg_map_path', image)}: {error}") from None
+            plan.journals[name].append(image, entries)
+            plan.counts[name][image] = entries
 
 
 def _scores(entries: Sequence[Tensor], classes: Sequence[str]) -> dict[str, Any]:
     matrix = confusion(entries, len(classes))
-    scores = summarize(matrix.diagonal(), matrix.sum(0), matrix.sum(1))
-    # a class that does not occur has no IoU: NaN, for which JSON has no word
-    iou = [None if math.isnan(x) else round(x, 4) for x in scores["IoU"]]
-    return dict({k: round(scores[k], 4) for k in COLUMNS}, IoU=dict(zip(classes, iou, strict=True)))
+    scores = rounded(summarize(matrix.diagonal(), matrix.sum(0), matrix.sum(1)), classes)
+    each = scores.pop("classes")
+    return dict(scores, IoU={name: row["IoU"] for name, row in each.items()})
 
 
 def compare(
@@ -180,11 +265,9 @@ def compare(
 
 def compare_rows(record: Mapping[str, Any]) -> list[list[str]]:
     """The cells of a comparison, methods in the order given."""
-    return [
-        [name, *(f"{scores[k]:.1f}" for k in COLUMNS)] for name, scores in record["methods"].items()
-    ]
+    return [[name, *cells(scores, decimals=1)] for name, scores in record["methods"].items()]
 
 
-def compare_markdown(record: Mapping[str, Any], header: Sequence[str] = COLUMNS) -> str:
+def compare_markdown(record: Mapping[str, Any]) -> str:
     """A comparison as a Markdown table."""
-    return markdown(["method", *header], compare_rows(record))
+    return markdown(["method", *COLUMNS], compare_rows(record))

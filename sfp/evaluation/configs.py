@@ -5,6 +5,7 @@ In the repository they are the folder `configs`; installed they are `sfp.configs
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,40 @@ def read_config(path: Path, *settings: str) -> Config:
     except Exception as error:  # a config is a program: whatever goes wrong in it is wrong with it
         raise ConfigError(f"{path} is no config: {type(error).__name__}: {error}") from error
     require(config, *settings)
+    return config
+
+
+def load_config(
+    path: str | Path,
+    *,
+    method: str | None = None,
+    weights: str | None = None,
+    work_dir: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Config:
+    """A config with what the command line says put on top of it.
+
+    Args:
+        path: of the config file, or the name of a shipped one (`find_config`).
+        method: preset that replaces the whole `model.method` (a merge would leave the other
+            method's flags behind).
+        weights: replaces `model.weights`.
+        work_dir: where results go; by default work/<name of the config>.
+        options: dotted keys and values, e.g. {"model.method.pm": "lof"}; applied last.
+
+    Raises:
+        ConfigError: if there is no such file, or it is no config.
+    """
+    path = find_config(path)
+    config = read_config(path, "model.type")
+    if method is not None:
+        config.model.pop("method", None)  # assigning a dict would merge it
+        config.model.method = dict(type=method)
+    if weights is not None:
+        config.model.weights = weights
+    config.work_dir = work_dir or config.get("work_dir") or str(Path("work", Path(path).stem))
+    if options:
+        config.merge_from_dict(dict(options))
     return config
 
 

@@ -16,13 +16,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sfp.evaluation.scores import IGNORED
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -34,6 +36,7 @@ def count(predicted: Tensor, truth: Tensor, classes: int, ignored: int) -> Tenso
     """The non-zero entries of an image's confusion matrix, (3, n) int64: truth, prediction, pixels.
 
     All later scores follow from these, and an image has tens of them, whatever the number of classes.
+    Ignored pixels, if there are any, are the last entry, with `IGNORED` as both labels.
 
     Args:
         predicted: labels, of any shape.
@@ -49,8 +52,8 @@ def count(predicted: Tensor, truth: Tensor, classes: int, ignored: int) -> Tenso
             f"prediction {tuple(predicted.shape)} and ground truth {tuple(truth.shape)} differ in "
             "size: the label file does not belong to the image"
         )
-    counts = truth != ignored
-    predicted, truth = predicted[counts].long(), truth[counts].long()
+    counted = truth != ignored
+    predicted, truth = predicted[counted].long(), truth[counted].long()
     for what, labels in (("prediction", predicted), ("ground truth", truth)):
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise ValueError(
@@ -64,15 +67,10 @@ def count(predicted: Tensor, truth: Tensor, classes: int, ignored: int) -> Tenso
     cells = (number[truth] * len(used) + number[predicted]).bincount()
     (places,) = cells.nonzero(as_tuple=True)
     rows, columns = used[places // len(used)], used[places % len(used)]
-    return torch.stack([rows, columns, cells[places]]).cpu()
-
-
-def confusion(entries: Iterable[Tensor], classes: int) -> Tensor:
-    """The sum of `count`s as a matrix, (K, K) int64: rows are truth, columns predictions."""
-    total = torch.zeros(classes * classes, dtype=torch.int64)
-    for truth, predicted, pixels in entries:
-        total.index_add_(0, truth * classes + predicted, pixels)
-    return total.view(classes, classes)
+    entries = torch.stack([rows, columns, cells[places]]).cpu()
+    if rest := counted.numel() - len(truth):
+        entries = torch.cat([entries, torch.tensor([[IGNORED], [IGNORED], [rest]])], dim=1)
+    return entries
 
 
 @dataclass
@@ -107,7 +105,7 @@ class Journal:
             if not header or "fingerprint" not in header:
                 continue  # killed within its first write, or damaged: nothing says whose it is
             if header["fingerprint"] != self.fingerprint:
-                self.others.append(header["settings"])
+                self.others.append(header.get("settings") or {})
                 continue
             for record in lines:
                 records[record["image"]] = torch.tensor(record["counts"], dtype=torch.int64).view(

@@ -5,60 +5,64 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import mmengine.registry
 import torch
 from mmengine.dist import barrier, broadcast_object_list, is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger, print_log
 from mmseg.evaluation.metrics import IoUMetric
 from mmseg.registry import METRICS
 from prettytable import PrettyTable
 from torch import Tensor
 
-from sfp.evaluation.journal import Journal, confusion, count
+from sfp.data.images import DataError
+from sfp.evaluation.configs import ConfigError
+from sfp.evaluation.journal import Journal, count
+from sfp.evaluation.scores import COLUMNS, cell, confusion, coverage, number, summarize
+from sfp.registry import suggest
 
 
-def summarize(intersect: Tensor, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
-    """Scores in percent from pixel counts per class, each (K,).
-
-    Args:
-        intersect: pixels labelled and predicted as the class.
-        predicted: pixels predicted as it.
-        truth: pixels labelled as it.
-
-    Returns:
-        "mIoU", "aAcc", "mAcc", "fwIoU" (IoU weighted by the class's share of the truth), and "IoU",
-        "Acc" per class. A class that occurs in neither truth nor prediction has NaN and does not
-        count; nor does the accuracy of a class that does not occur in the truth.
-    """
-    intersect, predicted, truth = (x.double() for x in (intersect, predicted, truth))
-    iou = 100 * intersect / (predicted + truth - intersect)
-    acc = 100 * intersect / truth
-    return dict(
-        mIoU=iou.nanmean().item(),
-        aAcc=(100 * intersect.sum() / truth.sum()).item(),
-        mAcc=acc.nanmean().item(),
-        fwIoU=((iou * truth).nansum() / truth.sum()).item(),
-        IoU=iou.tolist(),
-        Acc=acc.tolist(),
-    )
-
-
-@METRICS.register_module()
+@METRICS.register_module(force=True)  # modules may be imported again
 class SegmentationMetric(IoUMetric):
     """Pixel counts, summed exactly over all images and processes, with fwIoU and per-class numbers.
+
+    Args:
+        ignore_index: label of pixels that do not count.
+        output_dir: folder for each image's labels, as PNG.
+        format_only: write those and score nothing; there need not be labels.
+        collect_device, prefix: of mmengine's `BaseMetric`.
 
     Attributes:
         summary: what `summarize` gave, after an evaluation; empty before, and on other processes
             than the first.
         confusion: the matrix it was computed from, (K, K) int64, rows are truth; likewise.
+        coverage: what the ground truth consists of (`scores.coverage`); likewise.
         records: entries of each image, by name, if there is a journal; likewise.
     """
 
     default_prefix = ""  # plain names, without mmengine's warning about them
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(iou_metrics=["mIoU"], **kwargs)
+    def __init__(
+        self,
+        *,
+        ignore_index: int = 255,
+        output_dir: str | None = None,
+        format_only: bool = False,
+        collect_device: str = "cpu",
+        prefix: str | None = None,
+    ) -> None:
+        # mmseg's own takes any other argument, too, and says nothing
+        super().__init__(
+            ignore_index=ignore_index,
+            iou_metrics=["mIoU"],
+            collect_device=collect_device,
+            output_dir=output_dir,
+            format_only=format_only,
+            prefix=prefix,
+        )
         self.summary: dict[str, Any] = {}
         self.confusion: Tensor | None = None
+        self.coverage: dict[str, Any] = {}
         self.records: dict[str, Tensor] = {}
         self._journal: Journal | None = None
         self._names: Sequence[str] = ()
@@ -85,14 +89,14 @@ class SegmentationMetric(IoUMetric):
         """Counts a batch.
 
         Raises:
-            ValueError: if a label map does not fit; the message names the file.
+            DataError: if a label map does not fit; the message names the file.
         """
         for sample in data_samples:
             before = len(self.results)
             try:
                 super().process(data_batch, [sample])
             except ValueError as error:
-                raise ValueError(f"{sample.get('seg_map_path', 'a label map')}: {error}") from None
+                raise DataError(f"{sample.get('seg_map_path', 'a label map')}: {error}") from None
             if self._journal is not None:
                 for counts in self.results[before:]:
                     self._journal.append(self._by_path[sample["img_path"]], counts)
@@ -115,34 +119,98 @@ class SegmentationMetric(IoUMetric):
             if lost:
                 raise RuntimeError(
                     f"{len(lost)} of {len(self._names)} images, first {lost[0]}, are not in "
-                    f"{self._journal.folder}: the work folder must be one that all processes share"
+                    f"{self._journal.folder}: all processes must share the work folder, and no other "
+                    "run may start over in it (--no-resume) meanwhile"
                 )
             scores = [self.compute_metrics([self.records[name] for name in self._names])]
         broadcast_object_list(scores)
         return scores[0]
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Prints the per-class table and returns mIoU, aAcc, mAcc and fwIoU, two decimals each."""
+        """Prints the per-class table and returns the scores of `COLUMNS`, two decimals each.
+
+        Raises:
+            DataError: if all pixels are ignored.
+        """
         if self.format_only:
             return super().compute_metrics(results)
         names = self.dataset_meta["classes"]
+        self.coverage = coverage(results, names)
         self.confusion = matrix = self._confusion(results)
         counts = (matrix.diagonal(), matrix.sum(0), matrix.sum(1))
         self.summary = summarize(*(x[: len(names)] for x in counts))
         table = PrettyTable(["Class", "IoU", "Acc"], align="r")
         table.align["Class"] = "l"
         for name, iou, acc in zip(names, self.summary["IoU"], self.summary["Acc"], strict=True):
-            table.add_row([name, f"{iou:.2f}", f"{acc:.2f}"])
+            table.add_row([name, cell(number(iou)), cell(number(acc))])
         if is_main_process():
             print_log(f"per class results:\n{table}", MMLogger.get_current_instance())
-        return {k: round(self.summary[k], 2) for k in ("mIoU", "aAcc", "mAcc", "fwIoU")}
+        return {k: round(self.summary[k], 2) for k in COLUMNS}
 
     def _confusion(self, results: Sequence[Tensor]) -> Tensor:
         return confusion(results, len(self.dataset_meta["classes"]))
 
     def relabel(self, labels: Tensor) -> Tensor:
-        """Predictions as class numbers, for pictures; here they are."""
+        """Predictions as class numbers, for pictures. Identity; `HungarianMetric` maps clusters."""
         return labels
+
+
+def complete(nodes: Any) -> list[dict[str, Any]]:
+    """The metrics of a config, with one that tables and cards are made of.
+
+    A `SegmentationMetric` is put in front if there is none of its kind, unless all metrics have
+    `format_only`: then there need not be labels.
+
+    Raises:
+        ConfigError: for an unknown metric.
+    """
+    nodes = [dict(node) for node in ([nodes] if isinstance(nodes, Mapping) else nodes)]
+    types = [_metric_type(node["type"]) for node in nodes]
+    formats = all(node.get("format_only") for node in nodes)
+    if not formats and not any(hasattr(cls, "keep") for cls in types):
+        ignored = next((n["ignore_index"] for n in nodes if "ignore_index" in n), 255)
+        nodes.insert(0, dict(type="SegmentationMetric", ignore_index=ignored))
+    return nodes
+
+
+def ignored_label(nodes: Any) -> int:
+    """The label of pixels that do not count, as the metrics of a config have it."""
+    metric = METRICS.build(complete(nodes)[0])
+    return metric.ignore_index
+
+
+def _metric_type(name: str | type) -> type:
+    found = METRICS.get(name) if isinstance(name, str) else name
+    if found is None:
+        known = {*METRICS.module_dict, *mmengine.registry.METRICS.module_dict}
+        raise ConfigError(f"test_evaluator: unknown metric {name!r}{suggest(name, known)}")
+    return found
+
+
+def main_metric(evaluator: Evaluator) -> SegmentationMetric | None:
+    """The metric that tables and cards are made of, if there is one that scores."""
+    own = (m for m in evaluator.metrics if hasattr(m, "keep") and not m.format_only)
+    return next(own, None)
+
+
+def needs_every_image(evaluator: Evaluator) -> bool:
+    """Whether counts in a journal do not make up for an image that is not run again."""
+    return len(evaluator.metrics) > 1 or evaluator.metrics[0].output_dir is not None
+
+
+def name_apart(evaluator: Evaluator) -> None:
+    """Gives metrics beside the main one a prefix, by their type, so that no two results clash."""
+    main = main_metric(evaluator)
+    taken = set() if main is None else {main.prefix}
+    for metric in evaluator.metrics:
+        if metric is main:
+            continue
+        name = wanted = metric.prefix or type(metric).__name__
+        number = 2
+        while name in taken:
+            name, number = f"{wanted} {number}", number + 1
+        taken.add(name)
+        metric.prefix = name
 
 
 def match(matrix: Tensor) -> Tensor:
@@ -162,7 +230,7 @@ def match(matrix: Tensor) -> Tensor:
     return result
 
 
-@METRICS.register_module()
+@METRICS.register_module(force=True)  # modules may be imported again
 class HungarianMetric(SegmentationMetric):
     """Scores of clusters without names: each class is given the cluster that fits it best.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,15 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS, LOOPS
 from mmengine.runner import Runner, TestLoop
 
-from sfp.evaluation.card import GROUPS, image_names, settings
+from sfp.evaluation.configs import ConfigError
 from sfp.evaluation.journal import Journal
-from sfp.evaluation.metrics import SegmentationMetric
+from sfp.evaluation.loading import Batches
+from sfp.evaluation.metrics import main_metric, name_apart, needs_every_image
+from sfp.evaluation.scores import note, note_progress, note_turned
+from sfp.evaluation.settings import GROUPS, image_names, settings
 
 
-@LOOPS.register_module()
+@LOOPS.register_module(force=True)  # modules may be imported again
 class ResumableTestLoop(TestLoop):
     """mmengine's test loop over the images that the journal in the work folder does not have yet.
 
@@ -47,28 +49,31 @@ class ResumableTestLoop(TestLoop):
         dataset = DATASETS.build(dataloader["dataset"])
         dataset.full_init()
         if not isinstance(evaluator, Evaluator):
-            evaluator = runner.build_evaluator(evaluator)
+            try:
+                evaluator = runner.build_evaluator(evaluator)
+            except TypeError as error:
+                raise ConfigError(f"test_evaluator: {error}") from None
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         shared: list[Any] = [None]
         if is_main_process():
             device = next(model.parameters()).device.type
             shared = [settings(runner.cfg, model=model, dataset=dataset, device=device)]
+            note_turned(shared[0]["data"])
         broadcast_object_list(shared)
         self.settings: dict[str, Any] = shared[0]
 
         size, count = dataloader.get("batch_size", 1), len(dataset)
         batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
-        (metric, *others) = evaluator.metrics
-        # what another metric or a formatted result needs of an image is not in the journal
-        if isinstance(metric, SegmentationMetric) and not others and not metric.format_only:
+        name_apart(evaluator)
+        if (metric := main_metric(evaluator)) is not None:
             journal = Journal(Path(runner.work_dir, "journal"), self.settings, get_rank())
             paths, names = image_names(dataset)
             metric.keep(journal, paths, names)
+            resume = resume and not needs_every_image(evaluator)
             batches = _remaining(journal, names, batches, resume)
         self.remaining = sum(map(len, batches))
         own = [i for batch in batches[get_rank() :: get_world_size()] for i in batch]
-        loader = runner.build_dataloader(dict(dataloader, dataset=dataset, sampler=own))
-        super().__init__(runner, loader, evaluator, fp16)
+        super().__init__(runner, Batches(dataloader, dataset, own), evaluator, fp16)
 
 
 def _remaining(
@@ -87,19 +92,8 @@ def _remaining(
 
 
 def _say(journal: Journal, done: int, count: int) -> None:
-    if journal.damaged:
-        print(
-            f"{journal.folder}: torn or damaged records: {journal.damaged} (their images are "
-            "evaluated again)",
-            file=sys.stderr,
-        )
-    if done:
-        print(
-            f"continuing: {done} of {count} images are done ({journal.folder}); --no-resume "
-            "starts over",
-            file=sys.stderr,
-        )
-    elif journal.others:
+    note_progress(done, count, f"({journal.folder})", journal.damaged)
+    if journal.others and not done:
         old, new = journal.others[-1], journal.settings
         changed = [
             f"{group} {key}"
@@ -107,8 +101,7 @@ def _say(journal: Journal, done: int, count: int) -> None:
             for key in sorted({*old.get(group, {}), *new[group]})
             if old.get(group, {}).get(key) != new[group].get(key)
         ]
-        print(
+        note(
             f"{journal.folder} is of an evaluation with other settings ({', '.join(changed)}): "
-            "starting over",
-            file=sys.stderr,
+            "starting over"
         )

@@ -3,48 +3,45 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
-import os
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
-from mmengine.dist import init_dist, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.logging import MMLogger
-from mmengine.registry import HOOKS, MODEL_WRAPPERS, init_default_scope
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS, init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
 
 from sfp.clip.checkpoints.loading import locate
 from sfp.clip.text import prompt_templates
 from sfp.data.datasets import DATASETS
-from sfp.evaluation.card import truth_hash, write_card
+from sfp.evaluation.card import write_card
 from sfp.evaluation.clusters import cluster_config, ensure_clusters
-from sfp.evaluation.configs import ConfigError, find_config, read_config, require
-from sfp.evaluation.metrics import HungarianMetric, SegmentationMetric
-from sfp.evaluation.resumable_loop import ResumableTestLoop
+from sfp.evaluation.configs import ConfigError, require
+from sfp.evaluation.configs import load_config as load_config
+from sfp.evaluation.distributed import start_processes
+from sfp.evaluation.metrics import HungarianMetric, SegmentationMetric, complete, main_metric
+from sfp.evaluation.notices import quiet
+from sfp.evaluation.resumable_loop import ResumableTestLoop as ResumableTestLoop
+from sfp.evaluation.scores import COLUMNS, cell, note_coverage, number, rounded
+from sfp.evaluation.settings import truth_hash
 from sfp.files import atomic_write
 from sfp.method import build_method
 from sfp.overlay import Panel
 from sfp.registry import suggest
-from sfp.segmentor import SETTINGS, OpenVocabSegmentor
+from sfp.segmentor import SETTINGS
 from sfp.visualize.sheets import at_size, picture_sheet
 from sfp.vocabulary import load_vocabulary
 
-METRICS = ("mIoU", "aAcc", "mAcc", "fwIoU")
 
-
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)  # modules may be imported again
 class ProgressHook(Hook):
     """A progress bar over the test images; every process counts its own, the first one shows it."""
 
@@ -79,53 +76,7 @@ class ProgressHook(Hook):
             self._bar = None
 
 
-@MODEL_WRAPPERS.register_module()
-class FrozenReplica(nn.Module):
-    """Stands where DistributedDataParallel would: nothing is trained, so nothing is synchronised."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def test_step(self, data: Any) -> Any:
-        """The wrapped model's."""
-        return self.module.test_step(data)  # type: ignore[operator]
-
-
-def load_config(
-    path: str | Path,
-    *,
-    method: str | None = None,
-    weights: str | None = None,
-    work_dir: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Config:
-    """A config with what the command line says put on top of it.
-
-    Args:
-        path: of the config file, or the name of a shipped one (`sfp.evaluation.configs.find_config`).
-        method: preset that replaces the whole `model.method` (a merge would leave the other
-            method's flags behind).
-        weights: replaces `model.weights`.
-        work_dir: where results go; by default work/<name of the config>.
-        options: dotted keys and values, e.g. {"model.method.pm": "lof"}; applied last.
-
-    Raises:
-        ConfigError: if there is no such file, or it is no config.
-    """
-    path = find_config(path)
-    config = read_config(path, "model.type")
-    if method is not None:
-        config.model.pop("method", None)  # assigning a dict would merge it
-        config.model.method = dict(type=method)
-    if weights is not None:
-        config.model.weights = weights
-    config.work_dir = work_dir or config.get("work_dir") or str(Path("work", Path(path).stem))
-    if options:
-        config.merge_from_dict(dict(options))
-    return config
-
-
+@quiet()
 def check(config: Config) -> None:
     """Looks for the data and the weights of a config, and builds its method, in seconds.
 
@@ -137,7 +88,8 @@ def check(config: Config) -> None:
     init_default_scope(config.get("default_scope", "mmseg"))
     if "clusters" in config:
         cluster_config(config)
-    if MODELS.get(config.model.type) is None:
+    segmentor = MODELS.get(config.model.type)
+    if segmentor is None:
         raise ConfigError(f"model.type={config.model.type!r} is not registered in mmseg's MODELS")
     known = SETTINGS
     for name in config.model:
@@ -145,12 +97,13 @@ def check(config: Config) -> None:
             raise ConfigError(f"the segmentor has no setting {name!r}{suggest(name, known)}")
     require(config, "model.classes", "model.weights", "test_dataloader.dataset")
     require(config, "test_evaluator", "test_cfg.type")
+    complete(config.test_evaluator)
     prompt_templates(config.model.get("templates", "imagenet"))
     build_method(config.model.get("method", "sfp"))
     try:
         dataset = DATASETS.build(config.test_dataloader.dataset)
-    except TypeError as error:
-        raise ConfigError(f"test_dataloader.dataset: {error}") from None
+    except (TypeError, KeyError) as error:  # of an argument, or a type, that there is not
+        raise ConfigError(f"test_dataloader.dataset: {error.args[0]}") from None
     names = load_vocabulary(config.model.classes).names  # some come with the data
     expected = dataset.metainfo.get("classes") or names
     if len(names) != len(expected):
@@ -161,38 +114,7 @@ def check(config: Config) -> None:
     locate(config.model.weights)
 
 
-def _slurm_group() -> dict[str, str]:
-    """What `torch.distributed` reads from the environment, out of what `srun` sets there.
-
-    Raises:
-        ValueError: if nothing of that is set, or the first node cannot be told.
-    """
-    try:
-        rank, size, nodes = (
-            os.environ[f"SLURM_{name}"] for name in ("PROCID", "NTASKS", "NODELIST")
-        )
-    except KeyError as error:
-        raise ValueError(
-            f"--launcher slurm goes by the variables of srun, and {error} is not set: start it with "
-            "srun (docs/scaling.md), or use torchrun and --launcher pytorch"
-        ) from None
-    address = os.environ.get("MASTER_ADDR")
-    if address is None and not set(nodes) & set("[,"):
-        address = nodes
-    elif address is None:
-        command = ["scontrol", "show", "hostnames", nodes]  # of "n[1-4]", one a line
-        try:
-            listed = subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(
-                f"--launcher slurm: scontrol cannot tell the first of the nodes {nodes} ({error}): set "
-                "MASTER_ADDR to its address"
-            ) from None
-        address = listed.stdout.split()[0]
-    port = os.environ.get("MASTER_PORT", "29500")
-    return dict(RANK=rank, WORLD_SIZE=size, MASTER_ADDR=address, MASTER_PORT=port)
-
-
+@quiet()
 def evaluate(
     config: Config, *, pictures: int = 6, show_dir: str | None = None, resume: bool = True
 ) -> dict[str, Any]:
@@ -208,23 +130,45 @@ def evaluate(
         resume: False starts over.
 
     Returns:
-        "mIoU", "aAcc", "mAcc", "fwIoU" in percent, "classes" with IoU and Acc of each, and what was
-        evaluated (without words also "assignment", the cluster of each class); written to
-        `metrics.json` as well, and with every setting to the reproduction card, `card.json` and
-        `card.md`. Empty on processes other than the first.
+        "mIoU", "mAcc", "aAcc", "fwIoU" in percent, "classes" with IoU and Acc of each, and what was
+        evaluated (without words also "assignment", the cluster of each class; with other metrics
+        beside, "metrics", their results); written to `metrics.json` as well, and with every setting
+        to the reproduction card, `card.json` and `card.md`. Empty on processes other than the first.
+
+    Raises:
+        DataError: if a file cannot be used, with its name, or if no pixel of the ground truth counts.
     """
     config = config.copy()
-    if config.get("launcher", "none") != "none":
-        config.model_wrapper_cfg = dict(type="FrozenReplica")
-        if not torch.cuda.is_available() and not torch.distributed.is_initialized():
-            # mmengine's own start asks for CUDA, and leaves a group that is there alone
-            if config.launcher == "slurm":
-                os.environ.update(_slurm_group())
-            torch.distributed.init_process_group("gloo")
+    start_processes(config)
     if "clusters" in config:
-        if config.get("launcher", "none") != "none" and not torch.distributed.is_initialized():
-            init_dist(config.launcher, **config.env_cfg.dist_cfg)  # else the runner does, later
         config = ensure_clusters(config)
+    runner = Runner.from_cfg(_for_runner(config, show_dir, resume))
+    measured = runner.test()
+    if not is_main_process():
+        return {}
+    metric = main_metric(runner.test_evaluator)
+    result = _result(runner, metric, measured)
+    work_dir = Path(config.work_dir)
+    text = json.dumps(
+        result, indent=2, default=float
+    )  # other people's metrics give NumPy's numbers
+    result = json.loads(text)  # what is returned is what the file holds: lists, no tuples
+    with atomic_write(work_dir / "metrics.json") as path:
+        path.write_text(text + "\n")
+    if metric is None:  # results were only formatted, maybe of images without labels
+        return result
+    note_coverage(metric.coverage, len(metric.dataset_meta["classes"]), metric.ignore_index)
+    if (groups := getattr(runner.test_loop, "settings", None)) is not None:
+        groups["data"].update(metric.coverage, truth_sha256=truth_hash(metric.records))
+        write_card(work_dir, groups, result)
+    if pictures:
+        _write_sheet(runner, work_dir / "sheet.png", pictures, metric)
+    return result
+
+
+def _for_runner(config: Config, show_dir: str | None, resume: bool) -> Config:
+    """The config as mmengine's runner gets it."""
+    config.test_evaluator = complete(config.test_evaluator)
     if config.test_cfg.type == "TestLoop":
         # a picture of each image needs each image to be run
         config.test_cfg.update(type="ResumableTestLoop", resume=resume and show_dir is None)
@@ -235,83 +179,71 @@ def evaluate(
     # mmengine keeps visualizers and logs by name: each evaluation of a process needs names of its own
     config.visualizer.pop("name", None)
     config.setdefault("experiment_name", f"{Path(config.work_dir).name}_{time.time_ns()}")
-    runner = Runner.from_cfg(config)
-    runner.test()
-    if not is_main_process():
-        return {}
-    (metric,) = (m for m in runner.test_evaluator.metrics if isinstance(m, SegmentationMetric))
-    names = metric.dataset_meta["classes"]
-    result = {k: round(metric.summary[k], 4) for k in METRICS}
-    result["classes"] = {
-        name: dict(IoU=_number(iou), Acc=_number(acc))
-        for name, iou, acc in zip(names, metric.summary["IoU"], metric.summary["Acc"], strict=True)
-    }
-    if isinstance(metric, HungarianMetric) and metric.assignment is not None:
-        result["assignment"] = dict(zip(names, metric.assignment.tolist(), strict=True))
-    model = config.model
+    return config
+
+
+def _result(
+    runner: Runner, metric: SegmentationMetric | None, measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What came out, and of what."""
+    result: dict[str, Any] = {}
+    if metric is not None:
+        names = metric.dataset_meta["classes"]
+        result = rounded(metric.summary, names)
+        if (assignment := getattr(metric, "assignment", None)) is not None:
+            result["assignment"] = dict(zip(names, assignment.tolist(), strict=True))
+        prefix = f"{metric.prefix}/" if metric.prefix else ""
+        measured = {k: v for k, v in measured.items() if k not in {prefix + c for c in COLUMNS}}
+    if measured:
+        result["metrics"] = {k: _finite(v) for k, v in measured.items()}
     result["images"] = len(runner.test_dataloader.dataset)
+    model = runner.cfg.model
     result["method"] = model.get("method", "sfp")
     result["weights"] = str(model.weights)
-    work_dir = Path(config.work_dir)
-    text = json.dumps(result, indent=2)
-    result = json.loads(text)  # what is returned is what the file holds: lists, no tuples
-    with atomic_write(work_dir / "metrics.json") as path:
-        path.write_text(text + "\n")
-    if isinstance(runner.test_loop, ResumableTestLoop):
-        groups = runner.test_loop.settings
-        if metric.records:
-            groups["data"]["truth_sha256"] = truth_hash(metric.records)
-        write_card(work_dir, groups, result)
-    if pictures:
-        _write_sheet(runner, work_dir / "sheet.png", pictures, metric)
     return result
 
 
-def _number(value: float) -> float | None:
-    """Rounded; None, JSON's word for nothing, for the NaN of a class that does not occur."""
-    return None if math.isnan(value) else round(value, 4)
+def _finite(value: Any) -> Any:
+    """None for NaN, for which JSON has no word."""
+    return number(value) if isinstance(value, float) else value
 
 
 def per_class_table(result: Mapping[str, Any]) -> Table:
     """The classes of a result, and the means below them."""
-    table = Table(title=f"{_method_name(result)}, {result['images']} images")
+    table = Table(title=f"{_method_name(result['method'])}, {result['images']} images")
     table.add_column("class")
     for column in ("IoU", "Acc"):
         table.add_column(column, justify="right")
-    for name, scores in result["classes"].items():
-        table.add_row(name, *(_cell(scores[k]) for k in ("IoU", "Acc")))
+    for name, scores in result.get("classes", {}).items():
+        table.add_row(name, *(cell(scores[k]) for k in ("IoU", "Acc")))
     table.add_section()
-    table.add_row("mIoU / mAcc", _cell(result["mIoU"]), _cell(result["mAcc"]), style="bold")
-    table.add_row("aAcc", "", _cell(result["aAcc"]))
-    table.add_row("fwIoU", _cell(result["fwIoU"]), "")
+    if "mIoU" in result:
+        table.add_row("mIoU / mAcc", cell(result["mIoU"]), cell(result["mAcc"]), style="bold")
+        table.add_row("aAcc", "", cell(result["aAcc"]))
+        table.add_row("fwIoU", cell(result["fwIoU"]), "")
+    table.add_section()
+    for name, value in result.get("metrics", {}).items():
+        table.add_row(name, cell(value) if isinstance(value, (int, float)) else str(value))
     return table
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _method_name(result: Mapping[str, Any]) -> str:
-    method = result["method"]
-    return method if isinstance(method, str) else method.get("type", "Method")
+def _method_name(node: Any) -> str:
+    return node if isinstance(node, str) else node.get("type", "Method")
 
 
 def _write_sheet(runner: Runner, path: Path, count: int, metric: SegmentationMetric) -> None:
     """Some test images with their truth, plain CLIP's labels and the method's."""
     dataset = runner.test_dataloader.dataset
-    model = runner.model.module if isinstance(runner.model, FrozenReplica) else runner.model
-    assert isinstance(model, OpenVocabSegmentor)
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     count = min(count, len(dataset))
     chosen = [i * len(dataset) // count for i in range(count)]
     ours = model.method
-    columns = {"image": [], "ground truth": []}  # type: dict[str, list[Panel]]
-    named = {"plain CLIP": build_method("clip"), "SFP": ours}
-    method = runner.cfg.model.get("method", "sfp")
-    name = method if isinstance(method, str) else method.get("type", "Method")
-    if name != "sfp":
-        named = {"plain CLIP": named["plain CLIP"], name: ours}
-    if isinstance(metric, HungarianMetric):
-        named.pop("plain CLIP")  # clusters of one method's features mean nothing in another's
+    name = _method_name(runner.cfg.model.get("method", "sfp"))
+    named = {"SFP" if name == "sfp" else name: ours}
+    if not isinstance(metric, HungarianMetric):
+        # clusters of one method's features mean nothing in another's
+        named = {"plain CLIP": build_method("clip"), **named}
+    columns: dict[str, list[Panel]] = {"image": [], "ground truth": []}
     for i in chosen:
         record = dataset[i]
         truth = record["data_samples"].gt_sem_seg.data[0]
@@ -327,11 +259,3 @@ def _write_sheet(runner: Runner, path: Path, count: int, metric: SegmentationMet
     model.method = ours
     meta = dataset.metainfo
     picture_sheet(columns, meta["classes"], meta["palette"], path)
-
-
-def quiet() -> None:
-    """Keeps mmengine's advice to developers off the terminal of people who evaluate."""
-    import warnings
-
-    warnings.filterwarnings("ignore", module=r"mm(engine|seg|cv)\b")
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # until a run brings its own logger

@@ -41,7 +41,8 @@ from sfp.clip.checkpoints.published import (
     on_disk,
 )
 from sfp.clip.model import CLIP, build_clip
-from sfp.evaluation.card import differences, settings
+from sfp.evaluation.card import differences
+from sfp.evaluation.settings import settings
 from sfp.files import sha256_file
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -31,8 +31,8 @@ from sfp.data.datasets import (
 from sfp.data.images import DataError
 from sfp.evaluation import compare
 from sfp.evaluation import run as evaluate
-from sfp.evaluation.card import image_names
 from sfp.evaluation.journal import fingerprint
+from sfp.evaluation.settings import image_names
 
 ROOT = Path(__file__).parents[2]
 CONVERTED = [name for name, entry in DOWNLOADED.items() if entry.steps]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sfp import cli
-from sfp.evaluation import card
+from sfp.evaluation import card, settings
 from sfp.evaluation import run as evaluate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -32,7 +32,7 @@ def write(folder: Path, config: str = "mini", miou: float = 50.0, **options) -> 
     loaded = evaluate.load_config(
         CONFIGS / f"cfg_{config}.py", options={k.replace("__", "."): v for k, v in options.items()}
     )
-    groups = card.settings(loaded)
+    groups = settings.settings(loaded)
     groups["data"].update(images=3, list_sha256="1", truth_sha256="2")
     groups["protocol"]["precision"] = "fp32"
     scores = dict(mIoU=miou, aAcc=80.0, mAcc=60.0, fwIoU=70.0, classes={})

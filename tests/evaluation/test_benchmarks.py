@@ -18,7 +18,8 @@ from mmseg.apis import inference_model, init_model
 
 import sfp
 from sfp.evaluation import run as evaluate
-from sfp.evaluation.metrics import SegmentationMetric, summarize
+from sfp.evaluation.metrics import SegmentationMetric
+from sfp.evaluation.scores import summarize
 from sfp.visualize import sheets as sheet
 from sfp.vocabulary import load_vocabulary
 

@@ -10,8 +10,8 @@ import torch
 from mmengine.config import Config
 
 from sfp.clip.checkpoints.loading import PUBLISHED
-from sfp.evaluation import card
 from sfp.evaluation import run as evaluate
+from sfp.evaluation import settings
 from sfp.evaluation.journal import count, fingerprint
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,9 +50,11 @@ def test_a_card_says_everything(evaluated):
         assert found["protocol"][key] == value
     assert found["protocol"]["pipeline Resize"] == [dict(scale=[2048, 224], keep_ratio=True)]
     assert len(found["vocabulary"]["classes"]) == 18
-    assert found["method"] == {**card.plain(load().model.method), "layers": [-2], "top_k": 10} | {
-        k: found["method"][k] for k in ("beta", "pre_layer", "post_layer", "integrator_end")
-    }
+    assert found["method"] == {
+        **settings.plain(load().model.method),
+        "layers": [-2],
+        "top_k": 10,
+    } | {k: found["method"][k] for k in ("beta", "pre_layer", "post_layer", "integrator_end")}
     assert len(found["weights"]["sha256"]) == 64
     assert found["data"]["images"] == 3
     for hashed in ("list_sha256", "truth_sha256"):
@@ -70,7 +72,7 @@ def test_a_card_says_everything(evaluated):
 
 
 def flip(**options) -> dict:
-    return card.settings(load(**{k.replace("__", "."): v for k, v in options.items()}))
+    return settings.settings(load(**{k.replace("__", "."): v for k, v in options.items()}))
 
 
 @pytest.mark.parametrize(
@@ -105,30 +107,30 @@ def test_where_things_lie_does_not_matter(monkeypatch, tmp_path):
     after = flip(model__classes=str(words), work_dir="elsewhere", model__weights="mini")
     assert before == after
     monkeypatch.setenv("DATA_ROOT", "/one")
-    one = card.settings(load("voc21"))
+    one = settings.settings(load("voc21"))
     monkeypatch.setenv("DATA_ROOT", "/two")
-    assert card.settings(load("voc21")) == one
+    assert settings.settings(load("voc21")) == one
     assert one["weights"]["sha256"] == PUBLISHED["ViT-B/16"].sha256
 
 
 def test_code_of_other_people_counts(tmp_path, monkeypatch):
     """A user's own op, in a file of their own, is part of what determines a result."""
-    before = card.settings(load())["versions"]["code"]
+    before = settings.settings(load())["versions"]["code"]
     file = tmp_path / "mine.py"
     file.write_text("def quiet(trace, layer):\n    pass\n")
     space: dict = {}
     exec(compile(file.read_text(), str(file), "exec"), space)
-    monkeypatch.setitem(card.OPS.module_dict, "quiet_for_a_test", space["quiet"])
-    one = card.settings(load())["versions"]["code"]
+    monkeypatch.setitem(settings.OPS.module_dict, "quiet_for_a_test", space["quiet"])
+    one = settings.settings(load())["versions"]["code"]
     file.write_text("def quiet(trace, layer):\n    return None\n")
-    two = card.settings(load())["versions"]["code"]
+    two = settings.settings(load())["versions"]["code"]
     assert len({before, one, two}) == 3
 
 
 def test_the_truth_has_a_hash():
     truth = torch.tensor([[0, 1], [1, 255]])
-    one = card.truth_hash({"a": count(torch.zeros(2, 2).long(), truth, 3, 255)})
-    two = card.truth_hash({"a": count(torch.ones(2, 2).long(), truth, 3, 255)})
+    one = settings.truth_hash({"a": count(torch.zeros(2, 2).long(), truth, 3, 255)})
+    two = settings.truth_hash({"a": count(torch.ones(2, 2).long(), truth, 3, 255)})
     assert one == two  # whatever was predicted
-    other = card.truth_hash({"a": count(torch.zeros(2, 2).long(), truth.clamp(max=1), 3, 255)})
+    other = settings.truth_hash({"a": count(torch.zeros(2, 2).long(), truth.clamp(max=1), 3, 255)})
     assert one != other

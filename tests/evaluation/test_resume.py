@@ -15,8 +15,12 @@ import pytest
 import torch
 import torch.multiprocessing
 
+from sfp.evaluation import distributed
+from sfp.evaluation import journal as journal_module
 from sfp.evaluation import run as evaluate
-from sfp.evaluation.journal import Journal, confusion, count
+from sfp.evaluation.journal import Journal, count
+from sfp.evaluation.metrics import SegmentationMetric
+from sfp.evaluation.scores import IGNORED, confusion
 
 ROOT = Path(__file__).parents[2]
 SCENES = 10
@@ -95,6 +99,8 @@ def part(whole: Path, work: Path, lines: int) -> Path:
     return target
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_kill_9(tmp_path, whole):
     command = [sys.executable, "tools/test.py", "configs/cfg_mini.py", "--work-dir", str(tmp_path)]
     command += ["--pictures", "0", "--cfg-options"]
@@ -183,10 +189,10 @@ def test_slurm_without_scontrol(tmp_path, monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", value)
     given = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="n7", MASTER_PORT="29500")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    assert evaluate._slurm_group() == given
+    assert distributed.slurm_group() == given
     monkeypatch.setenv("SLURM_NODELIST", "n[7-8]")
     with pytest.raises(ValueError, match=r"first of the nodes n\[7-8\] .*: set MASTER_ADDR"):
-        evaluate._slurm_group()
+        distributed.slurm_group()
 
 
 def test_slurm_without_srun(monkeypatch):
@@ -223,7 +229,7 @@ def test_count_is_exact():
     assert torch.equal(confusion([entries], 5), matrix)
     assert torch.equal(confusion([entries, entries], 5), 2 * matrix)
     ignored = count(predicted, torch.full_like(truth, 255), 5, 255)
-    assert ignored.shape == (3, 0)
+    assert ignored.tolist() == [[IGNORED], [IGNORED], [truth.numel()]]
     assert not confusion([ignored], 5).any()
     many = count(predicted + 4990, truth.clamp(max=4), 5000, 255)  # memory follows what occurs
     assert many[2].sum() == truth.numel()
@@ -272,6 +278,78 @@ def test_a_journal_survives_a_cut_at_every_byte(tmp_path):
         found = cut.read()
         # a record is whole with its last byte; the newline after it adds nothing
         assert list(found) == [f"{i}.png" for i in range(3) if size >= ends[i + 1]]
+
+
+def test_a_journal_of_an_older_version(tmp_path):
+    """Other groups in its first line, or none: another evaluation's, whatever it was."""
+    journal = Journal(tmp_path, dict(run=dict(x=1)))
+    for i, header in enumerate(
+        (dict(settings=dict(old=1)), dict(settings=None), dict(), dict(v=2))
+    ):
+        older = Journal(tmp_path / "older", dict(i=i))
+        older.append("a.png", torch.ones(3, 1).long())
+        older.close()
+        (file,) = (tmp_path / "older").iterdir()
+        body = json.dumps(dict(header, fingerprint="other")).encode()
+        first = journal_module._checksum(body) + b" " + body + b"\n"
+        file.write_bytes(first + file.read_bytes().split(b"\n", 1)[1])
+        file.rename(tmp_path / file.name)
+    assert journal.read() == {}
+    assert len(journal.others) == 4
+    assert journal.damaged == 0
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """Of the same evaluation: both are right. If the other starts over, there is an error."""
+    one, two = (Journal(tmp_path, dict(run=dict(x=1))) for _ in range(2))
+    for name in ("a", "b"):
+        for journal in (one, two):
+            journal.append(name, torch.tensor([[0], [0], [5]]))
+    assert one.read().keys() == two.read().keys() == {"a", "b"}
+    assert confusion(one.read().values(), 1).item() == 10  # none counts twice
+    metric = SegmentationMetric()
+    metric.dataset_meta = dict(classes=["c"])
+    metric.keep(one, ["a", "b"], ["a", "b"])
+    assert metric.evaluate(2)["aAcc"] == 100
+    two.clear()
+    with pytest.raises(RuntimeError, match=r"2 of 2 images, first a, are not in .*--no-resume"):
+        metric.evaluate(2)
+
+
+@pytest.mark.process
+def test_a_read_only_work_folder(own):
+    """An error that names the folder, with the exit code of what is wrong with files."""
+    work = own.root / "work"
+    work.mkdir()
+    file = own.file()
+    script = f"""
+        mount -t tmpfs -o ro tmpfs {work} || exit 77
+        exec {sys.executable} -m sfp eval {file} --pictures 0"""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    command = ["unshare", "-m", "sh", "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip("mounting is not permitted here")
+    assert done.returncode == 3, done.stderr
+    assert str(work) in done.stderr.splitlines()[-1]
+    assert "Read-only" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.process
+def test_importing_again(own):
+    """Notebooks reload modules; names of mmengine's registries then stand for the new classes."""
+    program = f"""
+import importlib, sys
+import sfp
+from sfp.evaluation import distributed, metrics, resumable_loop, run, configs
+config = configs.load_config({str(own.file())!r})
+first = run.evaluate(config, pictures=0)
+for module in (metrics, resumable_loop, distributed, run):
+    importlib.reload(module)
+assert run.evaluate(config, pictures=1) == first
+"""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_clusters_are_fitted_by_one_process(tmp_path):

@@ -35,21 +35,36 @@ def picture_sheet(
         names, palette: of the classes.
         path: of the PNG.
     """
-    rows = len(next(iter(columns.values())))
-    ratio = np.mean([p.image.shape[0] / p.image.shape[1] for p in next(iter(columns.values()))])
+    first = next(iter(columns.values()))
+    ratios = [panel.image.shape[0] / panel.image.shape[1] for panel in first]
     panels = [panel for column in columns.values() for panel in column]
     found = set().union(*(np.unique(p.labels).tolist() for p in panels if p.labels is not None))
     present = sorted(i for i in found if i < len(names))
     longest = max((len(names[i]) for i in present), default=0)
-    entry = 0.45 + 0.085 * longest  # inches that a colour and its name take
-    side = 2.6
-    width = max(side * len(columns), entry)
+    entry = 0.45 + 0.085 * longest  # inches that a colour and its name take, as all below
+    width = max(2.6 * len(columns), entry)
     per_line = max(min(int(width / entry), len(present)), 1)
     legend = 0.2 * -(-len(present) // per_line) + 0.2
-    size = (width, rows * side * ratio + 0.35 + legend)
-    figure = Figure(figsize=size, dpi=110)
+    gap, title_height = 0.05, 0.3
+    side = (width - gap) / len(columns) - gap  # of a panel: all are as wide, rows as tall as theirs
+    heights = [side * ratio for ratio in ratios]
+    height = title_height + sum(heights) + gap * (len(heights) - 1) + legend
+    figure = Figure(figsize=(width, height), dpi=110)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, len(columns), squeeze=False)
+    axes = figure.subplots(
+        len(heights),
+        len(columns),
+        squeeze=False,
+        gridspec_kw=dict(
+            height_ratios=heights,
+            left=gap / width,
+            right=1 - gap / width,
+            top=1 - title_height / height,
+            bottom=legend / height,
+            wspace=gap / side,
+            hspace=gap / float(np.mean(heights)),
+        ),
+    )
     for column, (title, items) in enumerate(columns.items()):
         axes[0, column].set_title(title, fontsize=13)
         for row, panel in enumerate(items):
@@ -63,14 +78,6 @@ def picture_sheet(
         fontsize=9,
         frameon=False,
         handlelength=1,
-    )
-    figure.subplots_adjust(
-        left=0.005,
-        right=0.995,
-        top=1 - 0.3 / size[1],
-        bottom=legend / size[1],
-        wspace=0.02,
-        hspace=0.02,
     )
     with atomic_write(path) as temporary:
         figure.savefig(temporary)

@@ -81,9 +81,7 @@ def load(
         WeightsError: if the weights cannot be found, downloaded or read.
         ValueError: if a setting is wrong; the message names the valid ones.
     """
-    if short_side == "auto":
-        short_side = published.short_side(weights)
-    if short_side is not None:
+    if short_side not in ("auto", None):
         short_side = check_short_side(short_side)
     if memory_mb < 0:
         raise ValueError(f"memory_mb={memory_mb}: expected 0 (nothing is kept) or more")
@@ -106,7 +104,16 @@ def load(
         masks=masks,
         cache_bytes=memory_mb * 2**20,
     )
+    if short_side == "auto":
+        short_side = _usual_short_side(weights, engine.clip)
     return Model(engine.to(device), method, short_side)
+
+
+def _usual_short_side(weights: Any, clip: CLIP) -> int:
+    """That of the weights' row; weights without a name take it from the mini CLIP if they are like it."""
+    like_mini = clip.visual.proj.shape[0] == published.ARCHITECTURES[published.MINI].width
+    unnamed = not isinstance(weights, (str, Path))
+    return published.short_side(published.MINI if unnamed and like_mini else weights)
 
 
 class Model:

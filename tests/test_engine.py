@@ -181,3 +181,11 @@ def test_devices():
     assert choose_device().type in ("cpu", "cuda")
     with pytest.raises(ValueError, match="device='gpu' is not available here"):
         choose_device("gpu")
+
+
+def test_weights_without_a_name_keep_the_size_of_the_mini_clip():
+    """A fine-tuned mini CLIP sees images as the shipped one does."""
+    clip = sfp.load_clip("mini")
+    for weights in (clip, clip.state_dict()):
+        assert sfp.load(weights).short_side == 224
+    assert sfp.load(tiny.clip(**tiny.WORDS)).short_side == 336

@@ -37,13 +37,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sfp
-from sfp import cli
 from sfp.clip import text as text_module
 from sfp.clip.checkpoints import loading
 from sfp.clip.checkpoints.loading import PUBLISHED, Published, WeightsError, load_clip
 from sfp.clip.text import encode_queries, text_bank
 from sfp.data.images import ImageError, check_whole, read_image
-from sfp.evaluation import run as evaluate
 from sfp.functional import labels as labels_module
 from sfp.functional import windows as windows_module
 from sfp.functional.labels import assign
@@ -434,19 +432,6 @@ def test_opencv_alone_would_have_read_half_an_image(voc):
         check_whole(image.read_bytes(), str(image))
 
 
-def test_the_tool_names_the_file_in_one_line(voc, tmp_path, capsys):
-    """Through the data loader's processes, as an evaluation meets it."""
-    _, image, _ = voc
-    image.write_bytes(image.read_bytes()[:-500])
-    weights = tiny.save(tmp_path / "tiny.safetensors", **tiny.WORDS)
-    command = ["eval", "voc21", "--weights", str(weights), "--pictures", "0"]
-    assert cli.main([*command, "--work-dir", str(tmp_path / "work")]) == 3
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "error: " in last
-    assert str(image) in last
-    assert "truncated JPEG" in last
-
-
 # -- vocabulary (files and lists are in test_vocabulary.py) ----------------------------------------
 
 
@@ -495,13 +480,6 @@ def test_queries_in_chunks_are_the_same_queries(monkeypatch):
     monkeypatch.setattr(text_module, "CHUNK", 2)
     torch.testing.assert_close(encode_queries(clip, names, ["{}", "a photo of {}"]), whole)
     assert torch.equal(whole[0], whole[3])
-
-
-def test_a_vocabulary_of_another_length_than_the_dataset(voc, tmp_path):
-    config = evaluate.load_config(CONFIGS / "cfg_voc21.py")
-    config.model.classes = WORDS
-    with pytest.raises(ValueError, match="names 3 classes, PascalVOC21Dataset has 21"):
-        evaluate.check(config)
 
 
 # -- numbers ---------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ import json
 from pathlib import Path
 
 from sfp.cli.terminal import print_table
+from sfp.evaluation.scores import COLUMNS, cell
 from sfp.files import atomic_write
-
-COLUMNS = ("mIoU", "mAcc", "aAcc", "fwIoU")
 
 
 def main() -> None:
@@ -34,14 +33,14 @@ def main() -> None:
     cells = [
         [
             name,
-            *(f"{row[c]:.2f}" if row else "-" for c in COLUMNS),
+            *(cell(row[c] if row else None) for c in COLUMNS),
             str(row["images"] if row else "-"),
         ]
         for name, row in rows.items()
     ]
     if len(done) > 1:
         means = (sum(row[c] for row in done) / len(done) for c in COLUMNS)
-        cells.append([f"mean of {len(done)}", *(f"{mean:.2f}" for mean in means), ""])
+        cells.append([f"mean of {len(done)}", *map(cell, means), ""])
 
     header = ["benchmark", *COLUMNS, "images"]
     print_table(header, cells)

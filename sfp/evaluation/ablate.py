@@ -19,18 +19,13 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 
 from sfp.cli.method_table import markdown
+from sfp.data.benchmarks import by_dataset
 from sfp.evaluation import scores
 from sfp.evaluation.compare import measure
 from sfp.files import atomic_write
 from sfp.registry import list_ops, suggest
 
 COLUMNS = scores.COLUMNS[:3]  # as the papers' tables have them
-BENCHMARKS = {
-    "PascalVOC21Dataset": "VOC21",
-    "ADE20K150Dataset": "ADE20K",
-    "Cityscapes19Dataset": "Cityscapes",
-    "COCOStuff164kDataset": "COCO-Stuff",
-}
 # two of Okabe and Ito's colours, told apart by every common kind of colour vision, bright under black
 OURS, PUBLISHED = "#56B4E9", "#D55E00"
 
@@ -42,7 +37,7 @@ class Row:
     Attributes:
         label: in tables and plots.
         method: what `build_method` takes.
-        published: mIoU by benchmark; text where the source leaves a digit open.
+        published: mIoU by the benchmark's title; text where the source leaves a digit open.
     """
 
     label: str
@@ -151,7 +146,7 @@ STUDIES: Mapping[str, Study] = {
             Row(
                 "AMF + CS",
                 dict(type="gclip"),
-                {"ADE20K": 18.5, "Cityscapes": 33.7, "COCO-Stuff": 24.8},
+                {"ADE20K": 18.5, "Cityscapes": 33.7, "COCO-Stuff 164k": 24.8},
             ),
         ],
         "GCLIP (arXiv:2502.06818), second-hand",
@@ -229,11 +224,12 @@ def ablate(
             numbers = {k: measured[k] for k in COLUMNS}
             label, published = prefix + row.label, dict(row.published)
             rows.append(dict(label=label, method=dict(row.method), **numbers, published=published))
+    benchmark = by_dataset(config.test_dataloader.dataset.type)
     result = dict(
         study=name,
         title=study.title,
         config=Path(config.filename or "").name,
-        benchmark=BENCHMARKS.get(config.test_dataloader.dataset.type),
+        benchmark=benchmark.title if benchmark else None,
         images=record["images"],
         weights=list(map(str, sources)),
         source=study.source,

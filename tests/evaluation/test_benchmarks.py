@@ -17,6 +17,7 @@ import trees
 from mmseg.apis import inference_model, init_model
 
 import sfp
+from sfp import cli
 from sfp.evaluation import run as evaluate
 from sfp.evaluation.metrics import SegmentationMetric
 from sfp.evaluation.scores import summarize
@@ -209,6 +210,19 @@ def test_wrong_options_are_found_before_anything_runs(config, option, value, err
 
     with pytest.raises(error, match=message):
         run()
+
+
+def test_a_truncated_image_is_named_in_one_line(config, weights, tmp_path, capsys):
+    """Through the data loader's processes, as an evaluation meets it."""
+    config("voc21")
+    image = next((tmp_path / "data").rglob("*.jpg"))
+    image.write_bytes(image.read_bytes()[:-500])
+    command = ["eval", "voc21", "--weights", weights, "--pictures", "0"]
+    assert cli.main([*command, "--work-dir", str(tmp_path / "work")]) == 3
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in last
+    assert str(image) in last
+    assert "truncated JPEG" in last
 
 
 def test_evaluations_in_one_process_do_not_mix(config, tmp_path):

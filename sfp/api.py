@@ -110,7 +110,7 @@ def load(
 
 
 def _usual_short_side(weights: Any, clip: CLIP) -> int:
-    """That of the weights' row; weights without a name take it from the mini CLIP if they are like it."""
+    """The size of the weights' row; weights without a name take the mini CLIP's if they are like it."""
     like_mini = clip.visual.proj.shape[0] == published.ARCHITECTURES[published.MINI].width
     unnamed = not isinstance(weights, (str, Path))
     return published.short_side(published.MINI if unnamed and like_mini else weights)

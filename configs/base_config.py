@@ -58,8 +58,16 @@ model = dict(
 
 test_cfg = dict(type="TestLoop")
 test_evaluator = dict(type="SegmentationMetric")
+# From file to network; a benchmark of another size or with other labels has its own.
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(2048, 336), keep_ratio=True),
+    dict(type="LoadAnnotations"),  # after Resize: labels keep their size
+    dict(type="PackSegInputs"),
+]
 test_dataloader = dict(
     batch_size=1,
     num_workers=2,
     sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(pipeline=test_pipeline),
 )

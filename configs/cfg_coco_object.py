@@ -11,18 +11,10 @@ model = dict(
     prob_thd=0.35,
 )
 
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(2048, 336), keep_ratio=True),
-    dict(type="LoadAnnotations"),  # after Resize: labels keep their size
-    dict(type="PackSegInputs"),
-]
-
 test_dataloader = dict(
     dataset=dict(
         type="COCOObjectDataset",
         data_root="{{$DATA_ROOT:data}}/coco_object",
         data_prefix=dict(img_path="images/val2017", seg_map_path="annotations/val2017"),
-        pipeline=test_pipeline,
     ),
 )

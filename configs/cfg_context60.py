@@ -9,19 +9,11 @@ model = dict(
     prob_thd=0.15,
 )
 
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(2048, 336), keep_ratio=True),
-    dict(type="LoadAnnotations"),  # after Resize: labels keep their size
-    dict(type="PackSegInputs"),
-]
-
 test_dataloader = dict(
     dataset=dict(
         type="PascalContext60Dataset",
         data_root="{{$DATA_ROOT:data}}/VOCdevkit/VOC2010",
         ann_file="ImageSets/SegmentationContext/val.txt",
         data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClassContext"),
-        pipeline=test_pipeline,
     ),
 )

@@ -12,19 +12,11 @@ model = dict(
     area_thd=0.1,
 )
 
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(2048, 336), keep_ratio=True),
-    dict(type="LoadAnnotations"),  # after Resize: labels keep their size
-    dict(type="PackSegInputs"),
-]
-
 test_dataloader = dict(
     dataset=dict(
         type="PascalVOC21Dataset",
         data_root="{{$DATA_ROOT:data}}/VOCdevkit/VOC2012",
         ann_file="ImageSets/Segmentation/val.txt",
         data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClass"),
-        pipeline=test_pipeline,
     ),
 )

@@ -572,3 +572,38 @@ def test_the_mini_world(tmp_path, monkeypatch):
     for accuracy, miou in scores.values():
         assert accuracy > 2 / 18, scores
         assert miou > 1 / 18, scores
+
+
+# -- mmsegmentation's own doors ------------------------------------------------------------------
+
+
+def test_the_base_config_serves_the_inferencer():
+    """Its pipeline stands where `MMSegInferencer` looks for one."""
+    config = Config.fromfile(str(CONFIG.with_name("base_config.py")))
+    config.model.update(weights="mini", classes=["cat", ["sofa", "couch"], "floor", "wall"])
+    found = MMSegInferencer(model=config, device="cpu")(np.zeros((60, 80, 3), np.uint8))
+    assert found["predictions"].shape == (60, 80)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_test_time_augmentation(tmp_path, scores):
+    """Mirrored twins and another scale are averaged; one class is no sigmoid."""
+    from mmengine.dataset import Compose, pseudo_collate
+    from mmseg.models import SegTTAModel
+
+    path = str(tmp_path / "a.png")
+    cv2.imwrite(path, np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
+    sizes = [dict(type="Resize", scale_factor=f, keep_ratio=True) for f in (1.0, 1.5)]
+    flips = [dict(type="RandomFlip", prob=p, direction="horizontal") for p in (0.0, 1.0)]
+    keys = ("img_path", "ori_shape", "img_shape", "flip", "flip_direction")
+    pack = dict(type="PackSegInputs", meta_keys=keys)
+    augment = dict(type="TestTimeAug", transforms=[sizes, flips, [pack]])
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        steps = Compose([dict(type="LoadImageFromFile"), augment])
+        info = dict(img_path=path, seg_fields=[], reduce_zero_label=False)
+        data = pseudo_collate([steps(info)])
+        for names in (["sky", "grass"], ["sky"]):
+            model = sfp.OpenVocabSegmentor("mini", names, scores=scores)
+            (sample,) = SegTTAModel(module=model).test_step(data)
+            assert sample.pred_sem_seg.data.squeeze().shape == (70, 90)
+            assert sample.pred_sem_seg.data.max() < len(names)

@@ -143,6 +143,8 @@ def _job(args: argparse.Namespace) -> Job:
         weights=args.weights,
         options=args.cfg_options,
     )
+    if args.config is None:
+        config.pop("test_pipeline")  # the size is that of the weights, as without any config
     if words is not None:
         config.model.classes = words
     elif "classes" not in config.model:

@@ -72,7 +72,7 @@ def read_side(path: str | Path) -> dict[str, Any]:
             "a config"
         )
     if path.suffix == ".py":
-        config = read_config(path, "model.type", "model.classes", "test_dataloader.dataset")
+        config = read_config(path, "model.type", "model.classes", "test_dataloader.dataset.type")
         groups = settings(config)
         return {k: v for k, v in groups.items() if k not in NOTED}  # of a run, and there was none
     try:

@@ -95,7 +95,7 @@ def check(config: Config) -> None:
     for name in config.model:
         if name != "type" and name not in known:
             raise ConfigError(f"the segmentor has no setting {name!r}{suggest(name, known)}")
-    require(config, "model.classes", "model.weights", "test_dataloader.dataset")
+    require(config, "model.classes", "model.weights", "test_dataloader.dataset.type")
     require(config, "test_evaluator", "test_cfg.type")
     complete(config.test_evaluator)
     prompt_templates(config.model.get("templates", "imagenet"))

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from sfp.clip.vit import Rule, VisionTransformer
@@ -243,7 +242,7 @@ class Method:
         """
         if not self.surgery:
             return vit
-        if any(buffer.dtype == torch.int8 for buffer in vit.buffers()):
+        if vit.is_int8:
             raise ValueError(
                 "this method edits weights, which 8-bit models have no more: use precision='fp32'"
             )

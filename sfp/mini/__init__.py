@@ -27,7 +27,6 @@ __all__ = [
     "checkpoint",
     "prepare",
     "scene",
-    "short_side",
     "unknown_words",
     "vocabulary_note",
 ]
@@ -46,11 +45,6 @@ def checkpoint() -> Path:
             f"`python -m sfp.mini.train --out runs/mini` and copy runs/mini/mini.safetensors there"
         )
     return path
-
-
-def short_side(weights: object) -> int:
-    """As `sfp.clip.checkpoints.published.short_side`."""
-    return published.short_side(weights)
 
 
 def unknown_words(weights: object, vocabulary: Vocabulary) -> list[str]:

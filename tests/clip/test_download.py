@@ -258,6 +258,7 @@ def _fetch(url: str, path: Path) -> None:
     fetch(url, path, SHA256)
 
 
+@pytest.mark.process
 def test_processes_wait_for_the_first(server, path):
     server.stall = 0.3
     fork = multiprocessing.get_context("fork")
@@ -272,6 +273,7 @@ def test_processes_wait_for_the_first(server, path):
     assert server.asked == [None]
 
 
+@pytest.mark.process
 def test_a_killed_process_leaves_what_it_had(server, path):
     server.stall = 60
     worker = multiprocessing.get_context("fork").Process(target=_fetch, args=(server.url, path))

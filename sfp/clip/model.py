@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, HEAD_WIDTHS, LayoutError
 from sfp.clip.dispatch import intercepted
 from sfp.clip.fingerprint import contents_digest, state_key
-from sfp.clip.vit import HEAD_WIDTH, Transformer, VisionTransformer
+from sfp.clip.vit import HEAD_WIDTH, Transformer, VisionTransformer, drawn
 
 IMAGE_SIDE = ("visual",)  # submodules that `encode_text` does not use
 
@@ -65,10 +67,10 @@ class CLIP(nn.Module):
             text_width, text_layers, activation, head_width=text_head_width, hidden=text_hidden
         )
         self.token_embedding = nn.Embedding(vocab, text_width)
-        self.positional_embedding = nn.Parameter(torch.randn(context, text_width) * 0.01)
+        self.positional_embedding = drawn(context, text_width, std=0.01)
         self.ln_final = nn.LayerNorm(text_width)
-        self.text_projection = nn.Parameter(torch.randn(text_width, embed_dim) * text_width**-0.5)
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.text_projection = drawn(text_width, embed_dim, std=text_width**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.activation = activation
         self.mean, self.std = CLIP_MEAN, CLIP_STD
         self._named: dict[str, tuple[str, Hashable]] = {}  # digests, and states they belong to
@@ -208,7 +210,7 @@ def build_clip(
         )
     width = sizes["width"]
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInitialisation():
             clip = CLIP(
                 embed_dim=embed_dim,
                 image_size=side * sizes["patch"],
@@ -248,6 +250,19 @@ def _rounded(x: Tensor, y: Tensor) -> bool:
     if intercepted() or x.is_meta or y.is_meta or x.dtype not in (y.dtype, torch.float32):
         return False
     return torch.equal(x.to(y.device, y.dtype), y)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Draws no values: on the meta device that would import PyTorch's compiler, which takes 4 s."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        arguments = {**dict(enumerate(args)), **(kwargs or {})}
+        initialises = getattr(func, "__module__", None) == "torch.nn.init"
+        if initialises or func in (Tensor.uniform_, Tensor.normal_):
+            return arguments.get("tensor", arguments.get(0))
+        return func(*args, **(kwargs or {}))
 
 
 VOCABULARY = 49408  # OpenAI's byte pairs, which open_clip, MetaCLIP and DFN share

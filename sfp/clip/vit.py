@@ -260,6 +260,11 @@ class Transformer(nn.Module):
         )
 
 
+def drawn(*shape: int, std: float) -> nn.Parameter:
+    """A parameter of normal random numbers."""
+    return nn.Parameter(torch.empty(shape).normal_(std=std))
+
+
 class VisionTransformer(nn.Module):
     """CLIP's image tower.
 
@@ -296,14 +301,14 @@ class VisionTransformer(nn.Module):
         self.native_grid = (image_size // patch, image_size // patch)
         tokens = 1 + self.native_grid[0] * self.native_grid[1]
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
+        self.class_embedding = drawn(width, std=width**-0.5)
+        self.positional_embedding = drawn(tokens, width, std=width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(
             width, layers, activation, head_width=head_width, hidden=hidden
         )
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+        self.proj = drawn(width, embed_dim, std=width**-0.5)
 
     @property
     def blocks(self) -> Sequence[Block]:

@@ -6,40 +6,57 @@ import copy
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from sfp.clip.vit import Rule, VisionTransformer
+from sfp.clip.fingerprint import state_key
+from sfp.clip.vit import VisionTransformer
 from sfp.functional.grid import resample_positions
+from sfp.kinds import (
+    Detector,
+    Edit,
+    Mitigator,
+    Positions,
+    Refiner,
+    Residual,
+    Rule,
+    Smoother,
+    Source,
+    Surgery,
+)
 from sfp.ops.integrators import own_tokens
-from sfp.registry import METHODS, bind, check_knobs, find, needs_words, suggest
+from sfp.registry import (
+    METHODS,
+    build_dataclass,
+    check_knobs,
+    find,
+    fit,
+    needs_words,
+    parameter_types,
+)
 from sfp.tokens import Tokens, cosine_logits
 from sfp.trace import LayerError, Trace
-
-Detector = Callable[[Trace, int], Tensor]
-Mitigator = Callable[[Tokens, Tensor], Tokens]
-Source = Callable[[Trace], Tokens]
-Smoother = Callable[[Tokens, Trace], Tokens]
-Residual = Callable[[Tokens, Tokens], Tensor]
-Edit = Callable[[Trace, int], Tokens]
-Refiner = Callable[[Tensor, Trace], Tensor]
-Surgery = Callable[[VisionTransformer, "int | None"], None]
 
 COPIES_KEPT = 4  # operated copies of one model; each holds the weights that its surgery replaced
 _OPERATED: WeakKeyDictionary[VisionTransformer, OrderedDict] = WeakKeyDictionary()
 _OPERATED_LOCK = threading.Lock()
 
 
-def _weights_key(vit: VisionTransformer) -> Hashable:
-    return tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in vit.parameters())
+class _Fields:
+    """A dataclass whose fields are built and checked as their annotations ask, however it is made."""
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        for name, hint in parameter_types(cls).items():
+            object.__setattr__(self, name, fit(getattr(self, name), hint, cls.__name__, name))
 
 
 @dataclass(frozen=True)
-class Purify:
+class Purify(_Fields):
     """An edit of the trunk: find outlier patches after some blocks and replace them.
 
     Attributes:
@@ -48,7 +65,7 @@ class Purify:
         mitigator: (tokens, mask) -> tokens.
 
     Raises:
-        ValueError: if `layers` is neither "all" nor some layers.
+        ValueError: if `layers` is neither "all" nor some layers, or a part is of another kind.
     """
 
     layers: Sequence[int] | Literal["all"]
@@ -56,13 +73,7 @@ class Purify:
     mitigator: Mitigator
 
     def __post_init__(self) -> None:
-        if self.layers == "all":
-            return
-        numbers = isinstance(self.layers, (list, tuple, range))
-        if not numbers or not all(isinstance(i, int) for i in self.layers):
-            raise ValueError(
-                f'layers={self.layers!r}: expected "all" or block numbers, e.g. [5, -2]'
-            )
+        super().__post_init__()
         if not self.layers:
             raise ValueError('layers=(): name at least one block, or "all"')
 
@@ -88,7 +99,7 @@ class Purify:
 
 
 @dataclass(frozen=True)
-class Readout:
+class Readout(_Fields):
     """One pass of chosen tokens through chosen blocks.
 
     Attributes:
@@ -142,7 +153,7 @@ class Readout:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(_Fields):
     """Everything that distinguishes one training-free method from another.
 
     Attributes:
@@ -155,11 +166,11 @@ class Method:
             relative depth of a deeper model. None takes them literally, as the released codes do.
     """
 
-    edits: Sequence[Edit] = ()
+    edits: Sequence[Purify | Edit] = ()
     readouts: Sequence[Readout] = field(default_factory=lambda: (Readout(),))
     refiners: Sequence[Refiner] = ()
     surgery: Sequence[Surgery] = ()
-    positions: Callable[..., Tensor] = resample_positions
+    positions: Positions = resample_positions
     depth: int | None = 12
 
     def features(
@@ -246,53 +257,20 @@ class Method:
             raise ValueError(
                 "this method edits weights, which 8-bit models have no more: use precision='fp32'"
             )
-        key = (tuple(self.surgery), self.depth)
+        key = (self.surgery, self.depth)
         with _OPERATED_LOCK:
             copies = _OPERATED.setdefault(vit, OrderedDict())
-            weights, operated = copies.pop(key, (None, None))
-            if operated is None or weights != _weights_key(vit):
+            state = state_key(vit)
+            made_for, operated = copies.pop(key, (None, None))
+            if operated is None or made_for != state:
                 # parameters are shared; what an operation replaces is its own
                 operated = copy.deepcopy(vit, {id(p): p for p in vit.parameters()})
                 for operation in self.surgery:
                     operation(operated, self.depth)
-            copies[key] = (_weights_key(vit), operated)
+            copies[key] = (state, operated)
             if len(copies) > COPIES_KEPT:
                 copies.popitem(last=False)
         return operated
-
-
-_KINDS = dict(
-    detector="detector",
-    mitigator="mitigator",
-    source="source",
-    before="smoother",
-    after="smoother",
-    attention="attention",
-    residual="residual",
-    positions="positions",
-    refiners="refiner",
-    surgery="surgery",
-)
-
-
-def _build(cls: type, node: Any) -> Any:
-    """A dataclass of this module from its config node, checked."""
-    if isinstance(node, cls) or not isinstance(node, Mapping):
-        return node
-    knobs = {k: v for k, v in node.items() if k != "type"}
-    valid = [f.name for f in fields(cls) if f.init]
-    for name in knobs:
-        if name not in valid:
-            raise ValueError(f"{cls.__name__} has no field {name!r}{suggest(name, valid)}")
-    built = {k: bind(v, _KINDS.get(k)) for k, v in knobs.items() if k not in ("edits", "readouts")}
-    if "edits" in knobs:
-        built["edits"] = tuple(_build(Purify, edit) for edit in knobs["edits"])
-    if "readouts" in knobs:
-        built["readouts"] = tuple(_build(Readout, readout) for readout in knobs["readouts"])
-    try:
-        return cls(**built)
-    except TypeError as error:
-        raise ValueError(f"{cls.__name__}: {error}") from None
 
 
 def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Method:
@@ -321,12 +299,11 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
     config.update(knobs)
     name = config.pop("type", "Method")
     if name == "Method":
-        return _build(Method, config)
+        return build_dataclass(Method, config)
     preset = find(METHODS, name)
     own = inspect.signature(preset).parameters
     fields_of_all = ("depth", "positions", "refiners")
     common = {k: config.pop(k) for k in fields_of_all if k in config and k not in own}
-    check_knobs(preset, config, f"method {name!r}")
-    composition = preset(**config)
+    composition = preset(**check_knobs(preset, config, f"method {name!r}"))
     common["refiners"] = [*composition.get("refiners", ()), *common.get("refiners", ())]
-    return _build(Method, {**composition, **common})
+    return build_dataclass(Method, {**composition, **common})

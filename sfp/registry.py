@@ -12,15 +12,17 @@ A preset is a function from knobs to such a config, registered in `METHODS`.
 
 from __future__ import annotations
 
-import ast
 import difflib
+import functools
 import importlib
 import inspect
-import re
+import numbers
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -40,18 +42,18 @@ class Registry:
     def __init__(self, name: str, *homes: str) -> None:
         self.name = name
         self._homes = homes
-        self._modules: dict[str, Callable[..., Any]] = {}
+        self._modules: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"Registry({self.name!r}: {', '.join(self._modules) or 'empty'})"
 
     @property
-    def module_dict(self) -> dict[str, Callable[..., Any]]:
+    def module_dict(self) -> dict[str, Any]:
         """All that is registered, by name."""
         self._load()
         return self._modules
 
-    def get(self, name: str) -> Callable[..., Any] | None:
+    def get(self, name: str) -> Any:
         """What is registered under a name, or None."""
         return self.module_dict.get(name)
 
@@ -106,16 +108,24 @@ METHODS = Registry("method", "sfp.methods")
 GUIDES = Registry("guide", "sfp.guides")
 MASKS = Registry("mask proposer", "sfp.masks")
 
-NESTED = dict(
-    affinity="affinity", fill="mitigator", rule="attention", rules="attention", source="source"
-)
+
+@dataclass(frozen=True)
+class Kind:
+    """Marks a type as that of a kind of ops: `Annotated[Callable[...], Kind("detector")]`."""
+
+    name: str
+
+
+# what a parameter takes, by its annotation
+_NUMBERS = {int: numbers.Integral, float: numbers.Real, bool: bool}
+_SEQUENCES = (Sequence, list, tuple)
 
 
 def op(kind: str, *, words: bool | None = None) -> Callable[[F], F]:
     """Registers a function as an op.
 
     Args:
-        kind: "detector", "mitigator", "attention", ... (see docs/design.md).
+        kind: "detector", "mitigator", "attention", ... (see `sfp.kinds`).
         words: whether its result depends on the text features or the classes of a `Trace`. What does
             not is kept when only the words change. By default False for ops of this package and True
             for others, which is always right, but may be slower.
@@ -170,23 +180,33 @@ def bind(node: Any, kind: str | None = None) -> Any:
         kind: what the op must be registered as.
 
     Raises:
-        ValueError: for an unknown op or knob, a missing knob, or an op of another kind; the message
-            names the closest valid ones.
+        ValueError: for an unknown op or knob, a missing knob, a value that a knob cannot take, or an
+            op of another kind; the message names the valid ones.
     """
     if isinstance(node, (list, tuple, range)):
         return tuple(bind(item, kind) for item in node)
-    if not (isinstance(node, Mapping) and "type" in node):
+    if not _is_node(node):
+        _check_kind(node, kind)
         return node
     fn = find(OPS, node["type"], kind)
-    if kind is not None and getattr(fn, "kind", kind) != kind:
+    _check_kind(fn, kind)
+    given = {k: v for k, v in node.items() if k != "type"}
+    knobs = check_knobs(fn, given, f"op {getattr(fn, '__name__', fn)!r}")
+    return Op(fn, tuple(sorted(knobs.items(), key=lambda item: item[0])))
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and "type" in value
+
+
+def _check_kind(part: Any, kind: str | None) -> None:
+    own = getattr(part.fn if isinstance(part, Op) else part, "kind", kind)
+    if kind is not None and own != kind:
+        name = getattr(part, "__name__", part)
         raise ValueError(
-            f"op {node['type']!r} is of kind {getattr(fn, 'kind', None)!r} where {kind!r} is needed; "
+            f"op {name!r} is of kind {own!r} where {kind!r} is needed; "
             f"of that kind are: {', '.join(list_ops(kind))}"
         )
-    # a knob that takes an op is named after the kind it takes
-    knobs = {k: bind(v, NESTED.get(k)) for k, v in node.items() if k != "type"}
-    check_knobs(fn, knobs, f"op {fn.__name__!r}")
-    return Op(fn, tuple(sorted(knobs.items(), key=lambda item: item[0])))
 
 
 def find(
@@ -211,30 +231,155 @@ def find(
     return known[name]
 
 
-def check_knobs(fn: Callable[..., Any], knobs: Mapping[str, Any], what: str) -> None:
-    """Raises a ValueError unless `knobs` are keyword-only parameters of `fn` and none is missing."""
-    valid = {
-        name: p
-        for name, p in inspect.signature(fn).parameters.items()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+def check_knobs(fn: Callable[..., Any], knobs: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The knobs of a function, or fields of a dataclass, as their annotations ask (see `fit`).
+
+    Args:
+        fn: a function or class whose knobs are keyword-only, or a dataclass.
+        knobs: values by name.
+        what: the function, for messages.
+
+    Raises:
+        ValueError: for a knob that does not exist, one without default that is missing, and a value
+            that an annotation rules out.
+    """
+    parameters = inspect.signature(fn).parameters
+    noun, valid = "field", dict(parameters)
+    if not is_dataclass(fn):
+        noun = "knob"
+        valid = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     for name in knobs:
-        if name not in valid:
-            raise ValueError(f"{what} has no knob {name!r}{suggest(name, valid)}")
+        if name in valid:
+            continue
+        if name in parameters:
+            raise ValueError(
+                f"{what}: {name!r} is a positional parameter, and only keyword-only ones are knobs: "
+                "make it keyword-only (put `*,` before the knobs in the signature)"
+            )
+        raise ValueError(f"{what} has no {noun} {name!r}{suggest(name, valid)}")
     missing = [n for n, p in valid.items() if p.default is p.empty and n not in knobs]
     if missing:
-        raise ValueError(f"{what} needs the knob(s) {', '.join(missing)}")
-    for name, value in knobs.items():
-        choices = _choices(fn, name)
-        if choices and isinstance(value, (str, type(None))) and value not in choices:
-            raise ValueError(f"{what}: unknown {name}={value!r}{suggest(value, choices)}")
+        raise ValueError(f"{what} needs the {noun}(s) {', '.join(missing)}")
+    hints = parameter_types(fn)
+    return {name: fit(value, hints[name], what, name) for name, value in knobs.items()}
 
 
-def _choices(fn: Callable[..., Any], name: str) -> tuple[str, ...]:
-    """What a knob annotated as `Literal[...]` may be, if strings are all it takes."""
-    annotation = str(inspect.signature(fn).parameters[name].annotation)  # a string, unevaluated
-    match = re.fullmatch(r"Literal\[(.*)\]", annotation)
-    return ast.literal_eval(f"({match[1]},)") if match else ()
+@functools.lru_cache(maxsize=1024)
+def parameter_types(fn: Callable[..., Any]) -> dict[str, Any]:
+    """The evaluated annotation of each parameter; Any where there is none, or none at run time.
+
+    They are evaluated one by one: names that a module imports for type checkers only, of positional
+    parameters mostly, do not stand in the way of the others.
+    """
+    module = sys.modules.get(fn.__module__)
+    space = getattr(inspect.unwrap(fn), "__globals__", getattr(module, "__dict__", {}))
+    evaluated = {}
+    for name, parameter in inspect.signature(fn).parameters.items():
+        hint = Any if parameter.annotation is parameter.empty else parameter.annotation
+        try:
+            evaluated[name] = eval(hint, space) if isinstance(hint, str) else hint
+        except Exception:  # an annotation may be anything
+            evaluated[name] = Any
+    return evaluated
+
+
+def fit(value: Any, hint: Any, what: str, name: str) -> Any:
+    """A value as an annotation asks: config nodes built, lists as tuples.
+
+    Checked are kinds of ops, dataclasses, `Literal`, numbers, strings and other classes, alone, in
+    sequences and in unions; what an annotation says beyond that is left to the caller.
+
+    Args:
+        value: of a knob.
+        hint: its annotation, evaluated.
+        what, name: the function and its knob, for messages.
+
+    Raises:
+        ValueError: if the value cannot be meant.
+    """
+    options = _options(hint)
+    for option in options:
+        if _admits(option, value):
+            return _built(option, value, what, name)
+    choices = [c for option in options if get_origin(option) is Literal for c in get_args(option)]
+    if choices and all(get_origin(o) is Literal or o is type(None) for o in options):
+        raise ValueError(f"{what}: unknown {name}={value!r}{suggest(value, map(str, choices))}")
+    expected = " or ".join(map(_describe, options))
+    raise ValueError(f"{what}: {name}={value!r}: expected {expected}")
+
+
+def _options(hint: Any) -> list[Any]:
+    """The members of a union, or the hint alone; `Annotated` stays where it marks a kind."""
+    if get_origin(hint) is Annotated and _kind(hint) is None:
+        hint = get_args(hint)[0]
+    if get_origin(hint) in (Union, UnionType):
+        return [option for member in get_args(hint) for option in _options(member)]
+    return [hint]
+
+
+def _kind(hint: Any) -> str | None:
+    return next((m.name for m in getattr(hint, "__metadata__", ()) if isinstance(m, Kind)), None)
+
+
+def _admits(option: Any, value: Any) -> bool:
+    """Whether a value looks like one of an annotation; what is inside is not looked at."""
+    if _kind(option) is not None:
+        return callable(value) or _is_node(value)
+    base = get_origin(option) or option
+    if base is Literal:
+        return any(
+            value == choice and isinstance(value, type(choice)) for choice in get_args(option)
+        )
+    if base is None or base is type(None):
+        return value is None
+    if base in _NUMBERS:
+        return isinstance(value, _NUMBERS[base]) and (base is bool or not isinstance(value, bool))
+    if base in _SEQUENCES:
+        return isinstance(value, (list, tuple, range))
+    if isinstance(base, type) and is_dataclass(base):
+        own_node = isinstance(value, Mapping) and value.get("type", base.__name__) == base.__name__
+        return own_node or isinstance(value, base)
+    if base is Any or base is Callable:
+        return base is Any or callable(value) or _is_node(value)
+    try:
+        return not isinstance(base, type) or isinstance(value, base)
+    except TypeError:  # a protocol or a typed dictionary, which cannot be asked
+        return True
+
+
+def _built(option: Any, value: Any, what: str, name: str) -> Any:
+    if (kind := _kind(option)) is not None:
+        return bind(value, kind)
+    base = get_origin(option) or option
+    if base in _SEQUENCES:
+        items = get_args(option)
+        if base is tuple and items[1:] != (...,):  # tuple[int, str], or no items: one by one
+            return bind(value)
+        return tuple(fit(item, items[0] if items else Any, what, name) for item in value)
+    if isinstance(base, type) and is_dataclass(base):
+        return value if isinstance(value, base) else build_dataclass(base, value)
+    return value if base in (Mapping, dict) else bind(value)
+
+
+def build_dataclass(cls: type[T], node: Mapping[str, Any]) -> T:
+    """A dataclass from its config node; a "type" in it is its own name.
+
+    Raises:
+        ValueError: as `check_knobs`.
+    """
+    given = {k: v for k, v in node.items() if k != "type"}
+    return cls(**check_knobs(cls, given, cls.__name__))
+
+
+def _describe(option: Any) -> str:
+    if (kind := _kind(option)) is not None:
+        return f"an op of the kind {kind!r}, e.g. dict(type={(list_ops(kind) or ['...'])[0]!r})"
+    base, items = get_origin(option) or option, get_args(option)
+    if base is Literal:
+        return " or ".join(map(repr, items))
+    if base in _SEQUENCES:
+        return "a list" + (f" of {_describe(items[0])}" if items else "")
+    return "None" if option in (None, type(None)) else getattr(base, "__name__", str(base))
 
 
 def pick(what: str, name: str, options: Mapping[str, T]) -> T:

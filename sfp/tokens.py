@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def upcast(x: Tensor) -> Tensor:
-    """`x` in at least float32: similarities and softmax lose too much in half precision."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+from sfp.functional.precision import upcast
 
 
 @dataclass(frozen=True)

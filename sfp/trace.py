@@ -7,8 +7,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from sfp.functional import attention
+from sfp.functional.precision import upcast
 from sfp.registry import needs_words
 from sfp.tokens import Heads, Tokens, cosine_logits
 
@@ -227,6 +229,15 @@ class Trace:
         heads = self.heads(i)
         own = attention.diagonal_weights(heads.q, heads.k, heads.scale, heads.hidden_keys)
         return own[..., heads.prefix :]
+
+    def global_logits(self) -> Tensor:
+        """Cosine of CLIP's image embedding with every query, (B, Q).
+
+        Raises:
+            LookupError: if the caller gave no text features.
+        """
+        image = F.normalize(upcast(self.global_embedding()), dim=-1)  # (B, C)
+        return image @ self.query_features().to(image).T
 
     def global_embedding(self) -> Tensor:
         """CLIP's image embedding, (B, C): the class token through the native last block."""

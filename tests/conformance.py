@@ -1,12 +1,15 @@
 """Reference numbers from the official implementations (see goldens/README.md), and how to compare.
 
-`case("sfp/som/sq")` gives one case: its input image, its hyper-parameters and `check(output, value)`.
+`Case("sfp/som/sq")` is one case: its input image, its hyper-parameters and `check(output, value)`.
+Tests find cases by the start of their names in `manifest.json`, so that those of another folder of the
+same layout run without a change: `SFP_GOLDENS=FOLDER python -m pytest tests -k golden`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,22 +20,22 @@ from torch import Tensor
 
 import sfp
 
-ROOT = Path(__file__).parent / "goldens"
+ROOT = Path(os.environ.get("SFP_GOLDENS") or Path(__file__).parent / "goldens")
 MANIFEST = json.loads((ROOT / "manifest.json").read_text())
 MEAN = torch.tensor([122.771, 116.746, 104.094])
 STD = torch.tensor([68.501, 66.632, 70.323])
 
 
 @functools.cache
-def state_dict() -> dict[str, Tensor]:
-    """Weights A: int8 values times one power of two per parameter."""
-    raw = load_file(ROOT / "weights_A.safetensors")
+def state_dict(weights: str = "A") -> dict[str, Tensor]:
+    """Weights by their name: int8 values times one power of two per parameter."""
+    raw = load_file(ROOT / MANIFEST["weights"][weights]["file"])
     return {k[2:]: v.float() * raw[f"s/{k[2:]}"] for k, v in raw.items() if k.startswith("q/")}
 
 
 @functools.cache
-def clip() -> sfp.CLIP:
-    return sfp.load_clip(state_dict())
+def clip(weights: str = "A") -> sfp.CLIP:
+    return sfp.load_clip(state_dict(weights))
 
 
 @functools.cache
@@ -60,6 +63,15 @@ class Case:
     @property
     def outputs(self) -> dict:
         return self.entry["outputs"]
+
+    @property
+    def clip(self) -> sfp.CLIP:
+        return clip(self.entry.get("weights", "A"))
+
+    @property
+    def official(self) -> bool:
+        """Whether the release ran as it is, with its mistakes; else a wrapper corrected one."""
+        return self.entry["kind"] == "official"
 
     @property
     def image(self) -> Tensor:
@@ -92,7 +104,7 @@ class Case:
 
 
 def cases(*prefixes: str, without: tuple[str, ...] = ()) -> list[str]:
-    """Names of the cases that start with a prefix; never an empty list."""
+    """Names of the cases that start with a prefix; in the repository's own folder, never none."""
     names = [n for n in MANIFEST["cases"] if n.startswith(prefixes) and n not in without]
-    assert names, f"no golden case starts with {prefixes}"
+    assert names or "SFP_GOLDENS" in os.environ, f"no golden case starts with {prefixes}"
     return names

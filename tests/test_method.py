@@ -10,6 +10,7 @@ import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import reference
@@ -22,7 +23,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 import sfp
-from sfp.methods.sfp import ENHANCERS
+from sfp.methods.sfp import Enhancer
 from sfp.ops.detectors import l2_norm, som
 from sfp.ops.mitigators import neighbour_mean
 from sfp.registry import METHODS, OPS, Op, bind
@@ -55,8 +56,8 @@ def change(a: Tensor, b: Tensor) -> float:
         (dict(type="spf"), "unknown method 'spf'; did you mean 'sfp'"),
         (dict(type="sfp", purfy=False), "method 'sfp' has no knob 'purfy'; did you mean 'purify'"),
         (dict(type="clip", csa=True), "method 'clip' has no knob 'csa'"),
-        (dict(type="sfp", enhancer="kk+qq"), r"unknown enhancer 'kk\+qq'; did you mean"),
-        (dict(type="sfp_paper", enhancer=""), "unknown enhancer ''; valid: kk, "),
+        (dict(type="sfp", enhancer="kk+qq"), r"unknown enhancer='kk\+qq'; did you mean"),
+        (dict(type="sfp_paper", enhancer=""), "unknown enhancer=''; valid: kk, "),
         (dict(type="sfp", pm="l2_nrm"), "'l2_nrm'; did you mean 'l2_norm'"),
         (dict(type="sfp", pm="average"), "'average' is of kind 'attention' where 'detector' is"),
         (
@@ -71,7 +72,10 @@ def change(a: Tensor, b: Tensor) -> float:
             dict(readouts=[dict(attention=dict(type="affinity_attention"))]),
             r"op 'affinity_attention' needs the knob\(s\) affinity",
         ),
-        (dict(edits=[dict(layers=[3], detector=dict(type="som"))]), "Purify: .*'mitigator'"),
+        (
+            dict(edits=[dict(layers=[3], detector=dict(type="som"))]),
+            r"Purify needs the field\(s\) mitigator",
+        ),
         (dict(refiners=[dict(type="remove_redundency")]), "did you mean 'remove_redundancy'"),
         (dict(surgery=[dict(type="suppress_chanel")]), "did you mean 'suppress_channel'"),
     ],
@@ -326,7 +330,7 @@ def test_every_flag_is_flipped():
     assert config.pop("type") == "sfp"
     assert set(config) <= set(FLAGS["sfp"])
     assert {"purify", "pm", "enhancer", "integrator", "integrator_start"} <= set(config)
-    assert set(COMBINATIONS) == set(ENHANCERS) - {"qk"}
+    assert set(COMBINATIONS) == set(get_args(Enhancer)) - {"qk"}
 
 
 @pytest.mark.parametrize(("name", "knobs"), SETTINGS)

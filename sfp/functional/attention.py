@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.tokens import upcast
+from sfp.functional.precision import upcast
 
 CHUNK = 2**24  # attention logits held at once
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from sfp.functional.precision import sum_over_pixels, upcast
 from sfp.functional.windows import interpolation
-from sfp.tokens import upcast
+
+BUDGET = 2**24  # numbers held at once
 
 
 def dbscan(rows: Tensor, *, eps: float, min_samples: int, keep: Tensor | None = None) -> Tensor:
@@ -128,6 +129,12 @@ def vote_shares(masks: Tensor, choice: Tensor, classes: int) -> Tensor:
 
 def mask_means(masks: Tensor, logits: Tensor) -> Tensor:
     """Each pixel's logits (Q, H, W) averaged over its mask (H, W)."""
-    member = F.one_hot(masks.flatten()).to(upcast(logits))  # (H * W, masks)
-    sums = upcast(logits).flatten(1) @ member  # (Q, masks)
-    return (sums / member.sum(0).clamp_min(1))[:, masks]
+    values, own = upcast(logits).flatten(1), masks.flatten()
+    numbers = torch.arange(int(masks.max()) + 1, device=masks.device)[:, None]
+    # a mask takes a row of all pixels, so not all at once
+    sums = [
+        sum_over_pixels(values, (own == some).to(values))
+        for some in numbers.split(max(BUDGET // len(own), 1))
+    ]  # (Q, some masks) each
+    sizes = own.bincount(minlength=len(numbers)).clamp_min(1)
+    return (torch.cat(sums, dim=1) / sizes).to(values)[:, masks]

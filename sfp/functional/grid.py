@@ -1,12 +1,11 @@
-"""Position tables on other grids, and straight lines on one."""
+"""Position tables on other grids."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.tokens import upcast
+from sfp.functional.precision import upcast
 
 
 def resample_positions(
@@ -36,29 +35,3 @@ def resample_positions(
     else:
         out = F.interpolate(source, grid, mode=mode, align_corners=False, antialias=antialias)
     return out[0].permute(1, 2, 0).to(table.dtype)
-
-
-def segment_steps(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The patches on the straight segment between any two patches of a grid.
-
-    The segment from i to j is sampled once per row or column, whichever it crosses more of, and each
-    sample belongs to the nearest patch; that of j and i is the same.
-
-    Returns:
-        (steps, N, N) int64 patch numbers, segments shorter than `steps` staying on their end, and the
-        (N, N) Chebyshev distances.
-    """
-    rows = torch.arange(grid[0]).repeat_interleave(grid[1])
-    cols = torch.arange(grid[1]).repeat(grid[0])
-    length = torch.maximum(*((x[:, None] - x).abs() for x in (rows, cols)))  # (N, N)
-    double = 2 * length.clamp_min(1)
-    steps = []
-    for step in range(max(grid)):
-        walked = torch.minimum(torch.tensor(step), length)
-        # in integers, because floats would round the two directions differently
-        row, col = (
-            (2 * (x[:, None] * (double // 2) + walked * (x - x[:, None])) + double // 2) // double
-            for x in (rows, cols)
-        )
-        steps.append(row * grid[1] + col)
-    return torch.stack(steps), length

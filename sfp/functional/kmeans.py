@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.functional.precision import exact
+
 CHUNK = 2**24  # similarities held at once
 
 
@@ -51,7 +53,7 @@ def spherical_kmeans(
             if previous is not None and torch.equal(nearest, previous):
                 break
             previous = nearest
-            sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+            sums = _sums(points, nearest, count)
             empty = nearest.bincount(minlength=count) == 0
             if bool(empty.any()):
                 sums[empty] = points[cosine.argsort()[: int(empty.sum())]]
@@ -61,6 +63,15 @@ def spherical_kmeans(
             best = (centres, score)
     assert best is not None
     return best
+
+
+def _sums(points: Tensor, nearest: Tensor, count: int) -> Tensor:
+    """The sum of each centre's points, (count, D), with an error that does not grow with them."""
+    sums = torch.zeros(count, points.shape[1], dtype=exact(points.device), device=points.device)
+    step = max(CHUNK // points.shape[1], 1)
+    for part, own in zip(points.split(step), nearest.split(step), strict=True):
+        sums.index_add_(0, own, part.to(sums))
+    return sums.to(points)
 
 
 def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

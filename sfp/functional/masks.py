@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.functional.labels import Labels
+from sfp.functional.precision import sum_over_pixels
 
 BUDGET = 2**24  # numbers held at once
 
@@ -108,10 +109,10 @@ def vote_in_masks(
 
     areas = torch.zeros(count, dtype=torch.float64)
     votes = torch.zeros(count, classes, dtype=torch.float64)
-    for slab in slabs:  # a slab has less than 2**24 pixels: its float32 counts are exact
+    for slab in slabs:
         members = inside(slab).flatten(1).float()
-        areas += members.sum(1).cpu()
-        votes += (members @ ballots(slab).T).cpu()
+        areas += members.sum(1).cpu()  # exact: a slab has less than 2**24 pixels
+        votes += sum_over_pixels(members, ballots(slab)).cpu()
     shares = votes / areas.clamp_min(1)[:, None]
     best, winner = shares.amax(1), shares.argmax(1)
     usable = ((areas > 0) & (best >= share)).nonzero()[:, 0]

@@ -1,41 +1,12 @@
-"""Presets: one file per paper, each a function from knobs to a composition of ops."""
+"""Presets: a file per paper, with its ops, its mathematics and a function from knobs to a composition.
 
-from sfp.methods import (
-    clearclip,
-    clip,
-    clip_surgery,
-    cliptrase,
-    gclip,
-    gem,
-    itaclip,
-    maskclip,
-    naclip,
-    pearl,
-    proxyclip,
-    resclip,
-    scclip,
-    sclip,
-    segearth,
-    sfp,
-    sfp_paper,
-)
+Every module of this folder is imported, so that a new file is all that a new preset needs.
+"""
 
-__all__ = [
-    "clearclip",
-    "clip",
-    "clip_surgery",
-    "cliptrase",
-    "gclip",
-    "gem",
-    "itaclip",
-    "maskclip",
-    "naclip",
-    "pearl",
-    "proxyclip",
-    "resclip",
-    "scclip",
-    "sclip",
-    "segearth",
-    "sfp",
-    "sfp_paper",
-]
+import importlib
+import pkgutil
+
+__all__ = [module.name for module in pkgutil.iter_modules(__path__)]
+
+for name in __all__:
+    importlib.import_module(f"{__name__}.{name}")

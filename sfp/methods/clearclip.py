@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from sfp.methods.gem import gem
-from sfp.registry import METHODS, pick
+from sfp.registry import METHODS
 
 ATTENTION: dict[str, dict[str, Any] | None] = dict(
     ClearCLIP=dict(type="self_self", pairs=("qq",)),
@@ -31,9 +31,10 @@ def clearclip(
         ignore_residual: False keeps residual and MLP.
         last_n_layers: sums what the last n blocks give so, each reading the ordinary stream.
     """
-    attention = pick("model_type", model_type, ATTENTION)
     if model_type == "GEM":
         return gem(ignore_residual=ignore_residual)
     kept: dict[str, Any] = dict(residual=None, ffn=False) if ignore_residual else {}
     blocks = range(-last_n_layers, 0)
-    return dict(readouts=[dict(blocks=(i,), attention=attention, **kept) for i in blocks])
+    return dict(
+        readouts=[dict(blocks=(i,), attention=ATTENTION[model_type], **kept) for i in blocks]
+    )

@@ -8,7 +8,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfp.registry import METHODS
+import torch
+from torch import Tensor
+
+from sfp.registry import METHODS, op
+from sfp.tokens import Tokens
+from sfp.trace import Trace, native_last
+
+
+@op("smoother")
+def native_cls(tokens: Tokens, trace: Trace) -> Tokens:
+    """The class token becomes that of the plain forward pass (CLIP Surgery)."""
+    native = trace.once(native_last)[:, : tokens.prefix]
+    return tokens.with_data(torch.cat([native, tokens.patches], dim=1))
+
+
+@op("refiner", words=True)
+def remove_redundancy(logits: Tensor, trace: Trace, *, temperature: float = 2.0) -> Tensor:
+    """CLIP Surgery's feature surgery: what a patch shares with all queries is no evidence.
+
+    w s - mean over queries of w s, with s the logits and w the queries' weights for the whole image,
+    softmax(temperature * global logits) over its mean. The paper writes it on features of size
+    (N, Q, C); summed over C it is this.
+    """
+    weights = (temperature * trace.global_logits()).softmax(-1)  # (B, Q)
+    weighted = logits * (weights / weights.mean(-1, keepdim=True))[..., None, None]
+    return weighted - weighted.mean(1, keepdim=True)
 
 
 @METHODS.register_module()

@@ -18,17 +18,195 @@ to a square and counts void pixels as background: its numbers do not compare wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from sfp.registry import METHODS, pick
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.attention import mean_cosine
+from sfp.functional.clusters import (
+    cluster_peaks,
+    dbscan,
+    mask_means,
+    resize,
+    segments,
+    vote_shares,
+)
+from sfp.functional.precision import upcast
+from sfp.kinds import Affinity, Detector, Source
+from sfp.ops.attention import self_self
+from sfp.registry import METHODS, op
+from sfp.tokens import Heads
+from sfp.trace import Trace
 
 RULES: dict[str, dict[str, Any] | None] = dict(
     softmax=dict(type="self_self", pairs=("qq", "kk", "vv")),
-    cosine=dict(type="head_cosines"),
+    cosine=dict(type="cosine_attention"),
     none=None,
 )
-VOTES = dict(mode="mode", mean="mean")
-DENOISE = dict(release=None, paper=dict(type="overshadowed"), none=None)
+DENOISE: dict[str, dict[str, Any] | None] = dict(
+    release=None, paper=dict(type="overshadowed"), none=None
+)
+
+
+@op("attention")
+def cosine_attention(heads: Heads, trace: Trace) -> Tensor:
+    """Mean over heads of (cos qq + cos kk + cos vv) / 3, one map for all heads, (B, 1, T, T).
+
+    CLIPtrase's weights as its paper prints them: not normalised, so that a row sums to the number of
+    tokens times their mean correlation.
+    """
+    return mean_cosine(heads.q, heads.k, heads.v)[:, None]
+
+
+@op("affinity")
+def head_cosine(
+    trace: Trace, *, layer: int = -2, subtract_cls: bool = False, unit_rows: bool = False
+) -> Tensor:
+    """Mean over heads of (cos qq + cos kk + cos vv) / 3 of the patches in a block.
+
+    Args:
+        layer: method layer of the block whose projections are compared.
+        subtract_cls: each column minus its correlation with the class token, cut at 0.
+        unit_rows: rows of unit length.
+    """
+    heads = trace.heads(trace.layer(layer))
+    full = mean_cosine(heads.q, heads.k, heads.v)  # (B, T, T)
+    patches = full[:, heads.prefix :, heads.prefix :]
+    if subtract_cls:
+        patches = (patches - full[:, :1, heads.prefix :]).clamp_min(0)
+    return F.normalize(patches, dim=-1) if unit_rows else patches
+
+
+@op("detector")
+def overshadowed(trace: Trace, layer: int, *, pairs: Sequence[str] = ("qk",)) -> Tensor:
+    """Patches that attend to themselves less than to the average patch: mean_j w_ij - w_ii > 0.
+
+    CLIPtrase's Eq. 7. With w the correlations that its paper clusters, no patch ever is one: a patch's
+    cosine with itself, 1, is its largest. So w is an attention here, averaged over heads.
+
+    Args:
+        pairs: of which projections, as in `self_self`; ("qk",) is what the block ran with.
+    """
+    heads = trace.heads(layer)
+    weights = self_self(heads, trace, pairs=pairs).mean(1)  # (B, T, T)
+    weights = weights[:, heads.prefix :, heads.prefix :]
+    return weights.mean(-1) > weights.diagonal(dim1=-2, dim2=-1)
+
+
+@op("refiner", words=True)
+def cls_product(logits: Tensor, trace: Trace, *, source: Source) -> Tensor:
+    """Logits times those of the class token: queries that the image is not about sink.
+
+    Args:
+        source: tokens whose class token is compared, e.g. `read_last`.
+    """
+    cls = F.normalize(upcast(trace.vit.project(source(trace)).cls[:, 0]), dim=-1)  # (B, C)
+    weights = cls @ trace.query_features().to(cls).T  # (B, Q)
+    return logits * weights[..., None, None]
+
+
+@op("refiner", words=True)
+def cluster_vote(
+    logits: Tensor,
+    trace: Trace,
+    *,
+    affinity: Affinity,
+    eps: float = 0.7,
+    min_samples: int = 3,
+    noise: Detector | None = None,
+    noise_layer: int = -1,
+    guide: str | None = None,
+    vote: Literal["mode", "mean"] = "mode",
+    cells: int | None = None,
+) -> Tensor:
+    """Patches cluster, clusters become masks, and the pixels of a mask agree on a class.
+
+    Args:
+        affinity: whose rows are clustered (DBSCAN) and averaged to the masks' prototypes.
+        eps, min_samples: DBSCAN's.
+        noise: detector of patches that are left out of the clusters.
+        noise_layer: method layer that it judges.
+        guide: external encoder on whose grid the affinities live; None for CLIP's own. Then noise,
+            which judges CLIP's patches, must be None.
+        vote: "mode": a pixel's logit is the share of its mask that chooses the query's class;
+            "mean": its mask's mean logit.
+        cells: output cells per patch; None for one per pixel.
+
+    Returns:
+        (B, Q, H, W). An image in which no patch finds a cluster keeps its logits, or choices.
+    """
+    rows, clusters, grid = _clusters(trace, affinity, eps, min_samples, noise, noise_layer, guide)
+    height, width = trace.image.shape[-2:]
+    size = (height, width) if cells is None else (cells * grid[0], cells * grid[1])
+    index = torch.tensor(trace.index or range(logits.shape[1]), device=logits.device)
+    refined = []
+    for coarse, own, labels in zip(logits, rows, clusters, strict=True):
+        fine = resize(coarse, size)
+        alone = bool((labels < 0).all())
+        masks = None if alone else segments(own, labels, grid, size)
+        refined.append(_agree(fine, masks, index, vote))
+    return torch.stack(refined)
+
+
+def _agree(logits: Tensor, masks: Tensor | None, index: Tensor, vote: str) -> Tensor:
+    """One image's pixel logits (Q, H, W) after the vote in its masks (H, W)."""
+    if vote == "mean":
+        return logits if masks is None else mask_means(masks, logits)
+    choice = index[logits.max(0).indices]  # (H, W)
+    classes = int(index.max()) + 1
+    if masks is None:
+        return F.one_hot(choice, classes).permute(2, 0, 1)[index].to(logits)
+    return vote_shares(masks, choice, classes)[index].to(logits)
+
+
+@op("points")
+def cluster_points(
+    trace: Trace,
+    *,
+    affinity: Affinity,
+    eps: float = 0.7,
+    min_samples: int = 3,
+    noise: Detector | None = None,
+    noise_layer: int = -1,
+    guide: str | None = None,
+    count: int = 1,
+) -> list[Tensor]:
+    """Point prompts from clusters of patches, the peaks of their prototypes: (K, count, 2) each.
+
+    Args:
+        affinity, eps, min_samples, noise, noise_layer, guide: as in `cluster_vote`.
+        count: points of each cluster.
+    """
+    rows, labels, grid = _clusters(trace, affinity, eps, min_samples, noise, noise_layer, guide)
+    return [cluster_peaks(own, found, grid, count) for own, found in zip(rows, labels, strict=True)]
+
+
+def _clusters(
+    trace: Trace,
+    affinity: Affinity,
+    eps: float,
+    min_samples: int,
+    noise: Detector | None,
+    noise_layer: int,
+    guide: str | None,
+) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+    """Affinities (B, N, N), the cluster of each patch (N,) by image, and the grid they live on."""
+    if guide is not None and noise is not None:
+        raise ValueError(
+            f"clusters on the grid of the guide {guide!r} cannot leave out noise: detectors judge "
+            "CLIP's patches; set noise=None"
+        )
+    rows = trace.once(affinity)
+    grid = trace.embedded.grid if guide is None else trace.guide(guide).grid
+    kept = None if noise is None else ~noise(trace, trace.layer(noise_layer))  # (B, N)
+    labels = [
+        dbscan(own, eps=eps, min_samples=min_samples, keep=None if kept is None else kept[i])
+        for i, own in enumerate(rows)
+    ]
+    return rows, labels, grid
 
 
 @METHODS.register_module()
@@ -63,8 +241,7 @@ def cliptrase(
         cls_logits: whether logits are multiplied by the class token's (the release on VOC20).
         cells: cells per patch in which pixels vote; None for every pixel, as the release.
     """
-    rule = pick("correlation", correlation, RULES)
-    noise = pick("denoise", denoise, DENOISE)
+    rule, noise = RULES[correlation], DENOISE[denoise]
     affinity: dict[str, Any] = dict(
         type="head_cosine", layer=layer, subtract_cls=denoise == "release", unit_rows=unit_rows
     )
@@ -84,7 +261,7 @@ def cliptrase(
                 noise=noise,
                 noise_layer=layer,
                 guide=guide,
-                vote=pick("vote", vote, VOTES),
+                vote=vote,
                 cells=cells,
             )
         )

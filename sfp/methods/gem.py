@@ -8,7 +8,39 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfp.registry import METHODS
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.precision import upcast
+from sfp.registry import METHODS, op
+from sfp.tokens import Heads
+from sfp.trace import Trace
+
+
+@op("attention")
+def normalised_self_self(
+    heads: Heads, trace: Trace, *, iterations: int = 1, temperature: float | None = None
+) -> Tensor:
+    """Mean over y = q, k, v of softmax(t y^ y^T), y^ the unit rows of y, (B, H, T, T) (GEM).
+
+    Args:
+        iterations: how often y first becomes softmax(t y^ y^T) y^.
+        temperature: t; by default the image's mean norm of the tokens that were projected, over
+            sqrt(d).
+    """
+    t: float | Tensor
+    if temperature is None:
+        t = heads.scale * upcast(heads.x).norm(dim=-1).mean(-1)[:, None, None, None]
+    else:
+        t = temperature
+    maps = []
+    for y in (heads.q, heads.k, heads.v):
+        unit = F.normalize(upcast(y), dim=-1)
+        for _ in range(iterations):
+            mixed = F.scaled_dot_product_attention(t * unit, unit, unit, scale=1.0)
+            unit = F.normalize(mixed, dim=-1)
+        maps.append((t * unit @ unit.mT).softmax(-1))
+    return (maps[0] + maps[1] + maps[2]) / 3
 
 
 @METHODS.register_module()

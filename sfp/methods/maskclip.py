@@ -4,7 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfp.registry import METHODS
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.precision import upcast
+from sfp.registry import METHODS, op
+from sfp.trace import Trace
+
+
+@op("refiner")
+def key_smoothing(
+    logits: Tensor, trace: Trace, *, ks_thresh: float = 1.0, scale: float = 100.0
+) -> Tensor:
+    """Unsure patches take the logits of patches with similar keys (MaskCLIP).
+
+    Weights are cosines of the last block's keys, all heads together, with rows of L1 norm 1.
+
+    Args:
+        ks_thresh: patches whose most probable query is less probable are smoothed; 1 is all.
+        scale: inverse temperature of those probabilities.
+    """
+    keys = trace.heads(len(trace.vit.blocks) - 1)
+    k = upcast(keys.k.transpose(1, 2).flatten(2)[:, keys.prefix :])  # (B, N, D)
+    k = F.normalize(k, dim=-1)
+    weights = F.normalize(k @ k.mT, p=1, dim=-1)  # (B, N, N)
+    smooth = (logits.flatten(2) @ weights.mT).view_as(logits)
+    confidence = (scale * logits).softmax(1).amax(1, keepdim=True)  # (B, 1, h, w)
+    return torch.where(confidence < ks_thresh, smooth, logits)
+
+
+@op("refiner")
+def prompt_denoising(
+    logits: Tensor, trace: Trace, *, pd_thresh: float = 0.5, scale: float = 100.0
+) -> Tensor:
+    """Queries that are probable nowhere in the window leave it, with a logit of -100 (MaskCLIP).
+
+    Args:
+        pd_thresh: least probability that a query must have in some patch.
+        scale: inverse temperature of the probabilities.
+    """
+    best = (scale * logits).softmax(1).amax((-2, -1), keepdim=True)  # (B, Q, 1, 1)
+    return logits.masked_fill(best < pd_thresh, -100)
 
 
 @METHODS.register_module()

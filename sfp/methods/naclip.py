@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from sfp.registry import METHODS, pick
+from torch import Tensor
+
+from sfp.functional.attention import gaussian_prior, pad_prefix
+from sfp.functional.precision import upcast
+from sfp.registry import METHODS, op
+from sfp.tokens import Heads
+from sfp.trace import Trace
+
+
+@op("attention")
+def neighbour_only(heads: Heads, trace: Trace, *, std: float = 5.0) -> Tensor:
+    """softmax(c * Gaussian of the patch distance), one map for all heads, (B, 1, T, T).
+
+    c is the image's mean of |q_i| |k_j| / sqrt(d) over heads and pairs: the prior alone, on the scale
+    of attention logits (NACLIP's strategy "nonly").
+    """
+    prior = pad_prefix(gaussian_prior(heads.grid, std, heads.k.device), heads.prefix)  # (T, T)
+    # the mean over pairs of a product is the product of the means
+    q, k = (upcast(x).norm(dim=-1).mean(-1) for x in (heads.q, heads.k))  # (B, H)
+    level = heads.scale * (q * k).mean(-1)
+    return (level[:, None, None, None] * prior).softmax(-1)
 
 
 @METHODS.register_module()
@@ -24,16 +44,12 @@ def naclip(
         attn_strategy: "nonly" is the Gaussian alone, "kk" the keys alone, "csa" SCLIP's attention.
         gaussian_std: in patches.
     """
-    attention = pick(
-        "attn_strategy",
-        attn_strategy,
-        dict(
-            naclip=dict(type="neighbour", std=gaussian_std),
-            nonly=dict(type="neighbour_only", std=gaussian_std),
-            kk=dict(type="self_self", pairs=("kk",)),
-            csa=dict(type="self_self", pairs=("qq", "kk")),
-            vanilla=None,
-        ),
+    rules: dict[str, dict[str, Any] | None] = dict(
+        naclip=dict(type="neighbour", std=gaussian_std),
+        nonly=dict(type="neighbour_only", std=gaussian_std),
+        kk=dict(type="self_self", pairs=("kk",)),
+        csa=dict(type="self_self", pairs=("qq", "kk")),
+        vanilla=None,
     )
-    kept = pick("arch", arch, dict(reduced=dict(residual=None, ffn=False), vanilla={}))
-    return dict(readouts=[dict(attention=attention, **kept)])
+    kept: dict[str, Any] = dict(residual=None, ffn=False) if arch == "reduced" else {}
+    return dict(readouts=[dict(attention=rules[attn_strategy], **kept)])

@@ -9,7 +9,47 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfp.registry import METHODS
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.attention import centred_softmax
+from sfp.functional.windows import interpolation
+from sfp.kinds import Affinity
+from sfp.registry import METHODS, op
+from sfp.tokens import Heads
+from sfp.trace import Trace
+
+
+@op("attention")
+def proxy_attention(
+    heads: Heads,
+    trace: Trace,
+    *,
+    affinity: Affinity,
+    guide: str,
+    gain: float = 3.0,
+    centre: float = 1.2,
+) -> Tensor:
+    """Attention of a guide's patches to CLIP's, one map for all heads, (B, 1, M, T).
+
+    softmax(gain * (S - centre * mean S)) where that is not negative, times the matrix that resamples
+    CLIP's patches to the guide's grid: the same as resampling the values first, as ProxyCLIP does.
+    Prefix tokens are attended by nobody. The readout needs `layout=guide`.
+
+    Args:
+        affinity: S, (B, M, M).
+        guide: whose grid S lives on.
+        gain: gamma of the paper.
+        centre: beta of the paper.
+    """
+    weights = centred_softmax(trace.once(affinity), gain, centre)  # (B, M, M)
+    rows, columns = (
+        interpolation(source, target).to(weights)
+        for source, target in zip(heads.grid, trace.guide(guide).grid, strict=True)
+    )
+    weights = weights.unflatten(2, trace.guide(guide).grid)  # (B, M, h', w')
+    weights = (rows.T @ weights @ columns).flatten(2)  # (B, M, N)
+    return F.pad(weights, (heads.prefix, 0))[:, None]
 
 
 @METHODS.register_module()

@@ -17,7 +17,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sfp.registry import METHODS, pick
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.attention import gaussian_prior, pad_prefix
+from sfp.functional.clusters import resize
+from sfp.functional.labels import class_scores
+from sfp.functional.pamr import pamr
+from sfp.kinds import Affinity, Rule, Source
+from sfp.registry import METHODS, op, pick
+from sfp.tokens import Heads
+from sfp.trace import Trace
 
 # temp_thd, lambda_rcs, tau_sfr, lambda_sfr
 DATASETS = dict(
@@ -30,6 +41,145 @@ DATASETS = dict(
     voc20=(0.10, 0.6, 2.1, 0.6),
     voc21=(0.50, 0.3, 2.2, 0.7),
 )
+
+
+@op("attention")
+def scaled(heads: Heads, trace: Trace, *, rule: Rule, gain: float) -> Tensor:
+    """A rule's weights times a number.
+
+    It scales what the heads put out, but not the bias of `out_proj`: without that, `ln_post` would
+    undo it in a block without residual.
+    """
+    return gain * rule(heads, trace)
+
+
+@op("attention")
+def feedback_keys(
+    heads: Heads,
+    trace: Trace,
+    *,
+    feedback: Affinity,
+    share: float = 0.7,
+    gain: float = 1.8,
+    std: float = 5.0,
+) -> Tensor:
+    """softmax(gain * ((1 - share) * kk + share * M) + Gaussian of the patch distance), (B, H, T, T).
+
+    ResCLIP's Semantic Feedback Refinement of `neighbour`, NACLIP's attention. The class token has no
+    feedback and no Gaussian: zeros.
+
+    Args:
+        feedback: affinity M.
+        share: lambda_sfr.
+        gain: tau_sfr.
+        std: of the Gaussian, in patches.
+    """
+    mask = pad_prefix(trace.once(feedback), heads.prefix)[:, None]  # (B, 1, T, T)
+    prior = pad_prefix(gaussian_prior(heads.grid, std, heads.k.device), heads.prefix)  # (T, T)
+    return (gain * ((1 - share) * heads.logits("k", "k") + share * mask) + prior).softmax(-1)
+
+
+@op("affinity", words=True)
+def semantic_feedback(
+    trace: Trace,
+    *,
+    source: Source,
+    temp_thd: float = 0.25,
+    logit_scale: float = 40.0,
+    blur: float = 5.0,
+    pamr_steps: int = 10,
+    pamr_dilations: Sequence[int] = (8, 16),
+) -> Tensor:
+    """Which patches a first segmentation labels alike (ResCLIP), (B, N, N).
+
+    First-pass logits at pixel resolution, refined by PAMR; the class of each pixel, 0 where it is less
+    probable than `temp_thd`; the most frequent class of each patch; then `feedback_mask`.
+
+    Args:
+        source: tokens of the first pass.
+        temp_thd: least probability of a class.
+        logit_scale: inverse temperature of the softmax over queries.
+        blur: std of the mask's Gaussian, in patches.
+        pamr_steps, pamr_dilations: PAMR's; 0 steps for none.
+    """
+    logits = trace.guess(source)  # (B, Q, h, w)
+    grid, patch = trace.embedded.grid, trace.vit.patch
+    size = (grid[0] * patch, grid[1] * patch)
+    index = tuple(trace.index or range(logits.shape[1]))
+    labels = []
+    # image by image: a batch's logits at pixel resolution would be large
+    for image, coarse in zip(trace.image[..., : size[0], : size[1]], logits, strict=True):
+        fine = resize(coarse, size)[None]
+        if pamr_steps:
+            guide = image[None].to(fine)
+            fine = pamr(guide, fine, steps=pamr_steps, dilations=pamr_dilations)
+        confidence, label = class_scores(fine[0], index, logit_scale).max(0)
+        labels.append(label.masked_fill(confidence < temp_thd, 0))
+    return feedback_mask(patch_modes(torch.stack(labels), grid, patch), grid, blur)
+
+
+def patch_modes(labels: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The most frequent label of each patch, the smallest of equals: (B, H, W) -> (B, N) int64."""
+    cells = labels[:, : grid[0] * patch, : grid[1] * patch]
+    cells = cells.unflatten(2, (grid[1], patch)).unflatten(1, (grid[0], patch))
+    cells = cells.transpose(2, 3).flatten(3).flatten(1, 2)  # (B, N, pixels)
+    classes = int(labels.max()) + 1
+    counts = torch.zeros(*cells.shape[:2], classes, dtype=torch.int64, device=labels.device)
+    counts.scatter_add_(2, cells, torch.ones_like(cells))
+    return counts.argmax(-1)
+
+
+def feedback_mask(labels: Tensor, grid: tuple[int, int], std: float) -> Tensor:
+    """How strongly patches of the same label belong together, (B, N) -> (B, N, N) in 0..1.
+
+    1 for patches of one label, times exp(-Chebyshev distance / the grid's largest) where the straight
+    segment between them leaves the label; each row blurred by a Gaussian over the patch numbers (no
+    padding), divided by its sum, and all by the image's largest entry.
+
+    Args:
+        labels: of the patches.
+        grid: rows and columns of patches.
+        std: of the Gaussian, in patches.
+    """
+    steps, length = segment_steps(grid, labels.device)
+    same = labels[:, :, None] == labels[:, None]  # (B, N, N)
+    straight = same
+    for step in steps:
+        straight = straight & (labels[:, step] == labels[:, :, None])
+    decay = torch.exp(-length.float() / max(max(grid) - 1, 1))
+    mask = torch.where(straight, 1.0, decay) * same  # (B, N, N)
+    number = torch.arange(len(length), device=labels.device, dtype=mask.dtype)
+    blur = torch.exp(-(number[:, None] - number).square() / (2 * std**2))
+    mask = F.normalize(mask @ blur, p=1, dim=-1)
+    return mask / mask.amax((-2, -1), keepdim=True)
+
+
+def segment_steps(
+    grid: tuple[int, int], device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """The patches on the straight segment between any two patches of a grid.
+
+    The segment from i to j is sampled once per row or column, whichever it crosses more of, and each
+    sample belongs to the nearest patch; that of j and i is the same.
+
+    Returns:
+        (steps, N, N) int64 patch numbers, segments shorter than `steps` staying on their end, and the
+        (N, N) Chebyshev distances.
+    """
+    rows = torch.arange(grid[0], device=device).repeat_interleave(grid[1])
+    cols = torch.arange(grid[1], device=device).repeat(grid[0])
+    length = torch.maximum(*((x[:, None] - x).abs() for x in (rows, cols)))  # (N, N)
+    double = 2 * length.clamp_min(1)
+    steps = []
+    for step in range(max(grid)):
+        walked = length.clamp_max(step)
+        # in integers, because floats would round the two directions differently
+        row, col = (
+            (2 * (x[:, None] * (double // 2) + walked * (x - x[:, None])) + double // 2) // double
+            for x in (rows, cols)
+        )
+        steps.append(row * grid[1] + col)
+    return torch.stack(steps), length
 
 
 @METHODS.register_module()

@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfp.registry import METHODS
+from torch import Tensor
+
+from sfp.registry import METHODS, op
+from sfp.trace import Trace
+
+
+@op("refiner", words=True)
+def global_bias(logits: Tensor, trace: Trace, *, weight: float = -0.3) -> Tensor:
+    """Adds a share of the whole image's logits; a negative one removes its bias (SegEarth-OV)."""
+    return logits + weight * trace.global_logits()[..., None, None]
 
 
 @METHODS.register_module()

@@ -10,20 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sfp.registry import METHODS, bind, suggest
+from sfp.registry import METHODS, bind
 
-ENHANCERS = ("qk", "qq", "kk", "vv", "qq+kk", "qq+vv", "kk+vv", "qq+kk+vv")
-
-
-def pairs(enhancer: str) -> tuple[str, ...]:
-    """The projection pairs of a flag like "qq+kk".
-
-    Raises:
-        ValueError: for any other flag.
-    """
-    if enhancer not in ENHANCERS:
-        raise ValueError(f"unknown enhancer {enhancer!r}{suggest(enhancer, ENHANCERS)}")
-    return tuple(enhancer.split("+"))
+Enhancer = Literal["qk", "qq", "kk", "vv", "qq+kk", "qq+vv", "kk+vv", "qq+kk+vv"]
 
 
 def detector(pm: str | Mapping[str, Any], **defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +63,7 @@ def sfp(
     beta: float = 0.4,
     pre_layer: int = 8,
     post_layer: int = 3,
-    enhancer: str = "qq+kk",
+    enhancer: Enhancer = "qq+kk",
     integrator: bool = True,
     integrator_start: int = 3,
     integrator_end: int = 9,
@@ -112,7 +101,7 @@ def sfp(
         ffn=False,
         after=[dict(type="aggregate", affinity=after)],
     )
-    rules = [dict(type="self_self", pairs=(pair,)) for pair in pairs(enhancer)]
+    rules = [dict(type="self_self", pairs=(pair,)) for pair in enhancer.split("+")]
     readouts = [
         dict(
             before=[dict(type="aggregate", affinity=before)],

@@ -9,8 +9,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sfp.methods.sfp import pairs, purification
-from sfp.registry import METHODS
+from torch import Tensor
+
+from sfp.methods.sfp import Enhancer, purification
+from sfp.registry import METHODS, op
+from sfp.trace import LayerError, Trace
+
+
+@op("affinity")
+def mean_attention(trace: Trace, *, first: int = 0, last: int = -2) -> Tensor:
+    """Patch-to-patch attention, averaged over heads and over a range of layers.
+
+    SFP's Hierarchical Attention Integrator sums layers l0 to L-1 of the poster, counted from 1:
+    `first` = l0 - 1.
+
+    Args:
+        first, last: method layers, both included.
+    """
+    start, stop = trace.layer(first), trace.layer(last) + 1
+    if start >= stop:
+        raise LayerError(f"mean_attention: layer {first} comes after layer {last}")
+    prefix = trace.embedded.prefix
+    maps = (trace.mean_attention(i)[:, prefix:, prefix:] for i in range(start, stop))
+    total = next(maps).clone()
+    for attention in maps:
+        total += attention
+    return total / (stop - start)
 
 
 @METHODS.register_module()
@@ -19,7 +43,7 @@ def sfp_paper(
     purify: bool | str | Mapping[str, Any] = True,
     pm: str | Mapping[str, Any] = "som",
     layers: Sequence[int] | Literal["all"] = "all",
-    enhancer: str = "qq+kk",
+    enhancer: Enhancer = "qq+kk",
     integrator: bool = True,
     integrator_start: int = 0,
 ) -> dict[str, Any]:
@@ -36,7 +60,7 @@ def sfp_paper(
     """
     hai = dict(type="aggregate", affinity=dict(type="mean_attention", first=integrator_start))
     readout = dict(
-        attention=dict(type="self_self", pairs=pairs(enhancer)),
+        attention=dict(type="self_self", pairs=enhancer.split("+")),
         residual=None,
         ffn=False,
         after=[hai] if integrator else [],

@@ -1,35 +1,12 @@
-"""Registered ops, by kind. Importing this package registers them."""
+"""Ops that several methods share, by kind; those of one paper are in its file in `sfp.methods`.
 
-from sfp.ops import (
-    affinity,
-    alignment,
-    attention,
-    clusters,
-    detectors,
-    feedback,
-    guided,
-    integrators,
-    mitigators,
-    positions,
-    propagation,
-    refiners,
-    sklearn_detectors,
-    surgery,
-)
+Every module of this folder is imported, which registers its ops.
+"""
 
-__all__ = [
-    "affinity",
-    "alignment",
-    "attention",
-    "clusters",
-    "detectors",
-    "feedback",
-    "guided",
-    "integrators",
-    "mitigators",
-    "positions",
-    "propagation",
-    "refiners",
-    "sklearn_detectors",
-    "surgery",
-]
+import importlib
+import pkgutil
+
+__all__ = [module.name for module in pkgutil.iter_modules(__path__)]
+
+for name in __all__:
+    importlib.import_module(f"{__name__}.{name}")

@@ -5,14 +5,13 @@ Use them through `trace.once(affinity)`: several parts of a method ask for the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.functional.precision import upcast
+from sfp.kinds import Mitigator
 from sfp.registry import op
-from sfp.tokens import Tokens, upcast
-from sfp.trace import LayerError, Trace
+from sfp.trace import Trace
 
 
 @op("affinity")
@@ -21,7 +20,7 @@ def similarity(
     *,
     layer: int,
     cut: float | None = None,
-    fill: Callable[[Tokens, Tensor], Tokens] | None = None,
+    fill: Mitigator | None = None,
     fill_from: int = -2,
 ) -> Tensor:
     """Cosine similarity of a layer's patches.
@@ -42,21 +41,11 @@ def similarity(
 
 
 @op("affinity")
-def mean_attention(trace: Trace, *, first: int = 0, last: int = -2) -> Tensor:
-    """Patch-to-patch attention, averaged over heads and over a range of layers.
-
-    SFP's Hierarchical Attention Integrator sums layers l0 to L-1 of the poster, counted from 1:
-    `first` = l0 - 1.
+def guide_similarity(trace: Trace, *, guide: str) -> Tensor:
+    """Cosine similarity of a guide's patches, (B, M, M) on its own grid.
 
     Args:
-        first, last: method layers, both included.
+        guide: name of an external encoder (see `Trace.guide`).
     """
-    start, stop = trace.layer(first), trace.layer(last) + 1
-    if start >= stop:
-        raise LayerError(f"mean_attention: layer {first} comes after layer {last}")
-    prefix = trace.embedded.prefix
-    maps = (trace.mean_attention(i)[:, prefix:, prefix:] for i in range(start, stop))
-    total = next(maps).clone()
-    for attention in maps:
-        total += attention
-    return total / (stop - start)
+    unit = F.normalize(upcast(trace.guide(guide).patches), dim=-1)
+    return unit @ unit.mT

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.functional.attention import centred_softmax, gaussian_prior, pad_prefix
+from sfp.kinds import Affinity, Rule
 from sfp.registry import Op, op
-from sfp.tokens import Heads, upcast
+from sfp.tokens import Heads
 from sfp.trace import LayerError, Trace
 
 
@@ -49,51 +50,11 @@ def neighbour(heads: Heads, trace: Trace, *, std: float = 5.0, pair: str = "kk")
 
 
 @op("attention")
-def neighbour_only(heads: Heads, trace: Trace, *, std: float = 5.0) -> Tensor:
-    """softmax(c * Gaussian of the patch distance), one map for all heads, (B, 1, T, T).
-
-    c is the image's mean of |q_i| |k_j| / sqrt(d) over heads and pairs: the prior alone, on the scale
-    of attention logits (NACLIP's strategy "nonly").
-    """
-    prior = pad_prefix(gaussian_prior(heads.grid, std, heads.k.device), heads.prefix)  # (T, T)
-    # the mean over pairs of a product is the product of the means
-    q, k = (upcast(x).norm(dim=-1).mean(-1) for x in (heads.q, heads.k))  # (B, H)
-    level = heads.scale * (q * k).mean(-1)
-    return (level[:, None, None, None] * prior).softmax(-1)
-
-
-@op("attention")
-def normalised_self_self(
-    heads: Heads, trace: Trace, *, iterations: int = 1, temperature: float | None = None
-) -> Tensor:
-    """Mean over y = q, k, v of softmax(t y^ y^T), y^ the unit rows of y, (B, H, T, T) (GEM).
-
-    Args:
-        iterations: how often y first becomes softmax(t y^ y^T) y^.
-        temperature: t; by default the image's mean norm of the tokens that were projected, over
-            sqrt(d).
-    """
-    t: float | Tensor
-    if temperature is None:
-        t = heads.scale * upcast(heads.x).norm(dim=-1).mean(-1)[:, None, None, None]
-    else:
-        t = temperature
-    maps = []
-    for y in (heads.q, heads.k, heads.v):
-        unit = F.normalize(upcast(y), dim=-1)
-        for _ in range(iterations):
-            mixed = F.scaled_dot_product_attention(t * unit, unit, unit, scale=1.0)
-            unit = F.normalize(mixed, dim=-1)
-        maps.append((t * unit @ unit.mT).softmax(-1))
-    return (maps[0] + maps[1] + maps[2]) / 3
-
-
-@op("attention")
 def fuse_layers(
     heads: Heads,
     trace: Trace,
     *,
-    rule: Callable[[Heads, Trace], Tensor],
+    rule: Rule,
     layers: Sequence[int],
     share: float,
     pairs: Sequence[str] = ("qk",),
@@ -138,7 +99,7 @@ def affinity_attention(
     heads: Heads,
     trace: Trace,
     *,
-    affinity: Callable[[Trace], Tensor],
+    affinity: Affinity,
     gain: float = 3.0,
     centre: float = 1.0,
 ) -> Tensor:
@@ -156,9 +117,7 @@ def affinity_attention(
 
 
 @op("attention")
-def average(
-    heads: Heads, trace: Trace, *, rules: Sequence[Callable[[Heads, Trace], Tensor]]
-) -> Tensor:
+def average(heads: Heads, trace: Trace, *, rules: Sequence[Rule]) -> Tensor:
     """Mean of the weights of several rules."""
     total = rules[0](heads, trace)
     for rule in rules[1:]:

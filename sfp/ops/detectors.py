@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sfp.functional.precision import upcast
 from sfp.registry import op
-from sfp.tokens import upcast
 from sfp.trace import Trace
 
 

@@ -7,15 +7,15 @@ smoothers  `(tokens, trace, *, knobs) -> Tokens`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from sfp.functional.attention import hide
+from sfp.kinds import Affinity, Rule
 from sfp.registry import op
 from sfp.tokens import Tokens
-from sfp.trace import Trace, native_last
+from sfp.trace import Trace
 
 
 @op("source")
@@ -24,6 +24,25 @@ def layer_sum(trace: Trace, *, layers: Sequence[int]) -> Tokens:
     first, *rest = (trace.output(layer) for layer in layers)
     last = rest[-1] if rest else first  # hides what any of them hides
     return last.with_data(sum((tokens.data for tokens in rest), first.data))
+
+
+@op("source")
+def read_last(trace: Trace, *, attention: Rule, reduced: bool = True) -> Tokens:
+    """The last block under another attention rule, e.g. for `trace.guess`.
+
+    Args:
+        attention: the rule.
+        reduced: whether its residual and FFN are left out.
+    """
+    last = len(trace.vit.blocks) - 1
+    tokens = trace.entering(last)
+    return trace.vit.blocks[last].read(
+        tokens,
+        residual=None if reduced else tokens.data,
+        attention=attention,
+        ffn=not reduced,
+        trace=trace,
+    )
 
 
 @op("residual")
@@ -39,17 +58,10 @@ def cls_token(tokens: Tokens, source: Tokens, *, scale: float = 0.3) -> Tensor:
 
 
 @op("smoother")
-def aggregate(tokens: Tokens, trace: Trace, *, affinity: Callable[[Trace], Tensor]) -> Tokens:
+def aggregate(tokens: Tokens, trace: Trace, *, affinity: Affinity) -> Tokens:
     """Each patch becomes the affinity-weighted mean of all: rows of S, divided by their sum."""
     weights = trace.once(affinity)
     if tokens.hidden is not None:
         weights = hide(weights, tokens.hidden[:, None])
     weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
     return tokens.with_patches(weights.to(tokens.data.dtype) @ tokens.patches)
-
-
-@op("smoother")
-def native_cls(tokens: Tokens, trace: Trace) -> Tokens:
-    """The class token becomes that of the plain forward pass (CLIP Surgery)."""
-    native = trace.once(native_last)[:, : tokens.prefix]
-    return tokens.with_data(torch.cat([native, tokens.patches], dim=1))

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sfp.registry import op, suggest
-from sfp.tokens import Tokens, upcast
+from sfp.functional.precision import upcast
+from sfp.registry import op
+from sfp.tokens import Tokens
 
 
 @op("mitigator")
@@ -28,10 +29,6 @@ def neighbour_mean(
             that are no outliers (by rings around it); its own value ("keep", SC-CLIP's release); or
             the "zero" vector (SFP's release, whose next normalisation then gives NaN).
     """
-    if alone not in ("nearest", "keep", "zero"):
-        raise ValueError(
-            f"neighbour_mean: unknown alone={alone!r}{suggest(alone, ('nearest', 'keep', 'zero'))}"
-        )
     givers, ring = nearest_ring(tokens.grid, mask)
     reach = ring.isfinite() if alone == "nearest" else ring <= 1  # (B, N, 1)
     weights = upcast((givers & reach).to(tokens.data.dtype))
@@ -89,7 +86,8 @@ def inpaint(tokens: Tokens, mask: Tensor) -> Tokens:
     laplace = adjacent.sum(-1).diag() - adjacent
     replaced = (mask & ~mask.all(-1, keepdim=True))[..., None]  # (B, N, 1)
     # valid patches are known (rows of the identity), outliers are where the Laplacian is 0
-    system = torch.where(replaced, laplace, torch.eye(len(laplace)).to(x))  # (B, N, N)
+    identity = torch.eye(len(laplace), device=x.device, dtype=x.dtype)
+    system = torch.where(replaced, laplace, identity)  # (B, N, N)
     given = x.masked_fill(replaced, 0)
     # one by one: after torch.set_num_threads, PyTorch 2.13 solves batches on the CPU wrongly
     solved = torch.stack([torch.linalg.solve(a, b) for a, b in zip(system, given, strict=True)]).to(

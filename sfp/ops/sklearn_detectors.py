@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfp.functional.precision import upcast
 from sfp.registry import op
-from sfp.tokens import upcast
 from sfp.trace import Trace
 
 LEFT_OVER = -1  # scikit-learn's label of outliers, and of points in no cluster

@@ -273,7 +273,7 @@ def test_there_are_tools():
         (
             ["configs/cfg_mini.py", "--cfg-options", "model.method.enhancer=qv"],
             2,
-            "unknown enhancer 'qv'",
+            "unknown enhancer='qv'",
         ),
         (["configs/cfg_mini.py", "--cfg-options", "model.method.layers=-2"], 2, "layers=-2"),
         (["configs/cfg_mini.py", "--cfg-options", "model.prob_th=0.2"], 2, "no setting 'prob_th'"),

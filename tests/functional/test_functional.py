@@ -21,11 +21,13 @@ from sfp.functional import attention, labels
 from sfp.functional.grid import resample_positions
 from sfp.functional.pamr import pamr
 from sfp.functional.windows import WindowGrid, interpolation, merge_matrix, window_starts
-from sfp.ops.affinity import mean_attention, similarity
+from sfp.methods.sfp_paper import mean_attention
+from sfp.ops.affinity import similarity
 from sfp.ops.attention import affinity_attention, average, self_self
 from sfp.ops.detectors import l2_norm, lof, lof_scores, som
 from sfp.ops.integrators import aggregate, layer_sum
 from sfp.ops.mitigators import neighbour_mean
+from sfp.registry import bind
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -467,7 +469,7 @@ def test_neighbour_mean_of_a_corner_cluster():
     ring = [3, 7, 9, 10, 11]  # the cells at distance 2
     assert corner == dict(nearest=sum(ring) / 5, keep=1.0, zero=0.0)
     with pytest.raises(ValueError, match="unknown alone='nearst'; did you mean 'nearest'"):
-        neighbour_mean(tokens, mask.flatten(1), alone="nearst")
+        bind(dict(type="neighbour_mean", alone="nearst"))
 
 
 def traced(batch: int = 2) -> sfp.Trace:

@@ -22,7 +22,8 @@ from sfp.functional.masks import MaskSheet, same_area, vote_in_masks
 from sfp.guides import TransformersGuide
 from sfp.masks import DinoMasks, MaskVote, SamMasks, build_masks
 from sfp.masks.dino import above_mass
-from sfp.ops.clusters import cluster_points, grid_points
+from sfp.methods.cliptrase import cluster_points
+from sfp.ops.points import grid_points
 from sfp.registry import bind
 
 pytestmark = pytest.mark.usefixtures("no_grad")

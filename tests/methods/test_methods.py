@@ -168,6 +168,23 @@ def test_bf16(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_another_default_type(name):
+    """Some programs set it; float32 weights and images stay float32."""
+    method = sfp.build_method(name)
+    expected = run(method, name, images())
+    pixels, words = images(), text()
+    torch.set_default_dtype(torch.float64)
+    try:
+        extra = CONTEXT[name]() if name in CONTEXT else {}
+        method = sfp.build_method(name)
+        found = method.logits(tiny().visual, pixels, words, **extra)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_unknown_knob(name):
     knobs = list(inspect.signature(sfp.METHODS.get(name)).parameters)
     if not knobs:

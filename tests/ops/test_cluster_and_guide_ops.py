@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
-from sfp.functional.alignment import orthogonal_factor
 from sfp.functional.clusters import (
     dbscan,
     mask_means,
@@ -21,13 +20,17 @@ from sfp.functional.clusters import (
     segments,
     vote_shares,
 )
-from sfp.functional.feedback import feedback_mask, patch_modes
-from sfp.functional.grid import segment_steps
 from sfp.functional.pamr import pamr
-from sfp.functional.propagation import laplacian, propagate, propagation_weights
-from sfp.ops.clusters import cluster_vote, head_cosine, overshadowed
-from sfp.ops.guided import guide_similarity
-from sfp.ops.propagation import text_aware_propagation
+from sfp.methods.cliptrase import cluster_vote, head_cosine, overshadowed
+from sfp.methods.pearl import (
+    laplacian,
+    orthogonal_factor,
+    propagate,
+    propagation_weights,
+    text_aware_propagation,
+)
+from sfp.methods.resclip import feedback_mask, patch_modes, segment_steps
+from sfp.ops.affinity import guide_similarity
 from sfp.registry import bind
 
 pytestmark = pytest.mark.usefixtures("no_grad")

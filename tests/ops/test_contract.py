@@ -74,7 +74,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(feedback=FEEDBACK),
             dict(feedback=FEEDBACK, share=0.2, gain=1.0, std=2.0),
         ],
-        "head_cosines": [{}],
+        "cosine_attention": [{}],
         "proxy_attention": [GUIDED, dict(GUIDED, gain=6.0, centre=1.0)],
         "scaled": [dict(rule=SELF, gain=2.0)],
         "self_self": [{}, dict(pairs=["qk"]), dict(pairs=["qq", "kk", "vv"])],

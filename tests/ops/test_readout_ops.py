@@ -11,15 +11,17 @@ from torch.nn import functional as F
 
 import sfp
 from sfp.functional.attention import gaussian_prior, pad_prefix
-from sfp.ops.attention import fuse_layers, identity, neighbour_only, self_self
-from sfp.ops.refiners import global_bias, key_smoothing, prompt_denoising
-from sfp.ops.surgery import outlier_onset, suppress_channel
+from sfp.methods.gclip import outlier_onset, suppress_channel
+from sfp.methods.maskclip import key_smoothing, prompt_denoising
+from sfp.methods.naclip import neighbour_only
+from sfp.methods.segearth import global_bias
+from sfp.ops.attention import fuse_layers, identity, self_self
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("name", cases("unit/gaussian"))
-def test_gaussian(name):
+def test_golden_gaussian(name):
     case = Case(name)
     h, w = case.hyper["grid"]
     prior = gaussian_prior((h, w), case.hyper["std"])

@@ -1,0 +1,53 @@
+"""The kinds of ops, as types: what a function of each takes and returns, before its knobs.
+
+A knob or field that is annotated with one of these takes a config node or function of that kind, which
+`sfp.registry.bind` checks when a method is built. Letters as in `sfp.tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+from torch import Tensor
+
+from sfp.clip.vit import VisionTransformer
+from sfp.registry import Kind
+from sfp.tokens import Heads, Tokens
+from sfp.trace import Trace
+
+Detector = Annotated[Callable[[Trace, int], Tensor], Kind("detector")]
+"""(trace, absolute layer) -> outliers, (B, N) bool."""
+
+Mitigator = Annotated[Callable[[Tokens, Tensor], Tokens], Kind("mitigator")]
+"""(tokens, outliers (B, N) bool) -> tokens without them."""
+
+Edit = Annotated[Callable[[Trace, int], Tokens], Kind("edit")]
+"""(trace, absolute layer) -> the tokens that leave that layer from now on."""
+
+Affinity = Annotated[Callable[[Trace], Tensor], Kind("affinity")]
+"""(trace) -> how alike patches are, (B, N, N)."""
+
+Rule = Annotated[Callable[[Heads, Trace], Tensor], Kind("attention")]
+"""(heads, trace) -> attention weights, (B, H or 1, M, T)."""
+
+Source = Annotated[Callable[[Trace], Tokens], Kind("source")]
+"""(trace) -> the tokens that are read."""
+
+Residual = Annotated[Callable[[Tokens, Tokens], Tensor], Kind("residual")]
+"""(tokens, source) -> what the first block's output is added to, (B, T or 1, D)."""
+
+Smoother = Annotated[Callable[[Tokens, Trace], Tokens], Kind("smoother")]
+"""(tokens, trace) -> tokens."""
+
+Refiner = Annotated[Callable[[Tensor, Trace], Tensor], Kind("refiner")]
+"""(logits (B, Q, h, w), trace) -> logits, on a finer grid or the same."""
+
+Points = Annotated[Callable[[Trace], list[Tensor]], Kind("points")]
+"""(trace) -> point prompts of each image, (P, n, 2) with x and y in 0..1."""
+
+Surgery = Annotated[Callable[[VisionTransformer, "int | None"], None], Kind("surgery")]
+"""(vit, depth) -> None: replaces weights of a copy of the model."""
+
+Positions = Annotated[Callable[[Tensor, tuple[int, int]], Tensor], Kind("positions")]
+"""(position table (h0, w0, D), grid) -> table (h, w, D)."""

@@ -498,7 +498,7 @@ def test_words_of_ones_own(config, pictures, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # "weights is None", which ours are not
 def test_inferencer(config, pictures, tmp_path):
     expected = inference_model(init_model(copy.deepcopy(config), device="cpu"), pictures)
-    inferencer = MMSegInferencer(model=config, device="cpu", show_progress=False)
+    inferencer = MMSegInferencer(model=config, device="cpu")
     out = inferencer(pictures, out_dir=str(tmp_path / "out"), return_vis=True, batch_size=2)
     for path, labels, one, vis in zip(
         pictures, out["predictions"], expected, out["visualization"], strict=True
@@ -512,7 +512,7 @@ def test_inferencer(config, pictures, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_inferencer_names_our_classes(config, pictures):
     """It sets Cityscapes' names and colours on every model without a checkpoint file of mmseg's."""
-    inferencer = MMSegInferencer(model=config, device="cpu", show_progress=False)
+    inferencer = MMSegInferencer(model=config, device="cpu")
     assert inferencer.model.dataset_meta["classes"] == mini.CLASSES
     out = inferencer(pictures[0], return_vis=True, opacity=1.0, with_labels=False)
     palette = np.array(inferencer.model.dataset_meta["palette"])

@@ -40,6 +40,20 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
+PAGE = """
+import sys
+import sfp
+from sfp.demo.page import Page
+from sfp.demo.session import Session
+
+page = Page(Session(sfp.load("mini"), "mini"), "sfp")
+values = {each: each.value for tab in page.tabs.values() for each in tab.controls}
+values |= {page.inputs.photo: "photo.png", page.inputs.words: "grass, dog"}
+values |= {page.inputs.background: "", page.inputs.method: "sfp", page.attention.cell: None}
+for title, tab in page.tabs.items():
+    print(title, tab.draw(values).warning, sep=": ")
+assert not {"mmcv", "mmengine", "mmseg"} & set(sys.modules)
+"""
 COMMANDS = """
 import sys
 from sfp.cli import main
@@ -87,6 +101,18 @@ def test_commands(folder):
     ]
     assert (folder / "one/labels/photo.png").is_file()
     assert (folder / "two/labels/photo.png").is_file()
+
+
+def test_the_page(folder):
+    pytest.importorskip("gradio", reason="no gradio: pip install 'sfp[demo]'")
+    done = python(folder, "-c", PAGE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "Segmentation: dog: never seen by the mini CLIP",
+        "Outliers: ",
+        "Attention: ",
+        "Compare: dog: never seen by the mini CLIP",
+    ]
 
 
 def test_evaluation_says_what_to_install(folder):

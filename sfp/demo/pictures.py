@@ -111,7 +111,7 @@ def heat(
     if chosen is not None:
         _frame(axes, chosen, image, patch)
     axes.set_axis_off()
-    height = figure.get_figheight()
+    width, height = figure.get_size_inches()
     bar = figure.colorbar(
         drawn,
         cax=figure.add_axes((0.03, (BAR - 0.14) / height, 0.5, 0.1 / height)),
@@ -120,7 +120,8 @@ def heat(
     )
     bar.ax.xaxis.set_major_locator(MaxNLocator(4))
     bar.ax.tick_params(labelsize=7.5, length=2, pad=1)
-    figure.text(0.56, (BAR - 0.16) / height, unit, fontsize=8, va="bottom")
+    fitting = 0.42 * width * 72 / (0.6 * len(unit))  # points, if a letter is 0.6 times as wide
+    figure.text(0.56, (BAR - 0.16) / height, unit, fontsize=min(8, fitting), va="bottom")
     return rendered(figure)
 
 

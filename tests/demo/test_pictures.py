@@ -64,6 +64,11 @@ def test_pictures_show_what_they_are_given():
     assert (np.diff(light) > 0).all()  # inferno grows lighter
     assert warm.shape == shown.shape == framed(image, (0, 0), 16).shape
 
+    tall = heat(image.transpose(1, 0, 2)[:, :20], values.T[:, :1], 16, "L2 norm of patch tokens")
+    below = tall[SHOWN + 2 :]
+    assert (below < 128).any()
+    assert (below[:, -3:] == 255).all()  # its unit does not run out of the picture
+
     frame = framed(image, (2, 3), 16)
     plain = framed(image, (0, 0), 16)
     rows, columns = np.nonzero((frame != plain).any(-1))

@@ -405,7 +405,10 @@ class Engine:
         return dict(text=queries.features, index=queries.index, guides=dict(self.guides.items()))
 
     def _weights(self) -> Hashable:
-        return state_key(self.clip.visual), state_key(self.guides)
+        """Changes with everything that features depend on besides pixels and method."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        return state_key(self.clip.visual), state_key(self.guides), autocast
 
     def _grid(self, image: Tensor) -> WindowGrid:
         patch = self.clip.visual.patch

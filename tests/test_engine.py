@@ -189,3 +189,12 @@ def test_weights_without_a_name_keep_the_size_of_the_mini_clip():
     for weights in (clip, clip.state_dict()):
         assert sfp.load(weights).short_side == 224
     assert sfp.load(tiny.clip(**tiny.WORDS)).short_side == 336
+
+
+def test_autocast_has_features_of_its_own():
+    model = sfp.load(tiny.clip(**tiny.WORDS), **SMALL)
+    plain = model.segment(picture(), WORDS)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model.segment(picture(), WORDS)
+    assert not np.array_equal(plain.confidence, cast.confidence)
+    same(model.segment(picture(), WORDS), plain)

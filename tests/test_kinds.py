@@ -75,7 +75,9 @@ def choices() -> list[Any]:
 
 
 @pytest.mark.parametrize(("what", "name", "knob"), choices())
-@pytest.mark.parametrize("value", ["nonsense", "", 7, 1.5, object()], ids=str)
+@pytest.mark.parametrize(
+    "value", ["nonsense", "", 7, 1.5, object()], ids=lambda x: type(x).__name__
+)
 def test_words_that_are_none_of_those(what, name, knob, value):
     fn = (OPS if what == "op" else METHODS).get(name)
     needed = {

@@ -111,7 +111,6 @@ def test_words_that_are_none_of_those(what, name, knob, value):
         (Sequence[Rule], [[dict(type="self_self")]], [[COSINE], dict(type="self_self")]),
         (Affinity, [COSINE, bind(COSINE)], [None, SOM, OPS.get("som")]),
     ],
-    ids=str,
 )
 def test_annotations(hint, good, bad):
     for value in good:

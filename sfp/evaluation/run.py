@@ -174,7 +174,10 @@ def _for_runner(config: Config, show_dir: str | None, resume: bool) -> Config:
         config.test_cfg.update(type="ResumableTestLoop", resume=resume and show_dir is None)
     config.custom_hooks = [*config.get("custom_hooks", []), dict(type="ProgressHook", priority=90)]
     if show_dir is not None:
-        config.default_hooks.visualization = dict(type="SegVisualizationHook", draw=True)
+        # of every image: by default some versions of mmseg draw one in fifty
+        config.default_hooks.visualization = dict(
+            type="SegVisualizationHook", draw=True, interval=1
+        )
         config.visualizer.save_dir = str(Path(show_dir).absolute())
     # mmengine keeps visualizers and logs by name: each evaluation of a process needs names of its own
     config.visualizer.pop("name", None)

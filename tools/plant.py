@@ -84,22 +84,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def crops(folder: Path, count: int, size: int) -> Iterator:
-    """Centre crops of the images in a folder, in order of their names: (size, size, 3) RGB each."""
-    import cv2
+    """Centre crops of the images of a folder, in order of their names: (size, size, 3) RGB each."""
+    from sfp.data.images import read_image, resize_short_side
+    from sfp.data.listing import list_units
 
-    kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in kinds)[:count]
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds no images ({', '.join(sorted(kinds))})")
-    for path in paths:
-        image = cv2.imread(str(path))
-        if image is None:
-            raise FileNotFoundError(f"{path} is no image that OpenCV can read")
-        scale = size / min(image.shape[:2])
-        wide = [max(round(n * scale), size) for n in image.shape[1::-1]]
-        image = cv2.resize(image, wide, interpolation=cv2.INTER_AREA)
+    units = [unit for unit in list_units([folder]) if not unit.is_archive]
+    for unit in units[:count]:
+        image = resize_short_side(read_image(unit.path), size, long_side=2**31)
         top, left = ((n - size) // 2 for n in image.shape[:2])
-        yield image[top : top + size, left : left + size, ::-1]
+        yield image[top : top + size, left : left + size]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,7 +105,6 @@ def run(args: argparse.Namespace) -> int:
     from sfp.cli.terminal import print_table
     from sfp.files import atomic_write
     from sfp.mini import scene
-    from sfp.mini.train import normalise
     from sfp.outliers import planted as plant
     from sfp.outliers import report as plant_report
 
@@ -131,14 +123,17 @@ def run(args: argparse.Namespace) -> int:
     )
     detectors = plant.detectors(args.detectors)
     mitigators = plant.mitigators(args.mitigators)
-    vit = sfp.load_clip(args.weights).visual.to(args.device)
+    clip = sfp.load_clip(args.weights)
+    vit = clip.visual.to(args.device)
     setting.blocks(vit)
     size = args.size or vit.native_grid[0] * vit.patch
     if args.images:
         pictures = list(crops(args.images, args.count, size))
     else:
         pictures = [scene(900_000 + i, size)[0] for i in range(args.count)]
-    pixels = normalise(np.stack(pictures))  # (count, 3, size, size)
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (count, 3, size, size)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (clip.mean, clip.std))
+    pixels = (pixels - mean) / std
     batches = track(
         pixels.to(torch.device(args.device)).split(args.batch),
         description="planting",

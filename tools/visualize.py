@@ -59,13 +59,15 @@ def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     import sfp
     from sfp import visualize
 
-    image = visualize.load_image(args.image or args.scene, args.size)
-    method = sfp.build_method(args.method)
+    side = args.size or (336 if args.image else 224)  # 224 is what scenes are drawn at
+    photo = sfp.as_image(args.image) if args.image else sfp.mini.scene(args.scene, side)[0]
     classes = class_names(args)
-    clip = sfp.load_clip(args.weights)
-    pixels = visualize.normalised(image, clip)
+    model = sfp.load(args.weights, args.method, short_side=side)
+    image = model.resized(photo)
 
-    trace = clip.visual.trace(pixels, depth=None if args.layers else 12)
+    # layers that are given are the model's own; the default is written for twelve blocks
+    plain = sfp.build_method("clip", depth=None if args.layers else 12)
+    trace = model.trace(image, method=plain)
     layers = args.layers or LAYERS
     grid = trace.embedded.grid
     patch = tuple(args.patch) if args.patch else (grid[0] // 2, grid[1] // 2)
@@ -76,30 +78,31 @@ def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     yield "attention_matrices", visualize.attention_matrices(trace, layers)
     yield "profile", visualize.layer_profile(trace)
 
-    purified = method.features(clip.visual, pixels)[1]
+    purified = model.trace(image, classes=classes)
     if purified.masks:
-        i = max(purified.masks) - len(clip.visual.blocks)  # negative: absolute for every trace
+        i = max(purified.masks) - len(
+            model.clip.visual.blocks
+        )  # negative: absolute for every trace
         yield "purification", visualize.purification(image, trace, purified, i, patch=patch)
     else:
         print(f"method {args.method} replaces no outliers: no purification.png")
     if classes is None:
         print('no segmentation.png: say what to look for, e.g. --classes "cat, sofa, wall"')
         return
-    segmentor = sfp.OpenVocabSegmentor(clip, classes, method)
-    result = visualize.segment(segmentor, image)
-    names = segmentor.vocabulary.names
-    yield "segmentation", visualize.segmentation(image, {args.method: result}, names)
+    result = model.segment(image, classes)
+    yield "segmentation", visualize.segmentation(image, {args.method: result}, result.names)
 
 
-def class_names(args: argparse.Namespace) -> str | list[str] | None:
+def class_names(args: argparse.Namespace) -> str | list[str] | list[list[str]] | None:
     """What `--classes` means: a file, names, or what the weights suggest."""
     from sfp import mini
+    from sfp.vocabulary import parse_words
 
     if args.classes is None:
         return list(mini.CLASSES) if args.weights == "mini" else None
     if Path(args.classes).is_file():
         return args.classes
-    return [name.strip() for name in args.classes.split(",")]
+    return parse_words(args.classes)
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -11,8 +11,21 @@ from numpy.typing import NDArray
 
 from sfp.vocabulary import BACKGROUND
 
-if TYPE_CHECKING:
-    from sfp.result import Result
+
+class Segmented(Protocol):
+    """A segmented image, as `sfp.Result` is one: labels and confidence (H, W), and class names."""
+
+    @property
+    def labels(self) -> NDArray[np.int32]:  # noqa: D102
+        ...
+
+    @property
+    def confidence(self) -> NDArray[np.float32]:  # noqa: D102
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:  # noqa: D102
+        ...
 
 
 def rle(mask: NDArray[Any]) -> dict[str, Any]:
@@ -32,7 +45,7 @@ def rle(mask: NDArray[Any]) -> dict[str, Any]:
 
 
 def coco_document(
-    results: Mapping[str, Result] | Iterable[tuple[str, Result]], *, parts: bool = False
+    results: Mapping[str, Segmented] | Iterable[tuple[str, Segmented]], *, parts: bool = False
 ) -> dict[str, Any]:
     """Segmented images as one COCO document, ready for `json.dump`.
 

@@ -18,7 +18,16 @@ from torch import Tensor
 from sfp._mmseg import mmseg
 from sfp.data.benchmarks import absent, by_dataset
 from sfp.data.ids import CITYSCAPES_27, COCO_COARSE
-from sfp.data.images import DataError, check_whole, read_bytes, read_image, read_labels
+from sfp.data.images import (
+    DataError,
+    check_whole,
+    orientation,
+    read_bytes,
+    read_image,
+    read_labels,
+    stored_size,
+    turned,
+)
 from sfp.files import cache_dir
 from sfp.mini import CLASSES, PALETTE, prepare
 from sfp.palette import colour_map
@@ -83,7 +92,11 @@ class LoadLabels(BaseTransform):
         """Reads `seg_map_path`, if there is one; sets `gt_seg_map`, (H, W) int32."""
         if "seg_map_path" not in results:  # mmseg's inference_model has images alone
             return results
-        labels = read_labels(results["seg_map_path"]).astype(np.int32)
+        path = results["seg_map_path"]
+        labels = read_labels(path).astype(np.int32)
+        upright = tuple(results.get("ori_shape", labels.shape))
+        if labels.shape != upright and (tag := orientation(path)) != 1:
+            labels = turned(labels, tag)  # the sizes say that its own tag counts
         if results["reduce_zero_label"]:
             labels = np.where((labels == 0) | (labels == self.ignored), self.ignored, labels - 1)
         results["gt_seg_map"] = labels
@@ -122,6 +135,33 @@ def check_labels(
             f"{classes - 1}, or {ignore} for what does not count; are these the labels of another "
             "dataset, or not converted yet?"
         )
+
+
+def orientation_note(image: str, label: str, shape: Sequence[int]) -> str:
+    """What is wrong about orientation tags (EXIF) of an image and its label map; empty if nothing is.
+
+    Images are turned upright when they are loaded, label maps are taken as they are stored, since many
+    tools write them in the order of the stored pixels of a photo that they have not turned.
+
+    Args:
+        image, label: paths.
+        shape: of the label map as loaded, (H, W).
+    """
+    try:
+        tags = orientation(image), orientation(label)
+    except DataError:  # whoever reads it says so
+        return ""
+    if tags == (1, 1):
+        return ""
+    width, height = stored_size(image)
+    upright = (width, height) if tags[0] > 4 else (height, width)
+    if tags[1] == 1 and upright != (height, width) and tuple(shape) == upright:
+        return ""  # the label map is upright, like the image
+    return (
+        f"{image} has EXIF orientation {tags[0]} and is turned upright when it is loaded; its label "
+        f"map {label} has orientation {tags[1]} and is not turned. If it is in the order of the stored "
+        "pixels they do not match: save both upright, without the tag"
+    )
 
 
 class LocalFiles(mmseg.datasets.BaseSegDataset):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import cv2
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -17,37 +16,24 @@ from matplotlib.ticker import PercentFormatter
 
 from sfp.overlay import Panel, overlay
 from sfp.palette import class_colours
-from sfp.segmentor import OpenVocabSegmentor
 from sfp.visualize.canvas import panels
-from sfp.visualize.images import normalised
 
 
-@dataclass(frozen=True)
-class Segmented:
-    """A labelled picture.
+class Segmented(Protocol):
+    """A labelled picture, as `sfp.Result` is one.
 
     Attributes:
         labels: class of each pixel, (H, W).
         confidence: probability of that class, (H, W).
     """
 
-    labels: np.ndarray
-    confidence: np.ndarray
+    @property
+    def labels(self) -> np.ndarray:  # noqa: D102
+        ...
 
-
-def segment(segmentor: OpenVocabSegmentor, image: np.ndarray) -> Segmented:
-    """Labels a picture, (H, W, 3) uint8 RGB, of any size.
-
-    Args:
-        segmentor: with `scores`, as by default.
-        image: scaled as the segmentor should see it, e.g. by `load_image`.
-    """
-    with torch.inference_mode():
-        pixels = normalised(image, segmentor.clip).to(segmentor.text_features().device)
-        sample = segmentor.predict(pixels)[0]
-    return Segmented(
-        sample.pred_sem_seg.data[0].cpu().numpy(), sample.seg_logits.data.amax(0).cpu().numpy()
-    )
+    @property
+    def confidence(self) -> np.ndarray:  # noqa: D102
+        ...
 
 
 def segmentation(
@@ -61,7 +47,7 @@ def segmentation(
 
     Args:
         image: the picture, (H, W, 3) uint8.
-        results: one, or several by title.
+        results: one, or several by title; of the picture's size.
         names: of the classes.
         colours: of the classes, RGB 0..255; by default those of `class_colours`
             for the classes that occur.

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sfp
-from sfp import mini, visualize, words
+from sfp import mini, visualize
 from sfp import result as result_module
 from sfp.clip import text
 from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
 from sfp.clip.vit import VisionTransformer
 from sfp.feature_cache import FeatureCache
-from sfp.vocabulary import load_vocabulary
+from sfp.vocabulary import as_vocabulary, load_vocabulary
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
@@ -382,9 +382,9 @@ def test_forms_of_classes(tmp_path):
         (("sky", "clouds"), "grass"),
         expected,
     ):
-        assert words.as_vocabulary(classes) == expected
-    assert words.as_vocabulary(expected, 0.3) == expected
-    both = words.as_vocabulary(path, ["wall", "floor"])
+        assert as_vocabulary(classes) == expected
+    assert as_vocabulary(expected, 0.3) == expected
+    both = as_vocabulary(path, ["wall", "floor"])
     assert both.queries == ("wall", "floor", "sky", "clouds", "grass")
     assert both.index == (0, 0, 1, 1, 2)
     assert both.names == ("background", "sky", "grass")

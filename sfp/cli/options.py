@@ -237,9 +237,10 @@ def parse_classes(text: str) -> str | list[list[str]]:
         >>> parse_classes("cat|kitten, sky")
         [['cat', 'kitten'], ['sky']]
     """
-    from sfp.words import is_benchmark
+    from sfp.data.benchmarks import find
+    from sfp.vocabulary import parse_words
 
-    if is_benchmark(text):
+    if find(text):
         return text
     try:
         if Path(text).is_file():
@@ -248,4 +249,4 @@ def parse_classes(text: str) -> str | list[list[str]]:
         pass
     if re.fullmatch(r"[^,|]*(\.\w+|[/\\][^,|]*)", text):  # one word, and it looks like a path
         raise FileNotFoundError(f"--classes {text}: there is no such file")
-    return [entry.strip().split("|") for entry in text.split(",")]
+    return parse_words(text)

@@ -174,6 +174,7 @@ def test_classes_on_one_line_are_said_to_be_synonyms(tmp_path):
         assert load(tmp_path, "tree, cat, sky\n").num_classes == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*is read as UTF-16")
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_files_as_windows_saves_them(tmp_path, encoding):
     path = tmp_path / "cls.txt"

@@ -110,14 +110,14 @@ def main() -> int:
     import torch
     from matplotlib.image import imsave
 
-    from sfp import WeightsError
+    from sfp import DataError, WeightsError
     from sfp.visualize import contact_sheet
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode():
             figures = dict(pictures(args))
-    except (OSError, WeightsError) as error:
+    except (OSError, DataError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
     except (ValueError, LookupError) as error:

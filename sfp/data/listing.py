@@ -232,7 +232,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
             text = data.decode("utf-16")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-16 text ({error}): save it as UTF-8") from None
-        warnings.warn(f"{path} is read as UTF-16, by the mark that it begins with", stacklevel=2)
+        warnings.warn(f"{path} is read as UTF-16; UTF-8 is what most tools expect", stacklevel=3)
     else:
         text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     if "\0" in text:

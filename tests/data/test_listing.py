@@ -170,6 +170,7 @@ def test_one_file_twice_counts_once(tmp_path):
 # -- lists ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*is read as UTF-16")
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be-mark"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=repr)
 def test_lists_as_editors_save_them(tmp_path, encoding, end):
@@ -208,6 +209,12 @@ def test_folders_archives_and_far_files_in_lists(tmp_path):
     found = list_units([tmp_path / "lists/files.txt"])
     assert [unit.name for unit in found] == ["in/a", "in/deep/b", "s", far]
     assert [unit.is_archive for unit in found] == [False, False, True, False]
+
+
+def test_utf16_is_said_with_the_name_of_the_list(tmp_path):
+    (tmp_path / "files.txt").write_text("a.png", encoding="utf-16")
+    with pytest.warns(UserWarning, match=r"files\.txt is read as UTF-16"):
+        assert names(tmp_path / "files.txt") == ["a"]
 
 
 def test_text_keeps_rare_letters_and_normalises_ends_of_lines(tmp_path):

@@ -1,7 +1,6 @@
 """Pictures: they show the trace's own numbers, with names on axes and units on colour bars."""
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,25 +288,18 @@ def test_tool_leaves_out_what_it_has_no_data_for(tool, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["no.jpg"], 3, "no image 'no.jpg'"),
+        (["no.jpg"], 3, "no.jpg: cannot be read"),
+        ([__file__], 3, "test_visualize.py: not an image"),
         (["--weights", "nope"], 3, "no weights 'nope'"),
         (["--method", "sffp"], 2, "did you mean 'sfp'"),
         (["--layers", "11"], 2, "layer 11 has not run"),
         (["--detectors", "somm"], 2, "did you mean 'som'"),
-        (["--classes", "cat,"], 2, "entry 1 of the class list"),
+        (["--classes", ","], 2, "type the words to look for"),
     ],
 )
 def test_tool_says_what_is_wrong(tool, args, code, message, tmp_path, capsys):
     assert tool(*args, "--out", tmp_path) == code
     assert message in capsys.readouterr().err
-
-
-def test_tool_names_an_unreadable_image(tmp_path):
-    command = [sys.executable, str(ROOT / "tools/visualize.py"), __file__, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 3
-    assert "test_visualize.py" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_tool_has_help(tool, capsys):

@@ -25,7 +25,6 @@ from sfp.data.images import (
     read_bytes,
     read_image,
     read_labels,
-    stored_size,
     turned,
 )
 from sfp.files import cache_dir
@@ -135,33 +134,6 @@ def check_labels(
             f"{classes - 1}, or {ignore} for what does not count; are these the labels of another "
             "dataset, or not converted yet?"
         )
-
-
-def orientation_note(image: str, label: str, shape: Sequence[int]) -> str:
-    """What is wrong about orientation tags (EXIF) of an image and its label map; empty if nothing is.
-
-    Images are turned upright when they are loaded, label maps are taken as they are stored, since many
-    tools write them in the order of the stored pixels of a photo that they have not turned.
-
-    Args:
-        image, label: paths.
-        shape: of the label map as loaded, (H, W).
-    """
-    try:
-        tags = orientation(image), orientation(label)
-    except DataError:  # whoever reads it says so
-        return ""
-    if tags == (1, 1):
-        return ""
-    width, height = stored_size(image)
-    upright = (width, height) if tags[0] > 4 else (height, width)
-    if tags[1] == 1 and upright != (height, width) and tuple(shape) == upright:
-        return ""  # the label map is upright, like the image
-    return (
-        f"{image} has EXIF orientation {tags[0]} and is turned upright when it is loaded; its label "
-        f"map {label} has orientation {tags[1]} and is not turned. If it is in the order of the stored "
-        "pixels they do not match: save both upright, without the tag"
-    )
 
 
 class LocalFiles(mmseg.datasets.BaseSegDataset):

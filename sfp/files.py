@@ -66,8 +66,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{path.suffix}")
     # not mkstemp, whose mode 0600 would shut other users of a cache out: here the umask decides
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = temporary.stat().st_mode & 0o777
     try:
         yield temporary
+        os.chmod(
+            temporary, mode
+        )  # safetensors puts a file of its own, mode 0600, in the place of this
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,6 +2,9 @@
 
 Run it after a change of sfp/evaluation/published.json. With `--check` it writes nothing, and its exit
 code is 1 if a page is not what it would write.
+
+Example:
+    python tools/published_tables.py --check
 """
 
 from __future__ import annotations

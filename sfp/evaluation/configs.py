@@ -11,6 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from sfp.evaluation.notices import quiet
 from sfp.registry import suggest
 
 _PACKAGE = Path(__file__).parents[1]
@@ -59,7 +60,8 @@ def read_config(path: Path, *settings: str) -> Config:
         ConfigError: if it is no config, or lacks a setting.
     """
     try:
-        config = Config.fromfile(str(path))
+        with quiet():
+            config = Config.fromfile(str(path))
     except Exception as error:  # a config is a program: whatever goes wrong in it is wrong with it
         raise ConfigError(f"{path} is no config: {type(error).__name__}: {error}") from error
     require(config, *settings)

@@ -130,7 +130,8 @@ def test_colours_of_many_classes():
 # -- list ----------------------------------------------------------------------------------------
 
 
-def test_list(root, capsys):
+def test_list(root, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # paths are not cut
     trees.build("voc21", root)
     trees.download("city_scapes", root)
     lost = root / trees.LAYOUTS["voc21"].label.format(trees.LAYOUTS["voc21"].stems[0])

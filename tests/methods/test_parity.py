@@ -142,7 +142,10 @@ def test_golden_end_to_end(name):
     case.check("probs_s16", result.seg_logits.data[:, ::16, ::16])
     case.check("pred", result.pred_sem_seg.data[0])
     if "pamr_steps" not in hyper:
-        sheet = segmentor.sheets(
-            [segmentor.method], [image(case.entry["input"])[0]], [case.entry["ori_shape"]]
+        sheet = segmentor.engine.logits(
+            [segmentor.method],
+            [image(case.entry["input"])[0]],
+            [case.entry["ori_shape"]],
+            segmentor.queries,
         )[0][0]
         case.check("logits_s16", sheet.rows(0, sheet.size[0])[:, ::16, ::16])

@@ -178,9 +178,14 @@ def test_golden_end_to_end(name):
         probs = probs / probs.sum(0)
     case.check("probs_s16", probs[:, ::16, ::16])
     case.check("pred", result.pred_sem_seg.data[0])
-    if not segmentor.pamr_steps:
-        sheet = segmentor.sheets([segmentor.method], [picture], [case.entry["ori_shape"]])[0][0]
+    if not segmentor.engine.pamr_steps:
+        sheet = logits(segmentor, picture, case.entry["ori_shape"])
         case.check("logits_s16", sheet.rows(0, sheet.size[0])[:, ::16, ::16])
+
+
+def logits(segmentor, picture, size):
+    """The merged logits of a picture."""
+    return segmentor.engine.logits([segmentor.method], [picture], [size], segmentor.queries)[0][0]
 
 
 @pytest.mark.parametrize("name", cases("e2e/clearclip"))
@@ -194,5 +199,5 @@ def test_golden_clearclip_end_to_end(name):
     (result,) = segmentor([picture], [sample], mode="predict")
     case.check("probs_s16", result.seg_logits.data[:, ::16, ::16])
     case.check("pred", result.pred_sem_seg.data[0])
-    sheet = segmentor.sheets([segmentor.method], [picture], [case.entry["ori_shape"]])[0][0]
+    sheet = logits(segmentor, picture, case.entry["ori_shape"])
     case.check("logits_s16", sheet.rows(0, sheet.size[0])[:, ::16, ::16])

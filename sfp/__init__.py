@@ -25,10 +25,9 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares with the tab
     from sfp.data.images import DataError, ImageError, as_image, read_image
     from sfp.evaluation import metrics
     from sfp.method import Method, Purify, Readout, build_method
-    from sfp.preprocessor import ImagePreprocessor
     from sfp.registry import METHODS, OPS, list_methods, list_ops, op
     from sfp.result import Result
-    from sfp.segmentor import OpenVocabSegmentor
+    from sfp.segmentor import ImagePreprocessor, OpenVocabSegmentor
     from sfp.tokens import Heads, Tokens
     from sfp.trace import Trace
     from sfp.vocabulary import Vocabulary, load_vocabulary
@@ -49,8 +48,7 @@ _NAMES = {
     "sfp.method": ("Method", "Purify", "Readout", "build_method"),
     "sfp.registry": ("METHODS", "OPS", "list_methods", "list_ops", "op"),
     "sfp.result": ("Result",),
-    "sfp.preprocessor": ("ImagePreprocessor",),
-    "sfp.segmentor": ("OpenVocabSegmentor",),
+    "sfp.segmentor": ("ImagePreprocessor", "OpenVocabSegmentor"),
     "sfp.tokens": ("Heads", "Tokens"),
     "sfp.trace": ("Trace",),
     "sfp.vocabulary": ("Vocabulary", "load_vocabulary"),

@@ -290,15 +290,6 @@ def orientation(source: str | os.PathLike[str] | Image.Image) -> int:
     return tag if tag in range(1, 9) else 1
 
 
-def stored_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Width and height of a picture as its header says, before it is turned upright.
-
-    Raises:
-        ImageError: if the path holds no picture.
-    """
-    return _open(read_bytes(path), str(path), MAX_PIXELS).size
-
-
 def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Stored pixels (H, W) or (H, W, C) as they are to be seen, by the orientation tag (1 to 8)."""
     if orientation in (5, 6, 7, 8):

@@ -237,83 +237,117 @@ def benchmark(
         final features with the undisturbed run's, "planted" and "others";
         "pairs": detector -> mitigator -> the same at strength `at`.
     """
-    layer, detect = setting.blocks(vit)
-    tally, images, grid, planted = Tally(), 0, (0, 0), 0
-    strengths = sorted({*setting.strengths, setting.at})
+    study = _Study(vit, setting, detectors, mitigators)
     for batch in batches:
-        clean = vit.trace(batch)
-        grid = clean.embedded.grid
-        target = _finish(vit, clean.outputs[detect], detect + 1)
-        for name, detector in detectors.items():
-            tally.add("undisturbed", name, value=detector(clean, detect).float().mean(-1))
-        for pattern in setting.patterns:
-            masks = [setting.mask(grid, pattern, images + i) for i in range(len(batch))]
-            planted += int(np.sum(masks))
-            truth = torch.from_numpy(np.stack(masks)).to(batch.device)
-            for strength in strengths:
-                plant = Plant(layer, truth, strength, setting.channel_share)
-                trace = vit.trace(batch, [plant])
-                key = (pattern, strength)
-                tally.add(*key, "disturbance", value=_disturbance(trace, layer, truth))
-                masks_by = {TRUTH: truth, **{n: d(trace, detect) for n, d in detectors.items()}}
-                for name, mask in masks_by.items():
-                    counts = [mask & truth, mask & ~truth, ~mask & truth]
-                    tally.add(*key, name, value=torch.stack([c.sum(-1) for c in counts], -1))
-                    if name != TRUTH and strength != setting.at:
-                        continue
-                    tokens = trace.outputs[detect]
-                    repaired = {m: repair(tokens, mask) for m, repair in mitigators.items()}
-                    if name == TRUTH:
-                        repaired[NONE] = tokens
-                    for mitigator, each in repaired.items():
-                        alike = _alike(_finish(vit, each, detect + 1), target, truth)
-                        tally.add(*key, name, mitigator, value=alike)
-        images += len(batch)
-    if not images:
+        study.add(batch)
+    if not study.images:
         raise ValueError("no images to plant outliers into")
+    return study.results()
 
-    def detection(*key: Any) -> dict[str, float | None]:
-        hit, false, missed = tally[key].tolist()
+
+class _Study:
+    """The sums of `benchmark` over all batches so far, and what they come to."""
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        setting: Setting,
+        detectors: Mapping[str, Detector],
+        mitigators: Mapping[str, Mitigator],
+    ) -> None:
+        self.vit, self.setting = vit, setting
+        self.detectors, self.mitigators = detectors, mitigators
+        self.layer, self.detect = setting.blocks(vit)
+        self.strengths = sorted({*setting.strengths, setting.at})
+        self.tally = Tally()
+        self.images, self.grid, self.planted = 0, (0, 0), 0
+
+    def add(self, batch: Tensor) -> None:
+        """Plants into a batch of images, (B, 3, H, W), in every pattern and strength."""
+        clean = self.vit.trace(batch)
+        self.grid = clean.embedded.grid
+        target = _finish(self.vit, clean.outputs[self.detect], self.detect + 1)
+        for name, detector in self.detectors.items():
+            marked = detector(clean, self.detect).float().mean(-1)
+            self.tally.add("undisturbed", name, value=marked)
+        for pattern in self.setting.patterns:
+            numbers = range(self.images, self.images + len(batch))
+            masks = np.stack([self.setting.mask(self.grid, pattern, i) for i in numbers])
+            self.planted += int(masks.sum())
+            truth = torch.from_numpy(masks).to(batch.device)
+            for strength in self.strengths:
+                self._add_planted(batch, truth, target, pattern, strength)
+        self.images += len(batch)
+
+    def _add_planted(
+        self, batch: Tensor, truth: Tensor, target: Tokens, pattern: str, strength: float
+    ) -> None:
+        """Detects and mitigates what is planted at `truth`, (B, N)."""
+        plant = Plant(self.layer, truth, strength, self.setting.channel_share)
+        trace = self.vit.trace(batch, [plant])
+        key = (pattern, strength)
+        self.tally.add(*key, "disturbance", value=_disturbance(trace, self.layer, truth))
+        found = {name: detector(trace, self.detect) for name, detector in self.detectors.items()}
+        tokens = trace.outputs[self.detect]
+        for name, mask in {TRUTH: truth, **found}.items():
+            counts = [mask & truth, mask & ~truth, ~mask & truth]
+            self.tally.add(*key, name, value=torch.stack([c.sum(-1) for c in counts], -1))
+            if name != TRUTH and strength != self.setting.at:
+                continue
+            repaired = {m: repair(tokens, mask) for m, repair in self.mitigators.items()}
+            if name == TRUTH:
+                repaired[NONE] = tokens
+            for mitigator, each in repaired.items():
+                alike = _alike(_finish(self.vit, each, self.detect + 1), target, truth)
+                self.tally.add(*key, name, mitigator, value=alike)
+
+    def results(self) -> dict[str, Any]:
+        """What `benchmark` returns."""
+        shares = {d: self._mean(("share",), "undisturbed", d)["share"] for d in self.detectors}
+        return dict(
+            setting={
+                **asdict(self.setting),
+                "layer": self.layer,
+                "detect": self.detect,
+                "strengths": self.strengths,
+            },
+            images=self.images,
+            grid=list(self.grid),
+            outliers_per_image=round(self.planted / self.images / len(self.setting.patterns), 3),
+            undisturbed=shares,
+            patterns={pattern: self._of_pattern(pattern) for pattern in self.setting.patterns},
+        )
+
+    def _of_pattern(self, pattern: str) -> dict[str, Any]:
+        kept = ("planted", "others")
+
+        def per_strength(names: Sequence[str], *key: Any) -> list[dict[str, float]]:
+            return [dict(strength=s, **self._mean(names, pattern, s, *key)) for s in self.strengths]
+
+        return dict(
+            disturbance=per_strength(("norm", "drawn"), "disturbance"),
+            detection={
+                d: [dict(strength=s, **self._detection(pattern, s, d)) for s in self.strengths]
+                for d in self.detectors
+            },
+            restoration={m: per_strength(kept, TRUTH, m) for m in (NONE, *self.mitigators)},
+            pairs={
+                d: {m: self._mean(kept, pattern, self.setting.at, d, m) for m in self.mitigators}
+                for d in (TRUTH, *self.detectors)
+            },
+        )
+
+    def _detection(self, *key: Any) -> dict[str, float | None]:
+        hit, false, missed = self.tally[key].tolist()
         return dict(
             precision=round(hit / (hit + false), 4) if hit + false else None,
             recall=round(hit / (hit + missed), 4),
             f1=round(2 * hit / (2 * hit + false + missed), 4),
         )
 
-    def mean(names: Sequence[str], *key: Any) -> dict[str, float]:
-        values = (tally[key] / images).reshape(-1).tolist()
+    def _mean(self, names: Sequence[str], *key: Any) -> dict[str, float]:
+        values = (self.tally[key] / self.images).reshape(-1).tolist()
         return {n: round(v, 4) for n, v in zip(names, values, strict=True)}
-
-    kept = ("planted", "others")
-    per_pattern = {
-        pattern: dict(
-            disturbance=[
-                dict(strength=s, **mean(("norm", "drawn"), pattern, s, "disturbance"))
-                for s in strengths
-            ],
-            detection={
-                d: [dict(strength=s, **detection(pattern, s, d)) for s in strengths]
-                for d in detectors
-            },
-            restoration={
-                m: [dict(strength=s, **mean(kept, pattern, s, TRUTH, m)) for s in strengths]
-                for m in (NONE, *mitigators)
-            },
-            pairs={
-                d: {m: mean(kept, pattern, setting.at, d, m) for m in mitigators}
-                for d in (TRUTH, *detectors)
-            },
-        )
-        for pattern in setting.patterns
-    }
-    return dict(
-        setting={**asdict(setting), "layer": layer, "detect": detect, "strengths": strengths},
-        images=images,
-        grid=list(grid),
-        outliers_per_image=round(planted / images / len(setting.patterns), 3),
-        undisturbed={d: mean(("share",), "undisturbed", d)["share"] for d in detectors},
-        patterns=per_pattern,
-    )
 
 
 def _finish(vit: VisionTransformer, tokens: Tokens, start: int) -> Tokens:

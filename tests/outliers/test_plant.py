@@ -236,7 +236,7 @@ def test_tool(tool, tmp_path):
     Path("empty").mkdir()
     code, _, error = tool("--weights", "tiny.pt", "--images", "empty")
     assert code == 3
-    assert "holds no images" in error
+    assert "no image or archive in empty" in error
 
 
 def test_every_op_is_documented_and_offered():

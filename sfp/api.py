@@ -72,8 +72,9 @@ def load(
         short_side: pixels that the short side is resized to (the long one to 2048 at most); "auto"
             takes 336, or what the weights were trained on where that is known to be less (224 for the
             mini CLIP); None leaves images as they are.
-        precision, compiled, slide_crop, slide_stride, pad_windows, whole_via_input, templates,
-            logit_scale, area_thd, pamr_steps, window_batch, guides, masks: as in `sfp.engine.Engine`.
+        precision, compiled, slide_crop, slide_stride, pad_windows: as in `sfp.engine.Engine`.
+        whole_via_input, templates, logit_scale, area_thd: as in `sfp.engine.Engine`.
+        pamr_steps, window_batch, guides, masks: as in `sfp.engine.Engine`.
         memory_mb: MiB on the device for features of recent images, so that other words for them are
             quick; 0 keeps none.
 

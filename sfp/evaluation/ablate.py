@@ -236,13 +236,17 @@ def ablate(
         axis=study.axis,
         rows=rows,
     )
-    base = Path(config.work_dir, f"ablate_{name}")
+    _write(result, Path(config.work_dir, f"ablate_{name}"))
+    return result
+
+
+def _write(result: Mapping[str, Any], base: Path) -> None:
+    """Writes a study as .json, .md and .png."""
     with atomic_write(base.with_suffix(".json")) as path:
         path.write_text(json.dumps(result, indent=1) + "\n")
     with atomic_write(base.with_suffix(".md")) as path:
         path.write_text(report(result))
     plot(result, base.with_suffix(".png"))
-    return result
 
 
 def same_benchmark(result: Mapping[str, Any]) -> bool:

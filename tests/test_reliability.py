@@ -327,7 +327,7 @@ def test_large_images_stay_in_8_bits_and_give_the_same_labels(monkeypatch):
     model = segmentor(prob_thd=0.3)
     whole = label(model, image)
     kept = []
-    monkeypatch.setattr("sfp.segmentor.LARGE", 1000)
+    monkeypatch.setattr("sfp.engine.LARGE", 1000)
     cut = WindowGrid.cut
     monkeypatch.setattr(
         WindowGrid, "cut", lambda grid, x, *more: kept.append(x.dtype) or cut(grid, x, *more)

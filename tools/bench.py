@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
-from sfp.clip import text, vit
+from sfp.clip import onednn, text
 from sfp.files import atomic_write
 from sfp.functional import windows as windows_module
 from sfp.functional.windows import WindowGrid
@@ -142,7 +142,7 @@ def sequential(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> Te
     batch = segmentor.data_preprocessor(dict(inputs=[load(data, case.short)]))
     image = batch["inputs"][0][None].to(segmentor.clip.visual.proj.dtype)
     return reference(segmentor.clip)(
-        image, segmentor.text_features(), case.size, segmentor.logit_scale
+        image, segmentor.text_features(), case.size, segmentor.engine.logit_scale
     ).cpu()
 
 
@@ -195,7 +195,7 @@ def stages(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> dict[s
         (sfp.Method, "read_logits", "text"),  # what is left of it: similarities, refiners
         (windows_module.WindowGrid, "sheet", "merge"),
         (windows_module.LogitSheet, "rows", "merge"),
-        (segmentor, "_label", "post-processing"),
+        (segmentor.engine, "label", "post-processing"),
     ]
     with ExitStack() as stack:
         for owner, name, stage in places:
@@ -278,14 +278,14 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     @torch.inference_mode()
     def floor() -> Tensor:
         return torch.cat(
-            [plain(part) for part in windows.split(any_segmentor.windows_at_once)]
+            [plain(part) for part in windows.split(any_segmentor.engine.windows_at_once)]
         ).cpu()
 
     def task(run: Callable, segmentor: sfp.OpenVocabSegmentor) -> Callable[[], Tensor]:
         return lambda: run(segmentor, case, data)
 
     def pytorch_floor() -> Tensor:
-        with patch.object(vit, "ONEDNN", False):
+        with patch.object(onednn, "works", lambda: False):
             return floor()
 
     tasks: dict[Any, Callable[[], Tensor]] = {"floor": floor, "pytorch_floor": pytorch_floor}

@@ -287,12 +287,11 @@ def test_a_config_says_how():
 
 
 def command(folder: Path, out: Path) -> list[str]:
-    """Of tools/label.py, with the interpreter before it."""
+    """Of `sfp label`, with the interpreter before it."""
     arguments = ["--weights", "mini", "--short-side", "224", "--batch-size", "1"]
     arguments += ["--classes", "sky, sun|star"]
     return [
-        sys.executable,
-        str(ROOT / "tools/label.py"),
+        *(sys.executable, "-m", "sfp", "label"),
         str(folder),
         "--out",
         str(out),

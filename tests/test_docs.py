@@ -24,7 +24,7 @@ def code_blocks(page: str) -> list[str]:
 
 
 def test_methods_page_holds_the_generated_table():
-    """`python tools/list.py --markdown` writes what stands between the marks."""
+    """`sfp methods --markdown` writes what stands between the marks."""
     text = (DOCS / "methods.md").read_text()
     shown = text.split("<!-- methods: begin -->\n")[1].split("<!-- methods: end -->")[0]
     assert shown == methods_markdown()

@@ -28,6 +28,8 @@ COMMANDS = (  # in the order of the help
     "ablate",
     "audit",
     "label",
+    "visualize",
+    "plant",
     "data",
     "methods",
     "weights",
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
         args = build_parser().parse_args(argv)
+        args.words = list(sys.argv[1:] if argv is None else argv)
         return guarded(args.run, args) or int(isinstance(out, _Output) and out.reader_left)
     finally:
         sys.stdout, sys.stderr = before

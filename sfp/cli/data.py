@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from sfp.cli.options import add_command
+from sfp.cli.options import add_command, positive
 
 if TYPE_CHECKING:
     from sfp.data.benchmarks import Benchmark
@@ -79,7 +79,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     for action in (prepared, checked):
         action.add_argument("names", nargs="+", metavar="NAME", help="as `sfp data list` has it")
         action.add_argument(
-            "--workers", type=_positive, help="threads (default: one per core, up to 8)"
+            "--workers", type=positive, help="threads (default: one per core, up to 8)"
         )
     prepared.add_argument("--force", action="store_true", help="write what is there again")
     files = checked.add_mutually_exclusive_group()
@@ -87,12 +87,6 @@ def register(commands: argparse._SubParsersAction) -> None:
         "--write-manifest", action="store_true", help="record hashes, to compare elsewhere"
     )
     files.add_argument("--manifest", type=Path, metavar="FILE", help="compare with this one")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
-    return int(text)
 
 
 def _root(args: argparse.Namespace) -> Path:

@@ -201,6 +201,13 @@ def add_pictures(parser: argparse.ArgumentParser, default: int) -> None:
     )
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
+
+
 def _count(text: str) -> int:
     """A number of pictures, for argparse."""
     if (number := int(text)) < 0:

@@ -309,9 +309,25 @@ def test_modules_that_cannot_be_imported(elsewhere, capsys):
         assert f"error: --import {name}: {message}" in capsys.readouterr().err
 
 
-def test_listed_methods_are_the_registered_ones():
+def test_listed_methods_are_the_registered_ones(capsys):
     """Read off the sources, and off the functions."""
     assert list(methods.shipped_methods()) == method_table.methods_rows()
+    assert cli.main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in sfp.list_methods())
+
+
+def test_listed_ops(capsys):
+    for words, names in (
+        (["--ops"], sfp.list_ops()),
+        (["--kind", "detector"], sfp.list_ops("detector")),
+    ):
+        assert cli.main(["methods", *words]) == 0
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in names)
+        assert ("neighbour_mean" in printed) == (words == ["--ops"])
+    assert cli.main(["methods", "sfp"]) == 0
+    assert "integrator_start" in capsys.readouterr().out
 
 
 # -- configs by name -----------------------------------------------------------------------------

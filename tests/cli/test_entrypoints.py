@@ -18,6 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import sfp
+from sfp import cli
 from sfp.mini import CLASSES
 
 ROOT = Path(__file__).parents[2]
@@ -239,7 +240,7 @@ def test_help(path, monkeypatch, capsys):
 
 
 def test_there_are_tools():
-    assert {"tools/test.py", "tools/summary.py", "tools/list.py", "tools/bench.py"} <= set(TOOLS)
+    assert {"tools/test.py", "tools/summary.py", "tools/bench.py"} <= set(TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -356,26 +357,9 @@ def test_summary(monkeypatch, capsys, tmp_path):
     assert "50.75" in capsys.readouterr().out
 
 
-def test_list(monkeypatch, capsys):
-    assert tool(monkeypatch, "tools/list.py") == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in sfp.list_methods())
-    assert tool(monkeypatch, "tools/list.py", "--ops") == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in sfp.list_ops())
-    assert tool(monkeypatch, "tools/list.py", "--kind", "detector") == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in sfp.list_ops("detector"))
-    assert "neighbour_mean" not in printed
-    assert tool(monkeypatch, "tools/list.py", "sfp") == 0
-    assert "integrator_start" in capsys.readouterr().out
-    assert tool(monkeypatch, "tools/list.py", "spf") == 2
-    assert "did you mean 'sfp'" in capsys.readouterr().err
-
-
 def test_compare_gives_the_numbers_of_single_runs(evaluated, monkeypatch, capsys, tmp_path):
     arguments = ["--methods", "clip", "sfp", "--work-dir", str(tmp_path), *FEW]
-    assert tool(monkeypatch, "tools/compare.py", "configs/cfg_mini.py", *arguments) == 0
+    assert cli.main(["compare", "mini", *arguments]) == 0
     assert "sfp" in capsys.readouterr().out
     record = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)
     metrics = json.loads((evaluated[0] / "metrics.json").read_text())

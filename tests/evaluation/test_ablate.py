@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import cv2
@@ -14,6 +12,7 @@ import tiny
 import trees
 
 import sfp
+from sfp import cli
 from sfp.evaluation import ablate, compare
 from sfp.evaluation import run as evaluate
 from sfp.segmentor import OpenVocabSegmentor
@@ -54,16 +53,6 @@ def stop_after(images: int):
             raise KeyboardInterrupt
 
     return progress
-
-
-def tool(monkeypatch: pytest.MonkeyPatch, path: str, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", [path, *arguments])
-    monkeypatch.chdir(ROOT)
-    try:
-        runpy.run_path(str(ROOT / path), run_name="__main__")
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,10 +96,10 @@ def test_trunks_are_shared():
 
 
 @pytest.mark.parametrize("name", ["modules", "detectors"])
-def test_tool(name, monkeypatch, capsys, tmp_path):
-    arguments = ["configs/cfg_mini.py", "--study", name, "--work-dir", str(tmp_path)]
+def test_command(name, capsys, tmp_path):
+    arguments = ["ablate", "mini", "--study", name, "--work-dir", str(tmp_path)]
     arguments += ["--cfg-options", *(f"{k}={v}" for k, v in OPTIONS.items())]
-    assert tool(monkeypatch, "tools/ablate.py", *arguments) == 0
+    assert cli.main(arguments) == 0
     assert "mIoU" in capsys.readouterr().out
     record = json.loads((tmp_path / f"ablate_{name}.json").read_text(), parse_constant=pytest.fail)
     rows = ablate.find_study(name).rows
@@ -227,15 +216,16 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
         (["configs/cfg_mini.py", "--study", "gclip", "--weights", "mini", "mini"], 2, "backbones"),
     ],
 )
-def test_exit_codes(arguments, code, message, monkeypatch, capsys):
+def test_exit_codes(arguments, code, message, capsys):
     few = ["--cfg-options", f"test_dataloader.dataset.scenes={SCENES}"]
-    assert tool(monkeypatch, "tools/ablate.py", *arguments, *few) == code
+    assert cli.main(["ablate", *arguments, *few]) == code
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
 
 
-def test_help_names_every_study(monkeypatch, capsys):
-    assert tool(monkeypatch, "tools/ablate.py", "--help") == 0
+def test_help_names_every_study(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["ablate", "--help"])
     said = capsys.readouterr().out
     assert all(name in said for name in ablate.studies())

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -16,6 +13,7 @@ from narrow import images, vit
 from torch.nn import functional as F
 
 import sfp
+from sfp import cli
 from sfp.outliers import planted as plant
 from sfp.outliers import report as plant_report
 
@@ -158,7 +156,7 @@ def test_wrong_settings(knobs, message):
 
 
 def test_report(result, tmp_path):
-    text = plant_report.report(result, "a test", "python tools/plant.py", "x.png")
+    text = plant_report.report(result, "a test", "sfp plant", "x.png")
     for name in result["undisturbed"]:
         assert text.count(f"| {name} |") == 4  # detection and pairs, for two patterns
     tables = [line for line in text.splitlines() if line.startswith("|")]
@@ -189,14 +187,11 @@ def test_report(result, tmp_path):
 
 @pytest.fixture
 def tool(tmp_path, monkeypatch, capsys):
-    """tools/plant.py in this process, in an empty folder: (arguments) -> exit code, stdout, stderr."""
+    """`sfp plant` in an empty folder: (arguments) -> exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-    main = runpy.run_path(str(ROOT / "tools" / "plant.py"))["main"]
 
     def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["plant.py", *args])
-        code = main()
-        return code, *capsys.readouterr()
+        return cli.main(["plant", *args]), *capsys.readouterr()
 
     return run
 
@@ -245,9 +240,3 @@ def test_every_op_is_documented_and_offered():
     for name in (*sfp.list_ops("detector"), *sfp.list_ops("mitigator")):
         assert f"`{name}`" in page, name
         assert name in flags, name
-
-
-def test_help(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "plant.py"), "--help"]
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "Exit codes" in shown.stdout

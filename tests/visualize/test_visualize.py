@@ -1,7 +1,5 @@
 """Pictures: they show the trace's own numbers, with names on axes and units on colour bars."""
 
-import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 import sfp
-from sfp import mini, visualize
+from sfp import cli, mini, visualize
 from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
 from sfp.ops.detectors import l2_norm, som
 from sfp.palette import OKABE_ITO
@@ -248,14 +246,8 @@ def test_contact_sheet_keeps_every_picture_whole():
 
 @pytest.fixture
 def tool(monkeypatch):
-    """`tools/visualize.py` in this process: (*arguments) -> exit code."""
-    main = runpy.run_path(str(ROOT / "tools/visualize.py"))["main"]
-
-    def call(*args: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, args)])
-        return main()
-
-    return call
+    """`sfp visualize`: (*arguments) -> exit code."""
+    return lambda *args: cli.main(["visualize", *map(str, args)])
 
 
 def test_tool_draws_a_photo(tool, tmp_path):
@@ -300,10 +292,3 @@ def test_tool_leaves_out_what_it_has_no_data_for(tool, tmp_path, capsys):
 def test_tool_says_what_is_wrong(tool, args, code, message, tmp_path, capsys):
     assert tool(*args, "--out", tmp_path) == code
     assert message in capsys.readouterr().err
-
-
-def test_tool_has_help(tool, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        tool("--help")
-    assert not stopped.value.code
-    assert "Examples:" in capsys.readouterr().out

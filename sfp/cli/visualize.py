@@ -1,33 +1,39 @@
-"""Draws what happens inside: outliers, attention, norms, purification and the segmentation.
+"""`sfp visualize`: pictures of what happens inside."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfp.cli.options import WEIGHTS, add_command
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEXT = """\
+Draws what happens inside: outliers, attention, norms, purification and the segmentation.
 
 Writes one PNG file per picture and overview.png, which shows them all. Without an image it draws a
 scene of the mini world.
 
 Examples:
-    python tools/visualize.py
-    python tools/visualize.py --scene 900010 --layers 3 7 10 --patch 9 4
-    python tools/visualize.py photo.jpg --weights ViT-B/16 --classes "cat, sofa, wall"
-    python tools/visualize.py photo.jpg --weights clip.pt --classes names.txt --detectors som lof
+    sfp visualize
+    sfp visualize --scene 900010 --layers 3 7 10 --patch 9 4
+    sfp visualize photo.jpg --weights ViT-B/16 --classes "cat, sofa, wall"
+    sfp visualize photo.jpg --weights clip.pt --classes names.txt --detectors som lof
 
 Exit codes: 0 drawn; 1 unexpected error; 2 wrong command line; 3 the image or the weights are missing
 or cannot be read (the message says which).
 """
-
-from __future__ import annotations
-
-import argparse
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
-from matplotlib.figure import Figure
-
 LAYERS = (0, 5, 7, 10)  # of 12 blocks
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "visualize", run, help="draw outliers, attention and more of an image", text=TEXT
     )
     parser.add_argument("image", nargs="?", help="path of a picture")
     parser.add_argument("--scene", type=int, default=900_009, help="drawn if there is no image")
@@ -41,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--detectors", nargs="+", default=["som", "l2_norm", "lof"])
     parser.add_argument("--method", default="sfp", help="preset that purifies and segments")
-    parser.add_argument("--weights", default="mini", help="name or path of CLIP weights")
+    parser.add_argument("--weights", default="mini", help=f"{WEIGHTS} (default: mini)")
     parser.add_argument(
         "--classes",
         help="names, separated by commas, or a class file; the mini world's by default with its "
@@ -51,7 +57,23 @@ def parse_args() -> argparse.Namespace:
         "--patch", type=int, nargs=2, metavar=("ROW", "COL"), help="default: the middle"
     )
     parser.add_argument("--size", type=int, help="short side in pixels (default: 336, scenes 224)")
-    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws."""
+    import torch
+    from matplotlib.image import imsave
+
+    from sfp.visualize import contact_sheet
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode():
+        figures = dict(pictures(args))
+    for name, figure in figures.items():
+        figure.savefig(args.out / f"{name}.png")
+    imsave(args.out / "overview.png", contact_sheet(list(figures.values())))
+    print(f"{len(figures) + 1} pictures in {args.out}: overview.png, {', '.join(figures)}")
+    return 0
 
 
 def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
@@ -80,9 +102,8 @@ def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
 
     purified = model.trace(image, classes=classes)
     if purified.masks:
-        i = max(purified.masks) - len(
-            model.clip.visual.blocks
-        )  # negative: absolute for every trace
+        # counted from the end: the same block for every trace
+        i = max(purified.masks) - len(model.clip.visual.blocks)
         yield "purification", visualize.purification(image, trace, purified, i, patch=patch)
     else:
         print(f"method {args.method} replaces no outliers: no purification.png")
@@ -103,32 +124,3 @@ def class_names(args: argparse.Namespace) -> str | list[str] | list[list[str]] |
     if Path(args.classes).is_file():
         return args.classes
     return parse_words(args.classes)
-
-
-def main() -> int:
-    args = parse_args()
-    import torch
-    from matplotlib.image import imsave
-
-    from sfp import DataError, WeightsError
-    from sfp.visualize import contact_sheet
-
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with torch.inference_mode():
-            figures = dict(pictures(args))
-    except (OSError, DataError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, LookupError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for name, figure in figures.items():
-        figure.savefig(args.out / f"{name}.png")
-    imsave(args.out / "overview.png", contact_sheet(list(figures.values())))
-    print(f"{len(figures) + 1} pictures in {args.out}: overview.png, {', '.join(figures)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,30 +1,40 @@
-"""Plants outliers in a frozen CLIP; scores every detector and mitigator against what was planted.
-
-Writes OUT.json, OUT.png and OUT.md; of a page OUT.md that is there already, only what stands between
-its two "plant" markers is replaced.
-
-Examples:
-    python tools/plant.py --weights mini --out docs/outliers
-    python tools/plant.py --weights mini --detectors som l2_norm --strengths 2 --at 2 --count 4
-    python tools/plant.py --weights ViT-B/16 --images photos --planted 10 --layer 6
-
-Exit codes: 0 done; 1 unexpected error; 2 wrong command line; 3 weights or images are missing (the
-message says what to put where).
-"""
+"""`sfp plant`: outliers whose places are known, to score detectors and mitigators with."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfp.cli.options import add_command, positive
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+TEXT = """\
+Plants outliers in a frozen CLIP; scores every detector and mitigator against what was planted.
+
+Writes OUT.json, OUT.png and OUT.md; of a page OUT.md that is there already, only what stands between
+its two "plant" markers is replaced.
+
+Examples:
+    sfp plant --weights mini --out docs/outliers
+    sfp plant --weights mini --detectors som l2_norm --strengths 2 --at 2 --count 4
+    sfp plant --weights ViT-B/16 --images photos --planted 10 --layer 6
+
+Exit codes: 0 done; 1 unexpected error; 2 wrong command line; 3 weights or images are missing (the
+message says what to put where).
+"""
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "plant", run, help="plant outliers and see which detector finds them", text=TEXT
     )
     parser.add_argument(
         "--weights", default="mini", help="name or path of CLIP weights (default: mini)"
@@ -32,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--images", type=Path, help="folder of images (default: drawn scenes of the mini world)"
     )
-    parser.add_argument("--count", type=int, default=16, help="most images (default: 16)")
+    parser.add_argument("--count", type=positive, default=16, help="most images (default: 16)")
     parser.add_argument("--size", type=int, help="side of the square crops (default: the model's)")
     parser.add_argument("--out", type=Path, default="work/plant", help="default: work/plant")
     parser.add_argument(
@@ -74,21 +84,19 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--detectors", nargs="+", help="default: all")
     parser.add_argument("--mitigators", nargs="+", help="default: all")
-    parser.add_argument("--batch", type=int, default=8, help="images per forward (default: 8)")
+    parser.add_argument("--batch", type=positive, default=8, help="images per forward (default: 8)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the planted patches (default: 0)")
-    args = parser.parse_args()
-    if args.count < 1 or args.batch < 1:
-        parser.error("--count and --batch must be at least 1")
-    return args
 
 
-def crops(folder: Path, count: int, size: int) -> Iterator:
+def crops(folder: Path, count: int, size: int) -> Iterator[NDArray[np.uint8]]:
     """Centre crops of the images of a folder, in order of their names: (size, size, 3) RGB each."""
     from sfp.data.images import read_image, resize_short_side
     from sfp.data.listing import list_units
 
     units = [unit for unit in list_units([folder]) if not unit.is_archive]
+    if not units:
+        raise FileNotFoundError(f"{folder} holds archives only: plant takes images")
     for unit in units[:count]:
         image = resize_short_side(read_image(unit.path), size, long_side=2**31)
         top, left = ((n - size) // 2 for n in image.shape[:2])
@@ -96,6 +104,7 @@ def crops(folder: Path, count: int, size: int) -> Iterator:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Plants, and scores."""
     import numpy as np
     import torch
     from rich.console import Console
@@ -142,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     result = plant.benchmark(vit, batches, setting, detectors, mitigators)
     what = f"images of {args.images.name}" if args.images else "drawn scenes"
     source = f"{Path(args.weights).name}, {result['images']} {what}"
-    command = shlex.join(["python", "tools/plant.py", *sys.argv[1:]])
+    command = shlex.join(["sfp", "plant", *args.words[1:]])
     text = plant_report.report(result, source, command, paths["png"].name)
     plant_report.write_page(paths["md"], text)
     with atomic_write(paths["json"]) as path:
@@ -157,13 +166,3 @@ def run(args: argparse.Namespace) -> int:
             print_table(header, rows, title=f"{pattern}: {title}")
     print("results in " + ", ".join(map(str, paths.values())))
     return 0
-
-
-def main() -> int:
-    from sfp.cli import guarded
-
-    return guarded(run, parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

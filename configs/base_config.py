@@ -2,7 +2,7 @@
 #
 # A config cfg_<dataset>.py adds its data, its vocabulary (cls_<dataset>.txt) and its thresholds.
 # Each value can be set on the command line too:
-#     python tools/test.py configs/cfg_voc21.py --cfg-options model.method.purify=False
+#     sfp eval voc21 --cfg-options model.method.purify=False
 
 default_scope = "mmseg"
 custom_imports = dict(imports=["sfp"], allow_failed_imports=False)
@@ -37,7 +37,7 @@ model = dict(
     window_batch=None,  # windows per forward; a number where memory runs out
     scores=False,  # the metric reads labels; True adds the score map of each class to the results
     # The ablation flags. Each changes the result; to use another preset, replace the whole node
-    # (tools/test.py --method sclip), since its flags are others.
+    # (sfp eval --method sclip), since its flags are others.
     method=dict(
         type="sfp",  # the released code; sfp_paper is the method of the poster
         # What becomes of outlier tokens. True: neighbour_mean, as in the release; False: they stay. Or
@@ -45,7 +45,7 @@ model = dict(
         purify=True,
         # How outliers are found: som, cls_self_ratio, cls_attention, attention_received,
         # overshadowed, l2_norm, weight_norm_channel, lof, lof_textbook, dbscan, hdbscan, optics or
-        # isolation_forest. For knobs (tools/list.py --ops) write a node: dict(type="som", gain=1.0).
+        # isolation_forest. For knobs (sfp methods --ops) write a node: dict(type="som", gain=1.0).
         pm="som",
         layers=[-2],  # after which blocks, in rising order, or "all"; sfp_paper's default is "all"
         enhancer="qq+kk",  # self-attention of the last block: qk, qq, kk, vv, or sums such as qq+vv

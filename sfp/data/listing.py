@@ -279,7 +279,7 @@ def _below(path: Path, root: Path) -> Path:
 # -- archives ------------------------------------------------------------------------------------
 
 
-def items(unit: Unit, done: Callable[[str], bool]) -> Iterator[Item | Outcome]:
+def items(unit: Unit, done: Callable[[str], bool]) -> Iterator[Item | Outcome]:  # noqa: C901 - a list of reasons
     """The images of a unit; those that are done or cannot be had as outcomes, without their bytes.
 
     Tar files are read as a stream, from the first byte to the last. Archives and links inside them are

@@ -139,12 +139,13 @@ def test_bugs_are_not_hidden():
         cli.guarded(run, argparse.Namespace())
 
 
+@pytest.mark.process
 def test_a_reader_that_leaves():
-    """`sfp methods --markdown | head -1`, the reader gone before the table comes: no traceback."""
+    """`sfp methods | head -1`, the reader gone before the table comes: no traceback."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "sfp", "methods", "--markdown"],
+        [sys.executable, "-m", "sfp", "methods"],
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
@@ -208,6 +209,7 @@ def test_versions(capsys):
         assert f"\n{line}" in f"\n{printed}"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
@@ -380,6 +382,7 @@ def installed(tmp_path_factory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.process
 def test_the_wheel_has_everything(installed):
     for kept, here in (("sfp/configs", "configs"), ("sfp", "sfp")):
         for path in (ROOT / here).rglob("*"):
@@ -393,6 +396,7 @@ def test_the_wheel_has_everything(installed):
     assert "sfp = sfp.cli:main" in entry.read_text()
 
 
+@pytest.mark.process
 def test_an_installed_sfp_evaluates_in_an_empty_folder(installed, tmp_path):
     """A process of its own, away from the repository: names, classes, default work folder."""
     done = subprocess.run(

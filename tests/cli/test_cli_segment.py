@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -137,3 +141,56 @@ def test_exit_codes(photos, capsys):
     (photos / "a.png").write_bytes(b"")
     assert cli.main(["segment", str(photos / "a.png"), "--classes", "cat", *MINI]) == 3
     assert "a.png: the file is empty" in capsys.readouterr().err
+
+
+# -- output that cannot show everything ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "word", "shown"),
+    [
+        ("cp1252", "небо", r"\u043d\u0435"),
+        ("ascii", "ciel é", r"ciel \xe9"),
+        ("utf-8", "небо", "небо"),
+    ],
+)
+def test_words_that_the_terminal_cannot_show(encoding, word, shown, photos, tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    words = ["--classes", f"{word}, grass", *MINI, "--out", str(tmp_path / "out")]
+    assert cli.main(["segment", str(photos / "a.png"), *words]) == 0
+    terminal.flush()
+    assert shown in terminal.buffer.getvalue().decode(encoding)
+    assert (tmp_path / "out/labels/a.png").is_file()
+
+
+def test_file_names_that_are_no_text(photos, tmp_path, monkeypatch):
+    odd = os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png")
+    try:
+        shutil.copy(photos / "a.png", odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    terminal = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    words = ["--classes", "sky, grass", *MINI, "--out", str(tmp_path / "out"), "--coco"]
+    assert cli.main(["segment", str(photos), *words]) == 0
+    assert len(list((tmp_path / "out/labels").rglob("*.png"))) == 3
+
+
+def test_a_reader_that_leaves_does_not_end_the_work(photos, tmp_path, monkeypatch):
+    """`sfp segment photos --out out | head -0`: 1, but all is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        words = ["--classes", "sky, grass", *MINI, "--out", str(tmp_path / "out")]
+        assert cli.main(["segment", str(photos), *words]) == 1
+    assert len(list((tmp_path / "out/labels").rglob("*.png"))) == 2
+
+
+def test_without_standard_output(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    words = ["--classes", "sky, grass", *MINI, "--out", str(tmp_path / "out")]
+    assert cli.main(["segment", str(photos / "a.png"), *words]) == 0
+    assert (tmp_path / "out/labels/a.png").is_file()

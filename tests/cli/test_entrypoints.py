@@ -84,6 +84,7 @@ def evaluated(tmp_path_factory, cache):
     return here / "deep/mini", done
 
 
+@pytest.mark.process
 def test_test_sh(evaluated):
     folder, done = evaluated
     assert done.returncode == 0, done.stderr
@@ -103,6 +104,7 @@ def test_test_sh(evaluated):
     assert float(row[2]) == pytest.approx(metrics["mAcc"], abs=0.006)
 
 
+@pytest.mark.process
 def test_sheet_and_pictures(evaluated):
     folder, _ = evaluated
     sheet = cv2.imread(str(folder / "sheet.png"))
@@ -122,6 +124,7 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
+@pytest.mark.process
 def test_distribute_test_sh_equals_one_process(evaluated, tmp_path, cache):
     folder, _ = evaluated
     done = run(
@@ -146,6 +149,7 @@ def test_distribute_test_sh_equals_one_process(evaluated, tmp_path, cache):
     assert done.stdout.count("brick wall") == 1  # one process prints the table
 
 
+@pytest.mark.process
 def test_multi_test_sh_with_missing_data(evaluated, tmp_path, cache):
     """One benchmark is there, one is not: the table has both, and the exit code says so."""
     few = tmp_path / "cfg_few.py"
@@ -185,6 +189,7 @@ def test_multi_test_sh_with_missing_data(evaluated, tmp_path, cache):
     assert "brick wall" in (work / "cfg_few" / "output.txt").read_text()
 
 
+@pytest.mark.process
 def test_multi_test_sh_with_a_failure(tmp_path, cache):
     """A config that is not there is no benchmark without data."""
     done = run(
@@ -202,6 +207,7 @@ def test_multi_test_sh_with_a_failure(tmp_path, cache):
     assert (tmp_path / "work/summary.md").is_file()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("script", [*SCRIPTS, SHARED])
 def test_scripts_are_what_their_first_line_says(script):
     text = (ROOT / script).read_text()
@@ -357,6 +363,7 @@ def test_summary(monkeypatch, capsys, tmp_path):
     assert "50.75" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_compare_gives_the_numbers_of_single_runs(evaluated, monkeypatch, capsys, tmp_path):
     arguments = ["--methods", "clip", "sfp", "--work-dir", str(tmp_path), *FEW]
     assert cli.main(["compare", "mini", *arguments]) == 0
@@ -372,6 +379,7 @@ def test_compare_gives_the_numbers_of_single_runs(evaluated, monkeypatch, capsys
 # -- imports and environments --------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_importing_prints_nothing():
     """Not "Could not import OneDL", not mmcv's advice."""
     done = subprocess.run(

@@ -114,7 +114,7 @@ def read_archive(file: BinaryIO) -> dict[str, Tensor]:
         return parts.tensors(_flat(tree))
 
 
-def _interpret(program: bytes) -> Any:
+def _interpret(program: bytes) -> Any:  # noqa: C901 - a case per instruction
     """What the instructions of a data.pkl describe.
 
     Each instruction pushes at most one value, so memory stays in proportion to the program.

@@ -114,7 +114,8 @@ class _Output:
 
     def _discard(self) -> None:
         self.reader_left = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
         self.stream.flush()  # what is still buffered
 
 

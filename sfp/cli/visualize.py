@@ -45,7 +45,12 @@ def register(commands: argparse._SubParsersAction) -> None:
         help="blocks whose output is shown, from 0, or negative from the end (default: 0 5 7 10, "
         "at the same relative depth of deeper models)",
     )
-    parser.add_argument("--detectors", nargs="+", default=["som", "l2_norm", "lof"])
+    parser.add_argument(
+        "--detectors",
+        nargs="+",
+        default=["som", "l2_norm", "lof"],
+        help="whose outliers are shown (default: som l2_norm lof)",
+    )
     parser.add_argument("--method", default="sfp", help="preset that purifies and segments")
     parser.add_argument("--weights", default="mini", help=f"{WEIGHTS} (default: mini)")
     parser.add_argument(

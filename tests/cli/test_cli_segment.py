@@ -101,6 +101,7 @@ def test_one_broken_image_among_others(photos, tmp_path, capsys):
     ("words", "error", "message"),
     [
         (["--classes", ""], ValueError, "type the words to look for"),
+        (["--classes", " , "], ValueError, "type the words to look for"),
         (["--classes", "no.txt"], FileNotFoundError, "no.txt: there is no such file"),
         (["--classes", "lists/words.csv"], FileNotFoundError, "lists/words.csv: there is no such"),
         (["--classes", "cat", "--background", "2"], ValueError, "between 0 and 1"),

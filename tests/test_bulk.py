@@ -291,7 +291,8 @@ def command(folder: Path, out: Path) -> list[str]:
     arguments = ["--weights", "mini", "--short-side", "224", "--batch-size", "1"]
     arguments += ["--classes", "sky, sun|star"]
     return [
-        *(sys.executable, "-m", "sfp", "label"),
+        *(sys.executable, "-m", "sfp"),
+        "label",
         str(folder),
         "--out",
         str(out),
@@ -325,7 +326,7 @@ def test_kill_9_and_continue(tmp_path, job):
     assert 3 <= len(before) < COUNT - 1
     assert all(bulk.whole(out / "labels" / name) for name in before)
 
-    assert cli.main(["label", *command(folder, out)[2:]]) == 1  # one image is broken
+    assert cli.main(command(folder, out)[3:]) == 1  # one image is broken
     report = json.loads((out / "report.json").read_text())
     assert (report["done"], report["skipped"], report["failed"]) == (
         COUNT - 1 - len(before),

@@ -37,6 +37,9 @@ from sfp.palette import colour_map
 from sfp.registry import METHODS, find
 from sfp.vocabulary import Vocabulary, load_vocabulary
 
+UNIMPORTANT = ("window_batch", "compiled", "cache_bytes")  # change last digits at most
+# settings of the segmentor that change no label
+SHOWN = ("scores", "palette", "init_cfg", "pretrained", "train_cfg")
 LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # of mmseg pipelines: they do nothing to images
 # first and last bytes of a whole file, as this module writes them
 MARKS = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
@@ -106,15 +109,13 @@ class Job:
         return {k: p.default for k, p in knobs.items()} | node
 
 
-UNIMPORTANT = ("window_batch", "compiled", "cache_bytes")  # change last digits at most
-
-
 def job_from_config(config: Mapping[str, Any], short_side: int | None = None) -> Job:
     """The job that labels images as a config would evaluate them.
 
     Args:
         config: of a benchmark or like one.
-        short_side: replaces the size of the config's `Resize`; without both it is that of `sfp.load`.
+        short_side: replaces the size of the config's `Resize`. Without both images keep their size; a
+            config without a `test_pipeline` has that of `sfp.load`.
 
     Raises:
         ValueError: if the config does something to images, or has a setting, that this cannot.
@@ -122,11 +123,14 @@ def job_from_config(config: Mapping[str, Any], short_side: int | None = None) ->
     model = dict(config["model"])
     known = inspect.signature(Engine).parameters
     settings = {k: v for k, v in model.items() if k in known and k != "weights"}
-    left = set(model) - set(known) - {"type", "classes", "method", "query_features", *SHOWN}
+    read = {"type", "classes", "method", "query_features", "data_preprocessor", *SHOWN}
+    left = set(model) - set(known) - read
+    left |= set(model.get("data_preprocessor", ())) & {"mean", "std"}
     if left:
         raise ValueError(f"`sfp label` does not know the config's setting(s) {sorted(left)}")
     masks = False
-    for step in config.get("test_pipeline", ()):
+    steps = config.get("test_pipeline", ())
+    for step in steps:
         if step["type"] == "Resize" and step.get("keep_ratio") and "scale" in step:
             long, short = max(step["scale"]), min(step["scale"])
             if long != LONG_SIDE:
@@ -139,7 +143,7 @@ def job_from_config(config: Mapping[str, Any], short_side: int | None = None) ->
                 f"the step {step['type']!r} of the config's test_pipeline: `sfp label` only resizes "
                 "images (Resize with scale and keep_ratio=True)"
             )
-    if short_side is None:
+    if short_side is None and not steps:
         short_side = published.short_side(model["weights"])
     return Job(
         weights=str(model["weights"]),
@@ -150,9 +154,6 @@ def job_from_config(config: Mapping[str, Any], short_side: int | None = None) ->
         query_features=model.get("query_features"),
         whole_image_masks=masks,
     )
-
-
-SHOWN = ("scores", "palette", "data_preprocessor", "init_cfg", "pretrained", "train_cfg")
 
 
 def claim(out: Path, job: Job) -> None:

@@ -231,6 +231,28 @@ def find(
     return known[name]
 
 
+def build(registry: Registry, node: Any, what: str) -> Any:
+    """An instance of the registered class that a config node names, with the node's other entries.
+
+    What is no config node is taken for such an instance, and passes.
+
+    Args:
+        registry: of the class.
+        node: `dict(type=name, knob=value, ...)`.
+        what: the node, for messages.
+
+    Raises:
+        ValueError: for a missing or unknown type, or a wrong knob; the message names the valid ones.
+    """
+    if not isinstance(node, Mapping):
+        return node
+    knobs = dict(node)
+    if "type" not in knobs:
+        raise ValueError(f"{what} has no type; valid: {', '.join(registry.module_dict)}")
+    cls = find(registry, knobs.pop("type"))
+    return cls(**check_knobs(cls, knobs, what))
+
+
 def check_knobs(fn: Callable[..., Any], knobs: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The knobs of a function, or fields of a dataclass, as their annotations ask (see `fit`).
 

@@ -281,6 +281,14 @@ def test_a_config_says_how():
     config.test_pipeline = [dict(type="LoadImageFromFile"), dict(type="RandomCrop")]
     with pytest.raises(ValueError, match="'RandomCrop'"):
         bulk.job_from_config(config)
+    config.test_pipeline = [dict(type="LoadImageFromFile"), dict(type="PackSegInputs")]
+    assert bulk.job_from_config(config).short_side is None  # images keep their size
+    config.pop("test_pipeline")
+    assert bulk.job_from_config(config).short_side == 224
+    config.model.data_preprocessor = dict(type="ImagePreprocessor", mean=[0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="mean"):
+        bulk.job_from_config(config)
+    config.model.pop("data_preprocessor")
     config.model.speed = 3
     with pytest.raises(ValueError, match="speed"):
         bulk.job_from_config(config)

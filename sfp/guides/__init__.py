@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from sfp.guides.transformers import TransformersGuide
-from sfp.registry import GUIDES, check_knobs, find
+from sfp.registry import GUIDES, build
 
 __all__ = ["GUIDES", "TransformersGuide", "build_guides"]
 
@@ -25,13 +25,5 @@ def build_guides(nodes: Mapping[str, Mapping[str, Any] | nn.Module] | None) -> n
     """
     guides = nn.ModuleDict()
     for name, node in (nodes or {}).items():
-        if isinstance(node, nn.Module):
-            guides[name] = node
-            continue
-        knobs = dict(node)
-        if "type" not in knobs:
-            raise ValueError(f"guide {name!r} has no type; valid: {', '.join(GUIDES.module_dict)}")
-        cls = find(GUIDES, knobs.pop("type"))
-        check_knobs(cls, knobs, f"guide {name!r}")
-        guides[name] = cls(**knobs)
+        guides[name] = build(GUIDES, node, f"guide {name!r}")
     return guides

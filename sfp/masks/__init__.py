@@ -25,7 +25,7 @@ from sfp.functional.labels import Labels
 from sfp.functional.masks import MaskSheet, same_area, vote_in_masks
 from sfp.masks.dino import DinoMasks
 from sfp.masks.sam import SamMasks
-from sfp.registry import MASKS, bind, check_knobs, find, suggest
+from sfp.registry import MASKS, bind, build, check_knobs, suggest
 from sfp.tokens import Tokens
 
 __all__ = ["MASKS", "DinoMasks", "MaskVote", "SamMasks", "build_masks"]
@@ -64,7 +64,7 @@ class MaskVote(nn.Module):
         self.vote = vote
         self.share = share
         self.side = side
-        self.propose = propose if isinstance(propose, nn.Module) else _proposer(propose)
+        self.propose = build(MASKS, propose, "masks.propose")
 
     def follow(self, clip: CLIP) -> None:
         """Tells the proposer for which weights images are normalised, if it wants to know."""
@@ -126,12 +126,3 @@ def build_masks(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
         return node
     check_knobs(MaskVote, node, "masks")
     return MaskVote(**node)
-
-
-def _proposer(node: Mapping[str, Any]) -> nn.Module:
-    knobs = dict(node)
-    if "type" not in knobs:
-        raise ValueError(f"masks.propose has no type; valid: {', '.join(MASKS.module_dict)}")
-    cls = find(MASKS, name := knobs.pop("type"))
-    check_knobs(cls, knobs, f"mask proposer {name!r}")
-    return cls(**knobs)

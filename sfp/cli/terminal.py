@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -22,9 +23,12 @@ def progress(*more: str) -> Progress:
 
 
 def console(width: int = 160) -> Console:
-    """Standard output; a file or a pipe, which has no width to fit, gets `width` columns."""
+    """Standard output; a file or a pipe, which has no width to fit, gets `width` columns.
+
+    The environment's COLUMNS, which Console follows by itself, goes before.
+    """
     found = Console()
-    if not found.is_terminal:
+    if not found.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         found.width = width
     return found
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from sfp.evaluation import distributed
+from sfp.evaluation import distributed, settings
 from sfp.evaluation import journal as journal_module
 from sfp.evaluation import run as evaluate
 from sfp.evaluation.journal import Journal, count
@@ -32,6 +32,10 @@ OPTIONS = {
 
 def _process(rank: int, processes: int, port: int, work: Path, options: dict, resume: bool) -> None:
     torch.set_num_threads(1)  # OpenMP threads do not survive a fork
+    registered = settings._registered
+    settings._registered = lambda: (  # not those of other tests of the process that was forked
+        part for part in registered() if str(part.__module__).partition(".")[0] in settings.OTHERS
+    )
     evaluate.quiet()
     config = evaluate.load_config(
         ROOT / "configs/cfg_mini.py", work_dir=str(work), options={**OPTIONS, **options}

@@ -16,20 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from sfp.cli.method_table import markdown
-from sfp.evaluation.published import EIGHT, Number, published
+from sfp.evaluation.published import CONFIGS, EIGHT, Number, published
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- published: begin -->\n", "<!-- published: end -->"
-CONFIGS = {
-    "VOC21": "voc21",
-    "Context60": "context60",
-    "COCO-Object": "coco_object",
-    "VOC20": "voc20",
-    "Context59": "context59",
-    "COCO-Stuff": "coco_stuff164k",
-    "ADE20K": "ade20k",
-    "Cityscapes": "city_scapes",
-}
 SLIDING = ["sfp_poster/main", "sfp_log", "pearl", "ov_stitcher", "naclip", "gclip"]
 SLIDING += ["clearclip", "floss"]
 CENTRE_CROP = ("cliptrase_224", "cliptrase_336")

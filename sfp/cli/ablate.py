@@ -9,8 +9,9 @@ from sfp.cli import options
 TEXT = """\
 Runs an ablation study over one config and prints its table, with published numbers beside ours.
 
-Studies: modules, self_attention, layers (SFP's poster); detectors (SFP as released); backbones (CLIP
-and SFP by weights); cliptrase; gclip. Variants that do not touch the trunk share its run on every
+Studies: modules, self_attention, layers (SFP's poster); detectors (SFP as released); backbones (methods
+by weights); cliptrase (its paper's tables 2, 4 and 5); cliptrase_release; gclip. Numbers of another
+protocol or backbone are marked as such. Variants that do not touch the trunk share its run on every
 image. Writes ablate_<study>.md, .json and .png into the work folder. Killed and started again it
 continues; --no-resume starts over.
 

@@ -10,8 +10,10 @@ TEXT = """\
 Evaluates several methods over one config in one go, and prints one table.
 
 Weights and text features are loaded once, and methods that do not touch the trunk share its run.
-Writes compare.json, compare.md and compare.png (side by side) into the work folder. Killed and started
-again it continues, also with more methods; --no-resume starts over.
+Below the table stand the numbers that are published of this benchmark and these weights, and in what
+their protocol differs from the config's. Writes compare.json, compare.md and compare.png (side by
+side) into the work folder. Killed and started again it continues, also with more methods;
+--no-resume starts over.
 
 Examples:
     sfp compare mini
@@ -51,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         )
     title = f"{args.config}, {record['images']} images"
     print_table(["method", *compare.COLUMNS], compare.compare_rows(record), title=title)
+    for line in compare.published_lines(record):
+        print(line)
     files = "compare.json, compare.md" + ", compare.png" * bool(args.pictures)
     print(f"results in {config.work_dir}: {files}")
     return 0

@@ -1,6 +1,7 @@
 """The ablation tables of SFP, CLIPtrase and GCLIP, on any config, with published numbers beside ours.
 
-A study is data: rows of a label, a method with its knobs, and what the paper measured. `ablate` runs
+A study is data: rows of a label, a method with its knobs, and what the registry of published numbers
+has of it. `ablate` runs
 all rows image by image with `compare.measure`, which shares the trunk's run and continues after a
 kill.
 """
@@ -8,10 +9,12 @@ kill.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,9 +22,16 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 
 from sfp.cli.method_table import markdown
-from sfp.data.benchmarks import by_dataset
 from sfp.evaluation import scores
 from sfp.evaluation.compare import measure
+from sfp.evaluation.published import (
+    CONFIGS,
+    Number,
+    benchmark_of,
+    published,
+    reservation,
+)
+from sfp.evaluation.settings import settings
 from sfp.files import atomic_write
 from sfp.registry import list_ops, suggest
 
@@ -36,13 +46,15 @@ class Row:
 
     Attributes:
         label: in tables and plots.
-        method: what `build_method` takes.
-        published: mIoU by the benchmark's title; text where the source leaves a digit open.
+        method: what `build_method` takes; None if this package cannot run it.
+        published: its numbers in the registry.
+        guide: external encoder that it needs; without one of that name in the config it is not run.
     """
 
     label: str
-    method: Mapping[str, Any]
-    published: Mapping[str, float | str] = field(default_factory=dict)
+    method: Mapping[str, Any] | None
+    published: Sequence[Number] = ()
+    guide: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,119 +64,144 @@ class Study:
     Attributes:
         title: what is varied.
         rows: in the order of the table.
-        source: of the published numbers, or why there are none.
         axis: what the labels count, if they are numbers: the plot is then a line.
+        note: what to know about rows, for the caption.
     """
 
     title: str
     rows: Sequence[Row]
-    source: str
     axis: str | None = None
+    note: str = ""
 
 
-def _poster(label: str, voc: float | str, ade: float | str, **knobs: Any) -> Row:
-    return Row(label, dict(type="sfp_paper", **knobs), {"VOC21": voc, "ADE20K": ade})
+def _numbers(table: str, *rows: str) -> list[Number]:
+    """What the registry has of rows of a table as mIoU, averages aside."""
+    found = [n for row in rows for n in published().row(table, row).values()]
+    return [n for n in found if n.benchmark in CONFIGS and n.metric == "mIoU"]
+
+
+def _poster(label: str, table: str, row: str, **knobs: Any) -> Row:
+    return Row(label, dict(type="sfp_paper", **knobs), _numbers(f"sfp_poster/{table}", row))
 
 
 def _row(label: str, method: str, **knobs: Any) -> Row:
     return Row(label, dict(type=method, **knobs))
 
 
-SFP_POSTER = "poster of SFP (Jin et al., ICCV 2025)"
-STUDIES: Mapping[str, Study] = {
-    "modules": Study(
-        "SFP: the modules, one after the other",
-        [
-            _poster("none", 57.0, 16.7, purify=False, enhancer="qk", integrator=False),
-            _poster("SOM", 60.1, 18.2, enhancer="qk", integrator=False),
-            _poster("+ SAE", 62.3, 19.5, integrator=False),
-            _poster("+ HAI", 63.9, 20.8),
-        ],
-        SFP_POSTER,
-    ),
-    "self_attention": Study(
-        "SFP: attention of the last block, with SOM and without HAI",
-        [
-            _poster(enhancer, voc, ade, enhancer=enhancer, integrator=False)
-            for enhancer, voc, ade in (
-                ("qk", 60.1, 18.2),
-                ("qq", 62.1, 19.3),
-                ("kk", 62.0, 19.3),
-                ("vv", 61.4, 18.9),
-                ("qq+kk", 62.3, 19.5),
-                ("qq+vv", 61.9, 19.1),
-                ("kk+vv", 61.1, 18.7),
-            )
-        ],
-        SFP_POSTER,
-    ),
-    "layers": Study(
-        "SFP: the layer at which HAI starts",
-        [
-            # the poster counts layers from 1
-            _poster(str(start), voc, ade, integrator_start=start - 1)
-            for start, voc, ade in (
-                (1, 63.9, 20.8),
-                (5, 63.4, 20.5),
-                (8, 63.0, 20.3),
-                (10, 62.6, 19.9),
-                (11, "62.x", "19.x"),
-            )
-        ],
-        SFP_POSTER,
-        axis="first layer, counted from 1",
-    ),
-    "cliptrase": Study(
-        "CLIPtrase: SCR, clustering, denoising; cosine against softmax; the clustered layer",
-        [
-            _row("none", "cliptrase", correlation="none", cluster=False),
-            _row("SCR", "cliptrase", cluster=False),
-            _row("clustering", "cliptrase", correlation="none", denoise="none"),
-            _row("SCR + clustering", "cliptrase", denoise="none"),
-            _row("+ denoise as released", "cliptrase"),
-            _row("+ denoise as in the paper", "cliptrase", denoise="paper"),
-            _row("release, cosine", "cliptrase", correlation="cosine"),
-            _row("release, layer -1", "cliptrase", layer=-1),
-            _row("release, cosine, layer -1", "cliptrase", correlation="cosine", layer=-1),
-            _row(
-                "all as in the paper",
-                "cliptrase",
-                correlation="cosine",
-                layer=-1,
-                unit_rows=True,
-                denoise="paper",
-            ),
-        ],
-        "of centre crops with void pixels counted, which do not compare",
-    ),
-    "gclip": Study(
-        "GCLIP: attention map fusion (AMF) and channel suppression (CS)",
-        [
-            _row("none", "gclip", blocks=(), suppress=False),
-            _row("AMF", "gclip", suppress=False),
-            _row("CS", "gclip", blocks=()),
-            Row(
-                "AMF + CS",
-                dict(type="gclip"),
-                {"ADE20K": 18.5, "Cityscapes": 33.7, "COCO-Stuff 164k": 24.8},
-            ),
-        ],
-        "GCLIP (arXiv:2502.06818), second-hand",
-    ),
-    "backbones": Study(
-        "plain CLIP and both forms of SFP, by weights",
-        [_row(method, method) for method in ("clip", "sfp", "sfp_paper")],
-        "none at hand",
-    ),
-}
+def _paper(label: str, table: int, row: str, **knobs: Any) -> Row:
+    """A variant of CLIPtrase as its paper describes it."""
+    own = dict(correlation="cosine", layer=-1, unit_rows=True, denoise="paper")
+    method = dict(type="cliptrase", **{**own, **knobs})
+    return Row(label, method, _numbers(f"cliptrase/{table}", row), knobs.get("guide"))
+
+
+def _backbones(label: str, method: str | None, row: str, guide: str | None = None) -> Row:
+    tables = [
+        t
+        for t in ("main", "ViT-B/32", "ViT-L/14")
+        if published().find(table=f"sfp_poster/{t}", row=row)
+    ]
+    numbers = [n for table in tables for n in _numbers(f"sfp_poster/{table}", row)]
+    return Row(label, dict(type=method) if method else None, numbers, guide)
+
+
+@cache
+def _papers() -> dict[str, Study]:
+    """The studies that papers have, or could have."""
+    return {
+        "modules": Study(
+            "SFP: the modules, one after the other",
+            [
+                _poster("none", "modules", "none", purify=False, enhancer="qk", integrator=False),
+                _poster("SOM", "modules", "SOM", enhancer="qk", integrator=False),
+                _poster("+ SAE", "modules", "SOM + SAE", integrator=False),
+                _poster("+ HAI", "modules", "SOM + SAE + HAI"),
+            ],
+        ),
+        "self_attention": Study(
+            "SFP: attention of the last block, with SOM and without HAI",
+            [
+                _poster(pairs, "self_attention", pairs, enhancer=pairs, integrator=False)
+                for pairs in ("qk", "qq", "kk", "vv", "qq+kk", "qq+vv", "kk+vv")
+            ],
+        ),
+        "layers": Study(
+            "SFP: the layer at which HAI starts",
+            [
+                # the poster counts layers from 1
+                _poster(str(start), "layers", str(start), integrator_start=start - 1)
+                for start in (1, 5, 8, 10, 11)
+            ],
+            axis="first layer, counted from 1",
+        ),
+        "cliptrase": Study(
+            "CLIPtrase: the ablations of its paper (tables 2, 4 and 5, Eq. 14)",
+            [
+                _paper("CLIP", 2, "CLIP", correlation="none", cluster=False),
+                _paper("SCR", 2, "SCR", cluster=False),
+                _paper("SCR + PC", 2, "SCR + PC", denoise="none"),
+                _paper("SCR + PC + D", 2, "SCR + PC + D"),
+                _paper("inner product", 2, "inner product", correlation="softmax", product=True),
+                _paper("features clustered", 2, "features clustered", features=True),
+                *(
+                    # SCR, and the correlations that are clustered, in a layer counted from 1
+                    _paper(f"layer {n}", 2, f"layer {n}", restore=n - 1, layer=n - 1)
+                    for n in (9, 10, 11)
+                ),
+                Row("without SCR (table 4)", None, _numbers("cliptrase/4", "without SCR")),
+                _paper("<x_i, x_i>", 4, "<x_i, x_i>", correlation="identity", cluster=False),
+                _paper("<x_i, x_j>", 4, "<x_i, x_j>", correlation="softmax", cluster=False),
+                Row("COS in ground truth", None, _numbers("cliptrase/4", "COS(x_i, x_j), j in GT")),
+                _paper("DINOv2 masks", 5, "CLIPtrase + DINOv2", guide="dino"),
+                Row("heads concatenated", _paper("", 2, "SCR + PC + D", concat=True).method),
+            ],
+            note="Inner product, clustered features, earlier layers and <x_i, x_i> are our reading of "
+            "rows whose formulas the paper does not print; it prints no number for concatenated heads",
+        ),
+        "cliptrase_release": Study(
+            "CLIPtrase as released: what its code does otherwise than its paper",
+            [
+                _row("none", "cliptrase", correlation="none", cluster=False),
+                _row("SCR", "cliptrase", cluster=False),
+                _row("clustering", "cliptrase", correlation="none", denoise="none"),
+                _row("SCR + clustering", "cliptrase", denoise="none"),
+                _row("+ denoise as released", "cliptrase"),
+                _row("+ denoise as in the paper", "cliptrase", denoise="paper"),
+                _row("release, cosine", "cliptrase", correlation="cosine"),
+                _row("release, layer -1", "cliptrase", layer=-1),
+                _row("release, cosine, layer -1", "cliptrase", correlation="cosine", layer=-1),
+            ],
+        ),
+        "gclip": Study(
+            "GCLIP: attention map fusion (AMF) and channel suppression (CS)",
+            [
+                _row("none", "gclip", blocks=(), suppress=False),
+                _row("AMF", "gclip", suppress=False),
+                _row("CS", "gclip", blocks=()),
+                Row("AMF + CS", dict(type="gclip"), _numbers("gclip", "GCLIP")),
+            ],
+        ),
+        "backbones": Study(
+            "methods by weights",
+            [
+                _backbones("clip", "clip", "CLIP"),
+                _backbones("sclip", "sclip", "SCLIP"),
+                _backbones("naclip", "naclip", "NACLIP"),
+                _row("sfp", "sfp"),
+                _backbones("sfp_paper", "sfp_paper", "SFP"),
+                _backbones("proxyclip", "proxyclip", "ProxyCLIP", guide="dino"),
+                _backbones("LaVG", None, "LaVG"),
+            ],
+        ),
+    }
 
 
 def studies() -> dict[str, Study]:
     """All studies by name, with those whose rows depend on what is registered."""
     off = _row("none", "sfp", purify=False)
     detectors = [off, *(_row(name, "sfp", pm=name) for name in list_ops("detector"))]
-    found = Study("SFP as released: the detector of outliers", detectors, "none at hand")
-    return {**STUDIES, "detectors": found}
+    found = Study("SFP as released: the detector of outliers", detectors)
+    return {**_papers(), "detectors": found}
 
 
 def find_study(name: str) -> Study:
@@ -197,7 +234,9 @@ def ablate(
         progress: called with the weights that run, the images done and all of them.
 
     Returns:
-        "rows": label, method, mIoU, mAcc and aAcc in percent, published mIoU by benchmark.
+        "rows": label, method, mIoU, mAcc and aAcc in percent, None for variants that are not run, and
+        "published": benchmark, value, "tag" (what makes it another measurement than ours) of each
+        published mIoU.
 
     Raises:
         ValueError: for an unknown study, or weights for one that takes the config's.
@@ -206,33 +245,40 @@ def ablate(
     if weights and name != "backbones":
         raise ValueError("several weights are for the study 'backbones'; others take the config's")
     sources = list(dict.fromkeys(weights)) or [config.model.weights]
-    rows = []
+    rows, benchmark = [], benchmark_of(config)
     for source in sources:
         own = config.copy()
         own.model.weights = source
         short = Path(str(source)).stem if Path(str(source)).is_file() else str(source)
         prefix = f"{short}: " if len(sources) > 1 else ""
+        guides = config.model.get("guides") or {}
+        runs = [r for r in study.rows if r.method and (r.guide is None or r.guide in guides)]
         # names of journals, too: the study keeps rows of one label apart
-        named = {f"{name} {prefix}{row.label}": row.method for row in study.rows}
+        named = {f"{name} {prefix}{row.label}": row.method for row in runs if row.method}
         record = measure(
             own,
             named,
             resume=resume,
             progress=partial(progress, str(source)),
         )
-        for row, measured in zip(study.rows, record["methods"].values(), strict=True):
-            numbers = {k: measured[k] for k in COLUMNS}
-            label, published = prefix + row.label, dict(row.published)
-            rows.append(dict(label=label, method=dict(row.method), **numbers, published=published))
-    benchmark = by_dataset(config.test_dataloader.dataset.type)
+        measured = dict(zip((row.label for row in runs), record["methods"].values(), strict=True))
+        groups = settings(own)
+        for row in study.rows:
+            numbers = {k: measured.get(row.label, {}).get(k) for k in COLUMNS}
+            found = _of_weights(row, str(source))
+            shown = [_shown(n, str(source), benchmark, groups) for n in found]
+            method = dict(row.method) if row.method else None
+            rows.append(dict(label=prefix + row.label, method=method, **numbers, published=shown))
+    numbers = [n for row in study.rows for n in row.published]
     result = dict(
         study=name,
         title=study.title,
         config=Path(config.filename or "").name,
-        benchmark=benchmark.title if benchmark else None,
+        benchmark=benchmark,
         images=record["images"],
         weights=list(map(str, sources)),
-        source=study.source,
+        sources=list(dict.fromkeys(published().sources[n.source].text for n in numbers)),
+        note=study.note,
         axis=study.axis,
         rows=rows,
     )
@@ -249,35 +295,59 @@ def _write(result: Mapping[str, Any], base: Path) -> None:
     plot(result, base.with_suffix(".png"))
 
 
+def _of_weights(row: Row, weights: str) -> list[Number]:
+    """Published numbers of the same backbone, or else of ViT-B/16, the papers' own."""
+    same = [n for n in row.published if n.backbone == weights]
+    return same or [n for n in row.published if n.backbone == "ViT-B/16"]
+
+
+def _shown(
+    number: Number, weights: str, benchmark: str | None, groups: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A number as results hold it."""
+    protocol = published().protocols[number.protocol]
+    if number.benchmark == benchmark:
+        why = reservation(number, groups)
+    else:
+        why = protocol.name if protocol.options is None else ""
+    tag = "; ".join(filter(None, (number.backbone if number.backbone != weights else "", why)))
+    return dict(benchmark=number.benchmark, value=number.value, tag=tag)
+
+
 def same_benchmark(result: Mapping[str, Any]) -> bool:
     """Whether there are published numbers of the benchmark that was run."""
-    return any(result["benchmark"] in row["published"] for row in result["rows"])
+    numbers = (n for row in result["rows"] for n in row["published"])
+    return any(n["benchmark"] == result["benchmark"] for n in numbers)
 
 
 def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: ours, then what is published on this benchmark, or else on others."""
-    published: list[str] = list(dict.fromkeys(b for r in result["rows"] for b in r["published"]))
+    columns: dict[tuple[str, str], None] = {}
+    for row in result["rows"]:
+        columns.update({(n["benchmark"], n["tag"]): None for n in row["published"]})
     if same_benchmark(result):
-        published = [result["benchmark"]]
-    header = ["variant", *COLUMNS, *(f"{name}, published" for name in published)]
-    rows = [
-        [
-            row["label"],
-            *(scores.cell(row[k], decimals=1) for k in COLUMNS),
-            *(str(row["published"].get(name, "-")) for name in published),
-        ]
-        for row in result["rows"]
-    ]
-    return header, rows
+        columns = {key: None for key in columns if key[0] == result["benchmark"]}
+    names = [f"{name}, published" + (f" ({tag})" if tag else "") for name, tag in columns]
+    rows = []
+    for row in result["rows"]:
+        values = {(n["benchmark"], n["tag"]): str(n["value"]) for n in row["published"]}
+        ours = (scores.cell(row[k], decimals=1) for k in COLUMNS)
+        rows.append([row["label"], *ours, *(values.get(key, "-") for key in columns)])
+    return ["variant", *COLUMNS, *names], rows
 
 
 def caption(result: Mapping[str, Any]) -> str:
     """What was run, and where the published numbers are from."""
     weights = ", ".join(result["weights"])
     text = f"{result['config']}, {result['images']} images, weights {weights}."
-    text += f" Published numbers: {result['source']}"
-    if any(row["published"] for row in result["rows"]) and not same_benchmark(result):
+    text += f" Published numbers: {', '.join(result['sources']) or 'none'}"
+    if result["sources"] and not same_benchmark(result):
         text += "; they are of other benchmarks than ours"
+    text += f". {result['note']}" if result["note"] else ""
+    if idle := [row["label"] for row in result["rows"] if row["mIoU"] is None]:
+        text += (
+            f". Not run: {', '.join(idle)} (not implemented, or without the guide that it needs)"
+        )
     return text + "."
 
 
@@ -291,11 +361,15 @@ def report(result: Mapping[str, Any]) -> str:
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Writes a PNG: bars, or a line if the labels are numbers; published mIoU of the same benchmark."""
     rows = result["rows"]
-    ours = [row["mIoU"] for row in rows]
+    ours = [math.nan if row["mIoU"] is None else row["mIoU"] for row in rows]
     known = [
-        (i, number)
+        (i, number["value"])
         for i, row in enumerate(rows)
-        if isinstance(number := row["published"].get(result["benchmark"]), float)
+        for number in row["published"]
+        if number["benchmark"] == result["benchmark"] and isinstance(number["value"], float)
+    ]
+    tags = [
+        n["tag"] for row in rows for n in row["published"] if n["benchmark"] == result["benchmark"]
     ]
     where = result["benchmark"] or result["config"].removesuffix(".py")
     if result["axis"]:
@@ -314,7 +388,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axis.barh(range(len(rows)), ours, height=0.6, color=OURS, label="here")
         for i, number in enumerate(ours):
             # at the foot of the bar, where no published point covers it
-            axis.annotate(f"{number:.1f}", (0, i), (4, 0), textcoords="offset points", va="center")
+            text = "not run" if math.isnan(number) else f"{number:.1f}"
+            axis.annotate(text, (0, i), (4, 0), textcoords="offset points", va="center")
         axis.plot(
             [y for _, y in known],
             [i for i, _ in known],
@@ -328,7 +403,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axis.margins(x=0.08)
     FigureCanvasAgg(figure)
     if known:
-        axis.lines[-1].set_label("published")
+        tag = "; ".join(filter(None, dict.fromkeys(tags)))
+        axis.lines[-1].set_label("\n".join(wrap(f"published ({tag})" if tag else "published", 30)))
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the data
     figure.suptitle(result["title"], fontsize=10)
     axis.grid(alpha=0.3, axis="y" if result["axis"] else "x")

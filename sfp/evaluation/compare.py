@@ -23,6 +23,7 @@ from sfp.evaluation.journal import Journal, count
 from sfp.evaluation.loading import Batches
 from sfp.evaluation.metrics import ignored_label
 from sfp.evaluation.notices import quiet
+from sfp.evaluation.published import benchmark_of, beside, published
 from sfp.evaluation.scores import (
     COLUMNS,
     cells,
@@ -253,8 +254,14 @@ def compare(
     resume: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """`measure`, written into the work folder: compare.json, compare.md, and pictures."""
+    """`measure`, written into the work folder: compare.json, compare.md, and pictures.
+
+    Returns:
+        What `measure` does, and "published": what is published of each method on this benchmark with
+        these weights, and whether it compares, in words.
+    """
     record = measure(config, methods, pictures=pictures, resume=resume, progress=progress)
+    record["published"] = beside_published(config, methods)
     folder = Path(config.work_dir)
     with atomic_write(folder / "compare.json") as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
@@ -263,11 +270,36 @@ def compare(
     return record
 
 
+def beside_published(
+    config: Config, methods: Mapping[str, str | Mapping[str, Any] | Method]
+) -> dict[str, list[str]]:
+    """Published numbers of the methods that have their preset's own knobs, by the methods' names."""
+    benchmark, weights = benchmark_of(config), str(config.model.weights)
+    if benchmark is None:
+        return {}
+    groups = settings(config)
+    found = {}
+    for name, method in methods.items():
+        node = dict(type=method) if isinstance(method, str) else method
+        if isinstance(node, Mapping) and set(node) == {"type"}:
+            numbers = published().of_method(node["type"], benchmark, weights)
+            found[name] = list(dict.fromkeys(beside(number, groups) for number in numbers))
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def published_lines(record: Mapping[str, Any]) -> list[str]:
+    """The published numbers of a comparison, one line each."""
+    return [f"{name}: {line}" for name, own in record["published"].items() for line in own]
+
+
 def compare_rows(record: Mapping[str, Any]) -> list[list[str]]:
     """The cells of a comparison, methods in the order given."""
     return [[name, *cells(scores, decimals=1)] for name, scores in record["methods"].items()]
 
 
 def compare_markdown(record: Mapping[str, Any]) -> str:
-    """A comparison as a Markdown table."""
-    return markdown(["method", *COLUMNS], compare_rows(record))
+    """A comparison as a Markdown table, and what is published."""
+    lines = [f"* {line}\n" for line in published_lines(record)]
+    return (
+        markdown(["method", *COLUMNS], compare_rows(record)) + "\n" * bool(lines) + "".join(lines)
+    )

@@ -16,6 +16,7 @@ from prettytable import PrettyTable
 from torch import Tensor
 
 from sfp.data.images import DataError
+from sfp.evaluation.boundaries import count_boundaries
 from sfp.evaluation.configs import ConfigError
 from sfp.evaluation.journal import Journal, count
 from sfp.evaluation.scores import COLUMNS, cell, confusion, coverage, number, summarize
@@ -153,6 +154,58 @@ class SegmentationMetric(IoUMetric):
     def relabel(self, labels: Tensor) -> Tensor:
         """Predictions as class numbers, for pictures. Identity; `HungarianMetric` maps clusters."""
         return labels
+
+
+@METRICS.register_module(force=True)
+class BoundaryMetric(SegmentationMetric):
+    """The same scores, and Boundary IoU beside them (`boundaries`): "bIoU", a mean over classes.
+
+    Args:
+        ratio: the distance from contours that counts, as a share of the image's diagonal.
+        **kwargs: of `SegmentationMetric`.
+
+    Attributes:
+        boundary_iou: of each class in percent, NaN where it has none, after an evaluation.
+    """
+
+    def __init__(self, *, ratio: float = 0.02, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 0 < ratio <= 1:
+            raise ConfigError(f"BoundaryMetric: ratio={ratio}, expected a share of the diagonal")
+        self.ratio = ratio
+        self.boundary_iou: list[float] = []
+
+    def intersect_and_union(  # type: ignore[override]
+        self, pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
+    ) -> Tensor:
+        """Entries of both confusion matrices; the labels of boundaries follow those of pixels."""
+        pixels = count(pred_label, label, num_classes, ignore_index)
+        edges = count_boundaries(pred_label, label, num_classes, ignore_index, self.ratio)
+        edges[:2] += num_classes
+        return torch.cat([pixels, edges], dim=1)
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """As in `SegmentationMetric`; `records` are those of pixels."""
+        scores = super().evaluate(size)
+        self.records = {name: self._pixels(each) for name, each in self.records.items()}
+        return scores
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """As in `SegmentationMetric`, with "bIoU"."""
+        if self.format_only:
+            return super().compute_metrics(results)
+        scores = super().compute_metrics([self._pixels(each) for each in results])
+        classes = len(self.dataset_meta["classes"])
+        shift = torch.tensor([[classes], [classes], [0]])
+        edges = [each[:, each[0] >= classes] - shift for each in results]
+        matrix = confusion(edges, classes + 1)
+        counts = (matrix.diagonal(), matrix.sum(0), matrix.sum(1))
+        summary = summarize(*(x[:classes] for x in counts))
+        self.boundary_iou = summary["IoU"]
+        return dict(scores, bIoU=round(summary["mIoU"], 2))
+
+    def _pixels(self, entries: Tensor) -> Tensor:
+        return entries[:, entries[0] < len(self.dataset_meta["classes"])]
 
 
 def complete(nodes: Any) -> list[dict[str, Any]]:

@@ -16,21 +16,32 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mmengine.config import Config
+
+from sfp.data.benchmarks import by_dataset
+from sfp.evaluation.card import differences
+from sfp.evaluation.configs import find_config, read_config
+from sfp.evaluation.settings import STRICT, settings
 from sfp.registry import suggest
 
 FILE = Path(__file__).with_name("published.json")
 METRICS = ("mIoU", "mAcc", "aAcc", "fwIoU")
-EIGHT = (
-    "VOC21",
-    "Context60",
-    "COCO-Object",
-    "VOC20",
-    "Context59",
-    "COCO-Stuff",
-    "ADE20K",
-    "Cityscapes",
-)
-BENCHMARKS = (*EIGHT, "ADE20K-847", "Context459", "COCO-27", "Cityscapes-27")
+# names in papers' tables -> those of `sfp.data.benchmarks`
+CONFIGS = {
+    "VOC21": "voc21",
+    "Context60": "context60",
+    "COCO-Object": "coco_object",
+    "VOC20": "voc20",
+    "Context59": "context59",
+    "COCO-Stuff": "coco_stuff164k",
+    "ADE20K": "ade20k",
+    "Cityscapes": "city_scapes",
+    "ADE20K-847": "ade847",
+    "Context459": "context459",
+    "COCO-27": "coco27",
+    "Cityscapes-27": "city_scapes27",
+}
+EIGHT = tuple(CONFIGS)[:8]  # what papers of this field evaluate
 SEEN = ("text", "transcript", "second-hand")
 
 
@@ -86,7 +97,7 @@ class Number:
 
     Attributes:
         value: in percent; text such as "62.x" where our copy of the source cuts a digit off.
-        benchmark: one of `BENCHMARKS`, or an average by name.
+        benchmark: one of `CONFIGS`, or an average by name.
         metric: one of `METRICS`.
         backbone: "ViT-B/16", ...
         protocol: key of `Published.protocols`.
@@ -97,6 +108,7 @@ class Number:
         by: who ran a method that is not theirs; "" for its authors, or where nobody says.
         extra: models used besides CLIP.
         trained: whether the method trains something.
+        ablation: whether the row is a variant of a method in a table of variants.
         note: what to know about the row.
     """
 
@@ -112,6 +124,7 @@ class Number:
     by: str = ""
     extra: str = ""
     trained: bool = False
+    ablation: bool = False
     note: str = ""
 
 
@@ -133,6 +146,12 @@ class Published:
         """Numbers with these values of their attributes, e.g. `find(method="sclip", metric="mIoU")`."""
         return [n for n in self.numbers if all(getattr(n, k) == v for k, v in where.items())]
 
+    def of_method(self, method: str, benchmark: str, backbone: str) -> list[Number]:
+        """A preset's mIoU on a benchmark, without ablations."""
+        return self.find(
+            method=method, benchmark=benchmark, backbone=backbone, metric="mIoU", ablation=False
+        )
+
     def row(self, table: str, row: str) -> dict[str, Number]:
         """A row's numbers by benchmark.
 
@@ -147,6 +166,70 @@ class Published:
         if row not in rows:
             raise ValueError(f"no row {row!r} in the published table {table!r}{suggest(row, rows)}")
         return rows[row]
+
+
+def benchmark_of(config: Config) -> str | None:
+    """The benchmark that a config evaluates, by its name in papers' tables; None if it is none."""
+    found = by_dataset(config.test_dataloader.dataset.type)
+    names = {config_name: name for name, config_name in CONFIGS.items()}
+    return names.get(found.name) if found else None
+
+
+def settings_of(protocol: str, benchmark: str) -> dict[str, Any] | None:
+    """The settings of a protocol on a benchmark, in the groups of `settings` that decide.
+
+    Args:
+        protocol: key of `Published.protocols`.
+        benchmark: one of `CONFIGS`.
+
+    Returns:
+        "protocol", "vocabulary" and "data"; None if they are not known, or cannot be written as
+        options of a shipped config.
+    """
+    options = published().protocols[protocol].options
+    if options is None:
+        return None
+    own = {**options.get("*", {}), **options.get(benchmark, {})}
+    words, side = own.pop("words", None), own.pop("short_side", None)
+    config = read_config(find_config(CONFIGS[benchmark]))
+    config.merge_from_dict(own)
+    if side:
+        steps = config.test_dataloader.dataset.pipeline
+        (resize,) = (step for step in steps if step["type"] == "Resize")
+        resize["scale"] = (resize["scale"][0], side)
+    groups = settings(config)
+    if words:
+        classes = groups["vocabulary"]["classes"]
+        renamed = [[query.replace(*words) for query in queries] for queries in classes]
+        groups["vocabulary"] = dict(classes=renamed)
+    return {group: groups[group] for group in STRICT}
+
+
+def reservation(number: Number, groups: Mapping[str, Any]) -> str:
+    """Why a number does not compare with a run on the same benchmark; "" if nothing is known.
+
+    Args:
+        number: a published one.
+        groups: of the run, from `settings`.
+    """
+    own = settings_of(number.protocol, number.benchmark)
+    if own is None:
+        return published().protocols[number.protocol].name
+    found = differences(own, {group: groups.get(group, {}) for group in STRICT})
+    parts = (f"{row.name} ({_short(row.a)}, here {_short(row.b)})" for row in found)
+    return f"protocol differs in {', '.join(parts)}" if found else ""
+
+
+def beside(number: Number, groups: Mapping[str, Any]) -> str:
+    """A number in words, and whether it compares with a run; arguments as of `reservation`."""
+    by = f"; run by {number.by}" if number.by else ""
+    source = published().sources[number.source].text
+    why = reservation(number, groups) or "protocol the same as far as it is known"
+    return f"published {number.value} ({source}{by}), {why}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 @cache
@@ -184,7 +267,7 @@ def parse(data: Mapping[str, Any]) -> Published:
         _one_of("protocol", number.protocol, protocols, where)
         _one_of("metric", number.metric, METRICS, where)
         if not number.benchmark.startswith(("mean", "average")):
-            _one_of("benchmark", number.benchmark, BENCHMARKS, where)
+            _one_of("benchmark", number.benchmark, CONFIGS, where)
     keys = [(n.table, n.row, n.metric, n.benchmark) for n in numbers]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ValueError(f"published twice: {min(twice)}")

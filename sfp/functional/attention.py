@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,12 +61,28 @@ def centred_softmax(similarity: Tensor, gain: float, centre: float) -> Tensor:
     return logits.masked_fill(logits < 0, torch.finfo(logits.dtype).min).softmax(-1)
 
 
-def mean_cosine(*projections: Tensor) -> Tensor:
-    """Cosines between tokens, averaged over projections and heads: (B, H, T, d) each -> (B, T, T)."""
+def mean_cosine(*projections: Tensor, concat: bool = False) -> Tensor:
+    """Cosines between tokens, averaged over projections and heads: (B, H, T, d) each -> (B, T, T).
+
+    Args:
+        *projections: queries, keys, ...
+        concat: the heads of a projection, side by side, are one vector.
+    """
+    if concat:
+        projections = tuple(x.transpose(1, 2).flatten(2)[:, None] for x in projections)
+    return _mean_product([F.normalize(upcast(x), dim=-1) for x in projections])
+
+
+def mean_product(*projections: Tensor) -> Tensor:
+    """Inner products over sqrt(d), averaged as in `mean_cosine`: (B, H, T, d) each -> (B, T, T)."""
+    return _mean_product([upcast(x) for x in projections]) * projections[0].shape[-1] ** -0.5
+
+
+def _mean_product(projections: Sequence[Tensor]) -> Tensor:
     # the mean of products is the product of what lies end to end: no map for each head
-    units = torch.cat([F.normalize(upcast(x), dim=-1) for x in projections], dim=1)
-    rows = units.transpose(1, 2).flatten(2)  # (B, T, projections * H * d)
-    return rows @ rows.mT / units.shape[1]
+    heads = torch.cat(list(projections), dim=1)
+    rows = heads.transpose(1, 2).flatten(2)  # (B, T, projections * H * d)
+    return rows @ rows.mT / heads.shape[1]
 
 
 def gaussian_prior(grid: tuple[int, int], std: float, device: torch.device | None = None) -> Tensor:

@@ -11,25 +11,33 @@ from sfp.functional.windows import interpolation
 BUDGET = 2**24  # numbers held at once
 
 
-def dbscan(rows: Tensor, *, eps: float, min_samples: int, keep: Tensor | None = None) -> Tensor:
+def dbscan(
+    rows: Tensor,
+    *,
+    eps: float,
+    min_samples: int,
+    keep: Tensor | None = None,
+    affinities: bool = True,
+) -> Tensor:
     """Density clusters of the patches of one image (scikit-learn's DBSCAN, Euclidean).
 
     Args:
-        rows: affinities, (N, N); patches are near if their rows are.
+        rows: affinities, (N, N), or features, (N, C): patches are near if their rows are.
         eps: distance of neighbours.
         min_samples: neighbours, with itself, that make a patch the core of a cluster.
-        keep: (N,) bool; other patches are left out, with their row and their column.
+        keep: (N,) bool; other patches are left out, with their row and, of affinities, their column.
+        affinities: whether `rows` are those.
 
     Returns:
         (N,) int64 cluster numbers from 0; -1 for patches without a cluster.
     """
     from sklearn.cluster import DBSCAN  # slow to import, and only one method needs it
 
-    kept = torch.ones_like(rows[0], dtype=torch.bool) if keep is None else keep
+    kept = torch.ones_like(rows[:, 0], dtype=torch.bool) if keep is None else keep
     labels = torch.full(kept.shape, -1, device=rows.device)
     if bool(kept.any()):
-        points = rows[kept][:, kept].cpu().numpy()
-        found = DBSCAN(eps=eps, min_samples=min_samples).fit(points).labels_
+        points = rows[kept][:, kept] if affinities else rows[kept]
+        found = DBSCAN(eps=eps, min_samples=min_samples).fit(points.cpu().numpy()).labels_
         labels[kept] = torch.from_numpy(found).to(labels)
     return labels
 

@@ -10,6 +10,9 @@ min_samples=7`. The paper describes `correlation="cosine", layer=-1, unit_rows=T
 | clustered | rows of the last but one block's cosines | unit rows of the last block's |
 | denoising | CLS row subtracted, cut at 0 | patches with mean_j w_ij > w_ii left out (Eq. 7) |
 
+Its ablations are `correlation`, `concat`, `product`, `restore` and `features`. The paper does not print
+the formulas of "inner product", of clustered features and of other layers: these are our reading.
+
 Eq. 7 cannot hold for cosines (w_ii = 1 is the largest); it is evaluated on the block's attention.
 
 Background prompts are words of the vocabulary: synonyms of class 0. The release centre-crops images
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.functional.attention import mean_cosine
+from sfp.functional.attention import mean_cosine, mean_product
 from sfp.functional.clusters import (
     cluster_peaks,
     dbscan,
@@ -35,15 +38,16 @@ from sfp.functional.clusters import (
     vote_shares,
 )
 from sfp.functional.precision import upcast
-from sfp.kinds import Affinity, Detector, Source
+from sfp.kinds import Affinity, Detector, Rule, Source
 from sfp.ops.attention import self_self
 from sfp.registry import METHODS, op
-from sfp.tokens import Heads
+from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
 RULES: dict[str, dict[str, Any] | None] = dict(
     softmax=dict(type="self_self", pairs=("qq", "kk", "vv")),
     cosine=dict(type="cosine_attention"),
+    identity=dict(type="identity"),
     none=None,
 )
 DENOISE: dict[str, dict[str, Any] | None] = dict(
@@ -52,18 +56,27 @@ DENOISE: dict[str, dict[str, Any] | None] = dict(
 
 
 @op("attention")
-def cosine_attention(heads: Heads, trace: Trace) -> Tensor:
+def cosine_attention(heads: Heads, trace: Trace, *, concat: bool = False) -> Tensor:
     """Mean over heads of (cos qq + cos kk + cos vv) / 3, one map for all heads, (B, 1, T, T).
 
     CLIPtrase's weights as its paper prints them: not normalised, so that a row sums to the number of
     tokens times their mean correlation.
+
+    Args:
+        concat: cosines of all heads side by side (Eq. 14) in place of the mean of each head's (Eq. 3).
     """
-    return mean_cosine(heads.q, heads.k, heads.v)[:, None]
+    return mean_cosine(heads.q, heads.k, heads.v, concat=concat)[:, None]
 
 
 @op("affinity")
 def head_cosine(
-    trace: Trace, *, layer: int = -2, subtract_cls: bool = False, unit_rows: bool = False
+    trace: Trace,
+    *,
+    layer: int = -2,
+    subtract_cls: bool = False,
+    unit_rows: bool = False,
+    concat: bool = False,
+    product: bool = False,
 ) -> Tensor:
     """Mean over heads of (cos qq + cos kk + cos vv) / 3 of the patches in a block.
 
@@ -71,9 +84,14 @@ def head_cosine(
         layer: method layer of the block whose projections are compared.
         subtract_cls: each column minus its correlation with the class token, cut at 0.
         unit_rows: rows of unit length.
+        concat: heads side by side, as in `cosine_attention`.
+        product: inner products over sqrt(d) in place of cosines.
     """
     heads = trace.heads(trace.layer(layer))
-    full = mean_cosine(heads.q, heads.k, heads.v)  # (B, T, T)
+    if product:
+        full = mean_product(heads.q, heads.k, heads.v)  # (B, T, T)
+    else:
+        full = mean_cosine(heads.q, heads.k, heads.v, concat=concat)
     patches = full[:, heads.prefix :, heads.prefix :]
     if subtract_cls:
         patches = (patches - full[:, :1, heads.prefix :]).clamp_min(0)
@@ -94,6 +112,20 @@ def overshadowed(trace: Trace, layer: int, *, pairs: Sequence[str] = ("qk",)) ->
     weights = self_self(heads, trace, pairs=pairs).mean(1)  # (B, T, T)
     weights = weights[:, heads.prefix :, heads.prefix :]
     return weights.mean(-1) > weights.diagonal(dim1=-2, dim2=-1)
+
+
+@op("edit")
+def reread(trace: Trace, layer: int, *, block: int, attention: Rule | None) -> Tokens:
+    """The tokens that leave a layer; one block mixes its own by another attention rule.
+
+    Args:
+        block: method layer of that block.
+        attention: the rule; None for the block's own.
+    """
+    if layer != trace.layer(block):
+        return trace.outputs[layer]
+    x = trace.entering(layer)
+    return trace.vit.blocks[layer].read(x, residual=x.data, attention=attention, trace=trace)
 
 
 @op("refiner", words=True)
@@ -119,6 +151,7 @@ def cluster_vote(
     noise: Detector | None = None,
     noise_layer: int = -1,
     guide: str | None = None,
+    source: Source | None = None,
     vote: Literal["mode", "mean"] = "mode",
     cells: int | None = None,
 ) -> Tensor:
@@ -131,6 +164,8 @@ def cluster_vote(
         noise_layer: method layer that it judges.
         guide: external encoder on whose grid the affinities live; None for CLIP's own. Then noise,
             which judges CLIP's patches, must be None.
+        source: tokens, e.g. `read_last`, whose features are clustered in place of the rows of
+            `affinity`; their cosines then are the affinities that prototypes average.
         vote: "mode": a pixel's logit is the share of its mask that chooses the query's class;
             "mean": its mask's mean logit.
         cells: output cells per patch; None for one per pixel.
@@ -138,7 +173,9 @@ def cluster_vote(
     Returns:
         (B, Q, H, W). An image in which no patch finds a cluster keeps its logits, or choices.
     """
-    rows, clusters, grid = _clusters(trace, affinity, eps, min_samples, noise, noise_layer, guide)
+    rows, clusters, grid = _clusters(
+        trace, affinity, eps, min_samples, noise, noise_layer, guide, source
+    )
     height, width = trace.image.shape[-2:]
     size = (height, width) if cells is None else (cells * grid[0], cells * grid[1])
     index = torch.tensor(trace.index or range(logits.shape[1]), device=logits.device)
@@ -192,6 +229,7 @@ def _clusters(
     noise: Detector | None,
     noise_layer: int,
     guide: str | None,
+    source: Source | None = None,
 ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
     """Affinities (B, N, N), the cluster of each patch (N,) by image, and the grid they live on."""
     if guide is not None and noise is not None:
@@ -199,12 +237,22 @@ def _clusters(
             f"clusters on the grid of the guide {guide!r} cannot leave out noise: detectors judge "
             "CLIP's patches; set noise=None"
         )
-    rows = trace.once(affinity)
+    if source is None:
+        rows = points = trace.once(affinity)
+    else:
+        points = F.normalize(upcast(trace.vit.project(source(trace)).patches), dim=-1)  # (B, N, C)
+        rows = points @ points.mT
     grid = trace.embedded.grid if guide is None else trace.guide(guide).grid
     kept = None if noise is None else ~noise(trace, trace.layer(noise_layer))  # (B, N)
     labels = [
-        dbscan(own, eps=eps, min_samples=min_samples, keep=None if kept is None else kept[i])
-        for i, own in enumerate(rows)
+        dbscan(
+            own,
+            eps=eps,
+            min_samples=min_samples,
+            keep=None if kept is None else kept[i],
+            affinities=source is None,
+        )
+        for i, own in enumerate(points)
     ]
     return rows, labels, grid
 
@@ -212,8 +260,12 @@ def _clusters(
 @METHODS.register_module()
 def cliptrase(
     *,
-    correlation: Literal["softmax", "cosine", "none"] = "softmax",
+    correlation: Literal["softmax", "cosine", "identity", "none"] = "softmax",
+    concat: bool = False,
+    restore: int = -1,
     cluster: bool = True,
+    features: bool = False,
+    product: bool = False,
     layer: int = -2,
     unit_rows: bool = False,
     denoise: Literal["release", "paper", "none"] = "release",
@@ -227,9 +279,14 @@ def cliptrase(
     """Residual and FFN stay; the logits come at pixel resolution.
 
     Args:
-        correlation: the last block's attention: "softmax" (release), "cosine" (paper), or "none",
-            which leaves it as CLIP has it (the paper's ablation without SCR).
+        correlation: the last block's attention: "softmax" (release), "cosine" (paper), "identity" (of
+            patches to themselves alone), or "none", which leaves it as CLIP has it (the paper's
+            ablation without SCR).
+        concat: cosines of all heads side by side (Eq. 14) in place of their mean.
+        restore: layer whose attention `correlation` replaces; blocks after it run as CLIP has them.
         cluster: False leaves the features alone, without clusters and votes.
+        features: whether patch features are clustered, in place of the rows of their correlations.
+        product: whether inner products are clustered in place of cosines.
         layer: whose correlations are clustered.
         unit_rows: whether rows are scaled to unit length before.
         denoise: "release", "paper" or "none".
@@ -242,14 +299,25 @@ def cliptrase(
         cells: cells per patch in which pixels vote; None for every pixel, as the release.
     """
     rule, noise = RULES[correlation], DENOISE[denoise]
+    if concat and correlation == "cosine":
+        rule = dict(type="cosine_attention", concat=True)
     affinity: dict[str, Any] = dict(
-        type="head_cosine", layer=layer, subtract_cls=denoise == "release", unit_rows=unit_rows
+        type="head_cosine",
+        layer=layer,
+        subtract_cls=denoise == "release",
+        unit_rows=unit_rows,
+        concat=concat,
+        product=product,
     )
     if guide is not None:
         affinity, noise = dict(type="guide_similarity", guide=guide), None
+    edits: list[dict[str, Any]] = []
     refiners: list[dict[str, Any]] = []
+    if restore != -1:
+        edits.append(dict(type="reread", block=restore, attention=rule))
+        rule = None
+    source = dict(type="read_last", attention=rule, reduced=False)
     if cls_logits:
-        source = dict(type="read_last", attention=rule, reduced=False)
         refiners.append(dict(type="cls_product", source=source))
     if cluster:
         refiners.append(
@@ -261,8 +329,9 @@ def cliptrase(
                 noise=noise,
                 noise_layer=layer,
                 guide=guide,
+                source=source if features else None,
                 vote=vote,
                 cells=cells,
             )
         )
-    return dict(readouts=[dict(attention=rule)], refiners=refiners)
+    return dict(edits=edits, readouts=[dict(attention=rule)], refiners=refiners)

@@ -27,11 +27,11 @@ def layer_sum(trace: Trace, *, layers: Sequence[int]) -> Tokens:
 
 
 @op("source")
-def read_last(trace: Trace, *, attention: Rule, reduced: bool = True) -> Tokens:
+def read_last(trace: Trace, *, attention: Rule | None, reduced: bool = True) -> Tokens:
     """The last block under another attention rule, e.g. for `trace.guess`.
 
     Args:
-        attention: the rule.
+        attention: the rule; None for the block's own.
         reduced: whether its residual and FFN are left out.
     """
     last = len(trace.vit.blocks) - 1

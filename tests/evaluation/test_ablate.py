@@ -10,6 +10,7 @@ import cv2
 import pytest
 import tiny
 import trees
+from mmengine.config import Config
 
 import sfp
 from sfp import cli
@@ -20,7 +21,8 @@ from sfp.segmentor import OpenVocabSegmentor
 ROOT = Path(__file__).parents[2]
 SCENES = 4
 OPTIONS = {"test_dataloader.dataset.scenes": SCENES, "test_dataloader.num_workers": 0}
-NAMES = ("modules", "self_attention", "layers", "detectors", "backbones", "cliptrase", "gclip")
+NAMES = ("modules", "self_attention", "layers", "detectors", "backbones", "cliptrase")
+NAMES += ("cliptrase_release", "gclip")
 POSTER = [57.0, 60.1, 62.3, 63.9]
 
 
@@ -60,7 +62,7 @@ def test_every_row_builds(name):
     study = ablate.find_study(name)
     labels = [row.label for row in study.rows]
     assert len({label.lower() for label in labels}) == len(labels) > 2
-    built = [sfp.build_method(row.method) for row in study.rows]
+    built = [sfp.build_method(row.method) for row in study.rows if row.method]
     assert len(set(map(repr, built))) == len(built)  # every row is another method
 
 
@@ -72,9 +74,47 @@ def test_which_studies():
         ablate.find_study("module")
 
 
+def values(row: ablate.Row) -> dict[str, float | str]:
+    return {n.benchmark: n.value for n in row.published}
+
+
+def test_rows_are_the_papers():
+    """CLIPtrase's study is its tables 2, 4 and 5; numbers copied from the paper by hand."""
+    rows = {row.label: row for row in ablate.find_study("cliptrase").rows}
+    ade = {
+        "CLIP": 2.30,
+        "SCR": 15.79,
+        "SCR + PC": 16.00,
+        "SCR + PC + D": 16.35,
+        "inner product": 7.49,
+        "features clustered": 15.01,
+        "layer 9": 0.41,
+        "layer 10": 1.74,
+        "layer 11": 4.08,
+        "without SCR (table 4)": 3.01,
+        "<x_i, x_i>": 11.55,
+        "<x_i, x_j>": 15.58,
+        "COS in ground truth": 16.50,
+        "DINOv2 masks": 15.79,
+    }
+    assert {label: values(row)["ADE20K"] for label, row in rows.items() if row.published} == ade
+    assert not rows["heads concatenated"].published
+    assert {n.protocol for row in rows.values() for n in row.published} == {"cliptrase_224"}
+    idle = [label for label, row in rows.items() if row.method is None]
+    assert idle == ["without SCR (table 4)", "COS in ground truth"]  # what it is; an oracle
+
+
+def test_backbones_have_their_own_numbers():
+    row = {row.label: row for row in ablate.find_study("backbones").rows}["sfp_paper"]
+    found = {n.backbone: n.value for n in row.published if n.benchmark == "VOC21"}
+    assert found == {"ViT-B/16": 63.9, "ViT-B/32": 60.1, "ViT-L/14": 64.7}
+    shown = ablate._of_weights(row, "ViT-L/14")
+    assert {n.benchmark: n.value for n in shown} == {"VOC21": 64.7, "ADE20K": 22.1}
+
+
 def test_rows_are_the_posters():
     modules = ablate.find_study("modules").rows
-    assert [row.published["VOC21"] for row in modules] == POSTER
+    assert [values(row)["VOC21"] for row in modules] == POSTER
     full = sfp.build_method("sfp_paper")
     assert repr(sfp.build_method(modules[-1].method)) == repr(full)
     layers = ablate.find_study("layers").rows
@@ -82,7 +122,7 @@ def test_rows_are_the_posters():
     assert [row.method["integrator_start"] for row in layers] == [0, 4, 7, 9, 10]
     same = {row.label: row for row in ablate.find_study("self_attention").rows}
     for module, label in ((1, "qk"), (2, "qq+kk")):
-        assert dict(same[label].published) == dict(modules[module].published)
+        assert values(same[label]) == values(modules[module])
         methods = (sfp.build_method(row.method) for row in (same[label], modules[module]))
         assert len(set(map(repr, methods))) == 1
 
@@ -90,7 +130,9 @@ def test_rows_are_the_posters():
 def test_trunks_are_shared():
     """SOM alone decides about the trunk of the poster's variants."""
     rows = [
-        row for name in ("modules", "self_attention", "layers") for row in ablate.STUDIES[name].rows
+        row
+        for name in ("modules", "self_attention", "layers")
+        for row in ablate.find_study(name).rows
     ]
     assert len({repr(sfp.build_method(row.method).trunk) for row in rows}) == 2
 
@@ -109,7 +151,8 @@ def test_command(name, capsys, tmp_path):
     page = (tmp_path / f"ablate_{name}.md").read_text()
     assert all(f"| {row.label} | " in page for row in rows)
     # of another benchmark: named so, and told apart from ours
-    assert ("VOC21, published | ADE20K, published" in page) == (name == "modules")
+    named = "VOC21, published (ViT-B/16) | ADE20K, published (ViT-B/16)"
+    assert (named in page) == (name == "modules")
     assert ("of other benchmarks than ours" in page) == (name == "modules")
     assert cv2.imread(str(tmp_path / f"ablate_{name}.png")).std() > 10
 
@@ -175,11 +218,16 @@ def test_backbones(tmp_path, ran):
     paths = [tmp_path / f"seed{seed}.safetensors" for seed in range(2)]
     weights = [str(tiny.save(path, seed, **tiny.WORDS)) for seed, path in enumerate(paths)]
     result = ablate.ablate(mini(tmp_path / "work"), "backbones", weights=weights)
-    methods = ("clip", "sfp", "sfp_paper")
+    methods = ("clip", "sclip", "naclip", "sfp", "sfp_paper", "proxyclip", "LaVG")
     assert [row["label"] for row in result["rows"]] == [
         f"seed{seed}: {method}" for seed in range(2) for method in methods
     ]
-    assert [n for _, n in ran] == [3] * 2 * SCENES
+    assert [n for _, n in ran] == [5] * 2 * SCENES  # without a guide, and without LaVG
+    assert [row["mIoU"] is None for row in result["rows"]] == [False] * 5 + [True] * 2 + [
+        False
+    ] * 5 + [True] * 2
+    assert "Not run: seed0: proxyclip, seed0: LaVG, seed1" in ablate.caption(result)
+    assert "| seed1: LaVG | - | - | - |" in ablate.report(result)
     assert (tmp_path / "work/ablate_backbones.png").is_file()
     with pytest.raises(ValueError, match="study 'backbones'"):
         ablate.ablate(mini(tmp_path), "modules", weights=weights)
@@ -198,13 +246,46 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
     )
     result = ablate.ablate(config, "modules")
     header, rows = ablate.sheet(result)
-    assert header == ["variant", "mIoU", "mAcc", "aAcc", "VOC21, published"]
+    assert header == ["variant", "mIoU", "mAcc", "aAcc", "VOC21, published (ViT-B/16)"]
     assert [row[-1] for row in rows] == [str(number) for number in POSTER]
     assert "other benchmarks" not in ablate.report(result)
     assert all(math.isfinite(row["mIoU"]) for row in result["rows"])
+    # other settings than those of the numbers are named beside them
+    config.model.prob_thd = 0.3
+    config.work_dir = str(tmp_path / "other")
+    other = ablate.sheet(ablate.ablate(config, "layers"))
+    assert other[0][-1] == (
+        "VOC21, published (ViT-B/16; protocol differs in prob_thd (0.15, here 0.3))"
+    )
     # a digit that the source leaves open stays open
-    layers = [dict(result["rows"][0], published=r.published) for r in ablate.STUDIES["layers"].rows]
-    assert ablate.sheet(dict(result, rows=layers))[1][-1][-1] == "62.x"
+    assert other[1][-1][-1] == "62.x"
+    record = compare.compare(config, {"sfp": "sfp", "mine": dict(type="sfp", pm="lof")}, pictures=0)
+    assert record["published"] == {}  # nobody published anything of these weights
+    record["published"] = compare.beside_published(
+        Config(dict(config, model=dict(config.model, weights="ViT-B/16"))),
+        {"sfp_paper": "sfp_paper", "sclip": "sclip", "mine": dict(type="sfp", pm="lof")},
+    )
+    assert record["published"] == {
+        "sfp_paper": [
+            "published 63.9 (SFP's poster), protocol differs in prob_thd (0.15, here 0.3)"
+        ],
+        "sclip": [
+            "published 59.7 (SFP's poster; run by SFP's authors), settings not stated",
+            "published 51.79 (CLIPtrase's paper; run by CLIPtrase's authors), centre crop, 336 px",
+            "published 49.54 (CLIPtrase's paper; run by CLIPtrase's authors), centre crop, 224 px",
+        ],
+    }
+    assert "\n* sfp_paper: published 63.9" in compare.compare_markdown(record)
+
+
+def test_numbers_of_another_protocol_say_so(tmp_path):
+    result = ablate.ablate(mini(tmp_path), "gclip")
+    header, rows = ablate.sheet(result)
+    assert header[4:] == [
+        f"{name}, published (ViT-B/16; settings not stated)"
+        for name in ("COCO-Stuff", "ADE20K", "Cityscapes")
+    ]
+    assert rows[-1][4:] == ["24.8", "18.5", "33.7"]
 
 
 @pytest.mark.parametrize(

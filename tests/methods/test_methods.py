@@ -40,6 +40,7 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("clip_surgery", "surgery_blocks"): [0, 3],
     ("cliptrase", "cells"): [1, 4],
     ("cliptrase", "guide"): ["dino"],
+    ("cliptrase", "restore"): [-2],
     ("gclip", "blocks"): [(3,), ()],
     ("gclip", "cs_blocks"): [(2, 3)],
     ("gclip", "channel"): [3],

@@ -169,6 +169,56 @@ def test_eq7_never_fires_on_cosines_and_does_on_attention():
     assert overshadowed(trace, 7, pairs=("qq", "kk", "vv")).sum() == 0
 
 
+@pytest.mark.parametrize("name", ["concat", "product"])
+def test_other_correlations(name):
+    """Eq. 14 of CLIPtrase, and inner products, by loops over heads in float64."""
+    _, trace = sfp.build_method("clip").features(clip().visual, image("sq"))
+    heads = trace.heads(11)
+    expected = torch.zeros(196, 196, dtype=torch.float64)
+    for projection in (heads.q, heads.k, heads.v):
+        each = projection[0].double()[:, 1:]  # (H, N, d)
+        if name == "concat":
+            rows = F.normalize(torch.cat(list(each), dim=-1), dim=-1)
+            expected += rows @ rows.T / 3
+        else:
+            for rows in each:
+                expected += rows @ rows.T / rows.shape[-1] ** 0.5 / (3 * len(each))
+    found = head_cosine(trace, layer=-1, **{name: True})[0]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def test_a_block_of_the_trunk_attends_by_another_rule():
+    """By hand: block 9 as a readout of its own, then the last two blocks as CLIP has them."""
+    vit = clip().visual
+    knobs = dict(correlation="cosine", cluster=False)
+    found, _ = sfp.build_method("cliptrase", restore=-3, **knobs).features(vit, image("sq"))
+    rule = dict(type="cosine_attention")
+    ninth = dict(readouts=[dict(blocks=(-3,), attention=rule)])
+    trace = sfp.build_method("clip").run(vit, image("sq"))
+    x = sfp.build_method(ninth).readouts[0](trace)
+    for block in vit.blocks[-2:]:
+        x = block.read(x, residual=x.data, trace=trace)
+    torch.testing.assert_close(found.data, vit.project(x).data)
+    plain, _ = sfp.build_method("clip").features(vit, image("sq"))
+    assert (plain.data - found.data).abs().max() > 1e-3
+
+
+def test_features_cluster_by_their_own_distance():
+    """Clusters of points, masks from the mean cosine with their members."""
+    _, trace = sfp.build_method("clip").features(clip().visual, image("sq"), text=text())
+    coarse = random(1, 7, 14, 14)
+    source = bind(dict(type="read_last", attention=dict(type="cosine_attention"), reduced=False))
+    unit = F.normalize(trace.vit.project(source(trace)).patches[0].float(), dim=-1)
+    labels = dbscan(unit, eps=0.6, min_samples=3, affinities=False)
+    assert 1 < len(labels.unique()) < 196
+    found = cluster_vote(coarse, trace, affinity=None, source=source, eps=0.6, min_samples=3)
+    size = tuple(image("sq").shape[-2:])
+    masks = segments(unit @ unit.T, labels, (14, 14), size)
+    choice = resize(coarse[0], size).argmax(0)
+    shares = vote_shares(masks, choice, 7)
+    torch.testing.assert_close(found[0], shares.to(found))
+
+
 def test_noise_takes_no_part_in_the_clusters():
     _, trace = sfp.build_method("cliptrase").features(clip().visual, image("sq"), text=text())
     coarse, affinity = random(1, 7, 14, 14), bind(dict(type="head_cosine", subtract_cls=True))
@@ -501,6 +551,10 @@ def test_inter_class_term_is_the_difference_between_paper_and_release():
         ("cliptrase", "cls_logits", (False, True)),
         ("cliptrase", "cells", (None, 2)),
         ("cliptrase", "cluster", (True, False)),
+        ("cliptrase", "concat", (False, True)),
+        ("cliptrase", "features", (False, True)),
+        ("cliptrase", "product", (False, True)),
+        ("cliptrase", "restore", (-1, -2)),
         ("resclip", "dataset", ("context59", "voc20")),
         ("resclip", "use_rcs", (True, False)),
         ("resclip", "use_sfr", (True, False)),

@@ -1,0 +1,62 @@
+"""Boundary IoU: IoU of the pixels near contours (Cheng et al., Boundary IoU, CVPR 2021).
+
+IoU hardly feels where a large object ends. Boundary IoU compares, of each mask, only the pixels within
+a distance d of its contour: |G_d ∩ P_d| / |G_d ∪ P_d|. Here the masks are those of the classes, and
+intersections and unions are summed over all images, as for mIoU.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfp.evaluation.journal import count
+
+_OUTSIDE = 65535
+
+
+def near_contour(labels: Tensor, distance: int) -> Tensor:
+    """Whether another label, or the outside of the image, is within a distance: (H, W) bool.
+
+    These are the pixels that erosion by a square of side `2 * distance + 1` takes from the mask of
+    their label, for all labels at once.
+
+    Args:
+        labels: (H, W) integers in 0..65535.
+        distance: in pixels, along rows and columns, at least 1.
+    """
+    image = labels.cpu().numpy().astype(np.uint16)
+    image = cv2.copyMakeBorder(image, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=_OUTSIDE)
+    square = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
+    mixed = cv2.dilate(image, square) != cv2.erode(image, square)
+    return torch.from_numpy(mixed[1:-1, 1:-1]).to(labels.device)
+
+
+def count_boundaries(
+    predicted: Tensor, truth: Tensor, classes: int, ignored: int, ratio: float
+) -> Tensor:
+    """The confusion matrix of boundaries, as `journal.count` has that of pixels.
+
+    Args:
+        predicted: labels, (H, W).
+        truth: labels, (H, W).
+        classes: K; labels are 0..K-1.
+        ignored: truth of pixels that do not count. They end a mask, as any other label does.
+        ratio: the distance, as a share of the image's diagonal; at least a pixel.
+
+    Returns:
+        Entries (3, n) int64: truth, prediction, pixels. Label K stands for pixels that are not near a
+        contour of their own mask. Ignored pixels have no entry.
+    """
+    if truth.ndim < 2:  # mmseg squeezes images of one row or column: all of their pixels are near
+        predicted, truth = predicted.reshape(1, -1), truth.reshape(1, -1)
+    height, width = truth.shape
+    distance = max(1, round(ratio * (height**2 + width**2) ** 0.5))
+    counted = truth != ignored
+    edges = []
+    for labels in (predicted, truth):
+        near = near_contour(labels, distance)
+        edges.append(torch.where(near, labels, classes)[counted])
+    return count(*edges, classes + 1, ignored=-1)

@@ -18,6 +18,7 @@ side) into the work folder. Killed and started again it continues, also with mor
 Examples:
     sfp compare mini
     sfp compare voc21 --methods clip sclip sfp --work-dir work/three
+    sfp compare voc21 --methods sclip sfp --classes shipped names my_words.txt
 
 Exit codes as of `sfp eval`.
 """
@@ -31,6 +32,14 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     options.add_evaluation(parser)
     parser.add_argument("--methods", nargs="+", help="presets (default: all that need no guide)")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        default=[],
+        metavar="WORDS",
+        help="vocabularies to compare: shipped (the benchmark's file), names (the dataset's plain class "
+        "names) or a class file, one line per class (default: the config's alone)",
+    )
     options.add_pictures(parser, default=4)
 
 
@@ -47,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         record = compare.compare(
             config,
             {name: name for name in methods},
+            words=args.classes,
             pictures=args.pictures,
             resume=not args.no_resume,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

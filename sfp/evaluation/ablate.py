@@ -264,11 +264,11 @@ def ablate(
         measured = dict(zip((row.label for row in runs), record["methods"].values(), strict=True))
         groups = settings(own)
         for row in study.rows:
-            numbers = {k: measured.get(row.label, {}).get(k) for k in COLUMNS}
+            ours = {k: measured.get(row.label, {}).get(k) for k in COLUMNS}
             found = _of_weights(row, str(source))
             shown = [_shown(n, str(source), benchmark, groups) for n in found]
             method = dict(row.method) if row.method else None
-            rows.append(dict(label=prefix + row.label, method=method, **numbers, published=shown))
+            rows.append(dict(label=prefix + row.label, method=method, **ours, published=shown))
     numbers = [n for row in study.rows for n in row.published]
     result = dict(
         study=name,

@@ -27,8 +27,7 @@ def near_contour(labels: Tensor, distance: int) -> Tensor:
         labels: (H, W) integers in 0..65535.
         distance: in pixels, along rows and columns, at least 1.
     """
-    image = labels.cpu().numpy().astype(np.uint16)
-    image = cv2.copyMakeBorder(image, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=_OUTSIDE)
+    image = np.pad(labels.cpu().numpy().astype(np.uint16), 1, constant_values=_OUTSIDE)
     square = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
     mixed = cv2.dilate(image, square) != cv2.erode(image, square)
     return torch.from_numpy(mixed[1:-1, 1:-1]).to(labels.device)
@@ -55,8 +54,8 @@ def count_boundaries(
     height, width = truth.shape
     distance = max(1, round(ratio * (height**2 + width**2) ** 0.5))
     counted = truth != ignored
-    edges = []
-    for labels in (predicted, truth):
-        near = near_contour(labels, distance)
-        edges.append(torch.where(near, labels, classes)[counted])
-    return count(*edges, classes + 1, ignored=-1)
+    one, two = (
+        torch.where(near_contour(labels, distance), labels, classes)[counted]
+        for labels in (predicted, truth)
+    )
+    return count(one, two, classes + 1, ignored=-1)

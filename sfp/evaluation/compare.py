@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from sfp.cli.method_table import markdown
+from sfp.data.benchmarks import by_dataset
 from sfp.data.datasets import DATASETS
 from sfp.data.images import DataError
 from sfp.engine import choose_device
@@ -41,6 +44,7 @@ from sfp.method import Method, build_method
 from sfp.overlay import Panel
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.visualize.sheets import at_size, picture_sheet
+from sfp.vocabulary import load_vocabulary
 
 
 def build_segmentor(config: Config) -> OpenVocabSegmentor:
@@ -250,24 +254,84 @@ def compare(
     config: Config,
     methods: Mapping[str, str | Mapping[str, Any] | Method],
     *,
+    words: Sequence[str] = (),
     pictures: int = 4,
     resume: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """`measure`, written into the work folder: compare.json, compare.md, and pictures.
 
+    Args:
+        config, methods, resume, progress: as of `measure`.
+        words: vocabularies (see `with_words`) that each method is run with, one after the other; none
+            for the config's. The names of methods then end with that of the vocabulary.
+        pictures: images on the sheet, of the first vocabulary.
+
     Returns:
         What `measure` does, and "published": what is published of each method on this benchmark with
         these weights, and whether it compares, in words.
+
+    Raises:
+        ValueError: if a vocabulary has not one entry per class of the benchmark.
     """
-    record = measure(config, methods, pictures=pictures, resume=resume, progress=progress)
-    record["published"] = beside_published(config, methods)
+    configs = [with_words(config, each) for each in words] or [config]  # all before the first runs
+    record: dict[str, Any] = dict(methods={}, published={})
+    for n, (own, each) in enumerate(zip(configs, words or [""], strict=True)):
+        tag = f" [{each}]" if words else ""
+        named = {name + tag: method for name, method in methods.items()}
+        part = measure(
+            own,
+            named,
+            pictures=0 if n else pictures,
+            resume=resume,
+            progress=partial(_part, progress, n, len(configs)),
+        )
+        record["methods"].update(part.pop("methods"))
+        record["published"].update(beside_published(own, named))
+        record.update(part)
     folder = Path(config.work_dir)
     with atomic_write(folder / "compare.json") as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
     with atomic_write(folder / "compare.md") as path:
         path.write_text(compare_markdown(record))
     return record
+
+
+def _part(
+    progress: Callable[[int, int], None], n: int, parts: int, done: int, total: int
+) -> None:
+    """Progress of the n-th of equal parts, as that of the whole."""
+    progress(n * total + done, parts * total)
+
+
+def with_words(config: Config, words: str) -> Config:
+    """A config with another vocabulary for the same classes.
+
+    Args:
+        config: from `evaluate.load_config`.
+        words: "shipped": the class file of the benchmark; "names": the dataset's own names of its
+            classes, one query each; or the path of a class file.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or no class file is shipped.
+        ValueError: if it has not one entry per class.
+    """
+    own = copy.deepcopy(config)  # `copy()` shares the model's settings
+    dataset = DATASETS.build(config.test_dataloader.dataset)
+    names = list(dataset.metainfo["classes"])
+    if words == "names":
+        own.model.classes = names
+    elif words == "shipped":
+        found = by_dataset(config.test_dataloader.dataset.type)
+        own.model.classes = str(found.words) if found and found.class_file else config.model.classes
+    else:
+        own.model.classes = words
+    if (number := load_vocabulary(own.model.classes).num_classes) != len(names):
+        raise ValueError(
+            f"{words} names {number} classes, {type(dataset).__name__} has {len(names)}: the labels "
+            "would not be theirs"
+        )
+    return own
 
 
 def beside_published(

@@ -278,6 +278,33 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
     assert "\n* sfp_paper: published 63.9" in compare.compare_markdown(record)
 
 
+def test_vocabularies_are_an_axis_of_a_comparison(tmp_path, ran):
+    mine = tmp_path / "mine.txt"
+    names = (ROOT / "configs/cls_mini.txt").read_text().splitlines()
+    mine.write_text("\n".join([*names[1:], names[0]]))
+    config = mini(tmp_path / "work", **{"model.logit_scale": 20.0})
+    alone = compare.compare(config, {"clip": "clip"}, pictures=0)["methods"]["clip"]
+    config.work_dir = str(tmp_path / "words")
+    ran.clear()
+    words = ("shipped", str(mine), "names")
+    record = compare.compare(config, {"clip": "clip", "sfp": "sfp"}, words=words, pictures=1)
+    assert [methods for _, methods in ran] == [2] * SCENES * 3
+    assert list(record["methods"]) == [f"{m} [{w}]" for w in words for m in ("clip", "sfp")]
+    found = record["methods"]
+    # the mini world's file has the names alone
+    assert found["clip [shipped]"] == found["clip [names]"] == alone
+    assert found[f"clip [{mine}]"] != alone
+    ran.clear()
+    again = compare.compare(config, {"clip": "clip", "sfp": "sfp"}, words=words, pictures=0)
+    assert (again, ran) == (record, [])
+    mine.write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match="names 2 classes, MiniSceneDataset has 18"):
+        compare.compare(config, {"clip": "clip"}, words=words)
+    with pytest.raises(FileNotFoundError, match="shiped"):
+        compare.compare(config, {"clip": "clip"}, words=["shiped"])
+    assert not ran
+
+
 def test_numbers_of_another_protocol_say_so(tmp_path):
     result = ablate.ablate(mini(tmp_path), "gclip")
     header, rows = ablate.sheet(result)

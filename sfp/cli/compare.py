@@ -37,7 +37,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         default=[],
         metavar="WORDS",
-        help="vocabularies to compare: shipped (the benchmark's file), names (the dataset's plain class "
+        help="vocabularies to compare: shipped (the benchmark's file), names (the dataset's class "
         "names) or a class file, one line per class (default: the config's alone)",
     )
     options.add_pictures(parser, default=4)

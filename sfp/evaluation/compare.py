@@ -297,9 +297,7 @@ def compare(
     return record
 
 
-def _part(
-    progress: Callable[[int, int], None], n: int, parts: int, done: int, total: int
-) -> None:
+def _part(progress: Callable[[int, int], None], n: int, parts: int, done: int, total: int) -> None:
     """Progress of the n-th of equal parts, as that of the whole."""
     progress(n * total + done, parts * total)
 

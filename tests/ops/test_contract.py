@@ -57,9 +57,22 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "nearest": [{}],
         "zero": [{}],
     },
+    "edit": {
+        "reread": [
+            dict(block=-2, attention=SELF),
+            dict(block=3, attention=dict(type="identity")),
+        ],
+    },
     "affinity": {
         "guide_similarity": [dict(guide="colours"), dict(guide="bright")],
-        "head_cosine": [{}, dict(layer=-1), dict(subtract_cls=True), dict(unit_rows=True)],
+        "head_cosine": [
+            {},
+            dict(layer=-1),
+            dict(subtract_cls=True),
+            dict(unit_rows=True),
+            dict(product=True),
+            dict(concat=True, layer=-1, unit_rows=True),  # one head here: concat alone is no change
+        ],
         "semantic_feedback": [
             dict(source=FEEDBACK["source"]),
             dict(source=FEEDBACK["source"], temp_thd=0.9, blur=2.0, logit_scale=80.0),
@@ -74,7 +87,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(feedback=FEEDBACK),
             dict(feedback=FEEDBACK, share=0.2, gain=1.0, std=2.0),
         ],
-        "cosine_attention": [{}],
+        "cosine_attention": [dict(concat=True)],
         "proxy_attention": [GUIDED, dict(GUIDED, gain=6.0, centre=1.0)],
         "scaled": [dict(rule=SELF, gain=2.0)],
         "self_self": [{}, dict(pairs=["qk"]), dict(pairs=["qq", "kk", "vv"])],
@@ -114,6 +127,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(affinity=COSINES, eps=1.5, min_samples=5, vote="mean"),
             dict(affinity=COSINES, noise=dict(type="som"), noise_layer=-2, cells=2),
             dict(affinity=GUIDED["affinity"], guide="colours", eps=1.0),
+            dict(affinity=COSINES, source=dict(type="read_last", attention=SELF), min_samples=2),
         ],
         "text_aware_propagation": [
             {},
@@ -219,6 +233,8 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
         masks = dict(some=on.mask, none=on.mask & False, all=on.mask | True)
         masks["corner"] = corner.flatten(1)
         return {name: op(tokens, mask) for name, mask in masks.items()}
+    if kind == "edit":
+        return {f"layer {i}": op(trace, i) for i in (3, 10)}
     if kind in ("affinity", "source"):
         return {"": op(trace)}
     if kind == "attention":
@@ -383,7 +399,7 @@ def check_result(kind: str, call: str, result: Any, on: Given) -> None:
     """The declared type, shape and precision of a kind, and finite numbers."""
     batch, patches, width = on.tokens.patches.shape
     dtype = on.tokens.data.dtype
-    if kind in ("mitigator", "source", "smoother"):
+    if kind in ("edit", "mitigator", "source", "smoother"):
         assert isinstance(result, sfp.Tokens)
         prefix = 0 if call == "patches" else 1
         assert (result.grid, result.prefix) == (on.tokens.grid, prefix)

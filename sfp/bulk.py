@@ -34,6 +34,7 @@ from sfp.functional.labels import Labels
 from sfp.method import build_method
 from sfp.overlay import Panel, label_picture, overlay
 from sfp.palette import colour_map
+from sfp.plugins import import_modules
 from sfp.registry import METHODS, find
 from sfp.vocabulary import Vocabulary, load_vocabulary
 
@@ -348,7 +349,8 @@ def _ahead(
 class _RayLabeller:
     """A `Labeller` as an actor of Ray Data: it gets units in columns, and gives outcomes back."""
 
-    def __init__(self, knobs: dict[str, Any]) -> None:
+    def __init__(self, knobs: dict[str, Any], modules: Sequence[str]) -> None:
+        import_modules(modules)
         self.labeller = Labeller(**knobs)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -358,7 +360,11 @@ class _RayLabeller:
 
 
 def run_on_ray(
-    units: Sequence[Unit], knobs: dict[str, Any], *, processes: int | None = None
+    units: Sequence[Unit],
+    knobs: dict[str, Any],
+    *,
+    processes: int | None = None,
+    modules: Sequence[str] = (),
 ) -> Iterator[Outcome]:
     """As `Labeller.run`, spread by Ray Data over the processes of a machine or a cluster.
 
@@ -368,6 +374,7 @@ def run_on_ray(
         units: what to label.
         knobs: arguments of `Labeller`.
         processes: how many; by default one per GPU of the cluster, or one.
+        modules: what each of them imports first, as in `import_modules`.
 
     Raises:
         ModuleNotFoundError: if Ray is not installed.
@@ -390,7 +397,10 @@ def run_on_ray(
     rows = [dict(path=str(Path(unit.path).absolute()), name=unit.name) for unit in units]
     done = ray.data.from_items(rows).map_batches(
         _RayLabeller,
-        fn_constructor_kwargs=dict(knobs=dict(knobs, out=Path(knobs["out"]).absolute())),
+        fn_constructor_kwargs=dict(
+            knobs=dict(knobs, out=Path(knobs["out"]).absolute()),
+            modules=[str(Path(m).absolute()) if m.endswith(".py") else m for m in modules],
+        ),
         batch_size=size,
         compute=ray.data.ActorPoolStrategy(size=processes),
         num_gpus=1 if gpus else 0,

@@ -423,6 +423,16 @@ def suggest(name: object, valid: Iterable[str]) -> str:
     return f"{hint} valid: {', '.join(names) or 'none'}"
 
 
+def knobs(fn: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword-only parameters and their defaults; `...` for those that have none."""
+    parameters = inspect.signature(fn).parameters.values()
+    return {
+        p.name: ... if p.default is p.empty else p.default
+        for p in parameters
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
 def list_ops(kind: str | None = None) -> list[str]:
     """Names of the registered ops, of one kind or all."""
     return sorted(

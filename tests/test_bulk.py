@@ -21,6 +21,7 @@ from PIL import Image
 from sfp import bulk, cli
 from sfp.cli import label as label_cli
 from sfp.data.listing import Outcome, list_units
+from sfp.registry import METHODS
 from sfp.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -354,6 +355,21 @@ def test_ray_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'sfp\[scale\]'"):
         bulk.run_on_ray([], {})
+
+
+def test_processes_of_ray_import_modules_first(tmp_path, job):
+    module = tmp_path / "methods_of_a_file.py"
+    module.write_text(
+        "from sfp.registry import METHODS\n"
+        "@METHODS.register_module()\n"
+        "def of_a_file():\n    return dict(readouts=[dict(ffn=False)])\n"
+    )
+    knobs = dict(job=replace(job, method="of_a_file"), out=tmp_path / "out")
+    try:
+        labeller = bulk._RayLabeller(knobs, [str(module)]).labeller
+    finally:
+        METHODS.module_dict.pop("of_a_file", None)
+    assert not labeller.method.readouts[0].ffn
 
 
 def test_ray(tmp_path, job):

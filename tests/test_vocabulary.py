@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conformance import ROOT
 
 from sfp.data import benchmarks
 from sfp.vocabulary import (
@@ -21,8 +22,8 @@ from sfp.vocabulary import (
 )
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-GOLDENS = Path(__file__).parent / "goldens"
 
+GOLDEN = ROOT / "class_files.json"
 # As the official parser reads them (goldens/class_files.json): (text, queries, index).
 OFFICIAL = {
     "plain": (
@@ -76,9 +77,11 @@ def test_files(tmp_path, case):
     assert list(vocabulary.names) == [queries[index.index(k)] for k in range(max(index) + 1)]
 
 
-@pytest.mark.skipif(not (GOLDENS / "class_files.json").exists(), reason="the goldens are not there")
+@pytest.mark.skipif(
+    not (conformance.ROOT / "class_files.json").exists(), reason="the goldens are not there"
+)
 def test_the_official_cases_are_the_official_code_s():
-    golden = json.loads((GOLDENS / "class_files.json").read_text())
+    golden = json.loads((conformance.ROOT / "class_files.json").read_text())
     for case, (text, queries, index) in OFFICIAL.items():
         assert golden["files"][case] == text
         assert golden["result"]["SFP"][case] == {"names": queries, "idx": index}

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from sfp.cli.method_table import markdown
 from sfp.evaluation.published import CONFIGS, EIGHT, Number, published
+from sfp.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- published: begin -->\n", "<!-- published: end -->"

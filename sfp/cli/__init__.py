@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any, TextIO, cast
 
 from sfp import _host
-from sfp.cli.options import import_modules
+from sfp.plugins import import_modules
 from sfp.version import __version__
 
 COMMANDS = (  # in the order of the help

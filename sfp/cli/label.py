@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     if args.engine == "ray":
-        outcomes = bulk.run_on_ray(units, knobs, processes=args.processes)
+        outcomes = bulk.run_on_ray(units, knobs, processes=args.processes, modules=args.modules)
     else:
         outcomes = bulk.Labeller(**knobs).run(units)
 

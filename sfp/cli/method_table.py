@@ -8,17 +8,8 @@ from typing import Any
 
 from sfp.method import Method, Purify, Readout, build_method
 from sfp.ops.integrators import own_tokens
-from sfp.registry import METHODS, OPS, find, list_methods, list_ops
-
-
-def knobs(fn: Callable[..., Any]) -> dict[str, Any]:
-    """Keyword-only parameters and their defaults; `...` for those that have none."""
-    parameters = inspect.signature(fn).parameters.values()
-    return {
-        p.name: ... if p.default is p.empty else p.default
-        for p in parameters
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+from sfp.registry import METHODS, OPS, find, knobs, list_methods, list_ops
+from sfp.tables import markdown
 
 
 def summary(fn: Callable[..., Any]) -> str:
@@ -130,9 +121,3 @@ def ops_rows() -> list[tuple[str, str, str, str]]:
 
 def _knob_list(fn: Callable[..., Any]) -> str:
     return ", ".join(k if v is ... else f"{k}={v!r}" for k, v in knobs(fn).items())
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from sfp.cli import method_table
     from sfp.registry import suggest
+    from sfp.tables import markdown
 
     if args.method:
         print(method_table.documentation(args.method))
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         header = ["kind", "op", "knobs", "what it does"]
         rows = [row for row in ops if args.kind in (None, row[0])]
         if args.markdown:
-            print(method_table.markdown(header, rows), end="")
+            print(markdown(header, rows), end="")
         else:
             _print(header, rows)
     elif args.markdown:

@@ -87,7 +87,7 @@ def _sources(row: Published) -> str:
 
 def weights_markdown() -> str:
     """The generated part of docs/weights.md."""
-    from sfp.cli.method_table import markdown
+    from sfp.tables import markdown
 
     return markdown(COLUMNS, [[f"`{row[0]}`", *row[1:]] for row in rows()])
 

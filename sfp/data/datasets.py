@@ -47,7 +47,7 @@ class LabelValueError(DataError):
     """A label map with numbers that are no class."""
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(force=True)  # modules may be imported again
 class KeepImage(BaseTransform):
     """Keeps the image as it is at this step, before it is resized, as `full_image`.
 
@@ -61,7 +61,7 @@ class KeepImage(BaseTransform):
         return results
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(force=True)
 class LoadImage(BaseTransform):
     """`read_image` as the first step of a pipeline, for images of every kind.
 
@@ -76,7 +76,7 @@ class LoadImage(BaseTransform):
         return results
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(force=True)
 class LoadLabels(BaseTransform):
     """Label maps of 8 or 16 bits; mmsegmentation's `LoadAnnotations` keeps eight.
 
@@ -256,14 +256,14 @@ def image_name(dataset: LocalFiles, record: Mapping[str, Any]) -> str:
 # mmseg's own Pascal classes add nothing to their names and colours but assertions without words
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class PascalVOC21Dataset(LocalFiles):
     """Pascal VOC 2012 with background, 21 classes."""
 
     METAINFO = mmseg.datasets.PascalVOCDataset.METAINFO
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class PascalVOC20Dataset(LocalFiles):
     """Pascal VOC 2012 without background: its pixels are ignored."""
 
@@ -273,14 +273,14 @@ class PascalVOC20Dataset(LocalFiles):
         super().__init__(reduce_zero_label=reduce_zero_label, **kwargs)
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class PascalContext60Dataset(LocalFiles):
     """Pascal Context with background, 60 classes."""
 
     METAINFO = mmseg.datasets.PascalContextDataset.METAINFO
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class PascalContext59Dataset(LocalFiles):
     """Pascal Context without background: its pixels are ignored."""
 
@@ -290,7 +290,7 @@ class PascalContext59Dataset(LocalFiles):
         super().__init__(reduce_zero_label=reduce_zero_label, **kwargs)
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class COCOObjectDataset(LocalFiles):
     """The 80 things of COCO and background, as written by `sfp data prepare coco_object`."""
 
@@ -309,12 +309,12 @@ class COCOObjectDataset(LocalFiles):
         super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class COCOStuff164kDataset(LocalFiles, mmseg.datasets.COCOStuffDataset):
     """COCO-Stuff 164k, 171 classes of things and stuff."""
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class COCOCoarse27Dataset(LocalFiles):
     """The 27 supercategories of COCO-Stuff, the classes of unsupervised segmentation."""
 
@@ -326,17 +326,17 @@ class COCOCoarse27Dataset(LocalFiles):
         super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class ADE20K150Dataset(LocalFiles, mmseg.datasets.ADE20KDataset):
     """ADE20K, 150 classes; unlabelled pixels are ignored."""
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class Cityscapes19Dataset(LocalFiles, mmseg.datasets.CityscapesDataset):
     """Cityscapes, 19 classes."""
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class Cityscapes27Dataset(LocalFiles):
     """All 27 classes of Cityscapes that are not void, those of unsupervised segmentation."""
 
@@ -372,17 +372,17 @@ class NamedLabels(LocalFiles):
         )
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class PascalContext459Dataset(NamedLabels):
     """Pascal Context with all its 459 classes; unlabelled pixels are ignored."""
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class ADE20K847Dataset(NamedLabels):
     """The full ADE20K with the 847 classes of open-vocabulary segmentation; others are ignored."""
 
 
-@DATASETS.register_module()
+@DATASETS.register_module(force=True)
 class MiniSceneDataset(LocalFiles):
     """The painted scenes of `sfp.mini`, rendered on first use.
 

@@ -21,7 +21,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mmengine.config import Config
 
-from sfp.cli.method_table import markdown
 from sfp.evaluation import scores
 from sfp.evaluation.compare import measure
 from sfp.evaluation.published import (
@@ -34,6 +33,7 @@ from sfp.evaluation.published import (
 from sfp.evaluation.settings import settings
 from sfp.files import atomic_write
 from sfp.registry import list_ops, suggest
+from sfp.tables import markdown
 
 COLUMNS = scores.COLUMNS[:3]  # as the papers' tables have them
 # two of Okabe and Ito's colours, told apart by every common kind of colour vision, bright under black

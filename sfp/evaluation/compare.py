@@ -17,7 +17,6 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from sfp.cli.method_table import markdown
 from sfp.data.benchmarks import by_dataset
 from sfp.data.datasets import DATASETS
 from sfp.data.images import DataError
@@ -43,6 +42,7 @@ from sfp.files import atomic_write
 from sfp.method import Method, build_method
 from sfp.overlay import Panel
 from sfp.segmentor import OpenVocabSegmentor
+from sfp.tables import markdown
 from sfp.visualize.sheets import at_size, picture_sheet
 from sfp.vocabulary import load_vocabulary
 

@@ -38,7 +38,6 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from sfp.cli.method_table import knobs
 from sfp.clip.checkpoints.loading import WeightsError, digest_of, weights_digest
 from sfp.clip.fingerprint import contents_digest
 from sfp.clip.model import CLIP
@@ -48,7 +47,7 @@ from sfp.evaluation.contents import Content, contents
 from sfp.evaluation.journal import fingerprint
 from sfp.files import sha256_file
 from sfp.preprocessor import ImagePreprocessor
-from sfp.registry import GUIDES, MASKS, METHODS, OPS, find
+from sfp.registry import GUIDES, MASKS, METHODS, OPS, find, knobs
 from sfp.segmentor import SETTINGS, OpenVocabSegmentor
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sfp.cli.method_table import markdown
 from sfp.files import atomic_write
 from sfp.outliers.planted import TRUTH
+from sfp.tables import markdown
 
 BEGIN, END = "<!-- plant: begin -->", "<!-- plant: end -->"
 

@@ -100,7 +100,7 @@ for registry, name in ((DATASETS, "mmseg.MiniSceneDataset"), (METRICS, "mmseg.Hu
         "import mmseg.models",
         "import importlib.util, sfp; importlib.util.find_spec('mmseg')",
         "import sfp.segmentor",
-        "import sfp.data.datasets",
+        "import sfp.data.datasets, sys; del sys.modules['sfp.data.datasets']",  # again
         "import sfp.evaluation.metrics",
     ],
 )

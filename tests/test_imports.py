@@ -100,7 +100,7 @@ for registry, name in ((DATASETS, "mmseg.MiniSceneDataset"), (METRICS, "mmseg.Hu
         "import mmseg.models",
         "import importlib.util, sfp; importlib.util.find_spec('mmseg')",
         "import sfp.segmentor",
-        "import sfp.data.datasets, sys; del sys.modules['sfp.data.datasets']",  # again
+        "import sys, sfp.data.datasets as d; del sys.modules[d.__name__]; import sfp.data.datasets",
         "import sfp.evaluation.metrics",
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -23,13 +22,13 @@ def progress(*more: str) -> Progress:
 
 
 def console(width: int = 160) -> Console:
-    """Standard output; a file or a pipe, which has no width to fit, gets `width` columns.
+    """Standard output; a file or a pipe has no width to fit and gets at least `width` columns.
 
-    The environment's COLUMNS, which Console follows by itself, goes before.
+    More if the environment's COLUMNS, from which Console takes its width, says so.
     """
     found = Console()
-    if not found.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
-        found.width = width
+    if not found.is_terminal:
+        found.width = max(width, found.width)
     return found
 
 

@@ -63,6 +63,7 @@ def assert_labelled(figure: Figure, colour_bars: int) -> None:
     assert len(labels) == colour_bars
     assert all(labels)
     assert isinstance(figure, Figure)
+    figure.set_dpi(30)  # that it can be drawn does not depend on its size
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 

@@ -298,7 +298,7 @@ class Model:
         """Unit text features of words, over all templates, (Q, C) float32; each is encoded once."""
         self.engine.convert()
         clip = self.clip
-        state = (clip.digest, clip.text_projection.dtype, self.engine.device)
+        state = (clip.digest, clip.dtype, self.engine.device)
         return torch.stack([self._embedding(query, state) for query in queries])
 
     def _embedding(self, query: str, state: tuple[Any, ...]) -> Tensor:
@@ -313,7 +313,7 @@ class Model:
         return self.method if method is None else build_method(method)
 
     def __repr__(self) -> str:
-        dtype = str(self.clip.text_projection.dtype).removeprefix("torch.")
+        dtype = str(self.clip.dtype).removeprefix("torch.")
         return (
             f"Model({len(self.clip.visual.blocks)} blocks, patch {self.clip.visual.patch}, "
             f"{self.engine.device}, {dtype}, short side {self.short_side})"

@@ -10,16 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, HEAD_WIDTHS, LayoutError
+from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, HEAD_WIDTHS, RGB, LayoutError
 from sfp.clip.dispatch import intercepted
 from sfp.clip.fingerprint import contents_digest, state_key
-from sfp.clip.vit import HEAD_WIDTH, Transformer, VisionTransformer, drawn
+from sfp.clip.text_towers import ClipText, TextTower
+from sfp.clip.vit import HEAD_WIDTH, VisionTransformer
 
 IMAGE_SIDE = ("visual",)  # submodules that `encode_text` does not use
+# what lies at the top of OpenAI's model, and in its files
+OPENAI_TEXT = (
+    "transformer",
+    "token_embedding",
+    "positional_embedding",
+    "ln_final",
+    "text_projection",
+)
 
 
 class CLIP(nn.Module):
-    """CLIP with a ViT image tower, under OpenAI's parameter names.
+    """An image tower and a text tower with a joint space.
+
+    The constructor makes OpenAI's towers, whose state dict has OpenAI's names; `CLIP.of` joins those of
+    any family.
 
     Args:
         embed_dim: width C of the joint space.
@@ -30,7 +42,10 @@ class CLIP(nn.Module):
         text_head_width, text_hidden: of the text tower.
 
     Attributes:
-        activation: as above.
+        visual, text: the towers.
+        logit_scale: logarithm of the inverse temperature of training.
+        logit_bias: what training added to the logits, or None.
+        activation: as above, of OpenAI's towers.
         mean, std: normalisation of the images it was trained with, RGB in 0..255.
     """
 
@@ -52,8 +67,7 @@ class CLIP(nn.Module):
         text_head_width: int = HEAD_WIDTH,
         text_hidden: int | None = None,
     ) -> None:
-        super().__init__()
-        self.visual = VisionTransformer(
+        visual = VisionTransformer(
             image_size=image_size,
             patch=patch,
             width=width,
@@ -63,17 +77,67 @@ class CLIP(nn.Module):
             head_width=head_width,
             hidden=hidden,
         )
-        self.transformer = Transformer(
-            text_width, text_layers, activation, head_width=text_head_width, hidden=text_hidden
+        text = ClipText(
+            vocab=vocab,
+            context=context,
+            width=text_width,
+            layers=text_layers,
+            embed_dim=embed_dim,
+            activation=activation,
+            head_width=text_head_width,
+            hidden=text_hidden,
         )
-        self.token_embedding = nn.Embedding(vocab, text_width)
-        self.positional_embedding = drawn(context, text_width, std=0.01)
-        self.ln_final = nn.LayerNorm(text_width)
-        self.text_projection = drawn(text_width, embed_dim, std=text_width**-0.5)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self._join(visual, text, CLIP_MEAN, CLIP_STD)
         self.activation = activation
-        self.mean, self.std = CLIP_MEAN, CLIP_STD
+
+    @classmethod
+    def of(
+        cls,
+        visual: VisionTransformer,
+        text: TextTower,
+        *,
+        mean: RGB = CLIP_MEAN,
+        std: RGB = CLIP_STD,
+    ) -> CLIP:
+        """The model of two towers of any family; `mean`, `std` as the attributes."""
+        clip = cls.__new__(cls)
+        clip._join(visual, text, mean, std)
+        return clip
+
+    def _join(self, visual: VisionTransformer, text: TextTower, mean: RGB, std: RGB) -> None:
+        super().__init__()
+        self.text = text
+        self.visual = visual
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_bias: nn.Parameter | None
+        self.register_parameter("logit_bias", None)
+        self.mean, self.std = mean, std
         self._named: dict[str, tuple[str, Hashable]] = {}  # digests, and states they belong to
+
+    def __getattr__(self, name: str) -> Any:
+        # OpenAI's model has the parts of the text tower at its top
+        if name in OPENAI_TEXT and "text" in self.__dict__.get("_modules", ()):
+            return getattr(self.text, name)
+        return super().__getattr__(name)
+
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, prefix: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """As of every module; the text tower of an OpenAI CLIP without `text.`, as in its files."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if isinstance(self.text, ClipText):
+            for name in [name for name in state if name.startswith(f"{prefix}text.")]:
+                state[prefix + name.removeprefix(f"{prefix}text.")] = state.pop(name)
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(self.text, ClipText):
+            for name in [name for name in state_dict if name.startswith(prefix)]:
+                if (bare := name.removeprefix(prefix)).partition(".")[0] in OPENAI_TEXT:
+                    state_dict[f"{prefix}text.{bare}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def digest(self) -> str:
@@ -138,32 +202,34 @@ class CLIP(nn.Module):
     @property
     def context(self) -> int:
         """Longest text, in tokens."""
-        return len(self.positional_embedding)
+        return self.text.context
+
+    @property
+    def embed_dim(self) -> int:
+        """Width C of the joint space."""
+        return self.text.embed_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.logit_scale.dtype
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels -> (B, C) embeddings, not normalised."""
         return self.visual(image)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Token ids (B, up to 77) -> (B, C) embeddings, not normalised.
-
-        The text tower is causal, so everything after the longest end-of-text token cannot change the
-        result and is cut off. The end-of-text token is the one with the highest id.
+        """Token ids (B, up to `context`) of `text.tokenize` -> (B, C) embeddings, not normalised.
 
         Raises:
             ValueError: if the ids are no such batch.
         """
-        if ids.ndim != 2 or ids.shape[1] > self.context:
-            raise ValueError(
-                f"expected token ids of shape (B, <= {self.context}), got {tuple(ids.shape)}"
-            )
-        end = ids.argmax(-1)  # (B,)
-        length = int(end.max()) + 1
-        x = self.token_embedding(ids[:, :length]) + self.positional_embedding[:length]
-        for block in self.transformer.resblocks:
-            x = block(x, causal=True)  # (B, length, D)
-        x = x[torch.arange(len(x), device=x.device), end]
-        return self.ln_final(x) @ self.text_projection
+        return self.text(ids)
 
 
 def build_clip(

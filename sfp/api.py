@@ -112,7 +112,7 @@ def load(
 
 def _usual_short_side(weights: Any, clip: CLIP) -> int:
     """The size of the weights' row; weights without a name take the mini CLIP's if they are like it."""
-    like_mini = clip.visual.proj.shape[0] == published.ARCHITECTURES[published.MINI].width
+    like_mini = clip.visual.conv1.out_channels == published.ARCHITECTURES[published.MINI].width
     unnamed = not isinstance(weights, (str, Path))
     return published.short_side(published.MINI if unnamed and like_mini else weights)
 

@@ -366,12 +366,12 @@ class Engine:
         if not bad:
             return logits
         where = first_bad(bad[0], vit, windows, context)
-        if vit.proj.dtype != torch.float32:
+        if vit.dtype != torch.float32:
             single = copy.deepcopy(vit).float()
             logits = self._run(methods, windows, context, single, None)
             if all(finite(x) for x in logits):
                 warnings.warn(
-                    f"NaN or infinite values in {vit.proj.dtype}, first in {where}; these windows "
+                    f"NaN or infinite values in {vit.dtype}, first in {where}; these windows "
                     "ran again in float32 (precision='fp32' does so at once)",
                     stacklevel=2,
                 )

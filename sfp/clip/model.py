@@ -1,4 +1,4 @@
-"""CLIP's two towers, with every size read off a checkpoint's shapes."""
+"""A CLIP: its two towers, what they share, and how one is built from a state dict."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, HEAD_WIDTHS, RGB, LayoutError
+from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, RGB, LayoutError, in_pixels
 from sfp.clip.dispatch import intercepted
 from sfp.clip.fingerprint import contents_digest, state_key
-from sfp.clip.text_towers import ClipText, TextTower
-from sfp.clip.vit import HEAD_WIDTH, VisionTransformer
+from sfp.clip.text_towers import ClipText, TextConfig, TextTower
+from sfp.clip.vit import HEAD_WIDTH, ImageConfig, VisionTransformer
 
 IMAGE_SIDE = ("visual",)  # submodules that `encode_text` does not use
 # what lies at the top of OpenAI's model, and in its files
@@ -38,7 +38,7 @@ class CLIP(nn.Module):
         image_size, patch, width, layers: of the image tower.
         context, vocab, text_width, text_layers: of the text tower.
         activation: "quick_gelu" (OpenAI) or "gelu".
-        head_width, hidden: of the image tower, as in `VisionTransformer`.
+        head_width, hidden: of the image tower, as in `ImageConfig`.
         text_head_width, text_hidden: of the text tower.
 
     Attributes:
@@ -68,14 +68,16 @@ class CLIP(nn.Module):
         text_hidden: int | None = None,
     ) -> None:
         visual = VisionTransformer(
-            image_size=image_size,
-            patch=patch,
-            width=width,
-            layers=layers,
-            embed_dim=embed_dim,
-            activation=activation,
-            head_width=head_width,
-            hidden=hidden,
+            ImageConfig(
+                image_size=image_size,
+                patch=patch,
+                width=width,
+                layers=layers,
+                embed_dim=embed_dim,
+                activation=activation,
+                head_width=head_width,
+                hidden=hidden,
+            )
         )
         text = ClipText(
             vocab=vocab,
@@ -232,69 +234,29 @@ class CLIP(nn.Module):
         return self.text(ids)
 
 
-def build_clip(
-    state: Mapping[str, Tensor],
-    activation: str = "quick_gelu",
-    *,
-    head_width: int | None = None,
-    text_head_width: int | None = None,
-) -> CLIP:
-    """A CLIP that holds `state`, every other size inferred from the shapes.
+def build_clip(state: Mapping[str, Tensor], image: ImageConfig, text: TextConfig) -> CLIP:
+    """A frozen CLIP that holds `state`.
 
     Args:
-        state: state dict in OpenAI's layout, as `sfp.clip.checkpoints.layouts.recognise` gives it.
-        activation: which the shapes cannot tell.
-        head_width: of the image tower, which they cannot tell either; by default that of the published
-            model of this width, or 64.
-        text_head_width: of the text tower, by default 64.
+        state, image, text: as `sfp.clip.checkpoints.layouts.recognise` gives them.
 
     Raises:
         LayoutError: if names are missing, left over or of a wrong shape; the message lists them.
     """
-    try:
-        conv = state["visual.conv1.weight"]
-        positions = state["visual.positional_embedding"]
-        vocab, text_width = state["token_embedding.weight"].shape
-        context = state["positional_embedding"].shape[0]
-        embed_dim = state["text_projection"].shape[1]
-        sizes = dict(width=conv.shape[0], patch=conv.shape[-1], rows=positions.shape[0])
-    except (KeyError, IndexError, ValueError) as error:
+    if image.embed_dim != text.embed_dim:
         raise LayoutError(
-            f"not a CLIP state dict: {error} is missing or misshapen; expected visual.*, "
-            "transformer.*, token_embedding.weight, positional_embedding, ln_final.*, "
-            f"text_projection and logit_scale; found {_some(state)}"
-        ) from None
-    if vocab > VOCABULARY:
-        raise LayoutError(
-            f"a vocabulary of {vocab} tokens: the text tower was trained with another tokenizer than "
-            f"CLIP's ({VOCABULARY} byte pairs), which this package does not have"
+            f"the image tower embeds in {image.embed_dim} dimensions, the text tower in "
+            f"{text.embed_dim}"
         )
-    side = round((sizes["rows"] - 1) ** 0.5) if sizes["rows"] else 0
-    if side * side + 1 != sizes["rows"]:
-        raise LayoutError(
-            f"position table of {sizes['rows']} rows: expected a square grid plus CLS"
-        )
-    width = sizes["width"]
     try:
         with torch.device("meta"), _NoInitialisation():
-            clip = CLIP(
-                embed_dim=embed_dim,
-                image_size=side * sizes["patch"],
-                patch=sizes["patch"],
-                width=width,
-                layers=_count_blocks(state, "visual."),
-                context=context,
-                vocab=vocab,
-                text_width=text_width,
-                text_layers=_count_blocks(state, ""),
-                activation=activation,
-                head_width=head_width or HEAD_WIDTHS.get(width, HEAD_WIDTH),
-                hidden=_hidden(state, "visual."),
-                text_head_width=text_head_width or HEAD_WIDTH,
-                text_hidden=_hidden(state, ""),
-            )
+            mean, std = in_pixels(image.mean, image.std)
+            clip = CLIP.of(VisionTransformer(image), text.build(), mean=mean, std=std)
+            if "logit_bias" in state:
+                clip.logit_bias = nn.Parameter(torch.empty(()))
     except ValueError as error:  # heads that do not fill the width
-        raise LayoutError(f"{error} (head_width, text_head_width)") from None
+        raise LayoutError(str(error)) from None
+    clip.activation = image.activation
     own = clip.state_dict()
     problems = [f"missing {k}" for k in own if k not in state]
     problems += [f"unexpected {k}" for k in state if k not in own]
@@ -331,24 +293,5 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-VOCABULARY = 49408  # OpenAI's byte pairs, which open_clip, MetaCLIP and DFN share
-
-
-def _some(state: Mapping[str, Tensor]) -> str:
-    names = ", ".join(list(state)[:4])
-    return f"{len(state)} tensors: {names}{', ...' if len(state) > 4 else ''}"
-
-
 def _floats(x: Tensor) -> bool:
     return x.is_floating_point() and x.layout == torch.strided
-
-
-def _count_blocks(state: Mapping[str, Tensor], tower: str) -> int:
-    prefix = f"{tower}transformer.resblocks."
-    return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
-
-
-def _hidden(state: Mapping[str, Tensor], tower: str) -> int | None:
-    """Width of the MLPs, read off the first one; 4.36 or 4.92 times the tokens' in some."""
-    first = state.get(f"{tower}transformer.resblocks.0.mlp.c_fc.weight")
-    return first.shape[0] if first is not None and first.ndim == 2 else None

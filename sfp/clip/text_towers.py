@@ -7,6 +7,7 @@ without it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,28 @@ class TextTower(nn.Module):
             raise ValueError(
                 f"expected token ids of shape (B, <= {self.context}), got {tuple(ids.shape)}"
             )
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The sizes of a `ClipText`, whose arguments these are."""
+
+    vocab: int
+    context: int
+    width: int
+    layers: int
+    embed_dim: int
+    activation: str = "quick_gelu"
+    head_width: int = HEAD_WIDTH
+    hidden: int | None = None
+
+    def build(self) -> TextTower:
+        """The tower, with random weights.
+
+        Raises:
+            ValueError: if the heads do not fill the width.
+        """
+        return ClipText(**asdict(self))
 
 
 class ClipText(TextTower):

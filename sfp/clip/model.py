@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, RGB, LayoutError, in_pixels
 from sfp.clip.dispatch import intercepted
 from sfp.clip.fingerprint import contents_digest, state_key
-from sfp.clip.text_towers import ClipText, TextConfig, TextTower
+from sfp.clip.text_towers import BertConfig, TextConfig, TextTower, TextTransformer
 from sfp.clip.vit import HEAD_WIDTH, ImageConfig, VisionTransformer
 
 IMAGE_SIDE = ("visual",)  # submodules that `encode_text` does not use
@@ -24,6 +24,7 @@ OPENAI_TEXT = (
     "positional_embedding",
     "ln_final",
     "text_projection",
+    "cls_emb",  # of CoCa
 )
 
 
@@ -79,15 +80,17 @@ class CLIP(nn.Module):
                 hidden=hidden,
             )
         )
-        text = ClipText(
-            vocab=vocab,
-            context=context,
-            width=text_width,
-            layers=text_layers,
-            embed_dim=embed_dim,
-            activation=activation,
-            head_width=text_head_width,
-            hidden=text_hidden,
+        text = TextTransformer(
+            TextConfig(
+                vocab=vocab,
+                context=context,
+                width=text_width,
+                layers=text_layers,
+                embed_dim=embed_dim,
+                activation=activation,
+                head_width=text_head_width,
+                hidden=text_hidden,
+            )
         )
         self._join(visual, text, CLIP_MEAN, CLIP_STD)
         self.activation = activation
@@ -127,7 +130,7 @@ class CLIP(nn.Module):
     ) -> dict[str, Any]:
         """As of every module; the text tower of an OpenAI CLIP without `text.`, as in its files."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        if isinstance(self.text, ClipText):
+        if isinstance(self.text, TextTransformer):
             for name in [name for name in state if name.startswith(f"{prefix}text.")]:
                 state[prefix + name.removeprefix(f"{prefix}text.")] = state.pop(name)
         return state
@@ -135,7 +138,7 @@ class CLIP(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if isinstance(self.text, ClipText):
+        if isinstance(self.text, TextTransformer):
             for name in [name for name in state_dict if name.startswith(prefix)]:
                 if (bare := name.removeprefix(prefix)).partition(".")[0] in OPENAI_TEXT:
                     state_dict[f"{prefix}text.{bare}"] = state_dict.pop(name)
@@ -234,7 +237,9 @@ class CLIP(nn.Module):
         return self.text(ids)
 
 
-def build_clip(state: Mapping[str, Tensor], image: ImageConfig, text: TextConfig) -> CLIP:
+def build_clip(
+    state: Mapping[str, Tensor], image: ImageConfig, text: TextConfig | BertConfig
+) -> CLIP:
     """A frozen CLIP that holds `state`.
 
     Args:

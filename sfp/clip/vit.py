@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,12 @@ class QuickGELU(nn.Module):
         return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
 
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, "tanh"),
+    "relu": nn.ReLU,
+}
 
 
 class MLP(nn.Sequential):
@@ -158,17 +164,23 @@ class Block(nn.Module):
     Args:
         width: token width D.
         heads: number of attention heads.
-        activation: of the MLP, "quick_gelu" or "gelu".
+        activation: of the MLP, a key of `ACTIVATIONS`.
         hidden: width of the MLP's hidden layer, 4 D by default.
+        eps: of the layer norms.
     """
 
     def __init__(
-        self, width: int, heads: int, activation: str = "quick_gelu", hidden: int | None = None
+        self,
+        width: int,
+        heads: int,
+        activation: str = "quick_gelu",
+        hidden: int | None = None,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         hidden = hidden or 4 * width
         self.attn = Attention(width, heads)
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(
             OrderedDict(
                 c_fc=Linear(width, hidden),
@@ -176,12 +188,18 @@ class Block(nn.Module):
                 c_proj=Linear(hidden, width),
             )
         )
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """The block as it was trained, with fused attention: (B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, causal: bool = False, hidden: Tensor | None = None) -> Tensor:
+        """The block as it was trained, with fused attention: (B, T, D) -> (B, T, D).
+
+        Args:
+            x: tokens.
+            causal: whether a token sees only itself and those before it.
+            hidden: keys that do not take part, (B, 1, 1 or T, T) bool; not together with `causal`.
+        """
         q, k, v = self.attn.project(self.ln_1(x))
-        return self._finish(fused_attention(q, k, v, causal), residual=x, ffn=True)
+        return self._finish(fused_attention(q, k, v, causal, hidden), residual=x, ffn=True)
 
     def heads(self, x: Tokens) -> Heads:
         """The projections with which this block reads `x`, each made when it is asked for."""
@@ -243,7 +261,7 @@ def fused_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v without keeping the weights: (B, H, T, d) -> (B, T, D).
 
-    Keys that are `hidden`, (B, 1, 1, T) bool, do not take part.
+    Keys that are `hidden`, (B, 1, 1 or T, T) bool, do not take part.
     """
     shown = None if hidden is None else ~hidden
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, is_causal=causal)
@@ -262,7 +280,7 @@ class Transformer(nn.Module):
     """A stack of blocks, under the name that OpenAI's checkpoints give it.
 
     Args:
-        width, activation, hidden: as in `Block`.
+        width, activation, hidden, eps: as in `Block`.
         layers: number of blocks.
         head_width: width d of an attention head.
 
@@ -278,6 +296,7 @@ class Transformer(nn.Module):
         *,
         head_width: int = HEAD_WIDTH,
         hidden: int | None = None,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if head_width < 1 or width % head_width:
@@ -286,7 +305,7 @@ class Transformer(nn.Module):
                 "say how wide the heads are (head_width, text_head_width)"
             )
         self.resblocks = nn.ModuleList(
-            Block(width, width // head_width, activation, hidden) for _ in range(layers)
+            Block(width, width // head_width, activation, hidden, eps) for _ in range(layers)
         )
 
 

@@ -20,6 +20,7 @@ from mmengine.config import Config
 
 from sfp.cli.method_table import markdown
 from sfp.data.benchmarks import by_dataset
+from sfp.evaluation import paired as bootstrap
 from sfp.evaluation import scores
 from sfp.evaluation.compare import measure
 from sfp.files import atomic_write
@@ -185,6 +186,7 @@ def ablate(
     *,
     weights: Sequence[str] = (),
     resume: bool = True,
+    paired: str | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Runs a study and writes ablate_<name>.json, .md and .png into the work folder.
@@ -194,17 +196,21 @@ def ablate(
         name: of the study.
         weights: of the study "backbones", one model in memory at a time; by default the config's.
         resume: False starts over.
+        paired: label of the row that the others are paired with (of each weights' own), or "previous".
         progress: called with the weights that run, the images done and all of them.
 
     Returns:
-        "rows": label, method, mIoU, mAcc and aAcc in percent, published mIoU by benchmark.
+        "rows": label, method, mIoU, mAcc and aAcc in percent, published mIoU by benchmark, and with
+        `paired` the row's "difference", None for one that has no base.
 
     Raises:
-        ValueError: for an unknown study, or weights for one that takes the config's.
+        ValueError: for an unknown study or row, or weights for one that takes the config's.
     """
     study = find_study(name)
     if weights and name != "backbones":
         raise ValueError("several weights are for the study 'backbones'; others take the config's")
+    if paired:
+        bootstrap.bases([row.label for row in study.rows], paired)
     sources = list(dict.fromkeys(weights)) or [config.model.weights]
     rows = []
     for source in sources:
@@ -214,16 +220,20 @@ def ablate(
         prefix = f"{short}: " if len(sources) > 1 else ""
         # names of journals, too: the study keeps rows of one label apart
         named = {f"{name} {prefix}{row.label}": row.method for row in study.rows}
+        base = f"{name} {prefix}{paired}" if paired and paired != bootstrap.PREVIOUS else paired
         record = measure(
             own,
             named,
             resume=resume,
+            paired=base,
             progress=partial(progress, str(source)),
         )
-        for row, measured in zip(study.rows, record["methods"].values(), strict=True):
+        for row, (row_name, measured) in zip(study.rows, record["methods"].items(), strict=True):
             numbers = {k: measured[k] for k in COLUMNS}
             label, published = prefix + row.label, dict(row.published)
             rows.append(dict(label=label, method=dict(row.method), **numbers, published=published))
+            if paired:
+                rows[-1]["difference"] = record["differences"].get(row_name)
     benchmark = by_dataset(config.test_dataloader.dataset.type)
     result = dict(
         study=name,
@@ -234,6 +244,7 @@ def ablate(
         weights=list(map(str, sources)),
         source=study.source,
         axis=study.axis,
+        paired=paired,
         rows=rows,
     )
     _write(result, Path(config.work_dir, f"ablate_{name}"))
@@ -259,11 +270,13 @@ def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     published: list[str] = list(dict.fromkeys(b for r in result["rows"] for b in r["published"]))
     if same_benchmark(result):
         published = [result["benchmark"]]
-    header = ["variant", *COLUMNS, *(f"{name}, published" for name in published)]
+    between = [bootstrap.heading(result["paired"])] if result["paired"] else []
+    header = ["variant", *COLUMNS, *between, *(f"{name}, published" for name in published)]
     rows = [
         [
             row["label"],
             *(scores.cell(row[k], decimals=1) for k in COLUMNS),
+            *([bootstrap.cell(row["difference"])] if between else ()),
             *(str(row["published"].get(name, "-")) for name in published),
         ]
         for row in result["rows"]

@@ -23,6 +23,7 @@ from sfp.evaluation.journal import Journal, count
 from sfp.evaluation.loading import Batches
 from sfp.evaluation.metrics import ignored_label
 from sfp.evaluation.notices import quiet
+from sfp.evaluation.paired import bases, cell, differences, heading
 from sfp.evaluation.scores import (
     COLUMNS,
     cells,
@@ -80,6 +81,7 @@ def measure(
     *,
     pictures: int = 0,
     resume: bool = True,
+    paired: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Evaluates methods on the test set of a config, all of them image by image.
@@ -93,12 +95,15 @@ def measure(
         pictures: images on the sheet `compare.png` in the work folder, run again for it if they are
             done; 0 for none.
         resume: False forgets what the journals have of these methods.
+        paired: name of the method that the others are paired with, or "previous": see `paired`.
         progress: called with the images done and all of them.
 
     Returns:
-        "methods": for each name mIoU, mAcc, aAcc, fwIoU and the classes' IoU, in percent.
+        "methods": for each name mIoU, mAcc, aAcc, fwIoU and the classes' IoU, in percent. With
+        `paired` also "paired", that name, and "differences", by name as in `paired.differences`.
 
     Raises:
+        ValueError: if `paired` is no method's name.
         DataError: if a file cannot be used, with its name, or if no pixel of the ground truth counts.
     """
     if "clusters" in config:
@@ -106,6 +111,8 @@ def measure(
             "clusters are fitted to one method's features: evaluate configs without words one by one, "
             "with `sfp eval --method`"
         )
+    if paired:
+        bases(methods, paired)  # a name that is wrong is so before anything runs
     init_default_scope(config.get("default_scope", "mmseg"))
     built = {name: build_method(method) for name, method in methods.items()}
     model = config.model.copy()
@@ -121,14 +128,17 @@ def measure(
         picture_sheet(columns, classes, plan.dataset.metainfo["palette"], sheet)
     found = coverage(next(iter(plan.counts.values())).values(), classes)
     note_coverage(found, len(classes), plan.ignored)
-    return dict(
+    entries = {
+        name: [counts[image] for image in plan.images] for name, counts in plan.counts.items()
+    }
+    record = dict(
         images=len(plan.images),
         weights=str(config.model.weights),
-        methods={
-            name: _scores([counts[image] for image in plan.images], classes)
-            for name, counts in plan.counts.items()
-        },
+        methods={name: _scores(each, classes) for name, each in entries.items()},
     )
+    if paired:
+        record.update(paired=paired, differences=differences(entries, len(classes), paired))
+    return record
 
 
 def _plan(
@@ -251,10 +261,13 @@ def compare(
     *,
     pictures: int = 4,
     resume: bool = True,
+    paired: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """`measure`, written into the work folder: compare.json, compare.md, and pictures."""
-    record = measure(config, methods, pictures=pictures, resume=resume, progress=progress)
+    record = measure(
+        config, methods, pictures=pictures, resume=resume, paired=paired, progress=progress
+    )
     folder = Path(config.work_dir)
     with atomic_write(folder / "compare.json") as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
@@ -263,11 +276,17 @@ def compare(
     return record
 
 
-def compare_rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of a comparison, methods in the order given."""
-    return [[name, *cells(scores, decimals=1)] for name, scores in record["methods"].items()]
+def compare_sheet(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a comparison, methods in the order given."""
+    header = ["method", *COLUMNS]
+    rows = [[name, *cells(scores, decimals=1)] for name, scores in record["methods"].items()]
+    if "paired" in record:
+        header.append(heading(record["paired"]))
+        for row in rows:
+            row.append(cell(record["differences"].get(row[0])))
+    return header, rows
 
 
 def compare_markdown(record: Mapping[str, Any]) -> str:
     """A comparison as a Markdown table."""
-    return markdown(["method", *COLUMNS], compare_rows(record))
+    return markdown(*compare_sheet(record))

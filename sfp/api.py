@@ -112,7 +112,7 @@ def load(
 
 def _usual_short_side(weights: Any, clip: CLIP) -> int:
     """The size of the weights' row; weights without a name take the mini CLIP's if they are like it."""
-    like_mini = clip.visual.proj.shape[0] == published.ARCHITECTURES[published.MINI].width
+    like_mini = clip.visual.conv1.out_channels == published.ARCHITECTURES[published.MINI].width
     unnamed = not isinstance(weights, (str, Path))
     return published.short_side(published.MINI if unnamed and like_mini else weights)
 
@@ -298,7 +298,7 @@ class Model:
         """Unit text features of words, over all templates, (Q, C) float32; each is encoded once."""
         self.engine.convert()
         clip = self.clip
-        state = (clip.digest, clip.text_projection.dtype, self.engine.device)
+        state = (clip.digest, clip.dtype, self.engine.device)
         return torch.stack([self._embedding(query, state) for query in queries])
 
     def _embedding(self, query: str, state: tuple[Any, ...]) -> Tensor:
@@ -313,7 +313,7 @@ class Model:
         return self.method if method is None else build_method(method)
 
     def __repr__(self) -> str:
-        dtype = str(self.clip.text_projection.dtype).removeprefix("torch.")
+        dtype = str(self.clip.dtype).removeprefix("torch.")
         return (
             f"Model({len(self.clip.visual.blocks)} blocks, patch {self.clip.visual.patch}, "
             f"{self.engine.device}, {dtype}, short side {self.short_side})"

@@ -187,7 +187,7 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.clip.text_projection.device
+        return self.clip.device
 
     def to(self, device: str | torch.device) -> Engine:
         """Moves all parts, and converts them to the precision that suits the device."""
@@ -210,7 +210,7 @@ class Engine:
             ValueError: if the device cannot do it.
         """
         device = self.device
-        if (device, self.clip.text_projection.dtype) == self._converted:
+        if (device, self.clip.dtype) == self._converted:
             return
         with _CONVERTING:
             name = self.precision
@@ -234,7 +234,7 @@ class Engine:
         They depend, in the last bits, on which texts are encoded together.
         """
         self.convert()
-        key = (self.clip.digest, self.device, self.clip.text_projection.dtype, tuple(texts))
+        key = (self.clip.digest, self.device, self.clip.dtype, tuple(texts))
         if (bank := self._banks.get(key)) is None:
             with torch.inference_mode(False):  # the bank outlives calls with and without it
                 bank = text_bank(self.clip, texts, self.templates).float()
@@ -259,7 +259,7 @@ class Engine:
                     f"query_features={str(features)!r}: expected a safetensors file with a tensor "
                     f"'queries' of one row for each query ({type(error).__name__}: {error})"
                 ) from None
-        expected = (len(vocabulary.queries), self.clip.text_projection.shape[1])
+        expected = (len(vocabulary.queries), self.clip.embed_dim)
         if tuple(features.shape) != expected:
             raise ValueError(
                 f"query_features of shape {tuple(features.shape)}: expected {expected}, one row for "
@@ -366,12 +366,12 @@ class Engine:
         if not bad:
             return logits
         where = first_bad(bad[0], vit, windows, context)
-        if vit.proj.dtype != torch.float32:
+        if vit.dtype != torch.float32:
             single = copy.deepcopy(vit).float()
             logits = self._run(methods, windows, context, single, None)
             if all(finite(x) for x in logits):
                 warnings.warn(
-                    f"NaN or infinite values in {vit.proj.dtype}, first in {where}; these windows "
+                    f"NaN or infinite values in {vit.dtype}, first in {where}; these windows "
                     "ran again in float32 (precision='fp32' does so at once)",
                     stacklevel=2,
                 )

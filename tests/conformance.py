@@ -1,8 +1,10 @@
 """Reference numbers from the official implementations (see goldens/README.md), and how to compare.
 
 `Case("sfp/som/sq")` is one case: its input image, its hyper-parameters and `check(output, value)`.
-Tests find cases by the start of their names in `manifest.json`, so that those of another folder of the
-same layout run without a change: `SFP_GOLDENS=FOLDER python -m pytest tests -k golden`.
+Cases come in sets, a folder each: `goldens` and its siblings `goldens2_*`, whose inputs and weights
+may be those of another set. Tests find cases by the start of their names in the manifests, so that
+those of another folder of the same layout run without a change:
+`SFP_GOLDENS=FOLDER python -m pytest tests -k golden`; tests of other sets then collect nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections import ChainMap
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +24,16 @@ from torch import Tensor
 
 import sfp
 
-ROOT = Path(os.environ.get("SFP_GOLDENS") or Path(__file__).parent / "goldens")
-MANIFEST = json.loads((ROOT / "manifest.json").read_text())
+OWN = [Path(__file__).parent / "goldens", *sorted(Path(__file__).parent.glob("goldens2_*"))]
+GIVEN = [Path(folder) for folder in [os.environ.get("SFP_GOLDENS")] if folder]
+SETS = GIVEN or OWN  # where cases come from
+BESIDE = [
+    m.parent for folder in GIVEN for m in sorted(folder.resolve().parent.glob("*/manifest.json"))
+]
+FOLDERS = list(dict.fromkeys([*SETS, *BESIDE, *OWN]))  # where their inputs and weights may be
+MANIFESTS = {folder: json.loads((folder / "manifest.json").read_text()) for folder in SETS}
+MANIFEST = MANIFESTS[SETS[0]]
+ROOT = next(f for f in FOLDERS if (f / "tokenizer.json").exists())  # of the set with the words
 MEAN = torch.tensor([122.771, 116.746, 104.094])
 STD = torch.tensor([68.501, 66.632, 70.323])
 
@@ -29,7 +41,8 @@ STD = torch.tensor([68.501, 66.632, 70.323])
 @functools.cache
 def state_dict(weights: str = "A") -> dict[str, Tensor]:
     """Weights by their name: int8 values times one power of two per parameter."""
-    raw = load_file(ROOT / MANIFEST["weights"][weights]["file"])
+    files = [folder / f"weights_{weights}.safetensors" for folder in FOLDERS]
+    raw = load_file(next(file for file in files if file.exists()))
     return {k[2:]: v.float() * raw[f"s/{k[2:]}"] for k, v in raw.items() if k.startswith("q/")}
 
 
@@ -39,13 +52,19 @@ def clip(weights: str = "A") -> sfp.CLIP:
 
 
 @functools.cache
-def inputs() -> dict[str, Tensor]:
-    return load_file(ROOT / "inputs.safetensors")
+def _stored(folder: Path) -> dict[str, Tensor]:
+    file = folder / "inputs.safetensors"
+    return load_file(file) if file.exists() else {}
 
 
-def image(name: str) -> Tensor:
+def inputs(folder: Path = SETS[0]) -> MutableMapping[str, Tensor]:
+    """Input tensors by name: those of a set, then of all others."""
+    return ChainMap(*(_stored(each) for each in dict.fromkeys([folder, *FOLDERS])))
+
+
+def image(name: str, folder: Path = SETS[0]) -> Tensor:
     """A stored picture, normalised: (1, 3, H, W)."""
-    return ((inputs()[f"img/{name}"].float() - MEAN) / STD).permute(2, 0, 1)[None]
+    return ((inputs(folder)[f"img/{name}"].float() - MEAN) / STD).permute(2, 0, 1)[None]
 
 
 @dataclass(frozen=True)
@@ -53,8 +72,18 @@ class Case:
     name: str
 
     @property
+    def folder(self) -> Path:
+        """Of its set."""
+        return next(f for f, manifest in MANIFESTS.items() if self.name in manifest["cases"])
+
+    @property
+    def manifest(self) -> dict:
+        """Of its set."""
+        return MANIFESTS[self.folder]
+
+    @property
     def entry(self) -> dict:
-        return MANIFEST["cases"][self.name]
+        return self.manifest["cases"][self.name]
 
     @property
     def hyper(self) -> dict:
@@ -75,10 +104,14 @@ class Case:
 
     @property
     def image(self) -> Tensor:
-        return image(self.entry["input"])
+        return image(self.entry["input"], self.folder)
+
+    @property
+    def inputs(self) -> MutableMapping[str, Tensor]:
+        return inputs(self.folder)
 
     def expected(self, output: str) -> Tensor:
-        with safe_open(ROOT / self.entry["file"], "pt") as file:
+        with safe_open(self.folder / self.entry["file"], "pt") as file:
             return file.get_tensor(self.entry["prefix"] + output)
 
     def check(self, output: str, value: Tensor) -> None:
@@ -104,7 +137,8 @@ class Case:
 
 
 def cases(*prefixes: str, without: tuple[str, ...] = ()) -> list[str]:
-    """Names of the cases that start with a prefix; in the repository's own folder, never none."""
-    names = [n for n in MANIFEST["cases"] if n.startswith(prefixes) and n not in without]
+    """Names of the cases that start with a prefix; in the repository's own folders, never none."""
+    known = [name for manifest in MANIFESTS.values() for name in manifest["cases"]]
+    names = [n for n in known if n.startswith(prefixes) and n not in without]
     assert names or "SFP_GOLDENS" in os.environ, f"no golden case starts with {prefixes}"
     return names

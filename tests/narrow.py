@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.clip.vit import VisionTransformer
+from sfp.clip.vit import ImageConfig, VisionTransformer
 
 
 @functools.cache
 def vit():
     """Twelve narrow blocks whose attention is not uniform; a 14x14 grid at 112 pixels."""
     torch.manual_seed(0)
-    model = VisionTransformer(image_size=112, patch=8, width=128, layers=12, embed_dim=32)
+    model = VisionTransformer(
+        ImageConfig(image_size=112, patch=8, width=128, layers=12, embed_dim=32)
+    )
     for name, p in model.named_parameters():
         if "in_proj_weight" in name:
             p.data *= 4

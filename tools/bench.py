@@ -115,7 +115,7 @@ class Case:
     def segmentor(self, clip: sfp.CLIP, method: str, variant: str) -> sfp.OpenVocabSegmentor:
         """A method with random text features; `clip` is converted to the variant's precision."""
         features = torch.randn(
-            self.classes, clip.text_projection.shape[1], generator=torch.Generator().manual_seed(0)
+            self.classes, clip.embed_dim, generator=torch.Generator().manual_seed(0)
         )
         return sfp.OpenVocabSegmentor(
             clip,
@@ -140,7 +140,7 @@ reference = lru_cache(maxsize=1)(SequentialSFP)
 def sequential(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> Tensor:
     """The same labels the way SFP's repository computes them: JPEG bytes -> labels (H, W)."""
     batch = segmentor.data_preprocessor(dict(inputs=[load(data, case.short)]))
-    image = batch["inputs"][0][None].to(segmentor.clip.visual.proj.dtype)
+    image = batch["inputs"][0][None].to(segmentor.clip.visual.dtype)
     return reference(segmentor.clip)(
         image, segmentor.text_features(), case.size, segmentor.engine.logit_scale
     ).cpu()

@@ -13,10 +13,11 @@ Studies: modules, self_attention, layers (SFP's poster); detectors (SFP as relea
 by weights); cliptrase (its paper's tables 2, 4 and 5); cliptrase_release; gclip. Numbers of another
 protocol or backbone are marked as such. Variants that do not touch the trunk share its run on every
 image. Writes ablate_<study>.md, .json and .png into the work folder. Killed and started again it
-continues; --no-resume starts over.
+continues; --no-resume starts over. --paired adds how far each variant lies above another, with a 95 %
+interval of a paired bootstrap over images.
 
 Examples:
-    sfp ablate mini --study modules
+    sfp ablate mini --study modules --paired previous
     sfp ablate voc21 --study layers --work-dir work/voc21_layers
     sfp ablate ade20k --study backbones --weights ViT-B/16 ViT-L/14
     sfp ablate mini --study detectors --no-resume
@@ -32,6 +33,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     options.add_evaluation(parser, many_weights=True)
     parser.add_argument("--study", required=True, help="which, e.g. modules")
+    options.add_paired(parser, "the label of a variant")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
             args.study,
             weights=weights if len(weights) > 1 else (),
             resume=not args.no_resume,
+            paired=args.paired,
             progress=lambda what, done, total: bar.update(
                 task, description=what, completed=done, total=total
             ),

@@ -15,10 +15,14 @@ their protocol differs from the config's. Writes compare.json, compare.md and co
 side) into the work folder. Killed and started again it continues, also with more methods;
 --no-resume starts over.
 
+--paired adds how far each method lies above the one named, with a 95 % interval of a paired bootstrap
+over images: a difference whose interval contains 0 may be one of the choice of images.
+
 Examples:
     sfp compare mini
     sfp compare voc21 --methods clip sclip sfp --work-dir work/three
     sfp compare voc21 --methods sclip sfp --classes shipped names my_words.txt
+    sfp compare mini --methods sclip sfp:purify=False sfp --paired sfp:purify=False
 
 Exit codes as of `sfp eval`.
 """
@@ -31,7 +35,12 @@ def register(commands: argparse._SubParsersAction) -> None:
         commands, "compare", run, help="evaluate several methods in one go: one table", text=TEXT
     )
     options.add_evaluation(parser)
-    parser.add_argument("--methods", nargs="+", help="presets (default: all that need no guide)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="presets, with knobs as in sfp:purify=False,pm=lof (default: all that need no guide)",
+    )
     parser.add_argument(
         "--classes",
         nargs="+",
@@ -40,6 +49,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         help="vocabularies to compare: shipped (the benchmark's file), names (the dataset's class "
         "names) or a class file, one line per class (default: the config's alone)",
     )
+    options.add_paired(parser, "a method among them")
     options.add_pictures(parser, default=4)
 
 
@@ -55,14 +65,15 @@ def run(args: argparse.Namespace) -> int:
         task = bar.add_task(f"{len(methods)} methods", total=None)
         record = compare.compare(
             config,
-            {name: name for name in methods},
+            {name: options.parse_method(name) for name in methods},
             words=args.classes,
             pictures=args.pictures,
             resume=not args.no_resume,
+            paired=args.paired,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     title = f"{args.config}, {record['images']} images"
-    print_table(["method", *compare.COLUMNS], compare.compare_rows(record), title=title)
+    print_table(*compare.compare_sheet(record), title=title)
     for line in compare.published_lines(record):
         print(line)
     files = "compare.json, compare.md" + ", compare.png" * bool(args.pictures)

@@ -158,6 +158,40 @@ def add_import(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_paired(parser: argparse.ArgumentParser, what: str) -> None:
+    """The option that asks for differences with intervals.
+
+    Args:
+        parser: gets it.
+        what: its value may name.
+    """
+    parser.add_argument(
+        "--paired",
+        metavar="BASE",
+        help=f'{what}, or "previous": differences from it, with 95 %% intervals',
+    )
+
+
+def parse_method(text: str) -> dict[str, Any]:
+    """What `build_method` takes, from a preset's name and its knobs.
+
+    Raises:
+        ValueError: if brackets do not match, or a knob has no value.
+
+    Example:
+        >>> parse_method("sfp:purify=False,layers=[-3,-2]")
+        {'type': 'sfp', 'purify': False, 'layers': [-3, -2]}
+    """
+    name, colon, rest = text.partition(":")
+    method: dict[str, Any] = {"type": name}
+    for word in _split(rest) if colon else ():
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r}: {word!r} is not KNOB=VALUE, as in sfp:purify=False,pm=lof")
+        method[key] = parse_value(value)
+    return method
+
+
 def add_pictures(parser: argparse.ArgumentParser, default: int) -> None:
     """The option that says how many images the picture sheet has."""
     parser.add_argument(

@@ -162,7 +162,7 @@ def check_weights(args: argparse.Namespace) -> int:
         "text tower": f"width {clip.ln_final.weight.shape[0]}, {len(clip.transformer.resblocks)} "
         f"blocks, {text_heads} heads, context {clip.context}, "
         f"vocabulary {clip.token_embedding.num_embeddings}",
-        "embedding": str(vit.proj.shape[1]),
+        "embedding": str(clip.embed_dim),
         "activation": f"{known.activation} ({known.because}"
         + ("" if known.certain else "; a guess: append @gelu or @quick_gelu to settle it")
         + ")",

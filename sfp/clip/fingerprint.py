@@ -95,6 +95,9 @@ def _settings(part: nn.Module) -> Iterator[Hashable]:
         elif isinstance(value, (str, int, float, tuple)):
             yield name
             yield str(value)
+        elif isinstance(digest := getattr(value, "digest", None), str):  # a tokenizer's
+            yield name
+            yield digest
         elif callable(value) and name not in _IGNORED:
             yield name
             yield _Identity(id(value))

@@ -99,10 +99,10 @@ def quantised(vit: VisionTransformer) -> VisionTransformer:
     Raises:
         ValueError: if the model is not a float32 one on the CPU.
     """
-    if vit.proj.device.type != "cpu" or vit.proj.dtype != torch.float32:
+    if vit.device.type != "cpu" or vit.dtype != torch.float32:
         raise ValueError(
-            f"8-bit weights are for float32 models on the CPU, this one is {vit.proj.dtype} on "
-            f"{vit.proj.device}: on a GPU use precision='fp16' or 'bf16'"
+            f"8-bit weights are for float32 models on the CPU, this one is {vit.dtype} on "
+            f"{vit.device}: on a GPU use precision='fp16' or 'bf16'"
         )
     if vit.is_int8:
         return vit

@@ -1,4 +1,4 @@
-"""CLIP's two towers, with every size read off a checkpoint's shapes."""
+"""A CLIP: its two towers, what they share, and how one is built from a state dict."""
 
 from __future__ import annotations
 
@@ -10,27 +10,43 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, HEAD_WIDTHS, LayoutError
+from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, RGB, LayoutError, in_pixels
 from sfp.clip.dispatch import intercepted
 from sfp.clip.fingerprint import contents_digest, state_key
-from sfp.clip.vit import HEAD_WIDTH, Transformer, VisionTransformer, drawn
+from sfp.clip.text_towers import BertConfig, TextConfig, TextTower, TextTransformer
+from sfp.clip.vit import HEAD_WIDTH, ImageConfig, VisionTransformer
 
 IMAGE_SIDE = ("visual",)  # submodules that `encode_text` does not use
+# what lies at the top of OpenAI's model, and in its files
+OPENAI_TEXT = (
+    "transformer",
+    "token_embedding",
+    "positional_embedding",
+    "ln_final",
+    "text_projection",
+    "cls_emb",  # of CoCa
+)
 
 
 class CLIP(nn.Module):
-    """CLIP with a ViT image tower, under OpenAI's parameter names.
+    """An image tower and a text tower with a joint space.
+
+    The constructor makes OpenAI's towers, whose state dict has OpenAI's names; `CLIP.of` joins those of
+    any family.
 
     Args:
         embed_dim: width C of the joint space.
         image_size, patch, width, layers: of the image tower.
         context, vocab, text_width, text_layers: of the text tower.
         activation: "quick_gelu" (OpenAI) or "gelu".
-        head_width, hidden: of the image tower, as in `VisionTransformer`.
+        head_width, hidden: of the image tower, as in `ImageConfig`.
         text_head_width, text_hidden: of the text tower.
 
     Attributes:
-        activation: as above.
+        visual, text: the towers.
+        logit_scale: logarithm of the inverse temperature of training.
+        logit_bias: what training added to the logits, or None.
+        activation: as above, of OpenAI's towers.
         mean, std: normalisation of the images it was trained with, RGB in 0..255.
     """
 
@@ -52,28 +68,81 @@ class CLIP(nn.Module):
         text_head_width: int = HEAD_WIDTH,
         text_hidden: int | None = None,
     ) -> None:
-        super().__init__()
-        self.visual = VisionTransformer(
-            image_size=image_size,
-            patch=patch,
-            width=width,
-            layers=layers,
-            embed_dim=embed_dim,
-            activation=activation,
-            head_width=head_width,
-            hidden=hidden,
+        visual = VisionTransformer(
+            ImageConfig(
+                image_size=image_size,
+                patch=patch,
+                width=width,
+                layers=layers,
+                embed_dim=embed_dim,
+                activation=activation,
+                head_width=head_width,
+                hidden=hidden,
+            )
         )
-        self.transformer = Transformer(
-            text_width, text_layers, activation, head_width=text_head_width, hidden=text_hidden
+        text = TextTransformer(
+            TextConfig(
+                vocab=vocab,
+                context=context,
+                width=text_width,
+                layers=text_layers,
+                embed_dim=embed_dim,
+                activation=activation,
+                head_width=text_head_width,
+                hidden=text_hidden,
+            )
         )
-        self.token_embedding = nn.Embedding(vocab, text_width)
-        self.positional_embedding = drawn(context, text_width, std=0.01)
-        self.ln_final = nn.LayerNorm(text_width)
-        self.text_projection = drawn(text_width, embed_dim, std=text_width**-0.5)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self._join(visual, text, CLIP_MEAN, CLIP_STD)
         self.activation = activation
-        self.mean, self.std = CLIP_MEAN, CLIP_STD
+
+    @classmethod
+    def of(
+        cls,
+        visual: VisionTransformer,
+        text: TextTower,
+        *,
+        mean: RGB = CLIP_MEAN,
+        std: RGB = CLIP_STD,
+    ) -> CLIP:
+        """The model of two towers of any family; `mean`, `std` as the attributes."""
+        clip = cls.__new__(cls)
+        clip._join(visual, text, mean, std)
+        return clip
+
+    def _join(self, visual: VisionTransformer, text: TextTower, mean: RGB, std: RGB) -> None:
+        super().__init__()
+        self.text = text
+        self.visual = visual
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_bias: nn.Parameter | None
+        self.register_parameter("logit_bias", None)
+        self.mean, self.std = mean, std
         self._named: dict[str, tuple[str, Hashable]] = {}  # digests, and states they belong to
+
+    def __getattr__(self, name: str) -> Any:
+        # OpenAI's model has the parts of the text tower at its top
+        if name in OPENAI_TEXT and "text" in self.__dict__.get("_modules", ()):
+            return getattr(self.text, name)
+        return super().__getattr__(name)
+
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, prefix: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """As of every module; the text tower of an OpenAI CLIP without `text.`, as in its files."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if isinstance(self.text, TextTransformer):
+            for name in [name for name in state if name.startswith(f"{prefix}text.")]:
+                state[prefix + name.removeprefix(f"{prefix}text.")] = state.pop(name)
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(self.text, TextTransformer):
+            for name in [name for name in state_dict if name.startswith(prefix)]:
+                if (bare := name.removeprefix(prefix)).partition(".")[0] in OPENAI_TEXT:
+                    state_dict[f"{prefix}text.{bare}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def digest(self) -> str:
@@ -138,97 +207,61 @@ class CLIP(nn.Module):
     @property
     def context(self) -> int:
         """Longest text, in tokens."""
-        return len(self.positional_embedding)
+        return self.text.context
+
+    @property
+    def embed_dim(self) -> int:
+        """Width C of the joint space."""
+        return self.text.embed_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.logit_scale.dtype
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels -> (B, C) embeddings, not normalised."""
         return self.visual(image)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Token ids (B, up to 77) -> (B, C) embeddings, not normalised.
-
-        The text tower is causal, so everything after the longest end-of-text token cannot change the
-        result and is cut off. The end-of-text token is the one with the highest id.
+        """Token ids (B, up to `context`) of `text.tokenize` -> (B, C) embeddings, not normalised.
 
         Raises:
             ValueError: if the ids are no such batch.
         """
-        if ids.ndim != 2 or ids.shape[1] > self.context:
-            raise ValueError(
-                f"expected token ids of shape (B, <= {self.context}), got {tuple(ids.shape)}"
-            )
-        end = ids.argmax(-1)  # (B,)
-        length = int(end.max()) + 1
-        x = self.token_embedding(ids[:, :length]) + self.positional_embedding[:length]
-        for block in self.transformer.resblocks:
-            x = block(x, causal=True)  # (B, length, D)
-        x = x[torch.arange(len(x), device=x.device), end]
-        return self.ln_final(x) @ self.text_projection
+        return self.text(ids)
 
 
 def build_clip(
-    state: Mapping[str, Tensor],
-    activation: str = "quick_gelu",
-    *,
-    head_width: int | None = None,
-    text_head_width: int | None = None,
+    state: Mapping[str, Tensor], image: ImageConfig, text: TextConfig | BertConfig
 ) -> CLIP:
-    """A CLIP that holds `state`, every other size inferred from the shapes.
+    """A frozen CLIP that holds `state`.
 
     Args:
-        state: state dict in OpenAI's layout, as `sfp.clip.checkpoints.layouts.recognise` gives it.
-        activation: which the shapes cannot tell.
-        head_width: of the image tower, which they cannot tell either; by default that of the published
-            model of this width, or 64.
-        text_head_width: of the text tower, by default 64.
+        state, image, text: as `sfp.clip.checkpoints.layouts.recognise` gives them.
 
     Raises:
         LayoutError: if names are missing, left over or of a wrong shape; the message lists them.
     """
-    try:
-        conv = state["visual.conv1.weight"]
-        positions = state["visual.positional_embedding"]
-        vocab, text_width = state["token_embedding.weight"].shape
-        context = state["positional_embedding"].shape[0]
-        embed_dim = state["text_projection"].shape[1]
-        sizes = dict(width=conv.shape[0], patch=conv.shape[-1], rows=positions.shape[0])
-    except (KeyError, IndexError, ValueError) as error:
+    if image.embed_dim != text.embed_dim:
         raise LayoutError(
-            f"not a CLIP state dict: {error} is missing or misshapen; expected visual.*, "
-            "transformer.*, token_embedding.weight, positional_embedding, ln_final.*, "
-            f"text_projection and logit_scale; found {_some(state)}"
-        ) from None
-    if vocab > VOCABULARY:
-        raise LayoutError(
-            f"a vocabulary of {vocab} tokens: the text tower was trained with another tokenizer than "
-            f"CLIP's ({VOCABULARY} byte pairs), which this package does not have"
+            f"the image tower embeds in {image.embed_dim} dimensions, the text tower in "
+            f"{text.embed_dim}"
         )
-    side = round((sizes["rows"] - 1) ** 0.5) if sizes["rows"] else 0
-    if side * side + 1 != sizes["rows"]:
-        raise LayoutError(
-            f"position table of {sizes['rows']} rows: expected a square grid plus CLS"
-        )
-    width = sizes["width"]
     try:
         with torch.device("meta"), _NoInitialisation():
-            clip = CLIP(
-                embed_dim=embed_dim,
-                image_size=side * sizes["patch"],
-                patch=sizes["patch"],
-                width=width,
-                layers=_count_blocks(state, "visual."),
-                context=context,
-                vocab=vocab,
-                text_width=text_width,
-                text_layers=_count_blocks(state, ""),
-                activation=activation,
-                head_width=head_width or HEAD_WIDTHS.get(width, HEAD_WIDTH),
-                hidden=_hidden(state, "visual."),
-                text_head_width=text_head_width or HEAD_WIDTH,
-                text_hidden=_hidden(state, ""),
-            )
+            mean, std = in_pixels(image.mean, image.std)
+            clip = CLIP.of(VisionTransformer(image), text.build(), mean=mean, std=std)
+            if "logit_bias" in state:
+                clip.logit_bias = nn.Parameter(torch.empty(()))
     except ValueError as error:  # heads that do not fill the width
-        raise LayoutError(f"{error} (head_width, text_head_width)") from None
+        raise LayoutError(str(error)) from None
+    clip.activation = image.activation
     own = clip.state_dict()
     problems = [f"missing {k}" for k in own if k not in state]
     problems += [f"unexpected {k}" for k in state if k not in own]
@@ -265,24 +298,5 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-VOCABULARY = 49408  # OpenAI's byte pairs, which open_clip, MetaCLIP and DFN share
-
-
-def _some(state: Mapping[str, Tensor]) -> str:
-    names = ", ".join(list(state)[:4])
-    return f"{len(state)} tensors: {names}{', ...' if len(state) > 4 else ''}"
-
-
 def _floats(x: Tensor) -> bool:
     return x.is_floating_point() and x.layout == torch.strided
-
-
-def _count_blocks(state: Mapping[str, Tensor], tower: str) -> int:
-    prefix = f"{tower}transformer.resblocks."
-    return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
-
-
-def _hidden(state: Mapping[str, Tensor], tower: str) -> int | None:
-    """Width of the MLPs, read off the first one; 4.36 or 4.92 times the tokens' in some."""
-    first = state.get(f"{tower}transformer.resblocks.0.mlp.c_fc.weight")
-    return first.shape[0] if first is not None and first.ndim == 2 else None

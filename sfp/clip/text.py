@@ -14,33 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.clip import tokenizer
 from sfp.clip.model import CLIP
 from sfp.clip.templates import TEMPLATES
+from sfp.clip.tokenizer import tokenize as tokenize
 from sfp.files import atomic_write, cache_dir
 from sfp.registry import pick
 
 BATCH = 512  # prompts per forward pass
 CHUNK = 1024  # queries whose prompts are held at once
 FORMAT = 2  # of the cached files: what a change of tokens, prompts or averaging must raise
-
-
-def tokenize(texts: Sequence[str], context: int = 77) -> Tensor:
-    """OpenAI's byte-pair ids with start and end marks, zero-padded to the longest: (B, L) int64.
-
-    Raises:
-        ValueError: if a text needs more than `context` ids.
-    """
-    rows = [[tokenizer.START, *tokenizer.encode(text), tokenizer.END] for text in texts]
-    for text, row in zip(texts, rows, strict=True):
-        if len(row) > context:
-            raise ValueError(
-                f"text of {len(row)} tokens where CLIP reads {context}: {text[:60]!r}..."
-            )
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    return ids
 
 
 def prompt_templates(templates: str | Sequence[str]) -> list[str]:
@@ -82,7 +64,7 @@ def encode_queries(clip: CLIP, queries: Sequence[str], templates: Sequence[str])
     for query, row in zip(distinct, features.isfinite().all(-1).tolist(), strict=True):
         if not row:
             raise FloatingPointError(
-                f"NaN or infinite text features, first of {query!r}, in {clip.text_projection.dtype}"
+                f"NaN or infinite text features, first of {query!r}, in {clip.dtype}"
                 ": the text tower's weights are damaged or too large for this precision"
             )
     place = {query: i for i, query in enumerate(distinct)}
@@ -91,15 +73,14 @@ def encode_queries(clip: CLIP, queries: Sequence[str], templates: Sequence[str])
 
 def _encode(clip: CLIP, queries: Sequence[str], templates: Sequence[str]) -> Tensor:
     prompts = [template.format(query) for query in queries for template in templates]
-    ids = tokenize(prompts, clip.context)
-    vocab = clip.token_embedding.num_embeddings
-    if int(ids.max()) >= vocab:
+    ids = clip.text.tokenize(prompts)
+    if int(ids.max()) >= clip.text.vocab:
         raise ValueError(
-            f"this checkpoint knows {vocab} tokens, CLIP's tokenizer gives ids up to {int(ids.max())}: "
-            "pass `query_features` computed with its own tokenizer"
+            f"this checkpoint knows {clip.text.vocab} tokens, its tokenizer gives ids up to "
+            f"{int(ids.max())}: pass `query_features` computed with its own tokenizer"
         )
-    device = clip.text_projection.device
-    order = ids.argmax(-1).argsort(stable=True)
+    device = clip.device
+    order = clip.text.ends(ids).argsort(stable=True)
     with torch.autocast(device.type, enabled=False):  # what is cached depends on the model alone
         batches = [
             F.normalize(clip.encode_text(ids[rows].to(device)).float(), dim=-1)
@@ -129,13 +110,12 @@ def text_bank(
         (Q, C) float32 on the model's device.
     """
     templates = prompt_templates(templates)
-    weight = clip.text_projection
-    key = [FORMAT, clip.text_digest, list(queries), templates, str(weight.dtype)]
+    key = [FORMAT, clip.text_digest, list(queries), templates, str(clip.dtype)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     path = (folder or cache_dir("text")) / f"{name}.safetensors"
-    features = read_bank(path, (len(queries), weight.shape[1]))
+    features = read_bank(path, (len(queries), clip.embed_dim))
     if features is not None:
-        return features.to(weight.device)
+        return features.to(clip.device)
     features = encode_queries(clip, queries, templates)
     try:
         write_bank(path, features)

@@ -13,11 +13,14 @@ from __future__ import annotations
 import functools
 import gzip
 import html
+from collections.abc import Sequence
 from importlib.resources import files
 from itertools import chain, pairwise
 
 import ftfy
 import regex
+import torch
+from torch import Tensor
 
 START, END = 49406, 49407
 SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
@@ -42,6 +45,24 @@ def encode(text: str) -> list[int]:
     clean = html.unescape(html.unescape(ftfy.fix_text(text)))
     clean = regex.sub(r"\s+", " ", clean).strip().lower()
     return list(chain.from_iterable(map(_encode_word, WORD.findall(clean))))
+
+
+def tokenize(texts: Sequence[str], context: int = 77) -> Tensor:
+    """OpenAI's byte-pair ids with start and end marks, zero-padded to the longest: (B, L) int64.
+
+    Raises:
+        ValueError: if a text needs more than `context` ids.
+    """
+    rows = [[START, *encode(text), END] for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) > context:
+            raise ValueError(
+                f"text of {len(row)} tokens where CLIP reads {context}: {text[:60]!r}..."
+            )
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.clip.checkpoints.published import OPENAI_MEAN, OPENAI_STD, RGB
 from sfp.clip.dispatch import unshared
 from sfp.clip.onednn import linear
 from sfp.functional.attention import hide
@@ -25,6 +28,34 @@ Rule = Callable[[Heads, Trace], Tensor]
 """An attention rule: (heads, trace) -> weights, (B, H or 1, M, T)."""
 
 HEAD_WIDTH = 64  # of every CLIP tower but the image towers of open_clip's largest models
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The sizes and switches of an image tower; the defaults are those of OpenAI's CLIP.
+
+    Attributes:
+        image_size: side of the square training images, in pixels.
+        patch: side of a patch, in pixels.
+        width: token width D.
+        layers: number of blocks.
+        embed_dim: width C of the joint image-text space.
+        activation: of the MLPs, a key of `ACTIVATIONS`.
+        head_width: width d of an attention head.
+        hidden: width of the MLPs' hidden layer, 4 D by default.
+        mean, std: normalisation of the images, RGB in 0..1.
+    """
+
+    image_size: int
+    patch: int
+    width: int
+    layers: int
+    embed_dim: int
+    activation: str = "quick_gelu"
+    head_width: int = HEAD_WIDTH
+    hidden: int | None = None
+    mean: RGB = OPENAI_MEAN
+    std: RGB = OPENAI_STD
 
 
 class Linear(nn.Linear):
@@ -51,7 +82,12 @@ class QuickGELU(nn.Module):
         return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
 
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, "tanh"),
+    "relu": nn.ReLU,
+}
 
 
 class MLP(nn.Sequential):
@@ -128,17 +164,23 @@ class Block(nn.Module):
     Args:
         width: token width D.
         heads: number of attention heads.
-        activation: of the MLP, "quick_gelu" or "gelu".
+        activation: of the MLP, a key of `ACTIVATIONS`.
         hidden: width of the MLP's hidden layer, 4 D by default.
+        eps: of the layer norms.
     """
 
     def __init__(
-        self, width: int, heads: int, activation: str = "quick_gelu", hidden: int | None = None
+        self,
+        width: int,
+        heads: int,
+        activation: str = "quick_gelu",
+        hidden: int | None = None,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         hidden = hidden or 4 * width
         self.attn = Attention(width, heads)
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(
             OrderedDict(
                 c_fc=Linear(width, hidden),
@@ -146,12 +188,18 @@ class Block(nn.Module):
                 c_proj=Linear(hidden, width),
             )
         )
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """The block as it was trained, with fused attention: (B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, causal: bool = False, hidden: Tensor | None = None) -> Tensor:
+        """The block as it was trained, with fused attention: (B, T, D) -> (B, T, D).
+
+        Args:
+            x: tokens.
+            causal: whether a token sees only itself and those before it.
+            hidden: keys that do not take part, (B, 1, 1 or T, T) bool; not together with `causal`.
+        """
         q, k, v = self.attn.project(self.ln_1(x))
-        return self._finish(fused_attention(q, k, v, causal), residual=x, ffn=True)
+        return self._finish(fused_attention(q, k, v, causal, hidden), residual=x, ffn=True)
 
     def heads(self, x: Tokens) -> Heads:
         """The projections with which this block reads `x`, each made when it is asked for."""
@@ -213,7 +261,7 @@ def fused_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v without keeping the weights: (B, H, T, d) -> (B, T, D).
 
-    Keys that are `hidden`, (B, 1, 1, T) bool, do not take part.
+    Keys that are `hidden`, (B, 1, 1 or T, T) bool, do not take part.
     """
     shown = None if hidden is None else ~hidden
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, is_causal=causal)
@@ -232,7 +280,7 @@ class Transformer(nn.Module):
     """A stack of blocks, under the name that OpenAI's checkpoints give it.
 
     Args:
-        width, activation, hidden: as in `Block`.
+        width, activation, hidden, eps: as in `Block`.
         layers: number of blocks.
         head_width: width d of an attention head.
 
@@ -248,15 +296,16 @@ class Transformer(nn.Module):
         *,
         head_width: int = HEAD_WIDTH,
         hidden: int | None = None,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if head_width < 1 or width % head_width:
             raise ValueError(
                 f"tokens of width {width} cannot be divided into attention heads of {head_width}: "
-                "say how wide the heads are"
+                "say how wide the heads are (head_width, text_head_width)"
             )
         self.resblocks = nn.ModuleList(
-            Block(width, width // head_width, activation, hidden) for _ in range(layers)
+            Block(width, width // head_width, activation, hidden, eps) for _ in range(layers)
         )
 
 
@@ -266,49 +315,51 @@ def drawn(*shape: int, std: float) -> nn.Parameter:
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's image tower.
+    """An image tower.
 
     Args:
-        image_size: side of the square training images, in pixels.
-        patch: side of a patch, in pixels.
-        width: token width D.
-        layers: number of blocks.
-        embed_dim: width C of the joint image-text space.
-        activation: "quick_gelu" (OpenAI) or "gelu".
-        head_width: width of an attention head.
-        hidden: width of the MLPs' hidden layer, 4 D by default.
+        config: its sizes and switches.
 
     Attributes:
+        patch: side of a patch, in pixels.
+        native_grid: rows and columns of the position table.
+        embed_dim: width C of the joint space.
         is_int8: whether the blocks' weights are rounded to 8 bits (`sfp.clip.int8`).
     """
 
     is_int8 = False
 
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        patch: int,
-        width: int,
-        layers: int,
-        embed_dim: int,
-        activation: str = "quick_gelu",
-        head_width: int = HEAD_WIDTH,
-        hidden: int | None = None,
-    ) -> None:
+    def __init__(self, config: ImageConfig) -> None:
         super().__init__()
+        width, patch = config.width, config.patch
+        self.switches = astuple(config)  # what the fingerprint sees besides the weights
         self.patch = patch
-        self.native_grid = (image_size // patch, image_size // patch)
+        self.embed_dim = config.embed_dim
+        self.native_grid = (config.image_size // patch, config.image_size // patch)
         tokens = 1 + self.native_grid[0] * self.native_grid[1]
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = drawn(width, std=width**-0.5)
         self.positional_embedding = drawn(tokens, width, std=width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(
-            width, layers, activation, head_width=head_width, hidden=hidden
+            width,
+            config.layers,
+            config.activation,
+            head_width=config.head_width,
+            hidden=config.hidden,
         )
         self.ln_post = nn.LayerNorm(width)
-        self.proj = drawn(width, embed_dim, std=width**-0.5)
+        self.proj = drawn(width, config.embed_dim, std=width**-0.5)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.conv1.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return self.conv1.weight.dtype
 
     @property
     def blocks(self) -> Sequence[Block]:

@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mmengine.config import Config
 
+from sfp.evaluation import paired as bootstrap
 from sfp.evaluation import scores
 from sfp.evaluation.compare import measure
 from sfp.evaluation.published import (
@@ -222,6 +223,7 @@ def ablate(
     *,
     weights: Sequence[str] = (),
     resume: bool = True,
+    paired: str | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Runs a study and writes ablate_<name>.json, .md and .png into the work folder.
@@ -231,19 +233,24 @@ def ablate(
         name: of the study.
         weights: of the study "backbones", one model in memory at a time; by default the config's.
         resume: False starts over.
+        paired: label of the row that the others are paired with (of each weights' own), or "previous".
         progress: called with the weights that run, the images done and all of them.
 
     Returns:
         "rows": label, method, mIoU, mAcc and aAcc in percent, None for variants that are not run, and
         "published": benchmark, value, "tag" (what makes it another measurement than ours) of each
-        published mIoU.
+        published mIoU; with `paired` also "difference", None for a row that has no base.
 
     Raises:
-        ValueError: for an unknown study, or weights for one that takes the config's.
+        ValueError: for an unknown study or row, or weights for one that takes the config's.
     """
     study = find_study(name)
     if weights and name != "backbones":
         raise ValueError("several weights are for the study 'backbones'; others take the config's")
+    guides = config.model.get("guides") or {}
+    runs = [r for r in study.rows if r.method and (r.guide is None or r.guide in guides)]
+    if paired:
+        bootstrap.bases([row.label for row in runs], paired)
     sources = list(dict.fromkeys(weights)) or [config.model.weights]
     rows, benchmark = [], benchmark_of(config)
     for source in sources:
@@ -251,14 +258,14 @@ def ablate(
         own.model.weights = source
         short = Path(str(source)).stem if Path(str(source)).is_file() else str(source)
         prefix = f"{short}: " if len(sources) > 1 else ""
-        guides = config.model.get("guides") or {}
-        runs = [r for r in study.rows if r.method and (r.guide is None or r.guide in guides)]
         # names of journals, too: the study keeps rows of one label apart
         named = {f"{name} {prefix}{row.label}": row.method for row in runs if row.method}
+        base = f"{name} {prefix}{paired}" if paired and paired != bootstrap.PREVIOUS else paired
         record = measure(
             own,
             named,
             resume=resume,
+            paired=base,
             progress=partial(progress, str(source)),
         )
         measured = dict(zip((row.label for row in runs), record["methods"].values(), strict=True))
@@ -269,6 +276,8 @@ def ablate(
             shown = [_shown(n, str(source), benchmark, groups) for n in found]
             method = dict(row.method) if row.method else None
             rows.append(dict(label=prefix + row.label, method=method, **ours, published=shown))
+            if paired:
+                rows[-1]["difference"] = record["differences"].get(f"{name} {prefix}{row.label}")
     numbers = [n for row in study.rows for n in row.published]
     result = dict(
         study=name,
@@ -280,6 +289,7 @@ def ablate(
         sources=list(dict.fromkeys(published().sources[n.source].text for n in numbers)),
         note=study.note,
         axis=study.axis,
+        paired=paired,
         rows=rows,
     )
     _write(result, Path(config.work_dir, f"ablate_{name}"))
@@ -331,9 +341,12 @@ def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in result["rows"]:
         values = {(n["benchmark"], n["tag"]): str(n["value"]) for n in row["published"]}
-        ours = (scores.cell(row[k], decimals=1) for k in COLUMNS)
+        ours = [scores.cell(row[k], decimals=1) for k in COLUMNS]
+        if result["paired"]:
+            ours.append(bootstrap.cell(row["difference"]))
         rows.append([row["label"], *ours, *(values.get(key, "-") for key in columns)])
-    return ["variant", *COLUMNS, *names], rows
+    between = [bootstrap.heading(result["paired"])] if result["paired"] else []
+    return ["variant", *COLUMNS, *between, *names], rows
 
 
 def caption(result: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from sfp.evaluation.journal import Journal, count
 from sfp.evaluation.loading import Batches
 from sfp.evaluation.metrics import ignored_label
 from sfp.evaluation.notices import quiet
+from sfp.evaluation.paired import PREVIOUS, bases, cell, differences, heading
 from sfp.evaluation.published import benchmark_of, beside, published
 from sfp.evaluation.scores import (
     COLUMNS,
@@ -85,6 +86,7 @@ def measure(
     *,
     pictures: int = 0,
     resume: bool = True,
+    paired: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Evaluates methods on the test set of a config, all of them image by image.
@@ -98,12 +100,15 @@ def measure(
         pictures: images on the sheet `compare.png` in the work folder, run again for it if they are
             done; 0 for none.
         resume: False forgets what the journals have of these methods.
+        paired: name of the method that the others are paired with, or "previous": see `paired`.
         progress: called with the images done and all of them.
 
     Returns:
-        "methods": for each name mIoU, mAcc, aAcc, fwIoU and the classes' IoU, in percent.
+        "methods": for each name mIoU, mAcc, aAcc, fwIoU and the classes' IoU, in percent. With
+        `paired` also "paired", that name, and "differences", by name as in `paired.differences`.
 
     Raises:
+        ValueError: if `paired` is no method's name.
         DataError: if a file cannot be used, with its name, or if no pixel of the ground truth counts.
     """
     if "clusters" in config:
@@ -111,6 +116,8 @@ def measure(
             "clusters are fitted to one method's features: evaluate configs without words one by one, "
             "with `sfp eval --method`"
         )
+    if paired:
+        bases(methods, paired)  # a name that is wrong is so before anything runs
     init_default_scope(config.get("default_scope", "mmseg"))
     built = {name: build_method(method) for name, method in methods.items()}
     model = config.model.copy()
@@ -126,14 +133,17 @@ def measure(
         picture_sheet(columns, classes, plan.dataset.metainfo["palette"], sheet)
     found = coverage(next(iter(plan.counts.values())).values(), classes)
     note_coverage(found, len(classes), plan.ignored)
-    return dict(
+    entries = {
+        name: [counts[image] for image in plan.images] for name, counts in plan.counts.items()
+    }
+    record = dict(
         images=len(plan.images),
         weights=str(config.model.weights),
-        methods={
-            name: _scores([counts[image] for image in plan.images], classes)
-            for name, counts in plan.counts.items()
-        },
+        methods={name: _scores(each, classes) for name, each in entries.items()},
     )
+    if paired:
+        record.update(paired=paired, differences=differences(entries, len(classes), paired))
+    return record
 
 
 def _plan(
@@ -257,6 +267,7 @@ def compare(
     words: Sequence[str] = (),
     pictures: int = 4,
     resume: bool = True,
+    paired: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """`measure`, written into the work folder: compare.json, compare.md, and pictures.
@@ -266,16 +277,20 @@ def compare(
         words: vocabularies (see `with_words`) that each method is run with, one after the other; none
             for the config's. The names of methods then end with that of the vocabulary.
         pictures: images on the sheet, of the first vocabulary.
+        paired: as of `measure`, within each vocabulary.
 
     Returns:
         What `measure` does, and "published": what is published of each method on this benchmark with
         these weights, and whether it compares, in words.
 
     Raises:
-        ValueError: if a vocabulary has not one entry per class of the benchmark.
+        ValueError: if a vocabulary has not one entry per class of the benchmark, or `paired` is no
+            method's name.
     """
+    if paired:
+        bases(methods, paired)
     configs = [with_words(config, each) for each in words] or [config]  # all before the first runs
-    record: dict[str, Any] = dict(methods={}, published={})
+    record: dict[str, Any] = dict(methods={}, differences={}, published={})
     for n, (own, each) in enumerate(zip(configs, words or [""], strict=True)):
         tag = f" [{each}]" if words else ""
         named = {name + tag: method for name, method in methods.items()}
@@ -284,11 +299,13 @@ def compare(
             named,
             pictures=0 if n else pictures,
             resume=resume,
+            paired=paired if paired in (None, PREVIOUS) else paired + tag,
             progress=partial(_part, progress, n, len(configs)),
         )
-        record["methods"].update(part.pop("methods"))
         record["published"].update(beside_published(own, named))
-        record.update(part)
+        for key in ("methods", "differences"):
+            record[key].update(part.pop(key, {}))
+        record.update(part, paired=paired)
     folder = Path(config.work_dir)
     with atomic_write(folder / "compare.json") as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
@@ -354,14 +371,18 @@ def published_lines(record: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {line}" for name, own in record["published"].items() for line in own]
 
 
-def compare_rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of a comparison, methods in the order given."""
-    return [[name, *cells(scores, decimals=1)] for name, scores in record["methods"].items()]
+def compare_sheet(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a comparison, methods in the order given."""
+    header = ["method", *COLUMNS]
+    rows = [[name, *cells(scores, decimals=1)] for name, scores in record["methods"].items()]
+    if record["paired"]:
+        header.append(heading(record["paired"]))
+        for row in rows:
+            row.append(cell(record["differences"].get(row[0])))
+    return header, rows
 
 
 def compare_markdown(record: Mapping[str, Any]) -> str:
     """A comparison as a Markdown table, and what is published."""
     lines = [f"* {line}\n" for line in published_lines(record)]
-    return (
-        markdown(["method", *COLUMNS], compare_rows(record)) + "\n" * bool(lines) + "".join(lines)
-    )
+    return markdown(*compare_sheet(record)) + "\n" * bool(lines) + "".join(lines)

@@ -201,7 +201,7 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
     result["templates"] = f"{len(templates)} {fingerprint(dict(templates=templates))[:16]}"
     precision = node.get("precision", "auto")
     if model is not None and precision != "int8":  # which the parameters do not tell
-        precision = str(model.clip.text_projection.dtype).removeprefix("torch.")
+        precision = str(model.clip.dtype).removeprefix("torch.")
         precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[precision]
     if precision != "auto":
         result["precision"] = precision

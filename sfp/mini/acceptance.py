@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from sfp.clip.checkpoints.loading import load_clip
 from sfp.clip.model import CLIP
 from sfp.clip.text import text_bank
+from sfp.evaluation.paired import cell, class_iou, paired
 from sfp.files import atomic_write
 from sfp.method import build_method
 from sfp.mini.scenes import CLASSES, scene
@@ -168,36 +169,6 @@ def look(trace: Trace) -> dict[str, list[float]]:
     return figures
 
 
-def class_iou(counts: np.ndarray) -> np.ndarray:
-    """IoU in percent, (..., 3, 18) -> (..., 18); NaN for classes that do not occur."""
-    right, predicted, true = np.moveaxis(counts, -2, 0)
-    union = predicted + true - right
-    return 100 * right / np.where(union > 0, union, np.nan)
-
-
-def paired(
-    counts: np.ndarray, base: np.ndarray, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """How much a method's mIoU lies above another's on the same scenes.
-
-    Args:
-        counts, base: of both, (scenes, 3, classes) as `measure` gives them.
-        resamples: of the bootstrap over scenes.
-        seed: of its draws.
-
-    Returns:
-        The difference, and the ends of its 95 % interval.
-    """
-    scenes = len(counts)
-    draws = np.random.default_rng(seed).multinomial(scenes, np.full(scenes, 1 / scenes), resamples)
-    weights = np.concatenate([np.ones((1, scenes), int), draws])  # (1 + R, S)
-    sums = [np.tensordot(weights, each, 1) for each in (counts, base)]
-    first, second = (np.nanmean(class_iou(each), -1) for each in sums)
-    difference, *others = first - second
-    low, high = np.percentile(others, [2.5, 97.5])
-    return float(difference), float(low), float(high)
-
-
 def points(measured: Mapping[str, Any]) -> list[Point]:
     """What is asked of the shipped checkpoint, and whether `measured` has it."""
     counts = measured["counts"]
@@ -206,12 +177,12 @@ def points(measured: Mapping[str, Any]) -> list[Point]:
     nan = float("nan")
 
     def gain(name: str, base: str, least: float) -> Point:
-        value, low, high = paired(counts[name], counts[base])
+        value, low, high = paired(counts[name], counts[base]).values()
         wanted = f"at least {least:g}, interval above 0"
         return Point(f"{name} - {base}", value, low, high, wanted, value >= least and low > 0)
 
     def no_loss(name: str, base: str) -> Point:
-        value, low, high = paired(counts[name], counts[base])
+        value, low, high = paired(counts[name], counts[base]).values()
         return Point(f"{name} - {base}", value, low, high, "interval reaches 0", high >= 0)
 
     norm = min(measured["blocks"]["norm"][1:6])
@@ -244,8 +215,7 @@ def report(measured: Mapping[str, Any]) -> str:
         lines.append(f"  {name:18s} {np.nanmean(iou):5.1f}   worst {np.nanmin(iou):4.1f} {worst}")
     lines += ["", "differences, 95 % intervals of a paired bootstrap over scenes"]
     for name, base in DIFFERENCES:
-        value, low, high = paired(counts[name], counts[base])
-        lines.append(f"  {name:18s} - {base:18s} {value:+6.2f} [{low:+.2f}, {high:+.2f}]")
+        lines.append(f"  {name:18s} - {base:18s} {cell(paired(counts[name], counts[base]))}")
     lines += ["", "by block         " + "".join(f"{i:7d}" for i in BLOCKS)]
     for key, values in measured["blocks"].items():
         lines.append(f"  {key:15s}" + "".join(f"{value:7.2f}" for value in values))

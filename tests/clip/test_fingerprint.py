@@ -30,7 +30,7 @@ def finetune(clip):
 
 
 def replace(clip):
-    clip.text_projection = nn.Parameter(clip.text_projection + 1, requires_grad=False)
+    clip.text.text_projection = nn.Parameter(clip.text_projection + 1, requires_grad=False)
 
 
 def through_numpy(clip):
@@ -164,7 +164,7 @@ def test_where_values_cannot_be_read_nothing_is_equal():
         pass
 
     clip = tiny.clip()
-    clip.text_projection = nn.Parameter(clip.text_projection.as_subclass(Marked), False)
+    clip.text.text_projection = nn.Parameter(clip.text_projection.as_subclass(Marked), False)
     assert state_key(clip) != state_key(clip)
     assert contents_digest(clip) != contents_digest(clip)
     assert state_key(clip, without=("visual",)) != state_key(clip, without=("visual",))

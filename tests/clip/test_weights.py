@@ -493,7 +493,9 @@ def test_an_at_sign_in_a_file_name_is_no_suffix(tmp_path):
 def test_heads_of_published_widths(width, heads):
     """As open_clip's configurations have them; only the large image towers have wider heads."""
     with torch.device("meta"):
-        clip = build_clip(CLIP(**dict(tiny.SIZE, width=width, text_width=1280)).state_dict())
+        state = CLIP(**dict(tiny.SIZE, width=width, text_width=1280)).state_dict()
+        read = layouts.recognise(state)
+        clip = build_clip(read.state, read.image, read.text)
     assert clip.visual.blocks[0].attn.num_heads == heads
     assert clip.transformer.resblocks[0].attn.num_heads == 20
 

@@ -13,7 +13,7 @@ import torch
 
 import sfp
 from sfp import mini
-from sfp.clip.model import build_clip
+from sfp.clip.checkpoints.loading import load_clip
 from sfp.clip.text import tokenize
 from sfp.mini import scenes, train
 from sfp.vocabulary import as_vocabulary
@@ -170,7 +170,7 @@ def test_export_sees_the_large_picture_as_training_sees_its_half(tmp_path):
     large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
     state = train.export(training.learner.clip, training.tokens.used)
     assert state["token_embedding.weight"].shape == (train.VOCABULARY, TINY.text_width)
-    clip = build_clip({name: value.float() for name, value in state.items()})
+    clip = load_clip(state, activation="quick_gelu")
     with torch.no_grad():
         torch.testing.assert_close(
             clip.encode_image(large), training.learner.clip.encode_image(small), atol=1e-2, rtol=0

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sfp.evaluation.metrics import summarize
-from sfp.mini import acceptance, outliers, train
+from sfp.mini import outliers, train
 from sfp.mini.scenes import CLASSES, THINGS
 
 GRASS, WATER = CLASSES.index("grass"), CLASSES.index("water")
@@ -106,32 +105,3 @@ def test_second_stage_starts_from_the_first_and_resumes_with_the_same_step(tmp_p
     for one, other in zip(after, (again.advance() for _ in range(3)), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
     assert (again.learner.clip.text_projection == text).all()  # the names stay what they are
-
-
-def counts(rng, scenes):
-    true = rng.integers(1, 50, (scenes, 18))
-    right = (true * rng.random((scenes, 18))).astype(int)
-    return np.stack([right, rng.permuted(true, axis=1) + right, true], 1)
-
-
-def test_iou_is_the_benchmarks():
-    each = counts(np.random.default_rng(0), 3).sum(0)
-    expected = summarize(*torch.from_numpy(each))["IoU"]
-    np.testing.assert_allclose(acceptance.class_iou(each), np.asarray(expected), atol=1e-4)
-
-
-def test_interval_is_that_of_resampled_scenes():
-    rng = np.random.default_rng(1)
-    base = counts(rng, 20)
-    better = base.copy()
-    better[:, 0] += rng.integers(0, 3, (20, 18))
-    better[:, 0] = np.minimum(better[:, 0], better[:, 2])
-    value, low, high = acceptance.paired(better, base, resamples=4000)
-    others = []
-    for _ in range(1000):
-        drawn = rng.integers(0, 20, 20)
-        gain = acceptance.class_iou(better[drawn].sum(0)) - acceptance.class_iou(base[drawn].sum(0))
-        others.append(gain.mean())
-    assert low < value < high
-    assert [low, high] == pytest.approx(np.percentile(others, [2.5, 97.5]), rel=0.1)
-    assert acceptance.paired(base, base)[0] == 0

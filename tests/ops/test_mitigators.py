@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
-from sfp.clip.vit import VisionTransformer
+from sfp.clip.vit import ImageConfig, VisionTransformer
 from sfp.functional import attention
 from sfp.functional.attention import hide
 from sfp.ops.mitigators import inpaint
@@ -338,7 +338,9 @@ def corner_of(images: int) -> Tensor:
 def planted_base() -> sfp.Trace:
     """The trunk of a ViT-B/16 with a loud 2x2 corner, run once for all that act at its end."""
     torch.manual_seed(0)
-    model = VisionTransformer(image_size=224, patch=16, width=768, layers=12, embed_dim=512)
+    model = VisionTransformer(
+        ImageConfig(image_size=224, patch=16, width=768, layers=12, embed_dim=512)
+    )
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     plant = Plant(9, corner_of(1), 20.0)
     return model.requires_grad_(False).eval().trace(image, [plant], depth=12)

@@ -1,8 +1,8 @@
 """State dicts of CLIPs as different people write them, recognised by their names, in one form.
 
 Accepted are OpenAI's layout, which open_clip shares (also with the text tower under `text.`, and under
-the `module.` of distributed training), and that of `CLIPModel` in Hugging Face's transformers. Nothing
-is computed: tensors are renamed, transposed and put together.
+the `module.` of distributed training), and that of `CLIPModel` in Hugging Face's transformers. The
+layouts of image towers are in `image_layouts.py`, those of text towers in `text_layouts.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from sfp.clip.checkpoints import image_layouts, text_layouts
 from sfp.clip.checkpoints.published import LayoutError
+from sfp.clip.text_towers import TextConfig
+from sfp.clip.vit import ImageConfig
 
 OPENAI = "OpenAI"
 SHARED = "OpenAI or open_clip"
@@ -28,7 +31,7 @@ ACCEPTED = (
 
 _WRAPPERS = ("module.", "_orig_mod.")  # of distributed training and torch.compile
 _SCALARS = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's archives
-_UNUSED = ("logit_bias", "attn_mask")  # a shift of all logits alike; the causal mask itself
+_UNUSED = ("attn_mask",)  # the causal mask itself
 
 _NO_CLS = (
     "there is no class token, which most methods read, images are embedded by an attention pool in "
@@ -63,21 +66,30 @@ _REFUSED = (
 
 @dataclass(frozen=True)
 class Recognised:
-    """A state dict under OpenAI's names.
+    """A state dict under the names of `sfp.clip.model.CLIP`.
 
     Attributes:
         layout: one of the names above.
         state: without bookkeeping.
+        image, text: sizes and switches, as far as names, shapes and the configuration tell them.
+        settled: whether they tell the activations; if not, those in `image` and `text` are OpenAI's.
     """
 
     layout: str
     state: dict[str, Tensor]
+    image: ImageConfig
+    text: TextConfig
+    settled: bool = False
 
 
-def recognise(state: Mapping[str, Tensor]) -> Recognised:
-    """The layout of a state dict, and the same tensors under OpenAI's names.
+def recognise(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Recognised:
+    """The layout of a state dict, and the same tensors under the names of this package.
 
     Names that belong to no layout stay, for `build_clip` to complain about.
+
+    Args:
+        state: as read.
+        config: the configuration that lies beside the weights, parsed.
 
     Raises:
         LayoutError: if it is a model of another kind, or no CLIP; the message says which.
@@ -88,35 +100,32 @@ def recognise(state: Mapping[str, Tensor]) -> Recognised:
         if found:
             reason = f": {why}" if why else ""
             raise LayoutError(f"this is {what}{reason} (found {found})")
+    layout = _layout(state, wrapped)
+    state = {k: v for k, v in state.items() if k not in (*_SCALARS, *_UNUSED)}
+    shared = {k: state.pop(k) for k in ("logit_scale", "logit_bias") if k in state}
+    part = {k: state.pop(k) for k in list(state) if k.startswith(image_layouts.PREFIXES)}
+    image, image_config = image_layouts.read(part, config)
+    text, text_config = text_layouts.read(state, config)
+    shared = {k: v.reshape(()) if v.numel() == 1 else v for k, v in shared.items()}  # (1,) in some
+    return Recognised(layout, image | text | shared, image_config, text_config)
+
+
+def _layout(state: Mapping[str, Tensor], wrapped: bool) -> str:
+    """Who writes such names; raises `LayoutError` if nobody does."""
     if any(name.startswith(("vision_model.", "text_model.")) for name in state):
-        return Recognised(TRANSFORMERS, _from_transformers(state))
+        for tower in ("vision_model", "text_model"):
+            if not any(name.startswith(f"{tower}.") for name in state):
+                raise LayoutError(f"one tower of a CLIP only: {tower}.* is missing")
+        return TRANSFORMERS
     if "visual.conv1.weight" not in state:
         names = ", ".join(list(state)[:4]) or "nothing"
         raise LayoutError(
             f"not a CLIP state dict: 'visual.conv1.weight' is missing; found {len(state)} tensors: "
             f"{names}{', ...' if len(state) > 4 else ''}"
         )
-    if not any(name.startswith("visual.ln_pre.") for name in state):
-        raise LayoutError(
-            "this CLIP has no visual.ln_pre, as CLIPA, whose image tower averages its patches and "
-            "whose text tower has another tokenizer"
-        )
-    layout = OPENAI if all(name in state for name in _SCALARS) else SHARED
-    if any(name.startswith("text.") for name in state):
-        layout = OPEN_CLIP
-        if twice := next((k for k in state if f"text.{k}" in state), None):
-            raise LayoutError(f"both {twice} and text.{twice}: two text towers in one file")
-        state = {name.removeprefix("text."): value for name, value in state.items()}
-    elif wrapped:
-        layout = OPEN_CLIP
-    state = {k: v for k, v in state.items() if k not in (*_SCALARS, *_UNUSED)}
-    if "logit_scale" in state:
-        state["logit_scale"] = _scalar(state["logit_scale"])
-    projection = state.get("text_projection.weight")  # a Linear, in some text towers of open_clip
-    if projection is not None and "text_projection" not in state:
-        del state["text_projection.weight"]
-        state["text_projection"] = _turned(projection)
-    return Recognised(layout, state)
+    if wrapped or any(name.startswith("text.") for name in state):
+        return OPEN_CLIP
+    return OPENAI if all(name in state for name in _SCALARS) else SHARED
 
 
 def _unwrap(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
@@ -128,73 +137,3 @@ def _unwrap(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         result = {name.removeprefix(prefix): value for name, value in result.items()}
         wrapped = True
     return result, wrapped
-
-
-def _scalar(x: Tensor) -> Tensor:
-    """`logit_scale`, which some files store as (1,)."""
-    return x.reshape(()) if x.numel() == 1 else x
-
-
-def _turned(x: Tensor) -> Tensor:
-    """The matrix of a Linear as it stands in x @ matrix."""
-    return x.T if x.ndim == 2 else x
-
-
-_TOWERS = {"vision_model": "visual.", "text_model": ""}
-_NAMES = {
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",  # their spelling
-    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
-    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
-    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
-}
-_PARTS = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
-_LAYER = re.compile(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-
-
-def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    missing = [tower for tower in _TOWERS if not any(k.startswith(f"{tower}.") for k in state)]
-    if missing:
-        raise LayoutError(f"one tower of a CLIP only: {missing[0]}.* is missing")
-    result: dict[str, Tensor] = {}
-    packed: dict[str, dict[str, Tensor]] = {}
-    for name, value in state.items():
-        if name.endswith(".position_ids") or name == "logit_bias":  # 0, 1, 2, ... in older files
-            continue
-        if name in _NAMES:
-            result[_NAMES[name]] = value
-        elif name == "logit_scale":
-            result[name] = _scalar(value)
-        elif name == "visual_projection.weight":
-            result["visual.proj"] = _turned(value)
-        elif name == "text_projection.weight":
-            result["text_projection"] = _turned(value)
-        elif (layer := _LAYER.fullmatch(name)) and layer[3] in _PARTS:
-            tower, number, part, kind = layer.groups()
-            result[f"{_TOWERS[tower]}transformer.resblocks.{number}.{_PARTS[part]}.{kind}"] = value
-        elif layer and (which := re.fullmatch(r"self_attn\.([qkv])_proj", layer[3])):
-            target = f"{_TOWERS[layer[1]]}transformer.resblocks.{layer[2]}.attn.in_proj_{layer[4]}"
-            packed.setdefault(target, {})[which[1]] = value
-        else:
-            result[name] = value
-    for target, parts in packed.items():
-        shapes = {(tuple(x.shape), x.dtype) for x in parts.values()}
-        if set(parts) != set("qkv") or len(shapes) != 1 or not parts["q"].ndim:
-            sides = ", ".join(f"{k} {tuple(x.shape)}" for k, x in sorted(parts.items()))
-            raise LayoutError(
-                f"{target} cannot be put together from {sides}: expected q, k and v of one shape"
-            )
-        result[target] = torch.cat([parts[k] for k in "qkv"])
-    return result

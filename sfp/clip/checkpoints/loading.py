@@ -37,11 +37,11 @@ from sfp.clip.checkpoints.published import (
     LayoutError,
     Published,
     WeightsError,
-    in_pixels,
     on_disk,
 )
 from sfp.clip.model import CLIP, build_clip
-from sfp.clip.vit import ACTIVATIONS
+from sfp.clip.text_towers import TextConfig
+from sfp.clip.vit import ACTIVATIONS, ImageConfig
 from sfp.files import cache_dir, sha256_file
 from sfp.registry import suggest
 
@@ -97,7 +97,8 @@ class Checkpoint:
         sha256: of the file, or of the names and values of a state dict.
         verified: whether the hash is the one that the publisher states.
         layout: as `sfp.clip.checkpoints.layouts` calls it.
-        state: under OpenAI's names, as stored.
+        state: under the names of `CLIP`, as stored.
+        image, text: sizes and switches of the towers.
         facts: what the state does not tell.
         row: of the table, if it was asked for by name.
     """
@@ -108,6 +109,8 @@ class Checkpoint:
     verified: bool
     layout: str
     state: dict[str, Tensor]
+    image: ImageConfig
+    text: TextConfig
     facts: Facts
     row: Published | None = None
 
@@ -125,10 +128,7 @@ class Checkpoint:
         """
         try:
             clip = build_clip(
-                {name: _own(value) for name, value in self.state.items()},
-                self.facts.activation,
-                head_width=self.facts.head_width,
-                text_head_width=self.facts.text_head_width,
+                {name: _own(value) for name, value in self.state.items()}, self.image, self.text
             )
         except LayoutError as error:
             part = self.path is not None and re.search(r"-\d{5}-of-\d{5}", self.path.name)
@@ -142,7 +142,6 @@ class Checkpoint:
             ) from None
         _check_sizes(clip, self)
         _check_numbers(clip, self.origin)
-        clip.mean, clip.std = in_pixels(self.facts.mean, self.facts.std)
         clip.digest = self.digest
         return clip
 
@@ -186,8 +185,29 @@ def open_weights(
         head_width=head_width or known.head_width,
         text_head_width=text_head_width or known.text_head_width,
     )
+    image = replace(
+        recognised.image,
+        activation=known.activation,
+        head_width=known.head_width or recognised.image.head_width,
+        mean=known.mean,
+        std=known.std,
+    )
+    text = replace(
+        recognised.text,
+        activation=known.activation,
+        head_width=known.text_head_width or recognised.text.head_width,
+    )
     return Checkpoint(
-        origin, path, sha256, verified, recognised.layout, recognised.state, known, row
+        origin,
+        path,
+        sha256,
+        verified,
+        recognised.layout,
+        recognised.state,
+        image,
+        text,
+        known,
+        row,
     )
 
 
@@ -413,7 +433,7 @@ def _check_sizes(clip: CLIP, checkpoint: Checkpoint) -> None:
         ("blocks", len(vit.blocks), expected.layers),
         ("text width", clip.ln_final.weight.shape[0], expected.text_width),
         ("text blocks", len(clip.transformer.resblocks), expected.text_layers),
-        ("embedding", vit.proj.shape[1], expected.embed_dim),
+        ("embedding", clip.embed_dim, expected.embed_dim),
     ]
     wrong = [f"{what} {found}, expected {right}" for what, found, right in rows if found != right]
     if wrong:

@@ -237,9 +237,7 @@ class Model:
             full = None
             if engine.masks is not None:
                 full = engine.normalise(_tensor(image).to(engine.device))
-            found = engine.label(
-                pixels, sheet, queries.index, method=method, full_image=full
-            )
+            found = engine.label(pixels, sheet, queries.index, method=method, full_image=full)
             labels = found.labels.to(torch.int32).cpu().numpy() + np.int32(added)
             confidence = found.confidence.float().cpu().numpy()
             if threshold is not None:

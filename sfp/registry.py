@@ -107,7 +107,12 @@ OPS = Registry("op", "sfp.ops", "sfp.methods")
 METHODS = Registry("method", "sfp.methods")
 GUIDES = Registry("guide", "sfp.guides")
 MASKS = Registry("mask proposer", "sfp.masks")
-COMMON = ("depth", "positions", "comparison", "refiners")  # fields of `Method` that presets take too
+COMMON = (
+    "depth",
+    "positions",
+    "comparison",
+    "refiners",
+)  # fields of `Method` that presets take too
 
 
 @dataclass(frozen=True)

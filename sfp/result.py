@@ -64,7 +64,9 @@ class Scores:
         for start in range(0, height, step):
             stop = min(start + step, height)
             with torch.inference_mode():
-                own = dict(rows=partial(_shifted, reading["rows"], start), size=(stop - start, width))
+                own = dict(
+                    rows=partial(_shifted, reading["rows"], start), size=(stop - start, width)
+                )
                 scores = assign(**{**reading, **own}, keep_scores=True).scores
             assert scores is not None  # they were asked for
             known = scores.float().numpy()

@@ -6,7 +6,7 @@ maps overlap are ambiguous, and only those that win a crop of the image stay.
 
 | | here | release |
 | --- | --- | --- |
-| text of the crops | `crop_text`, a file; else the same words | about 20 sentences of a language model per class |
+| text of the crops | `crop_text`, a file; else the same words | some 20 sentences of a language model |
 | boxes | `edges="inside"` | the same: the last row and column of the grid lie in no box |
 | queries | each on its own; synonyms compete too | one per class |
 | base | any preset | MaskCLIP and SCLIP keep the FFN and lose the residual |
@@ -49,9 +49,7 @@ DATASETS = dict(
 
 
 @op("affinity")
-def sinkhorn(
-    trace: Trace, *, affinity: Affinity, rounds: int = 3, square: bool = True
-) -> Tensor:
+def sinkhorn(trace: Trace, *, affinity: Affinity, rounds: int = 3, square: bool = True) -> Tensor:
     """An affinity made doubly stochastic, symmetric and, by its square, wider (FreeCP), (B, N, N).
 
     Args:
@@ -111,13 +109,16 @@ def spread(maps: Tensor, weights: Tensor, share: float, edges: str = "inside") -
 
 
 def redundancy(probs: Tensor, refined: Tensor) -> Tensor:
-    """sum P r / (sum P + sum r) of each query's probabilities and spread map, (Q, h, w) each: (Q,)."""
+    """Overlap of each query's probabilities and spread map, (Q, h, w) each: (Q,).
+
+    It is sum P r / (sum P + sum r).
+    """
     overlap = (probs * refined).flatten(1).sum(1)
     return overlap / (probs.flatten(1).sum(1) + refined.flatten(1).sum(1))
 
 
 def soft_iou(maps: Tensor) -> Tensor:
-    """sum min / sum max of every two maps (Q, h, w): (Q, Q)."""
+    """Sum of the minimum over sum of the maximum of every two maps (Q, h, w): (Q, Q)."""
     rows = maps.flatten(1)
     both = torch.stack([torch.minimum(row, rows).sum(1) for row in rows])
     sizes = rows.sum(1)
@@ -200,7 +201,8 @@ def class_purification(
     """Spread activations in 0..1 of the queries that the image shows, 0 for all others (FreeCP).
 
     Args:
-        affinity: along which activations spread; logits of another grid are resized to that of the patches.
+        affinity: along which activations spread; logits of another grid are resized to it, the
+            patches' own.
         redundant: queries whose overlap of probability and spread map is no larger are dropped (r_p);
             below 0, none is.
         ambiguous: soft IoU of spread maps from which queries compete (a_p); above 1, none do.
@@ -280,11 +282,8 @@ def freecp(
         crop_side, crop_text: of the crops, as in `class_purification`.
         rounds, square: of the affinity, as in `sinkhorn`.
     """
-    given = (redundant, ambiguous, background)
-    redundant, ambiguous, background = (
-        tuned if value is None else value
-        for value, tuned in zip(given, pick("dataset", dataset, DATASETS), strict=True)
-    )
+    tuned = pick("dataset", dataset, DATASETS)
+    background = tuned[2] if background is None else background
     refiner = dict(
         type="class_purification",
         affinity=dict(
@@ -293,8 +292,8 @@ def freecp(
             rounds=rounds,
             square=square,
         ),
-        redundant=redundant,
-        ambiguous=ambiguous,
+        redundant=tuned[0] if redundant is None else redundant,
+        ambiguous=tuned[1] if ambiguous is None else ambiguous,
         background=background,
         logit_scale=logit_scale,
         box_share=box_share,

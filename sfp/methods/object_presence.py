@@ -107,8 +107,8 @@ def present_words(
 ) -> Tensor:
     """Cosines with words that are moved towards the image, mixed with the image's own (CASS, RF-CLIP).
 
-    Queries are clustered (`hierarchy`); of each cluster, the one that is most like the image's embedding
-    moves (`moved_words`). Logits are (1 - image_weight) patch . t' + image_weight g, where g is the
+    Queries are clustered (`hierarchy`); of each cluster, the one most like the image's embedding moves
+    (`moved_words`). Logits are (1 - image_weight) patch . t' + image_weight g, where g is the
     cosine of the image's embedding with the words as they were: a prior on classes, the same for all
     patches. With both weights 0 they are plain cosines.
 

@@ -1,13 +1,14 @@
 """RF-CLIP: outliers smoothed in every block, two readouts over the trunk's mean.
 
-The code is github.com/liblacklucy/RF-CLIP. Each block's patches whose share of a few known channels is
-large are blended with their neighbourhood. The last block reads twice, its own input and the mean of all
-blocks' outputs, both mixed by the similarity of that mean, with the mean over all blocks of softmax(kk).
+The code is github.com/liblacklucy/RF-CLIP. Patches in which a few known channels are large are blended
+with their neighbourhood, after every block. The last block reads twice, its own input and the mean of
+all blocks' outputs, both mixed by the similarity of that mean; its attention is the mean over all
+blocks of softmax(kk).
 
 | | here | release |
 | --- | --- | --- |
-| text part | `comparison=dict(type="object_presence")`, on | the same; it shares the table of CASS |
-| refinement of logits | the engine's `pamr_steps`, off | PAMR, 10 steps: its configs do not switch it off |
+| text part | `present_words`, on | the same; it shares the table of CASS |
+| refinement of logits | the engine's `pamr_steps`, off | PAMR, 10 steps; no config switches it off |
 | channels | of OpenAI's ViT-B/16 and ViT-L/14, else the loudest (ours) | those two lists |
 | batches | any | one image |
 
@@ -28,9 +29,8 @@ from torch.nn import functional as F
 from sfp.functional.attention import hide
 from sfp.functional.precision import upcast
 from sfp.kinds import Affinity, Detector, Mitigator, Source
+from sfp.methods.object_presence import presence
 from sfp.ops.attention import earlier_layers
-from sfp.ops.mitigators import rings
-from sfp.methods.object_presence import DATASETS, presence
 from sfp.registry import METHODS, Op, op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace, native_last

@@ -237,14 +237,16 @@ class Model:
             full = None
             if engine.masks is not None:
                 full = engine.normalise(_tensor(image).to(engine.device))
-            found = engine.label(pixels, sheet, queries.index, full_image=full)
+            found = engine.label(pixels, sheet, queries.index, method=method, full_image=full)
             labels = found.labels.to(torch.int32).cpu().numpy() + np.int32(added)
             confidence = found.confidence.float().cpu().numpy()
             if threshold is not None:
                 labels[confidence < threshold] = names.index(BACKGROUND)
             if (refine := engine.refinement(pixels)) is not None:
                 refine = replace(refine, image=refine.image.cpu())
-            scores = Scores(sheet.cpu(), queries.index, engine.logit_scale, added, refine)
+            scores = Scores(
+                sheet.cpu(), queries.index, engine.logit_scale, added, refine, method.decision
+            )
             results.append(Result(labels, confidence, names, image, scores))
         return results
 

@@ -300,7 +300,13 @@ class Labeller:
         sizes = [entry.image.shape[:2] for entry in batch]
         (sheets,) = engine.logits([self.method], inputs, sizes, self.queries)
         return [
-            engine.label(pixels, sheet, self.queries.index, full_image=self._full(entry))
+            engine.label(
+                pixels,
+                sheet,
+                self.queries.index,
+                method=self.method,
+                full_image=self._full(entry),
+            )
             for entry, pixels, sheet in zip(batch, inputs, sheets, strict=True)
         ]
 

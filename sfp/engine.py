@@ -29,7 +29,7 @@ from sfp.clip.model import CLIP
 from sfp.clip.text import prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
 from sfp.feature_cache import FeatureCache, LRUCache
-from sfp.functional.labels import Labels, assign
+from sfp.functional.labels import Labels, assign, decided
 from sfp.functional.pamr import Refinement
 from sfp.functional.windows import LogitSheet, WindowGrid
 from sfp.guides import build_guides
@@ -451,6 +451,7 @@ class Engine:
         sheet: LogitSheet,
         index: Sequence[int],
         *,
+        method: Method | None = None,
         scores: bool = False,
         full_image: Tensor | None = None,
         prepare: Prepare | None = None,
@@ -461,17 +462,17 @@ class Engine:
             image: as in `logits`.
             sheet: its merged logits.
             index: class of each query.
+            method: whose `decision` gives the class scores; None for the softmax over queries.
             scores: whether to return class probabilities, (K, H, W).
             full_image: what mask proposers see, normalised; `image` by default.
             prepare: as in `logits`.
         """
         prepare = prepare or self.normalise
         refine = self.refinement(image, prepare)
+        rows = sheet.rows if refine is None else refine(sheet)
+        decision = None if method is None else method.decision
         labels = assign(
-            sheet.rows if refine is None else refine(sheet),
-            sheet.size,
-            index,
-            scale=self.logit_scale,
+            **decided(rows, sheet.size, index, self.logit_scale, decision),
             prob_thd=self.prob_thd,
             area_thd=self.area_thd,
             keep_scores=scores or getattr(self.masks, "vote", None) == "mean",

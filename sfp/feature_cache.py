@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfp.clip.vit import VisionTransformer
 from sfp.method import Method
+from sfp.ops.comparisons import cosines
 from sfp.tokens import Tokens, cosine_logits
 from sfp.trace import Trace
 
@@ -70,8 +71,8 @@ class Features:
 
     Attributes:
         read: what the readouts gave, or None if they depend on words (ResCLIP's feedback).
-        trace: the run of the trunk, or None where nothing needs it again: `read` is there and no
-            refiner follows.
+        trace: the run of the trunk, or None where nothing needs it again: `read` is there, and
+            what follows are cosines and no refiner.
     """
 
     read: Tokens | None
@@ -112,7 +113,8 @@ def run(
     if method.words_in_trunk:
         return logits, None
     worded = method.words_in_readouts
-    kept = trace.with_words(None, None) if worded or method.refiners else None
+    again = worded or method.refiners or method.comparison is not cosines
+    kept = trace.with_words(None, None) if again else None
     return logits, Features(None if worded else read, kept)
 
 

@@ -6,7 +6,7 @@ A knob or field that is annotated with one of these takes a config node or funct
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 from torch import Tensor
@@ -40,8 +40,17 @@ Residual = Annotated[Callable[[Tokens, Tokens], Tensor], Kind("residual")]
 Smoother = Annotated[Callable[[Tokens, Trace], Tokens], Kind("smoother")]
 """(tokens, trace) -> tokens."""
 
+Comparison = Annotated[Callable[[Tokens, Trace], Tensor], Kind("comparison")]
+"""(features of width C, trace) -> query logits (B, Q, h, w)."""
+
 Refiner = Annotated[Callable[[Tensor, Trace], Tensor], Kind("refiner")]
 """(logits (B, Q, h, w), trace) -> logits, on a finer grid or the same."""
+
+Rows = Callable[[int, int], Tensor]
+"""(start, stop) -> maps of output rows start to stop, (Q or K, stop - start, W)."""
+
+Decision = Annotated[Callable[[Rows, tuple[int, int], Sequence[int]], Rows], Kind("decision")]
+"""(merged logits by rows, size (H, W), class of each query) -> scores of classes by rows."""
 
 Points = Annotated[Callable[[Trace], list[Tensor]], Kind("points")]
 """(trace) -> point prompts of each image, (P, n, 2) with x and y in 0..1."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
@@ -17,6 +16,8 @@ from sfp.clip.fingerprint import state_key
 from sfp.clip.vit import VisionTransformer
 from sfp.functional.grid import resample_positions
 from sfp.kinds import (
+    Comparison,
+    Decision,
     Detector,
     Edit,
     Mitigator,
@@ -28,17 +29,16 @@ from sfp.kinds import (
     Source,
     Surgery,
 )
+from sfp.ops.comparisons import cosines
 from sfp.ops.integrators import own_tokens
 from sfp.registry import (
-    METHODS,
     build_dataclass,
-    check_knobs,
-    find,
+    composition,
     fit,
     needs_words,
     parameter_types,
 )
-from sfp.tokens import Tokens, cosine_logits
+from sfp.tokens import Tokens
 from sfp.trace import LayerError, Trace
 
 COPIES_KEPT = 4  # operated copies of one model; each holds the weights that its surgery replaced
@@ -159,7 +159,10 @@ class Method(_Fields):
     Attributes:
         edits: of the trunk, in order.
         readouts: their outputs are summed.
+        comparison: (features, trace) -> query logits; cosines with the text bank by default.
         refiners: of the query logits (B, Q, h, w), in order.
+        decision: (merged logits, size, classes) -> class scores; None for the engine's softmax over
+            queries, of which each class has its best.
         surgery: edits of the weights, made once per model on a copy that shares all other weights.
         positions: rule that fits the position table to another grid.
         depth: number of blocks that the layer numbers are written for; they are moved to the same
@@ -168,7 +171,9 @@ class Method(_Fields):
 
     edits: Sequence[Purify | Edit] = ()
     readouts: Sequence[Readout] = field(default_factory=lambda: (Readout(),))
+    comparison: Comparison = cosines
     refiners: Sequence[Refiner] = ()
+    decision: Decision | None = None
     surgery: Sequence[Surgery] = ()
     positions: Positions = resample_positions
     depth: int | None = 12
@@ -223,7 +228,7 @@ class Method(_Fields):
 
     def compare(self, features: Tokens, trace: Trace) -> Tensor:
         """Refined query logits (B, Q, h, w) of features that were read from such a trace."""
-        logits = cosine_logits(features, trace.query_features())
+        logits = self.comparison(features, trace)
         for refine in self.refiners:
             logits = refine(logits, trace)
         return logits
@@ -280,7 +285,7 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
         method: name of a preset; `dict(type=name, knob=value, ...)`; a composition
             `dict(type="Method", readouts=[...], ...)`; or a `Method`, returned as it is.
         **knobs: knobs of the preset. Every preset that has no knob of that name itself also takes
-            `depth` and `positions` (see `Method`), and `refiners` that follow its own.
+            `depth`, `positions` and `comparison` (see `Method`), and `refiners` that follow its own.
 
     Raises:
         ValueError: for unknown presets, ops or knobs; the message names the valid ones.
@@ -295,15 +300,4 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
                 f"knobs {sorted(knobs)} cannot be set on a method that is built already"
             )
         return method
-    config = {"type": method} if isinstance(method, str) else dict(method)
-    config.update(knobs)
-    name = config.pop("type", "Method")
-    if name == "Method":
-        return build_dataclass(Method, config)
-    preset = find(METHODS, name)
-    own = inspect.signature(preset).parameters
-    fields_of_all = ("depth", "positions", "refiners")
-    common = {k: config.pop(k) for k in fields_of_all if k in config and k not in own}
-    composition = preset(**check_knobs(preset, config, f"method {name!r}"))
-    common["refiners"] = [*composition.get("refiners", ()), *common.get("refiners", ())]
-    return build_dataclass(Method, {**composition, **common})
+    return build_dataclass(Method, composition(method, **knobs))

@@ -107,6 +107,12 @@ OPS = Registry("op", "sfp.ops", "sfp.methods")
 METHODS = Registry("method", "sfp.methods")
 GUIDES = Registry("guide", "sfp.guides")
 MASKS = Registry("mask proposer", "sfp.masks")
+COMMON = (
+    "depth",
+    "positions",
+    "comparison",
+    "refiners",
+)  # fields of `Method` that presets take too
 
 
 @dataclass(frozen=True)
@@ -402,6 +408,30 @@ def _describe(option: Any) -> str:
     if base in _SEQUENCES:
         return "a list" + (f" of {_describe(items[0])}" if items else "")
     return "None" if option in (None, type(None)) else getattr(base, "__name__", str(base))
+
+
+def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]:
+    """The fields of `Method` that a preset stands for, not built yet; those of a composition pass.
+
+    Args:
+        method: name of a preset, or `dict(type=name, knob=value, ...)`.
+        **knobs: further knobs. Every preset that has no knob of that name itself also takes `depth`,
+            `positions` and `comparison`, and `refiners` that follow its own.
+
+    Raises:
+        ValueError: for unknown presets or knobs; the message names the valid ones.
+    """
+    config = {"type": method} if isinstance(method, str) else dict(method)
+    config.update(knobs)
+    name = config.pop("type", "Method")
+    if name == "Method":
+        return config
+    preset = find(METHODS, name)
+    own = inspect.signature(preset).parameters
+    common = {k: config.pop(k) for k in COMMON if k in config and k not in own}
+    fields_of_method = preset(**check_knobs(preset, config, f"method {name!r}"))
+    common["refiners"] = [*fields_of_method.get("refiners", ()), *common.get("refiners", ())]
+    return {**fields_of_method, **common}
 
 
 def pick(what: str, name: str, options: Mapping[str, T]) -> T:

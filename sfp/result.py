@@ -19,9 +19,10 @@ from torch import Tensor
 
 from sfp.data.coco import coco_document
 from sfp.files import atomic_write
-from sfp.functional.labels import assign
+from sfp.functional.labels import assign, decided
 from sfp.functional.pamr import Refinement
 from sfp.functional.windows import LogitSheet
+from sfp.kinds import Decision
 from sfp.overlay import Panel, label_picture, overlay
 from sfp.palette import class_palette
 from sfp.registry import suggest
@@ -43,6 +44,7 @@ class Scores:
         scale: inverse temperature of the softmax.
         background: whether a threshold has put a class without words before the others.
         refine: the refinement of the logits, if any.
+        decision: of the method, in place of the softmax.
     """
 
     sheet: LogitSheet
@@ -50,22 +52,22 @@ class Scores:
     scale: float
     background: bool
     refine: Refinement | None
+    decision: Decision | None = None
 
     def slabs(self) -> Iterator[NDArray[np.float32]]:
         """The probabilities, some rows (K, rows, W) after the other."""
         height, width = self.sheet.size
         step = max(SLAB // ((self.index[-1] + 2) * width), 1)
         rows = self.sheet.rows if self.refine is None else self.refine(self.sheet)
+        with torch.inference_mode():
+            reading = decided(rows, (height, width), self.index, self.scale, self.decision)
         for start in range(0, height, step):
             stop = min(start + step, height)
             with torch.inference_mode():
-                scores = assign(
-                    partial(_shifted, rows, start),
-                    (stop - start, width),
-                    self.index,
-                    scale=self.scale,
-                    keep_scores=True,
-                ).scores
+                own = dict(
+                    rows=partial(_shifted, reading["rows"], start), size=(stop - start, width)
+                )
+                scores = assign(**{**reading, **own}, keep_scores=True).scores
             assert scores is not None  # they were asked for
             known = scores.float().numpy()
             yield np.pad(known, ((1, 0), (0, 0), (0, 0))) if self.background else known

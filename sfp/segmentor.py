@@ -205,6 +205,7 @@ class OpenVocabSegmentor(BaseSegmentor):
                         image,
                         sheet,
                         queries.index,
+                        method=method,
                         scores=scores,
                         full_image=self._full_image(sample, image.device),
                         prepare=self._prepare,
@@ -213,7 +214,7 @@ class OpenVocabSegmentor(BaseSegmentor):
                 )
                 for image, sheet, sample in zip(images, sheets, samples, strict=True)
             ]
-            for sheets in each
+            for method, sheets in zip(methods, each, strict=True)
         ]
 
     def _prepare(self, image: Tensor) -> Tensor:

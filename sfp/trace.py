@@ -152,7 +152,7 @@ class Trace:
             self._heads[i] = self.vit.blocks[i].heads(self.entering(i))
         return self._heads[i]
 
-    def once(self, op: Callable[[Trace], Tensor]) -> Tensor:
+    def once(self, op: Callable[[Trace], T]) -> T:
         """`op(trace)`, computed the first time that an equal op is asked for."""
         return self._compute_once(op, lambda: op(self), words=needs_words(op))
 
@@ -238,6 +238,13 @@ class Trace:
         """
         image = F.normalize(upcast(self.global_embedding()), dim=-1)  # (B, C)
         return image @ self.query_features().to(image).T
+
+    def image_embedding(self) -> Tensor:
+        """CLIP's embedding of the whole image that each window was cut from, (B, C).
+
+        Through the method's own trunk. Where no windows were cut, it is `global_embedding`.
+        """
+        return self.global_embedding()
 
     def global_embedding(self) -> Tensor:
         """CLIP's image embedding, (B, C): the class token through the native last block."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sfp.method import Method, Purify, Readout, build_method
+from sfp.ops.comparisons import cosines
 from sfp.ops.integrators import own_tokens
 from sfp.registry import METHODS, OPS, find, knobs, list_methods, list_ops
 from sfp.tables import markdown
@@ -92,7 +93,14 @@ def _name(op: Any) -> str:
 
 def methods_markdown() -> str:
     """The generated table of docs/methods.md: what each preset builds with its defaults."""
-    header = ["preset", "attention of the last block", "residual", "FFN", "edits", "refiners"]
+    header = [
+        "preset",
+        "attention of the last block",
+        "residual",
+        "FFN",
+        "edits",
+        "words and logits",
+    ]
     return markdown(header, map(_parts, list_methods()))
 
 
@@ -106,8 +114,14 @@ def _parts(name: str) -> list[str]:
         _each(_residual(r) for r in readouts),
         _each("yes" if r.ffn else "no" for r in readouts),
         _each([*map(_edit, method.edits), *map(_name, method.surgery)]),
-        _each(map(_name, method.refiners)),
+        _each(map(_name, _of_logits(method))),
     ]
+
+
+def _of_logits(method: Method) -> list[Any]:
+    """What acts between features and labels, in order; cosines alone go without saying."""
+    comparison = [] if method.comparison is cosines else [method.comparison]
+    return [*comparison, *method.refiners, *([method.decision] if method.decision else [])]
 
 
 def ops_rows() -> list[tuple[str, str, str, str]]:

@@ -334,14 +334,14 @@ class BertText(TextTower):
 
 
 def _linear(config: BertConfig) -> nn.Module:
-    return nn.Sequential(Linear(config.width, config.embed_dim, bias=False))
+    return nn.Sequential(nn.Linear(config.width, config.embed_dim, bias=False))
 
 
 def _mlp(config: BertConfig) -> nn.Module:
     return nn.Sequential(
-        Linear(config.width, config.head_hidden, bias=False),
+        nn.Linear(config.width, config.head_hidden, bias=False),
         nn.GELU(),
-        Linear(config.head_hidden, config.embed_dim, bias=False),
+        nn.Linear(config.head_hidden, config.embed_dim, bias=False),
     )
 
 
@@ -349,7 +349,7 @@ def _norm(config: BertConfig) -> nn.Module:
     return nn.Sequential(
         nn.LayerNorm(config.width, eps=config.eps),
         Linear(config.width, config.head_hidden),
-        Linear(config.head_hidden, config.embed_dim, bias=False),
+        nn.Linear(config.head_hidden, config.embed_dim, bias=False),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,25 @@ def class_scores(logits: Tensor, index: Sequence[int], scale: float) -> Tensor:
     return best_of_class((logits * scale).softmax(0), index)
 
 
+def decided(
+    rows: Callable[[int, int], Tensor],
+    size: tuple[int, int],
+    index: Sequence[int],
+    scale: float,
+    decision: Callable[..., Callable[[int, int], Tensor]] | None,
+) -> dict[str, Any]:
+    """Arguments of `assign` for a method's own way from merged logits to class scores.
+
+    Args:
+        rows, size, index, scale: as in `assign`.
+        decision: an op of that kind (`sfp.kinds.Decision`), or None for the softmax.
+    """
+    if decision is None:
+        return dict(rows=rows, size=size, index=index, scale=scale)
+    scores = decision(rows, size, index)
+    return dict(rows=scores, size=size, index=range(index[-1] + 1), scale=None)
+
+
 def best_of_class(probs: Tensor, index: Sequence[int]) -> Tensor:
     """The best query of each class, (Q, ...) -> (K, ...)."""
     if len(index) == index[-1] + 1:  # one query each
@@ -53,7 +73,7 @@ def assign(
     size: tuple[int, int],
     index: Sequence[int],
     *,
-    scale: float = 40.0,
+    scale: float | None = 40.0,
     prob_thd: float = 0.0,
     area_thd: float | None = None,
     keep_scores: bool = False,
@@ -63,7 +83,7 @@ def assign(
     Args:
         rows: gives the logits (Q, stop - start, W) of rows start to stop.
         size: of the image, (H, W).
-        index, scale: as in `class_scores`.
+        index, scale: as in `class_scores`; without a scale, `rows` are scores already.
         prob_thd: pixels whose best class is less probable become class 0.
         area_thd: a class other than 0 that wins no more than this share of the pixels that classes
             other than 0 win is left out (SCLIP's protocol for VOC21).
@@ -82,9 +102,9 @@ def assign(
             own = slice(start, min(start + step, height))
             # queries last: a pixel's softmax and maximum run over adjacent numbers
             logits = rows(own.start, own.stop).permute(1, 2, 0)
-            probs = (logits * scale).softmax(-1)
+            probs = logits if scale is None else (logits * scale).softmax(-1)
             if dropped is not None:
-                probs.masked_fill_(dropped, 0)
+                probs = probs.masked_fill(dropped, 0)
             torch.max(probs, -1, out=(confidence[own], query[own]))
             if scores is not None:
                 scores[:, own] = best_of_class(probs.permute(2, 0, 1), index)

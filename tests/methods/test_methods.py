@@ -35,12 +35,26 @@ CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
 }
 """Further context of `Method.logits` by method, made when it is needed."""
 
+START: dict[str, dict[str, Any]] = {
+    "freecp": dict(redundant=-1.0, ambiguous=0.5),
+    "object_presence": dict(height=1.3),
+    "rfclip": dict(factor=2.0),
+}
+"""Knobs with which the others matter on random weights."""
+
 OTHERS: dict[tuple[str, str], list[Any]] = {
     # a knob of a switched-off part, or with another knob that it needs: the whole set of knobs
     ("clip_surgery", "surgery_blocks"): [0, 3],
     ("cliptrase", "cells"): [1, 4],
     ("cliptrase", "guide"): ["dino"],
     ("cliptrase", "restore"): [-2],
+    ("freecp", "base"): ["sclip"],
+    ("freecp", "dataset"): ["voc21"],
+    ("freecp", "redundant"): [0.2],
+    ("freecp", "ambiguous"): [2.0],
+    ("freecp", "background"): [True],
+    ("freecp", "crop_side"): [48],
+    ("freecp", "crop_text"): [],
     ("gclip", "blocks"): [(3,), ()],
     ("gclip", "cs_blocks"): [(2, 3)],
     ("gclip", "channel"): [3],
@@ -49,6 +63,12 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("maskclip", "ks_thresh"): [1.0],
     ("maskclip", "pd_thresh"): [0.9],
     ("proxyclip", "guide"): [None],
+    ("object_presence", "base"): ["sclip"],
+    ("object_presence", "dataset"): ["voc20"],
+    ("object_presence", "image_weight"): [0.5],
+    ("object_presence", "move"): [0.5],
+    ("object_presence", "height"): [0.5],
+    ("object_presence", "scope"): [],  # the same without windows; see test_windows_of_an_image
     ("resclip", "dataset"): ["voc20", "voc21"],
     ("resclip", "layers"): [(3,), (7, 8)],
     ("resclip", "lambda_rcs"): [0.1],
@@ -56,6 +76,14 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("resclip", "lambda_sfr"): [0.1],
     ("resclip", "temp_thd"): [0.9],
     ("resclip", "logit_scale"): [2.0],
+    ("rfclip", "channels"): [(3, 5)],
+    ("rfclip", "factor"): [5.0],
+    ("rfclip", "count"): [3],
+    ("rfclip", "scope"): [],
+    ("rfclip", "dataset"): [None, "voc20"],
+    ("rfclip", "image_weight"): [0.5],
+    ("rfclip", "move"): [0.5],
+    ("rfclip", "height"): [2.0],
     ("sfp", "pm"): ["l2_norm", "lof"],
     ("sfp", "purify"): [False, "median", "mask_attention"],
     ("sfp", "layers"): ["all", (-3, -2)],
@@ -227,9 +255,10 @@ assert KNOBS
 
 @pytest.mark.parametrize(("name", "knob"), KNOBS)
 def test_every_knob_changes_the_result(name, knob):
-    default = run(sfp.build_method(name), name, images())
+    start = START.get(name, {})
+    default = run(sfp.build_method(name, **start), name, images())
     for value in other_values(name, knob):
-        changed = run(sfp.build_method(name, **{knob: value}), name, images())
+        changed = run(sfp.build_method(name, **{**start, knob: value}), name, images())
         assert changed.shape != default.shape or (changed - default).abs().max() > 1e-6, value
 
 

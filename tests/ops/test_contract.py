@@ -29,6 +29,8 @@ SELF = dict(type="self_self", pairs=["kk"])
 CUT = dict(layer=8, cut=0.2, fill=dict(type="neighbour_mean"))
 SIMILARITY = dict(type="similarity", **CUT)
 COSINES = dict(type="head_cosine", subtract_cls=True)
+MEAN = dict(type="mean_of_blocks")
+SPREAD = dict(type="sinkhorn", affinity=dict(type="mean_attention"))
 FEEDBACK = dict(type="semantic_feedback", source=dict(type="read_last", attention=SELF))
 GUIDED = dict(affinity=dict(type="guide_similarity", guide="colours"), guide="colours")
 
@@ -40,6 +42,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "l2_norm": [{}, dict(top_k=1)],
         "lof": [{}, dict(neighbours=5, contamination=0.2)],
         "attention_received": [{}, dict(above=1.5, top_k=5)],
+        "channel_share": [
+            dict(factor=2.5),
+            dict(channels="loudest", count=2, factor=3.0),
+            dict(channels=[3, 7], factor=1.5),
+        ],
         "cls_attention": [{}, dict(top_k=2)],
         "cls_self_ratio": [{}, dict(above=1.5, top_k=5)],
         "dbscan": [{}, dict(eps=1.2, share=0.05)],
@@ -52,6 +59,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "mitigator": {
         "neighbour_mean": [{}, dict(alone="keep"), dict(alone="zero")],
         "inpaint": [{}],
+        "box_blend": [{}, dict(share=0.9)],
         "mask_attention": [{}],
         "median": [{}],
         "nearest": [{}],
@@ -78,6 +86,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(source=FEEDBACK["source"], temp_thd=0.9, blur=2.0, logit_scale=80.0),
             dict(source=FEEDBACK["source"], blur=1.0, pamr_steps=2, pamr_dilations=[1]),
         ],
+        "sinkhorn": [
+            dict(affinity=dict(type="mean_attention")),
+            dict(affinity=dict(type="mean_attention"), rounds=1, square=False),
+        ],
+        "source_similarity": [dict(source=MEAN), dict(source=MEAN, cut=0.4)],
         "similarity": [dict(layer=3), CUT, dict(CUT, fill_from=4)],
         "mean_attention": [{}, dict(first=5, last=8)],
     },
@@ -104,23 +117,45 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(rule=SELF, layers=[3], share=0.2, pairs=["qq", "vv"], head_average=True),
         ],
         "identity": [{}],
+        "mean_of_layers": [{}, dict(pair="qk")],
         "neighbour": [{}, dict(std=1.5, pair="qk")],
         "neighbour_only": [{}, dict(std=1.5)],
         "normalised_self_self": [{}, dict(iterations=0, temperature=5.0)],
     },
     "source": {
         "read_last": [dict(attention=SELF), dict(attention=SELF, reduced=False)],
+        "mean_of_blocks": [
+            {},
+            dict(detector=dict(type="l2_norm"), mitigator=dict(type="box_blend")),
+        ],
         "layer_sum": [dict(layers=[4]), dict(layers=range(3, 10))],
     },
     "smoother": {
         "aggregate": [dict(affinity=SIMILARITY), dict(affinity=dict(type="mean_attention"))],
         "native_cls": [{}],
+        "weighted_sum": [dict(affinity=SIMILARITY)],
     },
     "residual": {
         "own_tokens": [{}],
         "cls_token": [{}, dict(scale=0.0)],
     },
+    "comparison": {
+        "cosines": [{}],
+        "present_words": [
+            {},
+            dict(image_weight=0.5, move=0.5, height=0.9, linkage="ward", nearest=5, scope="window"),
+        ],
+    },
+    "decision": {
+        "as_scores": [{}, dict(rest=True)],
+    },
     "refiner": {
+        "class_purification": [
+            dict(affinity=SPREAD, redundant=0.0),
+            dict(affinity=SPREAD, redundant=0.1, logit_scale=20.0, background=True),
+            dict(affinity=SPREAD, redundant=-1.0, ambiguous=0.1, box_share=0.6, crop_side=32),
+            dict(affinity=SPREAD, redundant=-1.0, edges="whole", crop_text=None),
+        ],
         "cls_product": [dict(source=dict(type="read_last", attention=SELF))],
         "cluster_vote": [
             dict(affinity=COSINES),
@@ -245,6 +280,16 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
         return {"all": op(tokens, tokens), "patches": op(tokens.only_patches(), tokens)}
     if kind == "refiner":
         return {"": op(on.logits, trace)}
+    if kind == "comparison":
+        return {"": op(trace.vit.project(tokens), trace)}
+    if kind == "decision":
+        index = trace.index or range(QUERIES)
+        height, width = on.logits.shape[-2:]
+        images = [
+            op(lambda a, b, own=own: own[:, a:b], (height, width), index)(0, height)
+            for own in on.logits
+        ]
+        return {"": torch.stack(images)}
     if kind == "points":
         each = op(trace)
         assert len(each) == len(trace.image)
@@ -362,7 +407,7 @@ def test_settings_differ_in_what_they_give(name, pictures, exact):
 def test_words_change_what_says_that_it_needs_them_and_nothing_else(name, pictures, exact):
     """What says that it does not is kept when words change: were that wrong, answers would be."""
     kind = OPS.module_dict[name].kind
-    if kind in ("surgery", "positions", "residual", "mitigator"):
+    if kind in ("surgery", "positions", "residual", "mitigator", "decision"):
         assert not OPS.module_dict[name].words  # they see no trace
         return
     one = pictures[5, 9][0]
@@ -427,7 +472,7 @@ def check_result(kind: str, call: str, result: Any, on: Given) -> None:
         assert data.dtype in (torch.float32, dtype)
         rows = (tokens, patches)  # a guide's grid has no prefix
         assert data.shape in [(batch, h, n, tokens) for h in (1, heads) for n in rows]
-    elif kind == "refiner":
+    elif kind in ("comparison", "decision", "refiner"):
         assert data.dtype == torch.float32
         assert data.shape[:2] == on.logits.shape[:2]
         assert data.ndim == 4

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfp.clip.checkpoints import image_layouts, text_layouts
 from sfp.clip.checkpoints.published import LayoutError
-from sfp.clip.text_towers import TextConfig
+from sfp.clip.text_towers import BertConfig, TextConfig
 from sfp.clip.vit import ImageConfig
 
 OPENAI = "OpenAI"
@@ -78,7 +78,7 @@ class Recognised:
     layout: str
     state: dict[str, Tensor]
     image: ImageConfig
-    text: TextConfig
+    text: TextConfig | BertConfig
     settled: bool = False
 
 

@@ -40,7 +40,7 @@ from sfp.clip.checkpoints.published import (
     on_disk,
 )
 from sfp.clip.model import CLIP, build_clip
-from sfp.clip.text_towers import TextConfig
+from sfp.clip.text_towers import BertConfig, TextConfig
 from sfp.clip.vit import ACTIVATIONS, ImageConfig
 from sfp.files import cache_dir, sha256_file
 from sfp.registry import suggest
@@ -110,7 +110,7 @@ class Checkpoint:
     layout: str
     state: dict[str, Tensor]
     image: ImageConfig
-    text: TextConfig
+    text: TextConfig | BertConfig
     facts: Facts
     row: Published | None = None
 

@@ -1,10 +1,17 @@
-"""Text towers as different people write them, under the names and with the switches of ours."""
+"""Text towers as different people write them, under the names and with the switches of ours.
+
+Names and shapes tell the kind of a tower; what they leave open comes from the configuration beside the
+weights, if there is one, else from what all published checkpoints of the family have in common.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sfp.clip.checkpoints.published import LayoutError
@@ -13,57 +20,342 @@ from sfp.clip.checkpoints.renaming import (
     count_blocks,
     from_transformers,
     hidden_width,
+    packed,
     shape_of,
     turned,
 )
-from sfp.clip.text_towers import TextConfig
+from sfp.clip.text_towers import BertConfig, TextConfig
+from sfp.clip.tokenizers import BERT, CLIPA, SIGLIP, SIGLIP2, TIPS, XLM, Rules
+from sfp.clip.vit import HEAD_WIDTH
 
 VOCABULARY = 49408  # OpenAI's byte pairs, which open_clip, MetaCLIP and DFN share
+XLM_V = 901629  # tokens of MetaCLIP 2's vocabulary
+GEMMA = 256000  # of SigLIP 2's
+BERT_PADDED = 32000  # rows of CLIPA's token table, more than its vocabulary has
+HEAD_WIDTHS = {1152: 72}  # of text towers whose heads are not 64 wide, by width
+TEMPERATURE = 0.005065968260169029  # of TIPSv2 where the checkpoint does not have it
+LONG_CLIP_KEPT = 20  # rows of the original position table that LongCLIP kept as they were
 
 _TRANSFORMERS = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.final_layer_norm.weight": "ln_final.weight",
     "text_model.final_layer_norm.bias": "ln_final.bias",
+    "text_model.head.weight": "text_projection.weight",
+    "text_model.head.bias": "text_projection.bias",
 }
 
 
 def read(
     state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Tensor], TextConfig]:
-    """A text tower's tensors under our names, and its sizes.
+) -> tuple[dict[str, Tensor], TextConfig | BertConfig]:
+    """A text tower's tensors under our names, its sizes and switches.
 
     Args:
         state: what is left of a state dict when the image tower has been taken out.
         config: the configuration that lies beside the weights, parsed.
 
     Raises:
-        LayoutError: if sizes cannot be read off, or the tower has another tokenizer.
+        LayoutError: if sizes cannot be read off, or nothing says which tokenizer the tower has.
     """
+    config = config or {}
+    for prefix, reader in _BERTS.items():
+        if any(name.startswith(prefix) for name in state):
+            return reader(state, config)
     if any(name.startswith("text_model.") for name in state):
         named = from_transformers(state, _TRANSFORMERS, "text_model.", "")
-    else:
-        if twice := next((k for k in state if f"text.{k}" in state), None):
-            raise LayoutError(f"both {twice} and text.{twice}: two text towers in one file")
-        named = {name.removeprefix("text."): value for name, value in state.items()}
-    if "text_projection" not in named and "text_projection.weight" in named:  # a Linear's
-        named["text_projection"] = turned(named.pop("text_projection.weight"))
-    return named, _plain(named)
-
-
-def _plain(state: Mapping[str, Tensor]) -> TextConfig:
-    """The sizes of OpenAI's tower."""
-    vocab, width = shape_of(state, "token_embedding.weight", 2)
-    if vocab > VOCABULARY:
-        raise LayoutError(
-            f"a vocabulary of {vocab} tokens: the text tower was trained with another tokenizer than "
-            f"CLIP's ({VOCABULARY} byte pairs), which this package does not have"
+        if "positional_embedding" not in named:
+            return _tips(named, config)
+        return _from_transformers(named, config)
+    if twice := next((k for k in state if f"text.{k}" in state), None):
+        raise LayoutError(f"both {twice} and text.{twice}: two text towers in one file")
+    named = {name.removeprefix("text."): value for name, value in state.items()}
+    if "positional_embedding_res" in named:
+        tables = named["positional_embedding"], named.pop("positional_embedding_res")
+        named["positional_embedding"] = torch.cat(
+            [tables[0][:LONG_CLIP_KEPT], tables[1][LONG_CLIP_KEPT:]]
         )
+    return _from_open_clip(named, config)
+
+
+def _sizes(state: Mapping[str, Tensor], context: int | None = None) -> TextConfig:
+    """What shapes tell of a tower under OpenAI's names."""
+    vocab, width = shape_of(state, "token_embedding.weight", 2)
+    if "text_projection" in state:
+        projection, embed_dim = "matrix", shape_of(state, "text_projection", 2)[1]
+    elif "text_projection.weight" in state:
+        projection, embed_dim = "linear", shape_of(state, "text_projection.weight", 2)[0]
+    else:
+        projection, embed_dim = "none", width
     return TextConfig(
-        context=shape_of(state, "positional_embedding", 2)[0],
+        context=context or shape_of(state, "positional_embedding", 2)[0],
         vocab=vocab,
         width=width,
         layers=count_blocks(state, BLOCKS),
-        embed_dim=shape_of(state, "text_projection", 2)[1],
+        embed_dim=embed_dim,
+        head_width=HEAD_WIDTHS.get(width, HEAD_WIDTH),
         hidden=hidden_width(state),
+        projection=projection,
     )
+
+
+def _turn_projection(state: dict[str, Tensor]) -> None:
+    """Makes a matrix of a linear layer without bias."""
+    if not {"text_projection", "text_projection.bias"} & set(state):
+        weight = state.pop("text_projection.weight", None)
+        if weight is not None:
+            state["text_projection"] = turned(weight)
+
+
+def _from_transformers(
+    state: dict[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], TextConfig]:
+    """The towers of `CLIPModel`, `SiglipModel`, `Siglip2Model` and `MetaClip2Model`."""
+    _turn_projection(state)
+    sizes = _sizes(state)
+    text, kind = config.get("text_config") or {}, config.get("model_type")
+    sizes = replace(sizes, head_width=_head_width(sizes.width, text) or sizes.head_width)
+    if sizes.projection == "linear":  # the only towers of this layout with a bias there
+        rules = SIGLIP2 if kind == "siglip2" or sizes.vocab == GEMMA else SIGLIP
+        return state, _siglip(replace(sizes, activation="gelu_tanh"), rules)
+    if kind == "metaclip_2" or sizes.vocab == XLM_V:
+        return state, replace(sizes, pool="end", end=int(text.get("eos_token_id", 2)), rules=XLM)
+    return state, _byte_pairs(sizes)
+
+
+def _head_width(width: int, config: Mapping[str, Any]) -> int | None:
+    """By a configuration of transformers' or open_clip's, if it says it."""
+    heads = config.get("num_attention_heads") or config.get("heads")
+    return width // int(heads) if heads else None
+
+
+def _siglip(sizes: TextConfig, rules: Rules) -> TextConfig:
+    return replace(sizes, causal=False, pool="last", eps=1e-6, rules=rules)
+
+
+def _byte_pairs(sizes: TextConfig) -> TextConfig:
+    """A tower of OpenAI's kind, unless its vocabulary is another.
+
+    Raises:
+        LayoutError: if it is.
+    """
+    if sizes.vocab > VOCABULARY:
+        raise LayoutError(
+            f"a vocabulary of {sizes.vocab} tokens: the text tower was trained with another tokenizer "
+            f"than CLIP's ({VOCABULARY} byte pairs), and neither names nor a configuration beside the "
+            "weights (config.json, open_clip_config.json) say which"
+        )
+    return sizes
+
+
+def _from_open_clip(
+    state: dict[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], TextConfig]:
+    """The towers of OpenAI and open_clip."""
+    _turn_projection(state)
+    text = (config.get("model_cfg") or {}).get("text_cfg") or {}
+    if "cls_emb" in state:
+        sizes = _sizes(state, context=shape_of(state, "positional_embedding", 2)[0] - 1)
+        sizes = replace(sizes, pool="class")
+    else:
+        sizes = _sizes(state)
+    sizes = replace(sizes, head_width=_head_width(sizes.width, text) or sizes.head_width)
+    if sizes.projection != "matrix":
+        rules = SIGLIP2 if _is_siglip2(sizes, text) else SIGLIP
+        # as open_clip's configurations say; transformers takes tanh for all
+        activation = "gelu_tanh" if rules == SIGLIP2 else "gelu"
+        return state, _siglip(replace(sizes, activation=activation), rules)
+    if text.get("pool_type") == "eos" or sizes.vocab == XLM_V:
+        return state, replace(sizes, pool="end", end=int(text.get("eos_id", 2)), rules=XLM)
+    if text.get("pool_type") == "last" or sizes.vocab == BERT_PADDED:
+        return state, replace(sizes, causal=False, pool="last", rules=CLIPA)
+    return state, replace(_byte_pairs(sizes), causal=not text.get("no_causal_mask", False))
+
+
+def _is_siglip2(sizes: TextConfig, text: Mapping[str, Any]) -> bool:
+    return sizes.vocab == GEMMA or "siglip2" in str(text.get("hf_tokenizer_name")).lower()
+
+
+def _tips(
+    state: dict[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], TextConfig]:
+    """TIPSv2's tower, without a projection and with computed positions."""
+    text = config.get("text_config") or {}
+    sizes = _sizes(state, context=int(text.get("max_position_embeddings", 64)))
+    temperature = state.pop("temperature", torch.tensor(TEMPERATURE))
+    state["logit_scale"] = -temperature.float().reshape(()).log()
+    return state, replace(
+        sizes,
+        activation="relu",
+        head_width=_head_width(sizes.width, text) or sizes.head_width,
+        eps=float(text.get("layer_norm_eps", 1e-5)),
+        causal=False,
+        hide_padding=True,
+        pool="mean",
+        positions="sinusoids",
+        rules=TIPS,
+    )
+
+
+_BERT_NAMES = {
+    "embeddings.word_embeddings.weight": "token_embedding.weight",
+    "embeddings.LayerNorm.weight": "ln_embedding.weight",
+    "embeddings.LayerNorm.bias": "ln_embedding.bias",
+}
+_BERT_PARTS = {
+    "attention.output.dense": "attn.out_proj",
+    "attention.output.LayerNorm": "ln_1",
+    "intermediate.dense": "mlp.c_fc",
+    "output.dense": "mlp.c_proj",
+    "output.LayerNorm": "ln_2",
+}
+_BERT_LAYER = re.compile(r"encoder\.layers?\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def _bert(
+    state: Mapping[str, Tensor], prefix: str, layers: Mapping[str, Tensor], **switches: Any
+) -> tuple[dict[str, Tensor], BertConfig]:
+    """A BERT of transformers' and its head.
+
+    Args:
+        state: the tensors.
+        prefix: of the BERT's names.
+        layers: tensors of its head, by their names in ours.
+        switches: of `BertConfig`, that shapes do not tell.
+    """
+    result = {f"head.{name}": value for name, value in layers.items()}
+    together: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        bare = name.removeprefix(prefix)
+        layer = _BERT_LAYER.fullmatch(bare)
+        if bare in _BERT_NAMES:
+            result[_BERT_NAMES[bare]] = value
+        elif layer and layer[2] in _BERT_PARTS:
+            result[f"blocks.{layer[1]}.{_BERT_PARTS[layer[2]]}.{layer[3]}"] = value
+        elif layer and (which := re.fullmatch("attention.self.(query|key|value)", layer[2])):
+            key = f"blocks.{layer[1]}.attn.in_proj_{layer[3]}"
+            together.setdefault(key, {})[which[1][0]] = value
+        elif name.startswith(prefix) and not re.match(_BERT_ASIDE, bare):
+            result[name] = value
+    result |= {key: packed(parts, key) for key, parts in together.items()}
+    vocab, width = shape_of(result, "token_embedding.weight", 2)
+    rows, _ = shape_of(state, f"{prefix}embeddings.position_embeddings.weight", 2)
+    _, _ = shape_of(state, f"{prefix}embeddings.token_type_embeddings.weight", 2)
+    positions, types = (
+        state[f"{prefix}embeddings.{kind}_embeddings.weight"] for kind in ("position", "token_type")
+    )
+    # every token of a text is of the first type
+    result["positional_embedding"] = positions.float() + types[0].float()
+    last = max(name for name in layers if name.endswith("weight"))
+    sizes: dict[str, Any] = dict(
+        vocab=vocab,
+        rows=rows,
+        width=width,
+        layers=count_blocks(result, "blocks."),
+        hidden=shape_of(result, "blocks.0.mlp.c_fc.weight", 2)[0],
+        embed_dim=shape_of(layers, last, 2)[0],
+    )
+    named = {f"text.{name}": value for name, value in result.items()}
+    return named, BertConfig(**(sizes | switches))
+
+
+# tensors of BERTs that texts do not pass, or that are made above
+_BERT_ASIDE = r"pooler\.|embeddings\.(position|token_type)"
+
+
+def _biomed(
+    state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], BertConfig]:
+    """The BERTs of open_clip, as in BiomedCLIP and QuiltNet."""
+    text = (config.get("model_cfg") or {}).get("text_cfg") or {}
+    pooler = text.get("hf_pooler_type", "cls_last_hidden_state_pooler")
+    prefix = "text.transformer."
+    if f"{prefix}encoder.layer.0.attention.self.query.weight" not in state:
+        raise LayoutError("its text tower is one of transformers' that is no BERT")
+    rows = shape_of(state, f"{prefix}embeddings.position_embeddings.weight", 2)[0]
+    if pooler != "cls_last_hidden_state_pooler" or rows == 514:  # which RoBERTas have
+        raise LayoutError(
+            "its text tower is a RoBERTa or averages its tokens; read are BERTs whose first token is "
+            "the embedding, as BiomedCLIP's"
+        )
+    names = [name for name in state if name.startswith("text.proj.")]
+    head = {name.removeprefix("text.proj."): state[name] for name in names}
+    if "weight" in head:
+        head = {"0.weight": head["weight"]}
+    mlp = dict(head="mlp", head_hidden=head["0.weight"].shape[0]) if len(head) > 1 else {}
+    context = int(text.get("context_length", 256))
+    return _bert(state, prefix, head, context=context, rules=BERT, **mlp)
+
+
+def _chinese(
+    state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], BertConfig]:
+    """Chinese-CLIP, in transformers' layout or its publisher's."""
+    text = config.get("text_config") or {}
+    prefix = "bert." if any(name.startswith("bert.") for name in state) else "text_model."
+    if prefix == "bert.":
+        head = turned(_needed(state, "text_projection"))
+    else:
+        head = _needed(state, "text_projection.weight")
+    return _bert(
+        state,
+        prefix,
+        {"0.weight": head},
+        context=52,  # of its publisher's examples
+        rules=replace(BERT, clean="none"),
+        **_bert_switches(text),
+    )
+
+
+def _alt(
+    state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], BertConfig]:
+    """AltCLIP: XLM-R, and its own layers before the projection."""
+    text = config.get("text_config") or {}
+    head = {
+        "0.weight": _needed(state, "text_model.pre_LN.weight"),
+        "0.bias": _needed(state, "text_model.pre_LN.bias"),
+        "1.weight": _needed(state, "text_model.transformation.weight"),
+        "1.bias": _needed(state, "text_model.transformation.bias"),
+        "2.weight": _needed(state, "text_projection.weight"),
+    }
+    switches = dict(eps=1e-5) | _bert_switches(text)
+    return _bert(
+        state,
+        "text_model.roberta.",
+        head,
+        context=77,
+        head="norm",
+        head_hidden=head["1.weight"].shape[0],
+        pad=1,
+        first=2,
+        rules=replace(XLM, clean="none"),
+        **switches,
+    )
+
+
+def _needed(state: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in state:
+        raise LayoutError(f"{name} is missing")
+    return state[name]
+
+
+def _bert_switches(text: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' configuration of a BERT says."""
+    switches: dict[str, Any] = {}
+    if "layer_norm_eps" in text:
+        switches["eps"] = float(text["layer_norm_eps"])
+    if "hidden_act" in text:
+        switches["activation"] = str(text["hidden_act"])
+    if {"hidden_size", "num_attention_heads"} <= set(text):
+        switches["head_width"] = int(text["hidden_size"]) // int(text["num_attention_heads"])
+    return switches
+
+
+_BERTS = {
+    "text_model.roberta.": _alt,
+    "text_model.embeddings.word_embeddings.": _chinese,
+    "bert.": _chinese,
+    "text.transformer.embeddings.": _biomed,
+    "text.transformer.encoder.layer": _biomed,
+}

@@ -1,0 +1,309 @@
+"""FreeCP: classes that an image does not show are dropped, and look-alikes compete by their crops.
+
+The code is github.com/chenqi1126/FreeCP; it runs on any method's logits. Activations spread along the
+trunk's attention; a class whose activation and spread map disagree is redundant; classes whose spread
+maps overlap are ambiguous, and only those that win a crop of the image stay.
+
+| | here | release |
+| --- | --- | --- |
+| text of the crops | `crop_text`, a file; else the same words | some 20 sentences of a language model |
+| boxes | `edges="inside"` | the same: the last row and column of the grid lie in no box |
+| queries | each on its own; synonyms compete too | one per class |
+| base | any preset | MaskCLIP and SCLIP keep the FFN and lose the residual |
+
+Published: short side 448, windows of 384, stride 112 (Cityscapes 560 and 224). Scores are maps in 0..1
+without a softmax; on sets with a background class, that is what the others leave (`DATASETS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.clusters import resize
+from sfp.functional.precision import upcast
+from sfp.kinds import Affinity
+from sfp.registry import METHODS, composition, op, pick
+from sfp.trace import Trace
+
+Box = tuple[int, int, int, int]  # first column, first row, end column, end row; in patches
+
+# redundant, ambiguous, whether class 0 is a background
+DATASETS = dict(
+    ade20k=(0.05, 0.7, False),
+    city_scapes=(0.1, 0.8, False),
+    coco_object=(0.15, 0.8, True),
+    coco_stuff164k=(0.05, 0.7, False),
+    context59=(0.1, 0.7, False),
+    context60=(0.1, 0.7, True),
+    voc20=(0.15, 0.7, False),
+    voc21=(0.15, 0.8, True),
+)
+
+
+@op("affinity")
+def sinkhorn(trace: Trace, *, affinity: Affinity, rounds: int = 3, square: bool = True) -> Tensor:
+    """An affinity made doubly stochastic, symmetric and, by its square, wider (FreeCP), (B, N, N).
+
+    Args:
+        affinity: not negative.
+        rounds: how often columns, then rows, are divided by their sums.
+        square: whether the symmetric part (T + T^T) / 2 is multiplied with itself.
+    """
+    weights = trace.once(affinity)
+    for _ in range(rounds):
+        weights = weights / weights.sum(-2, keepdim=True)
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = (weights + weights.mT) / 2
+    return weights @ weights if square else weights
+
+
+def boxes(activation: Tensor, share: float, edges: str = "inside") -> list[Box]:
+    """Bounding boxes of the regions, and of the holes in them, where a map is large.
+
+    A hole's box is the hole's, grown by one cell. Regions are 8-connected.
+
+    Args:
+        activation: (h, w) in 0..1; it is taken in 8 bits, as the release does.
+        share: of the map's maximum above which cells belong to a region.
+        edges: "inside": ends are cut to the last row and column, which then lie in no box (the
+            release); "whole": boxes hold their last row and column.
+    """
+    import cv2
+
+    level = (255 * activation).floor().to(torch.uint8).cpu().numpy()  # (h, w)
+    above = (level > int(share * int(level.max()))).astype(np.uint8)
+    contours, _ = cv2.findContours(above, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
+    height, width = level.shape
+    last = 1 if edges == "inside" else 0
+    found = []
+    for x, y, across, down in map(cv2.boundingRect, contours):
+        found.append((x, y, min(x + across, width - last), min(y + down, height - last)))
+    return found
+
+
+def components(joined: Tensor) -> list[list[int]]:
+    """Connected components of a symmetric relation (n, n) bool, each in order."""
+    from scipy.sparse.csgraph import connected_components
+
+    count, labels = connected_components(joined.cpu().numpy(), directed=False)
+    return [np.flatnonzero(labels == i).tolist() for i in range(count)]
+
+
+def spread(maps: Tensor, weights: Tensor, share: float, edges: str = "inside") -> Tensor:
+    """Activations (Q, h, w) in 0..1, in their boxes, spread along weights (N, N) and scaled to 0..1."""
+    inside = torch.zeros_like(maps, dtype=torch.bool)
+    for mask, activation in zip(inside, maps, strict=True):
+        for left, top, right, bottom in boxes(activation, share, edges):
+            mask[top:bottom, left:right] = True
+    refined = (maps * inside).flatten(1) @ weights.mT  # (Q, N)
+    low, high = refined.amin(1, keepdim=True), refined.amax(1, keepdim=True)
+    return ((refined - low) / (high - low + 1e-8)).view_as(maps)
+
+
+def redundancy(probs: Tensor, refined: Tensor) -> Tensor:
+    """Overlap of each query's probabilities and spread map, (Q, h, w) each: (Q,).
+
+    It is sum P r / (sum P + sum r).
+    """
+    overlap = (probs * refined).flatten(1).sum(1)
+    return overlap / (probs.flatten(1).sum(1) + refined.flatten(1).sum(1))
+
+
+def soft_iou(maps: Tensor) -> Tensor:
+    """Sum of the minimum over sum of the maximum of every two maps (Q, h, w): (Q, Q)."""
+    rows = maps.flatten(1)
+    both = torch.stack([torch.minimum(row, rows).sum(1) for row in rows])
+    sizes = rows.sum(1)
+    return both / (sizes[:, None] + sizes - both)  # max(a, b) = a + b - min(a, b)
+
+
+def crop_winners(
+    trace: Trace, image: Tensor, found: Sequence[Box], text: Tensor, side: int
+) -> list[int]:
+    """The query (of `text`, (n, C)) that each crop of an image is most like by CLIP's embedding.
+
+    Args:
+        trace: whose model embeds the crops.
+        image: normalised, (3, H, W).
+        found: boxes on the patch grid, with an area.
+        text: unit features.
+        side: pixels of the square that crops are resized to.
+    """
+    patch = trace.vit.patch
+    crops = [
+        F.interpolate(
+            image[None, :, top * patch : bottom * patch, left * patch : right * patch],
+            (side, side),
+            mode="bilinear",
+            align_corners=False,
+        )
+        for left, top, right, bottom in found
+    ]
+    embedded = F.normalize(upcast(trace.vit(torch.cat(crops))), dim=-1)  # (boxes, C)
+    return (embedded @ text.to(embedded).T).argmax(1).tolist()
+
+
+def unambiguous(
+    trace: Trace,
+    image: Tensor,
+    maps: Tensor,
+    text: Tensor,
+    *,
+    ambiguous: float,
+    box_share: float,
+    edges: str,
+    crop_side: int,
+) -> list[int]:
+    """Which queries are left when those whose maps overlap have competed for crops.
+
+    Args:
+        trace, image, text: as in `crop_winners`.
+        maps: spread maps of the queries, (Q, h, w).
+        ambiguous: soft IoU that joins two queries.
+        box_share, edges: of the boxes, as in `boxes`.
+        crop_side: as `side` of `crop_winners`.
+    """
+    left: list[int] = []
+    for group in components(soft_iou(maps) >= ambiguous):
+        found = boxes(maps[group].mean(0), box_share, edges)
+        real = [box for box in found if box[0] < box[2] and box[1] < box[3]]
+        if len(group) == 1 or len(real) < len(found):  # a box without area counts for all of them
+            left += group
+        elif real:
+            won = crop_winners(trace, image, real, text[group], crop_side)
+            left += [group[i] for i in set(won)]
+    return sorted(left)
+
+
+@op("refiner", words=True)
+def class_purification(
+    logits: Tensor,
+    trace: Trace,
+    *,
+    affinity: Affinity,
+    redundant: float = 0.1,
+    ambiguous: float = 0.7,
+    background: bool = False,
+    logit_scale: float = 100.0,
+    box_share: float = 0.4,
+    edges: Literal["inside", "whole"] = "inside",
+    crop_side: int = 112,
+    crop_text: str | None = None,
+) -> Tensor:
+    """Spread activations in 0..1 of the queries that the image shows, 0 for all others (FreeCP).
+
+    Args:
+        affinity: along which activations spread; logits of another grid are resized to it, the
+            patches' own.
+        redundant: queries whose overlap of probability and spread map is no larger are dropped (r_p);
+            below 0, none is.
+        ambiguous: soft IoU of spread maps from which queries compete (a_p); above 1, none do.
+        background: whether class 0 is made of background words, which take part in the softmax only.
+        logit_scale: inverse temperature of the softmax.
+        box_share: share of its maximum above which an activation makes boxes.
+        edges: as in `boxes`.
+        crop_side: pixels of the square that crops are resized to.
+        crop_text: safetensors file with unit text features "queries", (Q, C), that crops are compared
+            with (the release's sentences); None for the words themselves.
+    """
+    weights = trace.once(affinity)
+    if weights.shape[-1] != logits[0, 0].numel():  # of another grid, a guide's
+        logits = resize(logits, trace.embedded.grid)
+    index = torch.tensor(trace.index or range(logits.shape[1]), device=logits.device)
+    shown = (index > 0 if background else index >= 0).nonzero()[:, 0]
+    text = trace.query_features() if crop_text is None else _crop_text(crop_text, len(index))
+    text = F.normalize(text.to(logits), dim=-1)[shown]
+    probs = (logit_scale * logits).softmax(1)
+    purified = torch.zeros_like(probs)
+    for image, own, along, out in zip(trace.image, probs, weights, purified, strict=True):
+        tiny = torch.finfo(own.dtype).tiny  # a single query has the probability 1 everywhere
+        scaled = (own - own.min()) / (own.max() - own.min()).clamp_min(tiny)
+        refined = spread(scaled[shown], along.to(own), box_share, edges)
+        kept = (redundancy(own[shown], refined) > redundant).nonzero()[:, 0]
+        if len(kept) > 1:
+            left = unambiguous(
+                trace,
+                image,
+                refined[kept],
+                text[kept],
+                ambiguous=ambiguous,
+                box_share=box_share,
+                edges=edges,
+                crop_side=crop_side,
+            )
+            kept = kept[left]
+        out[shown[kept]] = refined[kept]
+    return purified
+
+
+def _crop_text(path: str, queries: int) -> Tensor:
+    text = load_file(Path(path))["queries"]
+    if len(text) != queries:
+        raise ValueError(
+            f"crop_text={path!r} has {len(text)} rows 'queries': expected one for each of the "
+            f"{queries} queries, background words included"
+        )
+    return text
+
+
+@METHODS.register_module()
+def freecp(
+    *,
+    base: str | Mapping[str, Any] = "clearclip",
+    dataset: str = "context59",
+    redundant: float | None = None,
+    ambiguous: float | None = None,
+    background: bool | None = None,
+    logit_scale: float = 100.0,
+    box_share: float = 0.4,
+    edges: Literal["inside", "whole"] = "inside",
+    crop_side: int = 112,
+    crop_text: str | None = None,
+    rounds: int = 3,
+    square: bool = True,
+) -> dict[str, Any]:
+    """Another preset, whose logits become purified activations. Needs the text features.
+
+    Args:
+        base: the preset, by name or with knobs.
+        dataset: whose constants stand in for those of the next three that are None; see `DATASETS`.
+        redundant, ambiguous: thresholds r_p and a_p, as in `class_purification`.
+        background: whether class 0 is made of background words and gets what the others leave.
+        logit_scale: inverse temperature of the softmax; CLIP's own, 100.
+        box_share, edges: of the boxes, as in `class_purification`.
+        crop_side, crop_text: of the crops, as in `class_purification`.
+        rounds, square: of the affinity, as in `sinkhorn`.
+    """
+    tuned = pick("dataset", dataset, DATASETS)
+    background = tuned[2] if background is None else background
+    refiner = dict(
+        type="class_purification",
+        affinity=dict(
+            type="sinkhorn",
+            affinity=dict(type="mean_attention"),
+            rounds=rounds,
+            square=square,
+        ),
+        redundant=tuned[0] if redundant is None else redundant,
+        ambiguous=tuned[1] if ambiguous is None else ambiguous,
+        background=background,
+        logit_scale=logit_scale,
+        box_share=box_share,
+        edges=edges,
+        crop_side=crop_side,
+        crop_text=crop_text,
+    )
+    fields = composition(base)
+    return dict(
+        fields,
+        refiners=[*fields.get("refiners", ()), refiner],
+        decision=dict(type="as_scores", rest=background),
+    )

@@ -1,0 +1,175 @@
+"""Object presence: words moved towards the image that shows them (CASS and RF-CLIP's text part).
+
+CASS: Kim et al., CVPR 2025, Distilling Spectral Graph for Object-Context Aware Open-Vocabulary Semantic
+Segmentation; code of RF-CLIP: github.com/liblacklucy/RF-CLIP. Both releases have the same constants for
+each benchmark, listed in `DATASETS`: part of RF-CLIP's lead is this, which any method can have.
+
+It is a comparison, `comparison=dict(type="object_presence", ...)` of any preset; `object_presence` is
+also a preset that adds it to another one.
+
+The releases cluster by "ward" (CASS) and "complete" linkage (RF-CLIP). CASS can take the image's
+embedding from a larger CLIP with its own text bank; here it is that of the same model. The winner of a
+cluster of one moves too, as in the releases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.precision import upcast
+from sfp.registry import METHODS, composition, op, pick
+from sfp.tokens import Tokens
+from sfp.trace import Trace
+
+# image_weight (w), move (a), height (eta)
+DATASETS = dict(
+    ade20k=(0.3, 0.05, 0.06),
+    city_scapes=(0.1, 0.03, 0.14),
+    coco_object=(0.25, 0.01, 0.10),
+    coco_stuff164k=(0.2, 0.02, 0.02),
+    context59=(0.25, 0.04, 0.09),
+    context60=(0.25, 0.04, 0.09),
+    voc20=(0.4, 0.02, 0.10),
+    voc21=(0.1, 0.03, 0.10),
+)
+
+
+def hierarchy(text: Tensor, height: float, linkage: str = "complete") -> Tensor:
+    """Which cluster each query belongs to: agglomerative clustering by cosine distance, (Q,) int64.
+
+    Args:
+        text: unit features, (Q, C).
+        height: where the tree is cut: merges at larger distances do not count.
+        linkage: "complete" or "ward", whose distances are SciPy's.
+    """
+    from scipy.cluster.hierarchy import fcluster
+    from scipy.cluster.hierarchy import linkage as tree
+    from scipy.spatial.distance import pdist
+
+    if len(text) < 2:
+        return text.new_zeros(len(text), dtype=torch.long)
+    rows = pdist(upcast(text).cpu().numpy(), "cosine")
+    found = fcluster(tree(rows, linkage), height, "distance") - 1
+    return torch.from_numpy(found).to(text.device, torch.long)
+
+
+def winners(scores: Tensor, clusters: Tensor) -> Tensor:
+    """The query of largest score in each cluster, the first of equals: (B, Q), (Q,) -> (B, Q) bool."""
+    best = scores.new_full((len(scores), len(clusters)), -torch.inf)
+    best = best.scatter_reduce(1, clusters.expand_as(scores), scores, "amax")
+    equal = scores == best[:, clusters]
+    earlier = (clusters[:, None] == clusters) & torch.ones_like(equal[0].outer(equal[0])).tril(-1)
+    return equal & ~((equal.float() @ earlier.mT.float()) > 0)
+
+
+def moved_words(
+    text: Tensor, patches: Tensor, present: Tensor, clusters: Tensor, *, move: float, nearest: int
+) -> Tensor:
+    """The word of each cluster that an image shows most, moved towards the patches that are like it.
+
+    t' = unit((1 - move) t + move * unit(mean of the `nearest` unit patches of largest cosine to t)).
+
+    Args:
+        text: unit features, (Q, C).
+        patches: unit features of an image's patches, (B, N, C).
+        present: score of every query in every image, (B, Q).
+        clusters: of the queries, (Q,).
+        move: a.
+        nearest: number of patches.
+
+    Returns:
+        (B, Q, C), unit; the words that do not win their cluster stay as they are.
+    """
+    cosine = patches @ text.T  # (B, N, Q)
+    best = cosine.topk(min(nearest, patches.shape[1]), dim=1).indices  # (B, k, Q)
+    rows = torch.arange(len(patches), device=patches.device)[:, None, None]
+    context = F.normalize(patches[rows, best].mean(1), dim=-1)  # (B, Q, C)
+    changed = F.normalize((1 - move) * text + move * context, dim=-1)
+    return torch.where(winners(present, clusters)[..., None], changed, text)
+
+
+@op("comparison", words=True)
+def present_words(
+    features: Tokens,
+    trace: Trace,
+    *,
+    image_weight: float = 0.25,
+    move: float = 0.04,
+    height: float = 0.09,
+    linkage: Literal["complete", "ward"] = "complete",
+    nearest: int = 2,
+    scope: Literal["image", "window"] = "image",
+) -> Tensor:
+    """Cosines with words that are moved towards the image, mixed with the image's own (CASS, RF-CLIP).
+
+    Queries are clustered (`hierarchy`); of each cluster, the one most like the image's embedding moves
+    (`moved_words`). Logits are (1 - image_weight) patch . t' + image_weight g, where g is the
+    cosine of the image's embedding with the words as they were: a prior on classes, the same for all
+    patches. With both weights 0 they are plain cosines.
+
+    Args:
+        image_weight: w.
+        move: a.
+        height: eta, the cosine distance at which the tree of queries is cut.
+        linkage: "complete" (RF-CLIP) or "ward" (CASS).
+        nearest: patches of the window that a word moves towards.
+        scope: whose embedding it is: the whole image's, or each window's own (the releases on
+            Cityscapes).
+
+    Returns:
+        (B, Q, h, w).
+    """
+    patches = F.normalize(upcast(features.patches), dim=-1)  # (B, N, C)
+    text = trace.query_features().to(patches)
+    image = trace.image_embedding() if scope == "image" else trace.global_embedding()
+    present = F.normalize(upcast(image), dim=-1).to(patches) @ text.T  # (B, Q)
+    clusters = hierarchy(text, height, linkage)
+    words = moved_words(text, patches, present, clusters, move=move, nearest=nearest)
+    logits = (1 - image_weight) * (patches @ words.mT) + image_weight * present[:, None]
+    return logits.mT.unflatten(2, features.grid)
+
+
+def presence(
+    dataset: str,
+    image_weight: float | None,
+    move: float | None,
+    height: float | None,
+    **knobs: Any,
+) -> dict[str, Any]:
+    """The node of `present_words`, with a benchmark's constants for those that are None."""
+    given = (image_weight, move, height)
+    tuned = pick("dataset", dataset, DATASETS)
+    values = (own if own is not None else usual for own, usual in zip(given, tuned, strict=True))
+    names = ("image_weight", "move", "height")
+    return dict(type="present_words", **dict(zip(names, values, strict=True)), **knobs)
+
+
+@METHODS.register_module()
+def object_presence(
+    *,
+    base: str | Mapping[str, Any] = "scclip",
+    dataset: str = "context59",
+    image_weight: float | None = None,
+    move: float | None = None,
+    height: float | None = None,
+    linkage: Literal["complete", "ward"] = "complete",
+    nearest: int = 2,
+    scope: Literal["image", "window"] = "image",
+) -> dict[str, Any]:
+    """Another preset, whose words are moved towards the image. Needs the text features.
+
+    Args:
+        base: the preset, by name or with knobs.
+        dataset: whose constants stand in for those of the next that are None; see `DATASETS`.
+        image_weight, move, height: as in `present_words`.
+        linkage, nearest, scope: as in `present_words`.
+    """
+    words = presence(
+        dataset, image_weight, move, height, linkage=linkage, nearest=nearest, scope=scope
+    )
+    return dict(composition(base), comparison=words)

@@ -1,0 +1,203 @@
+"""RF-CLIP: outliers smoothed in every block, two readouts over the trunk's mean.
+
+The code is github.com/liblacklucy/RF-CLIP. Patches in which a few known channels are large are blended
+with their neighbourhood, after every block. The last block reads twice, its own input and the mean of
+all blocks' outputs, both mixed by the similarity of that mean; its attention is the mean over all
+blocks of softmax(kk).
+
+| | here | release |
+| --- | --- | --- |
+| text part | `present_words`, on | the same; it shares the table of CASS |
+| refinement of logits | the engine's `pamr_steps`, off | PAMR, 10 steps; no config switches it off |
+| channels | of OpenAI's ViT-B/16 and ViT-L/14, else the loudest (ours) | those two lists |
+| batches | any | one image |
+
+The paper's refocused attention exists in the code, but its default leaves the trunk's attention alone.
+Published means use windows of 224 pixels, stride 112, short side 336 (Cityscapes 560).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.attention import hide
+from sfp.functional.precision import upcast
+from sfp.kinds import Affinity, Detector, Mitigator, Source
+from sfp.methods.object_presence import presence
+from sfp.ops.attention import earlier_layers
+from sfp.registry import METHODS, Op, op
+from sfp.tokens import Heads, Tokens
+from sfp.trace import Trace, native_last
+
+CHANNELS = {  # by width and patch of the image tower: OpenAI's ViT-B/16 and ViT-L/14
+    (768, 16): (4, 162, 189, 326, 429, 474, 633, 713),
+    (1024, 14): (250, 261, 437, 650, 720, 779, 936, 1005),
+}
+
+
+@op("detector")
+def channel_share(
+    trace: Trace,
+    layer: int,
+    *,
+    channels: Sequence[int] | Literal["auto", "loudest"] = "auto",
+    factor: float = 5.0,
+    count: int = 8,
+) -> Tensor:
+    """Patches in which one of a few channels holds much more than its share (RF-CLIP).
+
+    z_c = (x_c - min x) / sum over the channels of (x_c - min x); an outlier has z_c > factor / D for
+    one of the chosen channels: `factor` times the mean share.
+
+    Args:
+        channels: their numbers; "loudest", the `count` channels whose mean magnitude over the image's
+            patches is largest (ours, for weights whose channels nobody has listed); or "auto": the
+            release's for towers of the size of OpenAI's ViT-B/16 and ViT-L/14, else the loudest. Other
+            weights of those sizes (MetaCLIP, LAION) have other channels: say "loudest" for them.
+        factor: multiple of the mean share; 5 in the release.
+        count: of the loudest channels; the release lists 8.
+    """
+    x = upcast(trace.outputs[layer].patches)  # (B, N, D)
+    low = x.amin(-1, keepdim=True)
+    total = (x - low).sum(-1)  # (B, N)
+    if channels == "auto":
+        channels = CHANNELS.get((x.shape[-1], trace.vit.patch), "loudest")
+    if channels == "loudest":
+        loud = x.abs().mean(1).topk(min(count, x.shape[-1]), dim=-1).indices  # (B, C)
+        chosen = x.gather(-1, loud[:, None].expand(-1, x.shape[1], -1))
+    else:
+        chosen = x[..., list(channels)]
+    return (chosen.amax(-1) - low[..., 0]) / total > factor / x.shape[-1]
+
+
+@op("mitigator")
+def box_blend(tokens: Tokens, mask: Tensor, *, share: float = 0.4) -> Tokens:
+    """Outliers are mixed with the mean of the 3 x 3 patches around them (RF-CLIP).
+
+    (1 - share) x + share * b, where b is the sum over the neighbourhood, the outlier itself and other
+    outliers included, divided by 9 at the border too.
+
+    Args:
+        share: of the neighbourhood; 0.4 in the release.
+    """
+    boxes = F.avg_pool2d(upcast(tokens.as_map()), 3, stride=1, padding=1).flatten(2).mT
+    blend = torch.lerp(upcast(tokens.patches), boxes, share).to(tokens.data.dtype)
+    return tokens.with_patches(torch.where(mask[..., None], blend, tokens.patches))
+
+
+@op("source")
+def mean_of_blocks(
+    trace: Trace, *, detector: Detector | None = None, mitigator: Mitigator | None = None
+) -> Tokens:
+    """Mean of what all blocks put out, the last one as it was trained included (RF-CLIP's G).
+
+    Args:
+        detector, mitigator: how the last block's output is purified, which the trunk's edits do not
+            see; None leaves it.
+    """
+    last = trace.entering(len(trace.outputs)).with_data(trace.once(native_last))
+    if detector is not None and mitigator is not None:
+        after = copy.copy(trace)
+        after.outputs = [*trace.outputs, last]
+        last = mitigator(last, detector(after, len(trace.outputs)))
+    total = sum((tokens.data for tokens in trace.outputs), last.data)
+    return last.with_data(total / (len(trace.outputs) + 1))
+
+
+@op("affinity")
+def source_similarity(trace: Trace, *, source: Source, cut: float | None = None) -> Tensor:
+    """Cosine similarity of the patches of any tokens, (B, N, N).
+
+    Args:
+        source: the tokens.
+        cut: smaller entries become 0.
+    """
+    unit = F.normalize(upcast(trace.once(source).patches), dim=-1)
+    cosine = unit @ unit.mT
+    return cosine if cut is None else cosine.masked_fill(cosine < cut, 0)
+
+
+@op("smoother")
+def weighted_sum(tokens: Tokens, trace: Trace, *, affinity: Affinity) -> Tokens:
+    """Each patch becomes the sum of all, weighted by its row of an affinity (RF-CLIP).
+
+    Unlike `aggregate`, rows are not divided by their sum: values grow with the number of similar
+    patches, and only the norm that follows makes them usable.
+    """
+    weights = trace.once(affinity)
+    if tokens.hidden is not None:
+        weights = hide(weights, tokens.hidden[:, None])
+    return tokens.with_patches((weights @ upcast(tokens.patches)).to(tokens.data.dtype))
+
+
+@op("attention")
+def mean_of_layers(heads: Heads, trace: Trace, *, pair: str = "kk") -> Tensor:
+    """Mean over all blocks of softmax(a b^T / sqrt(d)), patches alone, (B, H, T, T) (RF-CLIP).
+
+    The reading block's is that of the tokens it reads, the others' that of the trunk. Prefix tokens
+    are in the softmax, but nobody attends to them, and they to nobody: rows sum to less than 1.
+
+    Args:
+        pair: the projections a and b.
+    """
+    blocks = len(trace.vit.blocks)
+    own = heads.logits(pair[0], pair[1]).softmax(-1)
+    if blocks > 1:
+        # negative numbers are literal: all blocks of a model of any depth
+        others = Op(earlier_layers, (("layers", tuple(range(-blocks, -1))), ("pairs", (pair,))))
+        skip = trace.embedded.prefix - heads.prefix  # a readout of patches alone
+        own = torch.lerp(own, trace.once(others)[..., skip:, skip:], 1 - 1 / blocks)
+    patches = own[..., heads.prefix :, heads.prefix :]
+    return F.pad(patches, (heads.prefix, 0, heads.prefix, 0))
+
+
+@METHODS.register_module()
+def rfclip(
+    *,
+    channels: Sequence[int] | Literal["auto", "loudest"] = "auto",
+    factor: float = 5.0,
+    count: int = 8,
+    blend: float = 0.4,
+    sim_cut: float = 0.4,
+    dataset: str | None = "context59",
+    image_weight: float | None = None,
+    move: float | None = None,
+    height: float | None = None,
+    scope: Literal["image", "window"] = "image",
+) -> dict[str, Any]:
+    """Two readouts of the last block, summed: no residual, no FFN; words adapted to the image.
+
+    Args:
+        channels, factor, count: of the outliers, as in `channel_share`.
+        blend: share of its neighbourhood that an outlier takes.
+        sim_cut: similarities below become 0.
+        dataset: whose constants stand in for those of the next that are None
+            (`sfp.methods.object_presence.DATASETS`); None leaves the words alone.
+        image_weight, move, height, scope: as in `object_presence`; the release clusters by complete
+            linkage, and takes each window's own class token ("window") on Cityscapes.
+    """
+    detector = dict(type="channel_share", channels=channels, factor=factor, count=count)
+    mitigator = dict(type="box_blend", share=blend)
+    mean = dict(type="mean_of_blocks", detector=detector, mitigator=mitigator)
+    similar = dict(type="source_similarity", source=mean, cut=sim_cut)
+    shared = dict(
+        before=[dict(type="weighted_sum", affinity=similar)],
+        attention=dict(type="mean_of_layers"),
+        residual=None,
+        ffn=False,
+    )
+    composition: dict[str, Any] = dict(
+        edits=[dict(layers="all", detector=detector, mitigator=mitigator)],
+        readouts=[dict(**shared), dict(source=mean, **shared)],
+    )
+    if dataset is not None:
+        composition["comparison"] = presence(
+            dataset, image_weight, move, height, linkage="complete", scope=scope
+        )
+    return composition

@@ -1,0 +1,201 @@
+"""Golden cases of the methods that choose classes, adapt words or propagate logits (goldens2_b)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conformance import Case, cases, clip
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+import sfp
+from sfp.engine import Engine, Queries
+from sfp.functional.labels import Labels
+from sfp.functional.windows import WindowGrid
+from sfp.methods import freecp
+from sfp.methods.object_presence import hierarchy, moved_words, present_words, winners
+from sfp.methods.rfclip import box_blend, channel_share
+from sfp.trace import native_last
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def rfclip(case: Case, **knobs) -> sfp.Method:
+    hyper = case.hyper
+    return sfp.build_method(
+        "rfclip",
+        channels=hyper["sink_channels"],
+        factor=hyper["factor"],
+        blend=hyper["blend"],
+        sim_cut=hyper["sim_cut"],
+        **knobs,
+    )
+
+
+@pytest.mark.parametrize("name", cases("rfclip/"))
+def test_golden_rfclip(name):
+    case = Case(name)
+    method = rfclip(case, dataset=None)
+    tokens, trace = method.features(case.clip.visual, case.image)
+    case.check("feats", tokens.patches[0])
+    case.check("cls", trace.global_embedding())
+    edit = method.edits[0]
+    outliers = [trace.masks[i][0] for i in range(11)]
+    trace.outputs.append(trace.entering(11).with_data(trace.once(native_last)))
+    outliers.append(edit.detector(trace, 11)[0])
+    trace.outputs.pop()
+    case.check("outliers", torch.stack(outliers))
+    (similar,) = (smooth for smooth in method.readouts[0].before)
+    weights = trace.once(dict(similar.knobs)["affinity"])[0]
+    case.check("sim_cut_q16", weights[::16])
+    case.check("sim_count", (weights > 0).sum(-1))
+    last = case.clip.visual.blocks[-1]
+    for letter, readout in zip("ab", method.readouts, strict=True):
+        source = readout.source(trace) if readout.source else trace.entering(11)
+        read = similar(source, trace)
+        case.check(f"read_{letter}_t16", read.data[0, ::16])
+        rule = readout.attention(last.heads(read), trace)
+        case.check(f"attn_{letter}_q16", rule[0, :, 1::16, 1:])
+
+
+@pytest.mark.parametrize("name", cases("unit/rf_denoise/"))
+def test_golden_rf_denoise(name):
+    case = Case(name)
+    tokens = sfp.Tokens(case.inputs[case.entry["input"]][None], tuple(case.hyper["grid"]))
+    trace = sfp.Trace(clip().visual, torch.zeros(1), tokens)
+    trace.outputs.append(tokens)
+    channels, factor = case.hyper["sink_channels"], case.hyper["factor"]
+    mask = channel_share(trace, 0, channels=channels, factor=factor)
+    case.check("outliers", mask[0])
+    case.check("out", box_blend(tokens, mask, share=case.hyper["blend"]).data[0])
+
+
+@pytest.mark.parametrize("name", cases("presence/"))
+def test_golden_presence(name, monkeypatch):
+    case, hyper = Case(name), Case(name).hyper
+    text, patches, image = (
+        case.inputs[f"presence/{x}"] for x in case.entry["input"].removeprefix("presence/").split()
+    )
+    text = F.normalize(text, dim=-1)
+    clusters = hierarchy(text, hyper["height"], hyper["linkage"])
+    expected = case.expected("clusters")
+    assert torch.equal(clusters[:, None] == clusters, expected[:, None] == expected)
+    present = F.normalize(image, dim=-1) @ text.T
+    case.check("g", present[0])
+    case.check("moved", winners(present, clusters)[0])
+    moved = moved_words(text, patches[None], present, clusters, move=hyper["a"], nearest=2)
+    case.check("text_adjusted", moved[0])
+    trace = sfp.Trace(clip().visual, torch.zeros(1), None, text=text)
+    monkeypatch.setattr(trace, "image_embedding", lambda: image)
+    knobs = dict(height=hyper["height"], linkage=hyper["linkage"])
+    features = sfp.Tokens(patches[None], (1, len(patches)), prefix=0)
+    logits = present_words(features, trace, image_weight=hyper["w"], move=hyper["a"], **knobs)
+    case.check("logits", logits[0, :, 0].T)
+
+
+FREECP_BASES: dict[str, str | dict] = {
+    "ClearCLIP": "clearclip",
+    "SCLIP": dict(readouts=[dict(attention=dict(type="self_self"), residual=None)]),
+    "MaskCLIP": dict(readouts=[dict(attention=dict(type="identity"), residual=None)]),
+}
+
+
+def freecp_method(case: Case, folder: Path) -> tuple[sfp.Method, dict]:
+    """The method, and its context: words, and the class of each."""
+    hyper, text = case.hyper, F.normalize(case.inputs[case.entry["text"]], dim=-1)
+    words = hyper["background_words"]
+    sentences = F.normalize(case.inputs[case.entry["text_llm"]], dim=-1)
+    save_file(dict(queries=sentences), folder / "llm.safetensors")
+    method = sfp.build_method(
+        "freecp",
+        base=FREECP_BASES[hyper["base"]],
+        redundant=hyper["rp"],
+        ambiguous=hyper["ap"],
+        background=words > 0,
+        box_share=hyper["box_thd"],
+        crop_side=hyper["crop_side"],
+        crop_text=str(folder / "llm.safetensors"),
+        logit_scale=float(case.clip.logit_scale.exp()),
+    )
+    classes = len(text) - words
+    index = (*[0] * words, *range(1, classes + 1)) if words else tuple(range(classes))
+    return method, dict(text=text, index=index)
+
+
+@pytest.mark.parametrize("name", cases("freecp/"))
+def test_golden_freecp(name, tmp_path):
+    case, hyper = Case(name), Case(name).hyper
+    method, context = freecp_method(case, tmp_path)
+    (refiner,) = method.refiners
+    trace = method.run(case.clip.visual, case.image, **context)
+    features = method.read(trace)
+    probs = (dict(refiner.knobs)["logit_scale"] * method.comparison(features, trace)).softmax(1)[0]
+    scaled = (probs - probs.min()) / (probs.max() - probs.min())
+    case.check("probs_minmax", scaled)
+    affinity = dict(refiner.knobs)["affinity"]
+    case.check("attn_mean_r16", trace.once(dict(affinity.knobs)["affinity"])[0, ::16])
+    case.check("affinity_r16", trace.once(affinity)[0, ::16])
+    shown = slice(hyper["background_words"], None)
+    mask = torch.zeros_like(scaled[shown], dtype=torch.uint8)
+    for own, activation in zip(mask, scaled[shown], strict=True):
+        for left, top, right, bottom in freecp.boxes(activation, hyper["box_thd"]):
+            own[top:bottom, left:right] = 1
+    case.check("box_mask", mask)
+    refined = freecp.spread(scaled[shown], trace.once(affinity)[0], hyper["box_thd"])
+    case.check("refined", refined)
+    redundancy = freecp.redundancy(probs[shown], refined)
+    case.check("redundancy", redundancy)
+    kept = (redundancy > hyper["rp"]).nonzero()[:, 0]
+    case.check("kept_1", kept)
+    overlap = freecp.soft_iou(refined[kept])
+    case.check("soft_iou", overlap)
+    found = [
+        box
+        for group in freecp.components(overlap >= hyper["ap"])
+        if len(group) > 1
+        for box in freecp.boxes(refined[kept][group].mean(0), hyper["box_thd"])
+    ]
+    expected = {tuple(row) for row in case.expected("comp_boxes").tolist() if row[0] >= 0}
+    assert set(found) == expected
+    logits, _ = method.logits(case.clip.visual, case.image, **context)
+    left = logits[0, shown].flatten(1).amax(1).nonzero()[:, 0]
+    case.check("kept_2", left)
+    out = F.interpolate(logits, case.image.shape[-2:], mode="bilinear", align_corners=False)
+    case.check("out_s8", out[0, :, ::8, ::8])
+
+
+def segmented(
+    method: sfp.Method, case: Case, text: Tensor, index: tuple[int, ...], **settings
+) -> tuple[Tensor, Labels]:
+    """Merged logits (Q, H, W) at the original size and the labels, by the engine."""
+    hyper, pixels = case.hyper, case.image[0]
+    size = case.entry["ori_shape"] or pixels.shape[-2:]
+    engine = Engine(
+        case.clip,
+        slide_crop=hyper["crop"],
+        slide_stride=hyper["stride"],
+        logit_scale=hyper.get("logit_scale", 40),
+        prob_thd=hyper.get("prob_thd", 0.0),
+        **settings,
+    )
+    queries = Queries(F.normalize(text, dim=-1), index)
+    ((sheet,),) = engine.logits([method], [pixels], [size], queries)
+    labels = engine.label(pixels, sheet, index, method=method, scores=True)
+    return sheet.rows(0, sheet.size[0]), labels
+
+
+@pytest.mark.parametrize("name", cases("e2e/freecp/"))
+def test_golden_freecp_end_to_end(name, tmp_path):
+    case, hyper = Case(name), Case(name).hyper
+    method, context = freecp_method(case, tmp_path)
+    _, labels = segmented(method, case, context["text"], context["index"])
+    case.check("scores_s16", labels.scores[:, ::16, ::16])
+    case.check("pred", labels.labels.to(torch.uint8))
+    grid = WindowGrid.over(case.image.shape[-2:], hyper["crop"], hyper["stride"])
+    windows = torch.stack([grid.cut(case.image[0], place) for place in grid.places])
+    logits, _ = method.logits(case.clip.visual, windows, **context)
+    kept = logits[:, hyper["background_words"] :].flatten(2).amax(2) > 0
+    case.check("kept_per_window", kept.to(torch.uint8))

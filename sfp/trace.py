@@ -6,34 +6,22 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.functional import attention
 from sfp.functional.precision import upcast
-from sfp.functional.windows import WindowGrid
 from sfp.registry import needs_words
 from sfp.tokens import Heads, Tokens, cosine_logits
-from sfp.whole import WholeImage
 
 if TYPE_CHECKING:
     from sfp.clip.vit import VisionTransformer
 
-NO_REGIONS = (
-    "the method asks for regions of the image: pass an id map (regions=), or say in the settings who "
-    "proposes them (regions=dict(propose=dict(type=...)), see docs/methods.md)"
-)
-GUIDE_PIXELS = 2**20  # that a guide sees at once, nine windows of 336 pixels
 T = TypeVar("T")
 
 
 class GuideError(LookupError, ValueError):
     """An external encoder that a method asks for and nobody gave."""
-
-
-class RegionsError(LookupError, ValueError):
-    """Regions that a method asks for and nobody gave."""
 
 
 class LayerError(LookupError, ValueError):
@@ -70,8 +58,8 @@ class Trace:
         text: text features (Q, C) where the caller has them, else None.
         index: class of each query, or None if every query is a class of its own.
         guides: external encoders by name: images as `image` -> Tokens.
-        whole: the image whose windows, all of them, these are; None if each is an image of its own.
         depth: number of blocks that layer numbers are written for; None takes them literally.
+        pool_mlp: whether features go through the MLP of the tower's pool, if there is one.
     """
 
     def __init__(
@@ -82,10 +70,9 @@ class Trace:
         *,
         text: Tensor | None = None,
         index: Sequence[int] | None = None,
-        guides: Mapping[str, Callable[..., Tokens]] | None = None,
-        regions: Tensor | None = None,
-        whole: WholeImage | None = None,
+        guides: Mapping[str, Callable[[Tensor], Tokens]] | None = None,
         depth: int | None = None,
+        pool_mlp: bool = True,
     ) -> None:
         self.vit = vit
         self.image = image
@@ -95,9 +82,8 @@ class Trace:
         self.text = text
         self.index = index
         self.guides = {} if guides is None else guides
-        self.whole = whole
         self.depth = depth
-        self._regions = regions
+        self.pool_mlp = pool_mlp
         self._running: tuple[int, Heads] | None = None
         self._heads: dict[int, Heads] = {}
         self._once: dict[Hashable, Any] = {}
@@ -114,70 +100,6 @@ class Trace:
         other._once, other._of_words = dict(self._once), {}
         other._heads = dict(self._heads)
         return other
-
-    @staticmethod
-    def joined(traces: Sequence[Trace]) -> Trace:
-        """The traces of batches, run with the same method, as one trace of all their images."""
-        first = traces[0]
-        if len(traces) == 1:
-            return first
-        regions = [trace._regions for trace in traces if trace._regions is not None]
-        return first.like(
-            torch.cat([trace.image for trace in traces]),
-            [Tokens.cat([trace.entering(i) for trace in traces]) for i in range(first.depth_run)],
-            {i: torch.cat([trace.masks[i] for trace in traces]) for i in first.masks},
-            regions=torch.cat(regions) if regions else None,
-            whole=first.whole,
-        )
-
-    def alone(self) -> list[Trace]:
-        """The trace of each image by itself, which is then its own only window (`whole`)."""
-
-        def one(i: int) -> Trace:
-            own = slice(i, i + 1)
-            regions = None if self._regions is None else self._regions[own]
-            return self.like(
-                self.image[own],
-                [self.entering(layer)[own] for layer in range(self.depth_run)],
-                {layer: mask[own] for layer, mask in self.masks.items()},
-                regions=regions,
-                whole=WholeImage(
-                    WindowGrid.over(self.image.shape[-2:], 0, 1),
-                    self.image[i],
-                    regions=None if regions is None else regions[0],
-                ),
-            )
-
-        return self._compute_once(
-            "alone", lambda: [one(i) for i in range(len(self.image))], words=True
-        )
-
-    def like(
-        self,
-        image: Tensor,
-        tokens: Sequence[Tokens],
-        masks: Mapping[int, Tensor],
-        *,
-        regions: Tensor | None,
-        whole: WholeImage | None,
-    ) -> Trace:
-        """A trace of the same model, words and guides around other images; nothing computed is kept.
-
-        Args:
-            image: (B, 3, H, W).
-            tokens: those that entered the first block, and those that left each block.
-            masks, regions, whole: as the attributes.
-        """
-        other = copy.copy(self)
-        other.image, other.embedded, other.outputs = image, tokens[0], list(tokens[1:])
-        other.masks, other.whole, other._regions = dict(masks), whole, regions
-        other._running, other._heads, other._once, other._of_words = None, {}, {}, {}
-        return other
-
-    @property
-    def depth_run(self) -> int:
-        """How many layers of tokens there are, those that entered the first block counted."""
-        return 1 + len(self.outputs)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds, to measure its memory."""
@@ -219,6 +141,11 @@ class Trace:
         """The tokens that entered block `i` (absolute)."""
         return self.outputs[i - 1] if i else self.embedded
 
+    def leaving(self) -> Tokens:
+        """The tokens that leave the last block when it runs as it was trained."""
+        last = self.entering(len(self.vit.blocks) - 1)
+        return last.with_data(self.once(native_last))
+
     def start(self, i: int) -> Heads:
         """Called by the trunk before block `i`: its projections stay at hand while edits run."""
         heads = self.vit.blocks[i].heads(self.entering(i))
@@ -243,23 +170,8 @@ class Trace:
             computed[key] = compute()
         return computed[key]
 
-    @property
-    def regions(self) -> Tensor:
-        """The region of each pixel, (B, H, W) int64; 0 is unsegmented, `PADDING` a region of its own.
-
-        Raises:
-            LookupError: if nobody gave any.
-        """
-        if self._regions is None:
-            raise RegionsError(NO_REGIONS)
-        return self._regions
-
-    def guide(self, name: str, output: str | None = None) -> Tokens:
+    def guide(self, name: str) -> Tokens:
         """What an external encoder sees in the image, without its prefix; computed once.
-
-        Args:
-            name: of the guide.
-            output: which of the outputs that the guide offers; its usual one by default.
 
         Raises:
             LookupError: if no guide of that name was given.
@@ -267,15 +179,9 @@ class Trace:
         if name not in self.guides:
             known = ", ".join(self.guides) or "none"
             raise GuideError(f"the method asks for the guide {name!r}; given: {known}")
-        options = {} if output is None else {"output": output}
-
-        def look() -> Tokens:
-            # in portions: all windows of an image at once may be many
-            step = max(GUIDE_PIXELS // self.image[0, 0].numel(), 1)
-            parts = [self.guides[name](part, **options) for part in self.image.split(step)]
-            return parts[0].with_data(torch.cat([part.data for part in parts])).only_patches()
-
-        return self._compute_once(("guide", name, output), look)
+        return self._compute_once(
+            ("guide", name), lambda: self.guides[name](self.image).only_patches()
+        )
 
     def query_features(self) -> Tensor:
         """The text features, (Q, C), for ops that cannot do without.
@@ -291,9 +197,13 @@ class Trace:
         """First-pass logits (B, Q, h, w) of tokens read from this trace; computed once."""
 
         def read() -> Tensor:
-            return cosine_logits(self.vit.project(source(self)), self.query_features())
+            return cosine_logits(self.project(source(self)), self.query_features())
 
         return self._compute_once(("guess", source), read, words=True)
+
+    def project(self, tokens: Tokens) -> Tokens:
+        """`VisionTransformer.project` as the method wants it."""
+        return self.vit.project(tokens, self.pool_mlp)
 
     def attention(self, i: int) -> Tensor:
         """Block `i`'s attention weights, (B, H, T, T)."""
@@ -310,9 +220,9 @@ class Trace:
 
         Out of the map where that is small, which others may ask for too; else without it.
         """
-        if not self._small_map(i):
-            return self.cls_row(i).mean(1), self.self_weight(i).mean(1)
         prefix = self.embedded.prefix
+        if not prefix or not self._small_map(i):
+            return self.cls_row(i).mean(1), self.self_weight(i).mean(1)
         weights = self.mean_attention(i)
         return weights[:, 0, prefix:], weights.diagonal(dim1=-2, dim2=-1)[:, prefix:]
 
@@ -321,8 +231,17 @@ class Trace:
         return batch * self.vit.blocks[i].attn.num_heads * tokens**2 <= attention.CHUNK
 
     def cls_row(self, i: int) -> Tensor:
-        """How much the class token attends to each patch in block `i`, (B, H, N)."""
+        """How much the class token attends to each patch in block `i`, (B, H or 1, N).
+
+        In a tower without one the pool's query stands in: how much it would attend to what entered the
+        block, heads averaged.
+
+        Raises:
+            ValueError: if there is no pool either.
+        """
         heads = self.heads(i)
+        if not heads.prefix:
+            return self.vit.gathering(self.entering(i)).mean(1, keepdim=True)
         row = heads.similar(heads.q[:, :, :1], heads.k)  # (B, H, 1, T)
         return row.softmax(-1)[:, :, 0, heads.prefix :]
 
@@ -349,8 +268,8 @@ class Trace:
         return self.global_embedding()
 
     def global_embedding(self) -> Tensor:
-        """CLIP's image embedding, (B, C): the class token through the native last block."""
-        return self.vit.ln_post(self.once(native_last)[:, 0]) @ self.vit.proj
+        """The image's embedding, (B, C): what the native last block puts out, pooled."""
+        return self.vit.embedding(self.leaving())
 
 
 def native_last(trace: Trace) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sfp.clip.fingerprint import state_key
 from sfp.clip.vit import VisionTransformer
-from sfp.functional.grid import resample_positions
 from sfp.kinds import (
     Comparison,
     Decision,
@@ -164,7 +163,9 @@ class Method(_Fields):
         decision: (merged logits, size, classes) -> class scores; None for the engine's softmax over
             queries, of which each class has its best.
         surgery: edits of the weights, made once per model on a copy that shares all other weights.
-        positions: rule that fits the position table to another grid.
+        positions: rule that fits the position table to another grid; None for the tower's own.
+        pool_mlp: whether features go through the MLP of the tower's attention pool (SigLIP, PE), if it
+            has one; TextRegion leaves it out.
         depth: number of blocks that the layer numbers are written for; they are moved to the same
             relative depth of a deeper model. None takes them literally, as the released codes do.
     """
@@ -175,8 +176,9 @@ class Method(_Fields):
     refiners: Sequence[Refiner] = ()
     decision: Decision | None = None
     surgery: Sequence[Surgery] = ()
-    positions: Positions = resample_positions
+    positions: Positions | None = None
     depth: int | None = 12
+    pool_mlp: bool = True
 
     def features(
         self, vit: VisionTransformer, image: Tensor, **context: Any
@@ -212,7 +214,12 @@ class Method(_Fields):
     def run(self, vit: VisionTransformer, image: Tensor, **context: Any) -> Trace:
         """The trunk alone, edited; arguments as in `features`."""
         return self.operate(vit).trace(
-            image, self.edits, positions=self.positions, depth=self.depth, **context
+            image,
+            self.edits,
+            positions=self.positions,
+            depth=self.depth,
+            pool_mlp=self.pool_mlp,
+            **context,
         )
 
     def read(self, trace: Trace) -> Tokens:
@@ -220,7 +227,7 @@ class Method(_Fields):
         first, *rest = (readout(trace) for readout in self.readouts)
         for other in rest:
             first = first.with_data(first.data + other.data)
-        return trace.vit.project(first)
+        return trace.project(first)
 
     def read_logits(self, trace: Trace) -> Tensor:
         """Refined query logits (B, Q, h, w) of such a trace, which must have the text features."""
@@ -246,7 +253,7 @@ class Method(_Fields):
     @property
     def trunk(self) -> Hashable:
         """Methods of equal trunk leave the same trace, so that one run serves all of them."""
-        return self.edits, self.surgery, self.positions, self.depth
+        return self.edits, self.surgery, self.positions, self.depth, self.pool_mlp
 
     def operate(self, vit: VisionTransformer) -> VisionTransformer:
         """The model with this method's surgery: `vit` itself if there is none.
@@ -285,7 +292,8 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
         method: name of a preset; `dict(type=name, knob=value, ...)`; a composition
             `dict(type="Method", readouts=[...], ...)`; or a `Method`, returned as it is.
         **knobs: knobs of the preset. Every preset that has no knob of that name itself also takes
-            `depth`, `positions` and `comparison` (see `Method`), and `refiners` that follow its own.
+            `depth`, `positions`, `pool_mlp` and `comparison` (see `Method`), and `refiners` that follow
+            its own.
 
     Raises:
         ValueError: for unknown presets, ops or knobs; the message names the valid ones.

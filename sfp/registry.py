@@ -110,6 +110,7 @@ MASKS = Registry("mask proposer", "sfp.masks")
 COMMON = (
     "depth",
     "positions",
+    "pool_mlp",
     "comparison",
     "refiners",
 )  # fields of `Method` that presets take too
@@ -415,8 +416,8 @@ def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]
 
     Args:
         method: name of a preset, or `dict(type=name, knob=value, ...)`.
-        **knobs: further knobs. Every preset that has no knob of that name itself also takes `depth`,
-            `positions` and `comparison`, and `refiners` that follow its own.
+        **knobs: further knobs. Every preset that has no knob of that name itself also takes the
+            fields in `COMMON`; `refiners` follow its own.
 
     Raises:
         ValueError: for unknown presets or knobs; the message names the valid ones.

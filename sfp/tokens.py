@@ -26,6 +26,9 @@ class Tokens:
         prefix: number of tokens before the patches.
         hidden: patches that no token attends to from here on, (B, N) bool, never all of an image's;
             None hides none. Set by the mitigator `mask_attention`; it stays with the tokens.
+        stand_in: makes a class token (B, 1, D) for tokens of a tower that has none; None if none can be
+            made.
+        pooled: whether they have been through the tower's attention pool.
 
     Raises:
         ValueError: if `data` does not hold `prefix + h * w` tokens.
@@ -35,6 +38,8 @@ class Tokens:
     grid: tuple[int, int]
     prefix: int = 1
     hidden: Tensor | None = None
+    stand_in: Callable[[Tokens], Tensor] | None = None
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         expected = self.prefix + self.grid[0] * self.grid[1]
@@ -46,10 +51,16 @@ class Tokens:
 
     @property
     def cls(self) -> Tensor:
-        """The class token, (B, 1, D)."""
-        if not self.prefix:
+        """The class token, or what stands in for it, (B, 1, D).
+
+        Raises:
+            ValueError: if there is neither.
+        """
+        if self.prefix:
+            return self.data[:, :1]
+        if self.stand_in is None:
             raise ValueError("these tokens carry no class token: they are patches only")
-        return self.data[:, :1]
+        return self.stand_in(self)
 
     @property
     def patches(self) -> Tensor:
@@ -82,6 +93,7 @@ class Heads:
         x: (B, T, D), the normalised tokens that are projected.
         scale: factor on the attention logits, d ** -0.5.
         grid, prefix, hidden: as in `Tokens`.
+        rotate: turns queries and keys by where their patches lie (`sfp.clip.rope`), or None.
     """
 
     project: Callable[[Tensor, str], tuple[Tensor, ...]]
@@ -90,6 +102,7 @@ class Heads:
     grid: tuple[int, int]
     prefix: int
     hidden: Tensor | None = None
+    rotate: Callable[[Tensor], Tensor] | None = None
     _made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -110,13 +123,22 @@ class Heads:
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, by one product if none is there yet."""
         if not self._made:
-            self._made.update(zip("qkv", self.project(self.x, "qkv"), strict=True))
+            for name, x in zip("qkv", self.project(self.x, "qkv"), strict=True):
+                self._made[name] = self._placed(name, x)
         return self.q, self.k, self.v
 
     def _make(self, name: str) -> Tensor:
         if name not in self._made:
-            (self._made[name],) = self.project(self.x, name)
+            (x,) = self.project(self.x, name)
+            self._made[name] = self._placed(name, x)
         return self._made[name]
+
+    def _placed(self, name: str, x: Tensor) -> Tensor:
+        return x if self.rotate is None or name == "v" else self.rotate(x)
+
+    def unrotated(self) -> Heads:
+        """The same without rotary positions."""
+        return replace(self, rotate=None)
 
     def tensors(self) -> list[Tensor]:
         """What it holds by now, for counting."""

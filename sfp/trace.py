@@ -59,6 +59,7 @@ class Trace:
         index: class of each query, or None if every query is a class of its own.
         guides: external encoders by name: images as `image` -> Tokens.
         depth: number of blocks that layer numbers are written for; None takes them literally.
+        pool_mlp: whether features go through the MLP of the tower's pool, if there is one.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Trace:
         index: Sequence[int] | None = None,
         guides: Mapping[str, Callable[[Tensor], Tokens]] | None = None,
         depth: int | None = None,
+        pool_mlp: bool = True,
     ) -> None:
         self.vit = vit
         self.image = image
@@ -81,6 +83,7 @@ class Trace:
         self.index = index
         self.guides = {} if guides is None else guides
         self.depth = depth
+        self.pool_mlp = pool_mlp
         self._running: tuple[int, Heads] | None = None
         self._heads: dict[int, Heads] = {}
         self._once: dict[Hashable, Any] = {}
@@ -138,6 +141,11 @@ class Trace:
         """The tokens that entered block `i` (absolute)."""
         return self.outputs[i - 1] if i else self.embedded
 
+    def leaving(self) -> Tokens:
+        """The tokens that leave the last block when it runs as it was trained."""
+        last = self.entering(len(self.vit.blocks) - 1)
+        return last.with_data(self.once(native_last))
+
     def start(self, i: int) -> Heads:
         """Called by the trunk before block `i`: its projections stay at hand while edits run."""
         heads = self.vit.blocks[i].heads(self.entering(i))
@@ -189,9 +197,13 @@ class Trace:
         """First-pass logits (B, Q, h, w) of tokens read from this trace; computed once."""
 
         def read() -> Tensor:
-            return cosine_logits(self.vit.project(source(self)), self.query_features())
+            return cosine_logits(self.project(source(self)), self.query_features())
 
         return self._compute_once(("guess", source), read, words=True)
+
+    def project(self, tokens: Tokens) -> Tokens:
+        """`VisionTransformer.project` as the method wants it."""
+        return self.vit.project(tokens, self.pool_mlp)
 
     def attention(self, i: int) -> Tensor:
         """Block `i`'s attention weights, (B, H, T, T)."""
@@ -208,9 +220,9 @@ class Trace:
 
         Out of the map where that is small, which others may ask for too; else without it.
         """
-        if not self._small_map(i):
-            return self.cls_row(i).mean(1), self.self_weight(i).mean(1)
         prefix = self.embedded.prefix
+        if not prefix or not self._small_map(i):
+            return self.cls_row(i).mean(1), self.self_weight(i).mean(1)
         weights = self.mean_attention(i)
         return weights[:, 0, prefix:], weights.diagonal(dim1=-2, dim2=-1)[:, prefix:]
 
@@ -219,8 +231,17 @@ class Trace:
         return batch * self.vit.blocks[i].attn.num_heads * tokens**2 <= attention.CHUNK
 
     def cls_row(self, i: int) -> Tensor:
-        """How much the class token attends to each patch in block `i`, (B, H, N)."""
+        """How much the class token attends to each patch in block `i`, (B, H or 1, N).
+
+        In a tower without one the pool's query stands in: how much it would attend to what entered the
+        block, heads averaged.
+
+        Raises:
+            ValueError: if there is no pool either.
+        """
         heads = self.heads(i)
+        if not heads.prefix:
+            return self.vit.gathering(self.entering(i)).mean(1, keepdim=True)
         row = heads.similar(heads.q[:, :, :1], heads.k)  # (B, H, 1, T)
         return row.softmax(-1)[:, :, 0, heads.prefix :]
 
@@ -247,8 +268,8 @@ class Trace:
         return self.global_embedding()
 
     def global_embedding(self) -> Tensor:
-        """CLIP's image embedding, (B, C): the class token through the native last block."""
-        return self.vit.ln_post(self.once(native_last)[:, 0]) @ self.vit.proj
+        """The image's embedding, (B, C): what the native last block puts out, pooled."""
+        return self.vit.embedding(self.leaving())
 
 
 def native_last(trace: Trace) -> Tensor:

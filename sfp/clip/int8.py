@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.clip.blocks import Attention, HeadProjections
 from sfp.clip.dispatch import plain
-from sfp.clip.vit import Attention, HeadProjections, VisionTransformer
+from sfp.clip.vit import VisionTransformer
 
 
 class Int8Linear(nn.Module):
@@ -84,7 +85,7 @@ class Int8Attention(HeadProjections):
 
     def __init__(self, attention: Attention) -> None:
         out = attention.out_proj
-        super().__init__(attention.num_heads, Int8Linear(out.weight, out.bias))
+        super().__init__(attention.num_heads, Int8Linear(out.weight, out.bias), attention.norm)
         self.in_proj = Int8Linear(attention.in_proj_weight, attention.in_proj_bias)
 
     def linear(self, x: Tensor, rows: slice) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sfp.clip.blocks import HEAD_WIDTH
 from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, RGB, LayoutError, in_pixels
 from sfp.clip.dispatch import intercepted
 from sfp.clip.fingerprint import contents_digest, state_key
 from sfp.clip.text_towers import BertConfig, TextConfig, TextTower, TextTransformer
-from sfp.clip.vit import HEAD_WIDTH, ImageConfig, VisionTransformer
+from sfp.clip.vit import ImageConfig, VisionTransformer
 
 IMAGE_SIDE = ("visual",)  # submodules that `encode_text` does not use
 # what lies at the top of OpenAI's model, and in its files

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfp.clip.tokenizers import BytePairs, MissingTokenizer, Rules, Tokenizer
-from sfp.clip.vit import (
+from sfp.clip.blocks import (
     ACTIVATIONS,
     HEAD_WIDTH,
     MLP,
@@ -25,6 +24,7 @@ from sfp.clip.vit import (
     drawn,
     fused_attention,
 )
+from sfp.clip.tokenizers import BytePairs, MissingTokenizer, Rules, Tokenizer
 
 POOLS = ("argmax", "end", "last", "mean", "class")
 

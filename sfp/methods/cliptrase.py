@@ -135,7 +135,7 @@ def cls_product(logits: Tensor, trace: Trace, *, source: Source) -> Tensor:
     Args:
         source: tokens whose class token is compared, e.g. `read_last`.
     """
-    cls = F.normalize(upcast(trace.vit.project(source(trace)).cls[:, 0]), dim=-1)  # (B, C)
+    cls = F.normalize(upcast(trace.project(source(trace)).cls[:, 0]), dim=-1)  # (B, C)
     weights = cls @ trace.query_features().to(cls).T  # (B, Q)
     return logits * weights[..., None, None]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.clip.vit import Block
+from sfp.clip.blocks import Block
 from sfp.mini.batches import GRID, Batch, Tokenizer
 from sfp.mini.learner import Learner, Recipe, caption_loss, impurity, likeness
 from sfp.mini.scenes import THINGS

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfp.clip import dispatch, int8, onednn, vit
+from sfp.clip import blocks, dispatch, int8, onednn
 
 sides = st.integers(1, 40)
 
@@ -363,7 +363,7 @@ def test_the_normal_path_is_in_place():
     with torch.autocast("cpu"):
         assert not dispatch.unshared(block.attn.out_proj)
     x = torch.randn(2, 5)
-    y = vit.QuickGELU().forward_(x)
+    y = blocks.QuickGELU().forward_(x)
     assert y.data_ptr() == x.data_ptr()
 
 

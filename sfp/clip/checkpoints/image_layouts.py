@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sfp.clip.blocks import HEAD_WIDTH
 from sfp.clip.checkpoints.published import HEAD_WIDTHS, LayoutError
 from sfp.clip.checkpoints.renaming import (
     BLOCKS,
@@ -16,7 +17,7 @@ from sfp.clip.checkpoints.renaming import (
     shape_of,
     turned,
 )
-from sfp.clip.vit import HEAD_WIDTH, ImageConfig
+from sfp.clip.vit import ImageConfig
 
 PREFIXES = ("visual.", "vision_model.", "visual_projection.")  # of an image tower's tensors
 

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sfp.clip.blocks import ACTIVATIONS
 from sfp.clip.checkpoints.archive import read_archive
 from sfp.clip.checkpoints.layouts import ACCEPTED, recognise
 from sfp.clip.checkpoints.metadata import Facts, facts
@@ -41,7 +42,7 @@ from sfp.clip.checkpoints.published import (
 )
 from sfp.clip.model import CLIP, build_clip
 from sfp.clip.text_towers import BertConfig, TextConfig
-from sfp.clip.vit import ACTIVATIONS, ImageConfig
+from sfp.clip.vit import ImageConfig
 from sfp.files import cache_dir, sha256_file
 from sfp.registry import suggest
 

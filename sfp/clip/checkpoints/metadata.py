@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sfp.clip.blocks import ACTIVATIONS
 from sfp.clip.checkpoints import layouts
 from sfp.clip.checkpoints.published import (
     OPENAI_MEAN,
@@ -22,7 +23,6 @@ from sfp.clip.checkpoints.published import (
     WeightsError,
     row_of,
 )
-from sfp.clip.vit import ACTIVATIONS
 
 _OPEN_CLIP_FILE, _TRANSFORMERS_FILE = "open_clip_config.json", "config.json"
 

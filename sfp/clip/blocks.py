@@ -1,0 +1,363 @@
+"""The blocks of the towers: attention, MLP and the residual stream, under OpenAI's parameter names."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfp.clip.dispatch import unshared
+from sfp.clip.onednn import linear
+from sfp.clip.rope import Rope
+from sfp.functional.attention import hide
+from sfp.tokens import Heads, Tokens
+from sfp.trace import Trace
+
+Rule = Callable[[Heads, Trace], Tensor]
+"""An attention rule: (heads, trace) -> weights, (B, H or 1, M, T)."""
+
+HEAD_WIDTH = 64  # of every CLIP tower but the image towers of open_clip's largest models
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by oneDNN where that is faster."""
+
+    allocates = True  # a new tensor for its output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return linear(x, self.weight, self.bias)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+
+    allocates = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.silu(x * 1.702) * (1 / 1.702)
+
+    def forward_(self, x: Tensor) -> Tensor:
+        """The same in the memory of `x`."""
+        return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+}
+
+
+class MLP(nn.Sequential):
+    """A block's MLP. Its hidden layer, the widest tensor of a block, is activated in place."""
+
+    allocates = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D); nothing that a hook or a gradient may need is overwritten."""
+        before: nn.Module | None = None
+        for layer in self:
+            if (
+                isinstance(layer, QuickGELU)
+                and before is not None
+                and not x.requires_grad
+                and unshared(before, layer)
+            ):
+                x = layer.forward_(x)
+            else:
+                x = layer(x)
+            before = layer
+        return x
+
+
+def mlp(width: int, activation: str, hidden: int) -> MLP:
+    """The MLP of a block: two linear layers with an activation, a key of `ACTIVATIONS`, between."""
+    return MLP(
+        OrderedDict(
+            c_fc=Linear(width, hidden),
+            gelu=ACTIVATIONS[activation](),
+            c_proj=Linear(hidden, width),
+        )
+    )
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: c_proj(norm(silu(gate) * value)), gate and value of one product (arXiv:2002.05202).
+
+    Args:
+        width: token width D.
+        hidden: width of gate and value.
+        eps: of the norm; None for no norm.
+    """
+
+    allocates = True
+
+    def __init__(self, width: int, hidden: int, eps: float | None = None) -> None:
+        super().__init__()
+        self.c_fc = Linear(width, 2 * hidden)
+        self.norm = None if eps is None else nn.LayerNorm(hidden, eps)
+        self.c_proj = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        gate, value = self.c_fc(x).chunk(2, dim=-1)
+        y = F.silu(gate) * value
+        return self.c_proj(y if self.norm is None else self.norm(y))
+
+
+class HeadProjections(nn.Module):
+    """The projections of multi-head attention into queries, keys and values, and out of them.
+
+    Args:
+        heads: their number.
+        out_proj: linear layer (B, T, D) -> (B, T, D).
+        norm: of what the heads put out, (B, T, D) -> (B, T, D), before `out_proj`; None for none.
+    """
+
+    def __init__(self, heads: int, out_proj: nn.Module, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.norm = norm
+        self.out_proj = out_proj
+
+    def join(self, mixed: Tensor) -> Tensor:
+        """What leaves the attention, from the heads' mixed values side by side, (B, T, D) each."""
+        return self.out_proj(mixed if self.norm is None else self.norm(mixed))
+
+    def linear(self, x: Tensor, rows: slice) -> Tensor:
+        """Some rows of the packed projection of `x`, (B, T, D) -> (B, T, rows)."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor, names: str = "qkv") -> tuple[Tensor, ...]:
+        """Some of the queries, keys and values of `x`, each (B, H, T, d), by one product.
+
+        Args:
+            x: (B, T, D).
+            names: neighbours in "qkv".
+        """
+        width = x.shape[-1]
+        start = "qkv".index(names) * width
+        out = self.linear(x, slice(start, start + len(names) * width))
+        return out.unflatten(-1, (len(names), self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Attention(HeadProjections):
+    """The weights of multi-head attention, packed as in `nn.MultiheadAttention`.
+
+    Args:
+        width: token width D.
+        heads: number of attention heads.
+        norm: see `HeadProjections`.
+    """
+
+    out_proj: Linear
+
+    def __init__(self, width: int, heads: int, norm: nn.Module | None = None) -> None:
+        super().__init__(heads, Linear(width, width), norm)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def linear(self, x: Tensor, rows: slice) -> Tensor:
+        """Some rows of the packed projection of `x`."""
+        return linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+
+
+class Block(nn.Module):
+    """A residual attention block: x + attention(ln_1(x)), then x + mlp(ln_2(x)).
+
+    Args:
+        width: token width D.
+        heads: number of attention heads.
+        activation: of the MLP, a key of `ACTIVATIONS`, or "swiglu".
+        hidden: width of the MLP's hidden layer, 4 D by default.
+        eps: of the norms.
+        inner_norms: whether the heads' output and the hidden layer of a SwiGLU are normalised (EVA-02).
+        rope: rotates queries and keys.
+    """
+
+    mlp: MLP | GatedMLP
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        activation: str = "quick_gelu",
+        hidden: int | None = None,
+        *,
+        eps: float = 1e-5,
+        inner_norms: bool = False,
+        rope: Rope | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = hidden or 4 * width
+        self.rope = rope
+        self.attn = Attention(width, heads, nn.LayerNorm(width, eps) if inner_norms else None)
+        self.ln_1 = nn.LayerNorm(width, eps)
+        if activation == "swiglu":
+            self.mlp = GatedMLP(width, hidden, eps if inner_norms else None)
+        else:
+            self.mlp = mlp(width, activation, hidden)
+        self.ln_2 = nn.LayerNorm(width, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        causal: bool = False,
+        hidden: Tensor | None = None,
+        rotate: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The block as it was trained, with fused attention: (B, T, D) -> (B, T, D).
+
+        Args:
+            x: tokens.
+            causal: whether a token sees only itself and those before it.
+            hidden: keys that do not take part, (B, 1, 1 or T, T) bool; not together with `causal`.
+            rotate: what `rope` makes of queries and keys on the tokens' grid.
+        """
+        q, k, v = self.attn.project(self.ln_1(x))
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        return self._finish(fused_attention(q, k, v, causal, hidden), residual=x, ffn=True)
+
+    def heads(self, x: Tokens) -> Heads:
+        """The projections with which this block reads `x`, each made when it is asked for."""
+        width = x.data.shape[-1] // self.attn.num_heads
+        return Heads(
+            self.attn.project,
+            self.ln_1(x.data),
+            width**-0.5,
+            x.grid,
+            x.prefix,
+            x.hidden,
+            rotate=self.rope and self.rope.on(x.grid, x.prefix),
+        )
+
+    def advance(self, x: Tokens, heads: Heads) -> Tokens:
+        """`forward` for tokens whose `heads` are already there."""
+        q, k, v = heads.all()
+        mixed = fused_attention(q, k, v, hidden=heads.hidden_keys)
+        return x.with_data(self._finish(mixed, residual=x.data, ffn=True))
+
+    def read(
+        self,
+        x: Tokens,
+        *,
+        residual: Tensor | None,
+        attention: Rule | None = None,
+        ffn: bool = True,
+        trace: Trace,
+        layout: Tokens | None = None,
+    ) -> Tokens:
+        """Reads tokens with this block's weights, but with a chosen attention, residual and FFN.
+
+        Args:
+            x: the tokens to read.
+            residual: (B, T or 1, D) added to the attention's output, or None.
+            attention: rule that gives the attention weights; None for the block's own, fused.
+            ffn: whether the block's MLP (with its residual) follows.
+            trace: what the rule may look at.
+            layout: tokens whose grid and prefix the output takes, one row of weights each; those of
+                `x` by default.
+        """
+        heads = self.heads(x)
+        if attention is None:
+            q, k, v = heads.all()
+            mixed = fused_attention(q, k, v, hidden=heads.hidden_keys)
+        else:
+            weights = attention(heads, trace)
+            if (hidden := heads.hidden_keys) is not None:
+                weights = hide(weights, hidden)
+            mixed = weighted_values(weights, heads.v)
+        return (layout or x).with_data(self._finish(mixed, residual, ffn))
+
+    def _finish(self, mixed: Tensor, residual: Tensor | None, ffn: bool) -> Tensor:
+        y = self.attn.join(mixed)  # (B, T, D)
+        if residual is not None:
+            y = _sum(y, residual, self.attn.out_proj)
+        return (
+            _sum(self.mlp(self.ln_2(y)), y, self.mlp, self.mlp.get_submodule("c_proj"))
+            if ffn
+            else y
+        )
+
+
+def _sum(y: Tensor, x: Tensor, *layers: nn.Module) -> Tensor:
+    """The sum, in the memory of `y` if only `layers` have had it; gradients do not need it."""
+    return y.add_(x) if unshared(*layers) else y + x
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, hidden: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v without keeping the weights: (B, H, T, d) -> (B, T, D).
+
+    Keys that are `hidden`, (B, 1, 1 or T, T) bool, do not take part.
+    """
+    shown = None if hidden is None else ~hidden
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, is_causal=causal)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
+    """Values (B, H, T, d) mixed by weights (B, H or 1, M, T): (B, M, D)."""
+    weights = weights.to(v.dtype)
+    if weights.shape[1] == 1:  # one map for all heads: one product of whole rows
+        return weights[:, 0] @ v.transpose(1, 2).flatten(2)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks, under the name that OpenAI's checkpoints give it.
+
+    Args:
+        width, activation, hidden, eps, inner_norms, rope: as in `Block`.
+        layers: number of blocks.
+        head_width: width d of an attention head.
+
+    Raises:
+        ValueError: if the heads do not fill the width.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        activation: str = "quick_gelu",
+        *,
+        head_width: int = HEAD_WIDTH,
+        hidden: int | None = None,
+        eps: float = 1e-5,
+        inner_norms: bool = False,
+        rope: Rope | None = None,
+    ) -> None:
+        super().__init__()
+        if head_width < 1 or width % head_width:
+            raise ValueError(
+                f"tokens of width {width} cannot be divided into attention heads of {head_width}: "
+                "say how wide the heads are (head_width, text_head_width)"
+            )
+        self.resblocks = nn.ModuleList(
+            Block(
+                width,
+                width // head_width,
+                activation,
+                hidden,
+                eps=eps,
+                inner_norms=inner_norms,
+                rope=rope,
+            )
+            for _ in range(layers)
+        )
+
+
+def drawn(*shape: int, std: float) -> nn.Parameter:
+    """A parameter of normal random numbers."""
+    return nn.Parameter(torch.empty(shape).normal_(std=std))

@@ -1,0 +1,102 @@
+"""Rotary position embeddings of patches: queries and keys are turned by where they lie.
+
+RoFormer (Su et al., arXiv:2104.09864), with half of the angles for rows and half for columns, as EVA-02
+(arXiv:2303.11331) and the Perception Encoder (arXiv:2504.13181) have them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+BASE = 10000.0  # of the frequencies
+KEPT = 4  # grids whose rotations are kept
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Which coordinates turn queries and keys.
+
+    Attributes:
+        order: which coordinate is first, "yx" (EVA) or "xy" (PE).
+        side: rows and columns of the grid whose coordinates are meant.
+        first: coordinate of the first row and column: 1 in PE towers whose class token sits at 0.
+        rescale: whether coordinates are stretched so that any grid covers `side`, as in EVA and in
+            timm's PE; if not, patches count from `first`, as in PE's own code. On the grid of that
+            side there is no difference.
+    """
+
+    order: Literal["yx", "xy"]
+    side: int
+    first: int = 0
+    rescale: bool = True
+
+
+class Rope(nn.Module):
+    """Turns pairs of neighbouring channels (a_0, a_1), (a_2, a_3), ... of a patch's q and k.
+
+    The first half of the pairs turns with one coordinate, the second with the other, by
+    coordinate * 10000 ** (-i / (d / 4)), i = 0 ... d / 4 - 1. Prefix tokens stay as they are.
+
+    Args:
+        config: the coordinates.
+        head_width: d, a multiple of 4.
+
+    Attributes:
+        rescale: as in `RopeConfig`; may be set.
+
+    Raises:
+        ValueError: if the heads cannot be divided so.
+    """
+
+    def __init__(self, config: RopeConfig, head_width: int) -> None:
+        super().__init__()
+        if head_width % 4:
+            raise ValueError(f"rotary positions need heads of 4, 8, 12, ... wide, not {head_width}")
+        self.head_width = head_width
+        self.order, self.side, self.first = config.order, config.side, config.first
+        self.rescale = config.rescale
+        self._kept: dict[object, Tensor] = {}
+
+    def angles(self, grid: tuple[int, int]) -> Tensor:
+        """By how much each patch of a grid is turned, (N, d / 2) float64 on the CPU."""
+        sides = []
+        for n in grid:
+            at = torch.arange(n, dtype=torch.float64) + self.first
+            sides.append(at * self.side / n if self.rescale else at)
+        rows, columns = torch.meshgrid(*sides, indexing="ij")
+        quarter = self.head_width // 4
+        frequency = BASE ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+        axes = (rows, columns) if self.order == "yx" else (columns, rows)
+        return torch.cat([axis.reshape(-1, 1) * frequency for axis in axes], dim=1)
+
+    def on(self, grid: tuple[int, int], prefix: int) -> Callable[[Tensor], Tensor]:
+        """`forward` for tokens of one layout."""
+        return functools.partial(self, grid=grid, prefix=prefix)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+        """Queries or keys (B, H, prefix + h * w, d), turned; at least in float32, returned as given."""
+        turn = self._turn(grid, x)
+        patches = x[:, :, prefix:].to(turn.real.dtype).unflatten(-1, (-1, 2))
+        turned = torch.view_as_real(torch.view_as_complex(patches.contiguous()) * turn)
+        turned = turned.flatten(-2).to(x.dtype)
+        return torch.cat([x[:, :, :prefix], turned], dim=2) if prefix else turned
+
+    def _turn(self, grid: tuple[int, int], x: Tensor) -> Tensor:
+        """The same angles as complex numbers of length 1, (N, d / 2)."""
+        kind = torch.complex128 if x.dtype == torch.float64 else torch.complex64
+        key = (grid, self.rescale, kind, x.device)
+        turn = self._kept.get(key)
+        if turn is None:
+            with torch.inference_mode(False):  # it outlives calls with and without gradients
+                angles = self.angles(grid)
+                turn = torch.polar(torch.ones_like(angles), angles).to(kind).to(x.device)
+            if len(self._kept) >= KEPT:
+                self._kept.clear()
+            self._kept[key] = turn
+        return turn

@@ -356,7 +356,7 @@ def test_benchmarks_without_words(name, tmp_path, monkeypatch):
         FOLDER / f"cfg_{name}_unsupervised.py",
         weights=f"{weights}@quick_gelu",
         work_dir=str(tmp_path / "work"),
-        options={"test_dataloader.num_workers": 0},
+        options={"test_dataloader.num_workers": 0, "clusters.patches": 50},
     )
     base = Config.fromfile(str(FOLDER / f"cfg_{name}.py"))
     assert cfg.test_dataloader.dataset == base.test_dataloader.dataset

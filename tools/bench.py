@@ -39,7 +39,6 @@ from unittest.mock import patch
 import cv2
 import numpy as np
 import torch
-from mmseg.structures import SegDataSample
 from rich.console import Console
 from rich.table import Table
 from sequential import CROP, STRIDE, SequentialSFP
@@ -48,6 +47,7 @@ from torch.nn import functional as F
 
 import sfp
 from sfp.clip import onednn, text
+from sfp.engine import Engine, Queries
 from sfp.files import atomic_write
 from sfp.functional import windows as windows_module
 from sfp.functional.windows import WindowGrid
@@ -81,21 +81,31 @@ def jpeg(height: int, width: int) -> bytes:
 
 
 def load(data: bytes, short: int) -> Tensor:
-    """Decodes and resizes as the evaluation pipeline does: (3, h, w) uint8, BGR."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    """Decodes and resizes as the evaluation pipeline does: (3, h, w) uint8, RGB."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     scale = short / min(image.shape[:2])
     size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
     return torch.from_numpy(cv2.resize(image, size)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
+class Contender:
+    """A method on an engine, with the text features that it is given."""
+
+    engine: Engine
+    method: sfp.Method
+    queries: Queries
+
+
+@dataclass(frozen=True)
 class Case:
-    """What is measured: a model, an image and a number of classes."""
+    """What is measured: a model, an image, how often it goes in at once, and a number of classes."""
 
     arch: str
     image: str
     classes: int
     device: str
+    batch: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -112,38 +122,39 @@ class Case:
         torch.manual_seed(0)
         return sfp.CLIP(image_size=224, **ARCHS[self.arch], **TEXT).requires_grad_(False).eval()
 
-    def segmentor(self, clip: sfp.CLIP, method: str, variant: str) -> sfp.OpenVocabSegmentor:
+    def contender(self, clip: sfp.CLIP, method: str, variant: str) -> Contender:
         """A method with random text features; `clip` is converted to the variant's precision."""
         features = torch.randn(
             self.classes, clip.embed_dim, generator=torch.Generator().manual_seed(0)
         )
-        return sfp.OpenVocabSegmentor(
-            clip,
-            [f"class {i}" for i in range(self.classes)],
-            method,
-            query_features=features,
-            scores=False,
-            **VARIANTS[variant],
-        ).to(self.device)
+        queries = Queries(F.normalize(features, dim=-1).to(self.device), tuple(range(self.classes)))
+        engine = Engine(clip, **VARIANTS[variant]).to(self.device)
+        return Contender(engine, sfp.build_method(method), queries)
 
 
-def fast(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> Tensor:
-    """End to end as the evaluation runs: JPEG bytes -> labels (H, W)."""
-    sample = SegDataSample(metainfo=dict(ori_shape=case.size))
-    batch = dict(inputs=[load(data, case.short)], data_samples=[sample])
-    return segmentor.test_step(batch)[0].pred_sem_seg.data[0].cpu()
+def fast(own: Contender, case: Case, data: bytes) -> Tensor:
+    """End to end: a batch of JPEG bytes -> labels (B, H, W)."""
+    images = [own.engine.input(load(data, case.short)) for _ in range(case.batch)]
+    sizes = [case.size] * case.batch
+    (sheets,) = own.engine.logits([own.method], images, sizes, own.queries)
+    labels = [
+        own.engine.label(image, sheet, own.queries.index).labels
+        for image, sheet in zip(images, sheets, strict=True)
+    ]
+    return torch.stack(labels).cpu()
 
 
 reference = lru_cache(maxsize=1)(SequentialSFP)
 
 
-def sequential(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> Tensor:
-    """The same labels the way SFP's repository computes them: JPEG bytes -> labels (H, W)."""
-    batch = segmentor.data_preprocessor(dict(inputs=[load(data, case.short)]))
-    image = batch["inputs"][0][None].to(segmentor.clip.visual.dtype)
-    return reference(segmentor.clip)(
-        image, segmentor.text_features(), case.size, segmentor.engine.logit_scale
-    ).cpu()
+def sequential(own: Contender, case: Case, data: bytes) -> Tensor:
+    """The same labels the way SFP's repository computes them, one image after the other."""
+    engine, run = own.engine, reference(own.engine.clip)
+    labels = []
+    for _ in range(case.batch):
+        image = engine.input(load(data, case.short))[None].to(engine.clip.visual.dtype)
+        labels.append(run(image, own.queries.features, case.size, engine.logit_scale))
+    return torch.stack(labels).cpu()
 
 
 class Stopwatch:
@@ -184,25 +195,25 @@ class Stopwatch:
         return timed
 
 
-def stages(segmentor: sfp.OpenVocabSegmentor, case: Case, data: bytes) -> dict[str, float]:
+def stages(own: Contender, case: Case, data: bytes) -> dict[str, float]:
     """Seconds of one end-to-end run by stage."""
     watch = Stopwatch(case.device)
     places = [
         (sys.modules[__name__], "load", "I/O"),
-        (segmentor.data_preprocessor, "forward", "I/O"),
+        (Engine, "input", "I/O"),
         (sfp.Method, "run", "trunk"),
         (sfp.Method, "read", "readout"),
         (sfp.Method, "read_logits", "text"),  # what is left of it: similarities, refiners
         (windows_module.WindowGrid, "sheet", "merge"),
         (windows_module.LogitSheet, "rows", "merge"),
-        (segmentor.engine, "label", "post-processing"),
+        (Engine, "label", "post-processing"),
     ]
     with ExitStack() as stack:
         for owner, name, stage in places:
             timed = watch.watched(stage, getattr(owner, name))
             stack.enter_context(patch.object(owner, name, timed))
         with watch.stage("rest"):
-            fast(segmentor, case, data)
+            fast(own, case, data)
     return {stage: watch.seconds[stage] for stage in STAGES}
 
 
@@ -255,10 +266,10 @@ def _first_peak(
     run: str, case: Case, method: str, variant: str, data: bytes, threads: int
 ) -> float | None:
     torch.set_num_threads(threads)
-    segmentor = case.segmentor(case.clip(), method, variant)
+    own = case.contender(case.clip(), method, variant)
     tiny = Case(case.arch, "tiny", case.classes, case.device)
-    globals()[run](segmentor, tiny, jpeg(*tiny.size))  # libraries load, thread pools start
-    return peak_mib(lambda: globals()[run](segmentor, case, data), case.device)
+    globals()[run](own, tiny, jpeg(*tiny.size))  # libraries load, thread pools start
+    return peak_mib(lambda: globals()[run](own, case, data), case.device)
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -266,31 +277,29 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     data = jpeg(*case.size)
     models = {variant: case.clip() for variant in args.variants}
     contenders = {
-        (method, variant): case.segmentor(models[variant], method, variant)
+        (method, variant): case.contender(models[variant], method, variant)
         for method, variant in product(args.methods, args.variants)
     }
-    any_segmentor = next(iter(contenders.values()))
-    image = any_segmentor.data_preprocessor(dict(inputs=[load(data, case.short)]))["inputs"][0]
+    engine = next(iter(contenders.values())).engine
+    image = engine.input(load(data, case.short))
     grid = WindowGrid.over(image.shape[1:], CROP, STRIDE)
-    windows = torch.stack([grid.cut(image, place) for place in grid.places])
-    plain = any_segmentor.clip.visual
+    windows = torch.stack([grid.cut(image, place) for place in grid.places] * case.batch)
+    plain = engine.clip.visual
 
     @torch.inference_mode()
     def floor() -> Tensor:
-        return torch.cat(
-            [plain(part) for part in windows.split(any_segmentor.engine.windows_at_once)]
-        ).cpu()
+        return torch.cat([plain(part) for part in windows.split(engine.windows_at_once)]).cpu()
 
-    def task(run: Callable, segmentor: sfp.OpenVocabSegmentor) -> Callable[[], Tensor]:
-        return lambda: run(segmentor, case, data)
+    def task(run: Callable, own: Contender) -> Callable[[], Tensor]:
+        return lambda: run(own, case, data)
 
     def pytorch_floor() -> Tensor:
         with patch.object(onednn, "works", lambda: False):
             return floor()
 
     tasks: dict[Any, Callable[[], Tensor]] = {"floor": floor, "pytorch_floor": pytorch_floor}
-    for key, segmentor in contenders.items():
-        tasks[key] = task(fast, segmentor)
+    for key, own in contenders.items():
+        tasks[key] = task(fast, own)
     # which has float weights to share
     followed = next((contenders[k] for k in contenders if k[0] == "sfp" and k[1] != "int8"), None)
     if args.sequential and followed is not None:
@@ -306,6 +315,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         size=case.size,
         short=case.short,
         classes=case.classes,
+        batch=case.batch,
         windows=len(windows),
         device=case.device,
         floor_seconds=times["floor"],
@@ -314,38 +324,36 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     )
     expected = None
     if "sequential" in tasks:
-        variant = next(v for (m, v), s in contenders.items() if s is followed)
+        variant = next(v for (m, v), own in contenders.items() if own is followed)
         record["sequential"] = dict(
             variant=variant,
             seconds=times["sequential"],
             peak_mib=peak(sequential, "sfp", variant),
         )
         expected = tasks["sequential"]()
-    for (method, variant), segmentor in contenders.items():
+    for (method, variant), own in contenders.items():
         row: dict[str, Any] = dict(
             method=method,
             variant=variant,
             seconds=times[method, variant],
             peak_mib=peak(fast, method, variant),
-            stages=stages(segmentor, case, data),
+            stages=stages(own, case, data),
         )
         if variant != args.variants[0]:
             row["feature_error"] = feature_error(
-                segmentor, contenders[method, args.variants[0]], windows
+                own, contenders[method, args.variants[0]], windows[: len(grid.places)]
             )
         if method == "sfp" and expected is not None:
-            same = fast(segmentor, case, data) == expected
+            same = fast(own, case, data) == expected
             row["equal_labels"] = same.double().mean().item()
         record["rows"].append(row)
     return record
 
 
 @torch.inference_mode()
-def feature_error(
-    segmentor: sfp.OpenVocabSegmentor, reference: sfp.OpenVocabSegmentor, windows: Tensor
-) -> float:
-    """|f - g| / |g| of the dense features of two segmentors, over all patches of the windows."""
-    ours, exact = (s.extract_feat(windows).data.float() for s in (segmentor, reference))
+def feature_error(own: Contender, other: Contender, windows: Tensor) -> float:
+    """|f - g| / |g| of the dense features of two contenders, over all patches of the windows."""
+    ours, exact = (c.engine.tokens(c.method, windows, c.queries).data.float() for c in (own, other))
     return ((ours - exact).norm() / exact.norm()).item()
 
 
@@ -358,7 +366,7 @@ def text_bank(classes: int) -> dict[str, Any]:
     torch.manual_seed(0)
     words = dict(context=77, vocab=49408, text_width=512, text_layers=12)
     clip = sfp.CLIP(image_size=224, **ARCHS["ViT-B/16"], **words).requires_grad_(False).eval()
-    every = sfp.data.datasets.DATASETS.get("ADE20KDataset").METAINFO["classes"]
+    every = sfp.load_vocabulary("ade20k").names
     step = len(every) / classes
     queries = [every[int(i * step)] for i in range(classes)]
     templates = text.prompt_templates("imagenet")
@@ -394,8 +402,9 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
     """A case's table and where the time of each contender goes."""
     floor, windows = record["floor_seconds"], record["windows"]
     table = Table(
-        title=f"{record['arch']}, {'x'.join(map(str, record['size']))} image, {windows} windows, "
-        f"{record['classes']} classes, {record['device']}, {threads} threads"
+        title=f"{record['arch']}, {'x'.join(map(str, record['size']))} image, batch of "
+        f"{record['batch']}, {windows} windows, {record['classes']} classes, {record['device']}, "
+        f"{threads} threads"
     )
     columns = ("", "ms", "x floor", "images/s", "windows/s", "peak MiB", "x sequential")
     for column in columns:
@@ -403,7 +412,7 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
     slow = record.get("sequential")
 
     def add(name: str, seconds: float, peak: float | None = None, compare: bool = False) -> None:
-        rates = (1 / seconds, windows / seconds)
+        rates = (record["batch"] / seconds, windows / seconds)
         faster = f"{slow['seconds'] / seconds:.2f} faster" if slow and compare else ""
         table.add_row(
             name,
@@ -441,6 +450,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["ViT-B/16"])
     parser.add_argument("--image", nargs="+", choices=IMAGES, default=["voc"])
     parser.add_argument("--classes", type=int, nargs="+", default=[21, 171])
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1], help="how many images go in at once"
+    )
     parser.add_argument("--methods", nargs="+", default=["sfp"], help="presets, or all")
     parser.add_argument(
         "--variants",
@@ -491,8 +503,8 @@ def main() -> int:
             f"{bank['max_difference']:.1e}"
         )
     else:
-        for arch, image, classes in product(args.arch, args.image, args.classes):
-            record["cases"].append(measure(Case(arch, image, classes, args.device), args))
+        for arch, image, classes, batch in product(args.arch, args.image, args.classes, args.batch):
+            record["cases"].append(measure(Case(arch, image, classes, args.device, batch), args))
             show(console, record["cases"][-1], args.threads)
     if args.out:
         with atomic_write(args.out) as path:

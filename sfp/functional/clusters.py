@@ -82,7 +82,7 @@ def cluster_peaks(rows: Tensor, labels: Tensor, grid: tuple[int, int], count: in
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resampling (`align_corners=False`), (..., h, w) -> (..., H, W)."""
     rows, columns = (
-        interpolation(cells, pixels).to(maps)
+        interpolation(cells, pixels, maps)
         for cells, pixels in zip(maps.shape[-2:], size, strict=True)
     )
     return rows @ maps @ columns.T

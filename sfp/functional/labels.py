@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def best_of_class(probs: Tensor, index: Sequence[int]) -> Tensor:
     """The best query of each class, (Q, ...) -> (K, ...)."""
     if len(index) == index[-1] + 1:  # one query each
         return probs
-    sizes = torch.tensor(index).bincount().tolist()
+    sizes = [len(list(own)) for _, own in groupby(index)]
     return torch.stack([part.amax(0) for part in probs.split(sizes)])
 
 

@@ -10,13 +10,19 @@ full-resolution window, no accumulator, and any slab of the result can be had al
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.clip.dispatch import intercepted
+
+T = TypeVar("T")
+KEPT = 2**20  # most numbers of a matrix that is cached
 BLOCK = 256  # pixels of a side above which the merging matrices are used in parts
 
 
@@ -32,16 +38,23 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
     return [max(min(i * stride + crop, length) - crop, 0) for i in range(count)]
 
 
-def interpolation(source: int, target: int) -> Tensor:
-    """Bilinear resampling along one side (`align_corners=False`) as a matrix, (target, source)."""
-    eye = torch.eye(source, dtype=torch.float64)[None]
-    return F.interpolate(eye, target, mode="linear", align_corners=False)[0].T
+def interpolation(source: int, target: int, like: Tensor) -> Tensor:
+    """Bilinear resampling along one side (`align_corners=False`) as a matrix, (target, source).
+
+    It has the type and device of `like` and may be cached: it is not to be written to.
+    """
+    return _cached(source * target, _interpolation, like, source, target)
+
+
+def _interpolation(like: Tensor, source: int, target: int) -> Tensor:
+    eye = torch.eye(source, dtype=torch.float64, device="cpu")[None]
+    return F.interpolate(eye, target, mode="linear", align_corners=False)[0].T.to(like)
 
 
 def merge_matrix(
-    starts: list[int], window: int, cells: int, length: int, target: int, padding: int = 0
+    starts: Sequence[int], window: int, cells: int, length: int, target: int, padding: int = 0
 ) -> Tensor:
-    """One side of the chain from patch logits to the final image, (target, len(starts) * cells).
+    """One side of the chain from patch logits to the final image, as a matrix.
 
     Args:
         starts: first pixel of each window.
@@ -50,16 +63,70 @@ def merge_matrix(
         length: pixels of the network's input.
         target: pixels of the final image.
         padding: pixels that each window was padded by, half of them (rounded down) in front.
+
+    Returns:
+        (target, len(starts) * cells) float64, on the host.
     """
-    up = interpolation(cells, window + padding)[padding // 2 :][:window]
-    placed = torch.zeros(length, len(starts), cells, dtype=torch.float64)
-    covered = torch.zeros(length, 1, dtype=torch.float64)
+    placed = torch.zeros(length, len(starts), cells, dtype=torch.float64, device="cpu")
+    covered = torch.zeros(length, 1, dtype=torch.float64, device="cpu")
+    up = _interpolation(placed, cells, window + padding)[padding // 2 :][:window]
     for i, start in enumerate(starts):
         placed[start : start + window, i] = up
         covered[start : start + window] += 1
     merged = placed.flatten(1) / covered  # (length, windows * cells)
     # resampled column by column: `interpolation` as a matrix would have length x target numbers
     return F.interpolate(merged.T[None], target, mode="linear", align_corners=False)[0].T
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of an image: how its pixels follow from the cells of all windows along it.
+
+    Attributes:
+        matrix: (pixels, cells).
+        first, last: of each pixel, the first and the last cell whose weight is not zero.
+    """
+
+    matrix: Tensor
+    first: list[int]
+    last: list[int]
+
+    @classmethod
+    def of(cls, like: Tensor, *merged: Any) -> Side:
+        """Of a `merge_matrix` with these arguments, in the type and on the device of `like`."""
+        matrix = merge_matrix(*merged)
+        used = (matrix != 0).to(torch.uint8)
+        first, after = used.argmax(1), used.flip(1).argmax(1)
+        return cls(matrix.to(like), first.tolist(), (matrix.shape[1] - 1 - after).tolist())
+
+    def __len__(self) -> int:
+        return len(self.matrix)
+
+    def band(self, start: int, stop: int) -> tuple[slice, Tensor]:
+        """The range of cells that pixels start to stop depend on, and the matrix cut to both."""
+        own = slice(min(self.first[start:stop]), max(self.last[start:stop]) + 1)
+        return own, self.matrix[start:stop, own]
+
+    def cpu(self) -> Side:
+        """The same in the host's memory."""
+        return replace(self, matrix=self.matrix.cpu())
+
+
+def _cached(numbers: int, make: Callable[..., T], like: Tensor, *args: Any) -> T:
+    """`make(like, *args)`, kept for the next image of the same size.
+
+    What is made on the host would otherwise be moved to a GPU again and again. Whoever traces gets a
+    new one: what its tracer makes is of no use afterwards.
+    """
+    if numbers > KEPT or intercepted():
+        return make(like, *args)
+    return _kept(make, like.dtype, like.device, *args)
+
+
+@lru_cache(maxsize=64)
+def _kept(make: Callable[..., Any], dtype: torch.dtype, device: torch.device, *args: Any) -> Any:
+    with torch.inference_mode(False):  # what is kept also serves callers with gradients
+        return make(torch.empty(0, dtype=dtype, device=device), *args)
 
 
 def _padding(side: int, multiple: int, least: int) -> int:
@@ -143,17 +210,15 @@ class WindowGrid:
         via, window = (target, target) if self.direct else (self.size, self.window)
         cells = logits.shape[2:]
         rows, columns = (
-            merge_matrix(starts, window[i], cells[i], via[i], target[i], self.padding[i]).to(tiles)
+            _cached(
+                target[i] * len(starts) * cells[i],
+                Side.of,
+                tiles,
+                *(tuple(starts), window[i], cells[i], via[i], target[i], self.padding[i]),
+            )
             for i, starts in enumerate((self.ys, self.xs))
         )
         return LogitSheet(tiles, rows, columns)
-
-
-def _band(matrix: Tensor) -> tuple[slice, Tensor]:
-    """The range of columns that hold something else than zero, and the matrix cut to it."""
-    used = matrix.any(0).nonzero()
-    own = slice(int(used[0]), int(used[-1]) + 1)
-    return own, matrix[:, own]
 
 
 @dataclass(frozen=True)
@@ -162,31 +227,32 @@ class LogitSheet:
 
     Attributes:
         tiles: (R, S, Q), the patches of all windows side by side.
-        row_matrix: (H, R).
-        column_matrix: (W, S).
+        vertical: of H pixels and R cells.
+        horizontal: of W pixels and S cells.
     """
 
     tiles: Tensor
-    row_matrix: Tensor
-    column_matrix: Tensor
+    vertical: Side
+    horizontal: Side
 
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns of the output."""
-        return len(self.row_matrix), len(self.column_matrix)
+        return len(self.vertical), len(self.horizontal)
 
     def cpu(self) -> LogitSheet:
         """The same in the host's memory."""
-        return LogitSheet(self.tiles.cpu(), self.row_matrix.cpu(), self.column_matrix.cpu())
+        return LogitSheet(self.tiles.cpu(), self.vertical.cpu(), self.horizontal.cpu())
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Logits of output rows start to stop, (Q, stop - start, W), a pixel's adjacent in memory."""
+        width = len(self.horizontal)
         if max(self.size) <= BLOCK:
-            own, rows = slice(None), self.row_matrix[start:stop]
-            blocks = [(slice(None), self.column_matrix)]
+            own, rows = slice(None), self.vertical.matrix[start:stop]
+            blocks = [(slice(None), self.horizontal.matrix)]
         else:  # almost every product is with zero: only the windows around take part
-            own, rows = _band(self.row_matrix[start:stop])
-            blocks = [_band(block) for block in self.column_matrix.split(BLOCK)]
+            own, rows = self.vertical.band(start, stop)
+            blocks = [self.horizontal.band(x, x + BLOCK) for x in range(0, width, BLOCK)]
         part = rows @ self.tiles[own].flatten(1)  # one product for all columns and queries
         part = part.unflatten(1, self.tiles.shape[1:])  # (stop - start, S, Q)
         parts = [columns @ part[:, own] for own, columns in blocks]  # (stop - start, block, Q)

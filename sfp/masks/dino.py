@@ -81,7 +81,7 @@ class DinoMasks(nn.Module):
         else:
             weights, grid = self.guide.attention(pixels)
             maps = above_mass(_at(weights[0], points, grid), self.mass)
-        rows, columns = (interpolation(c, s).to(maps) for c, s in zip(grid, size, strict=True))
+        rows, columns = (interpolation(c, s, maps) for c, s in zip(grid, size, strict=True))
         return MaskSheet(maps.unflatten(1, grid), rows, columns)
 
 

@@ -114,18 +114,20 @@ class SamMasks(nn.Module):
             maps.append(masks[rows, best][iou[rows, best] >= self.min_iou])
         cells = maps[-1].shape[-2:]
         matrices = [
-            _enlarge(cells[i], side, inner[i], size[i], direct=self.stretch).to(pixels)
+            _enlarge(cells[i], side, inner[i], size[i], pixels, direct=self.stretch)
             for i in range(2)
         ]
         return MaskSheet(torch.cat([t for t in maps if len(t)] or maps[:1]), *matrices)
 
 
-def _enlarge(cells: int, side: int, inner: int, target: int, *, direct: bool) -> Tensor:
-    """One side of the way from the model's masks to an image's pixels, (target, cells).
+def _enlarge(
+    cells: int, side: int, inner: int, target: int, like: Tensor, *, direct: bool
+) -> Tensor:
+    """One side of the way from the model's masks to an image's pixels, (target, cells), as `like`.
 
     To the padded square, off with the padding, to the image, as SAM does; SAM 2 goes straight.
     """
     if direct:
-        return interpolation(cells, target)
-    padded = interpolation(cells, side)[:inner]
-    return F.interpolate(padded.T[None], target, mode="linear", align_corners=False)[0].T
+        return interpolation(cells, target, like)
+    padded = interpolation(cells, side, like.new_empty(0, dtype=torch.float64))[:inner]
+    return F.interpolate(padded.T[None], target, mode="linear", align_corners=False)[0].T.to(like)

@@ -44,7 +44,7 @@ def proxy_attention(
     """
     weights = centred_softmax(trace.once(affinity), gain, centre)  # (B, M, M)
     rows, columns = (
-        interpolation(source, target).to(weights)
+        interpolation(source, target, weights)
         for source, target in zip(heads.grid, trace.guide(guide).grid, strict=True)
     )
     weights = weights.unflatten(2, trace.guide(guide).grid)  # (B, M, h', w')

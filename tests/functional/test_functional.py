@@ -145,7 +145,7 @@ def linear(row: Tensor, target: int) -> Tensor:
 def test_interpolation_matrix():
     row = random(0, 7)
     for target in (1, 3, 7, 20):
-        torch.testing.assert_close(interpolation(7, target) @ row, linear(row, target))
+        torch.testing.assert_close(interpolation(7, target, row) @ row, linear(row, target))
 
 
 def test_a_whole_image_goes_straight_to_its_output_size():

@@ -50,10 +50,10 @@ def test_the_reference_where_all_patches_are_outliers(bench):
 def test_the_sequential_reference_gives_the_same_labels(bench, layers):
     bench.ARCHS["small"] = {**SMALL, "layers": layers}
     case = bench.Case("small", "small", 7, "cpu")
-    segmentor = case.segmentor(case.clip(), "sfp", "fp32")
+    own = case.contender(case.clip(), "sfp", "fp32")
     data = bench.jpeg(*case.size)
-    ours, theirs = (getattr(bench, run)(segmentor, case, data) for run in ("fast", "sequential"))
-    assert ours.shape == theirs.shape == case.size
+    ours, theirs = (getattr(bench, run)(own, case, data) for run in ("fast", "sequential"))
+    assert ours.shape == theirs.shape == (1, *case.size)
     assert len(ours.unique()) > 1
     assert (ours == theirs).float().mean() > 0.999  # but for ties within rounding
 
@@ -69,7 +69,9 @@ def test_the_reference_keeps_every_map(bench):
 
 def test_a_run_writes_its_record(bench, monkeypatch, tmp_path, capsys):
     out = tmp_path / "bench.json"
-    command = "bench --arch small --image tiny --classes 3 --rounds 1 --no-memory --threads 1"
+    command = (
+        "bench --arch small --image tiny --classes 3 --batch 2 --rounds 1 --no-memory --threads 1"
+    )
     command += f" --variants fp32 int8 --methods sfp sclip --out {out}"
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", command.split())

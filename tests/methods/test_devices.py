@@ -1,0 +1,91 @@
+"""What goes wrong on a GPU, found on a CPU: tensors made elsewhere, and decisions on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sfp
+from sfp.engine import Engine, Queries
+from sfp.registry import list_methods
+from sfp.tokens import Tokens
+
+# operators whose output's shape, or the Python that follows, depends on values: a GPU is waited for
+WAITING = {
+    *("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"),
+    *("_unique2", "unique_dim", "unique_consecutive", "bincount"),
+}
+ON_THE_HOST = {  # by method: what it does there by design
+    "cliptrase": "DBSCAN, and its clusters one by one",
+    "freecp": "boxes around components of masks",
+}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would have to wait for the values of a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        by_mask = name in ("index", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if name in WAITING or by_mask:
+            raise AssertionError(f"{func} depends on values")
+        return func(*args, **(kwargs or {}))
+
+
+def guide(image: Tensor) -> Tokens:
+    """A stand-in for an encoder, of which every method takes what it asks for."""
+    grid = (image.shape[2] // 8, image.shape[3] // 8)
+    angles = torch.arange(grid[0] * grid[1], device=image.device)[:, None] * torch.arange(
+        1, 25, device=image.device
+    )
+    return Tokens(angles.sin().expand(len(image), -1, -1), grid, 0)
+
+
+def logits(method: sfp.Method, within: Callable) -> Tensor:
+    clip, image, text = tiny.clip(), tiny.images(2, 96, 64), tiny.queries(5)
+    method.operate(clip.visual)
+    with torch.inference_mode(), within():
+        found, _ = method.logits(
+            clip.visual, image, text, index=range(5), guides=dict(dino=guide, sam=guide)
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_no_operator_depends_on_values(name):
+    method = sfp.build_method(name)
+    if name in ON_THE_HOST:
+        with pytest.raises(AssertionError, match="depends on values"):
+            logits(method, NoWaiting)
+    else:
+        assert logits(method, NoWaiting).isfinite().all()
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_every_tensor_says_where_it_is_made(name):
+    """With another default device, a tensor that does not say so meets those of the images."""
+    method = sfp.build_method(name)
+    found = logits(method, lambda: torch.device("meta"))
+    torch.testing.assert_close(found, logits(method, torch.enable_grad))
+
+
+@pytest.mark.parametrize("name", ["sfp", "sfp_paper"])
+def test_the_engine_too(name):
+    engine = Engine(tiny.clip(), slide_crop=64, slide_stride=32, pamr_steps=2, area_thd=0.1)
+    queries = Queries(tiny.queries(5), (0, 1, 1, 2, 3))
+    image = (tiny.images(1, 90, 130)[0] * 40 + 120).clamp(0, 255).byte()
+
+    def labels() -> Tensor:
+        (sheets,) = engine.logits([sfp.build_method(name)], [image], [(300, 280)], queries)
+        return engine.label(image, sheets[0], queries.index, scores=True).labels
+
+    with torch.device("meta"):
+        found = labels()
+    assert torch.equal(found, labels())

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
+from sfp.functional.windows import WindowGrid
+from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -98,6 +100,9 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("scclip", "beta"): [0.9],
 }
 
+NOT_STITCHED: dict[str, str] = {}
+"""Presets that have no use for `stitched=True`, and the reason that they give."""
+
 NAMES = sfp.list_methods()
 assert NAMES
 
@@ -154,6 +159,36 @@ def test_images_of_a_batch_do_not_see_each_other(name, size):
         torch.testing.assert_close(run(method, name, pixels[i : i + 1])[0], both[i])
     other = torch.stack([pixels[0], pixels[1].flip(-1) * 3])
     assert torch.equal(run(method, name, other)[0], both[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stitched(name):
+    """With one window the preset itself; with several, one grid on which windows see one another."""
+    if name in NOT_STITCHED:
+        with pytest.raises(ValueError, match=NOT_STITCHED[name]):
+            sfp.build_method(name, stitched=True)
+        return
+    method, stitched = sfp.build_method(name), sfp.build_method(name, stitched=True)
+    extra = CONTEXT[name]() if name in CONTEXT else {}
+
+    def read(method: sfp.Method, image: Tensor, grid: WindowGrid) -> Tensor:
+        whole = WholeImage(grid, image)
+        windows = torch.stack([whole.cut(place)[0] for place in grid.places])
+        regions = extra.get("regions")
+        context = dict(extra, whole=whole, **({} if regions is None else dict(regions=regions)))
+        return method.logits(tiny().visual, windows, text(), **context)[0]
+
+    one = WindowGrid.over((64, 64), 64, 32)
+    (image,) = images(1)
+    torch.testing.assert_close(read(stitched, image, one), read(method, image, one))
+    (image,) = images(1, 64, 104)
+    grid = WindowGrid.over((64, 104), 64, 32)  # windows at 0, 32 and 40
+    changed = image[..., :40].repeat(1, 1, 3)[..., :104]
+    together, other = (read(stitched, x, grid) for x in (image, changed))
+    assert len(together) == 1
+    assert together.shape[2] / together.shape[3] == pytest.approx(64 / 104, rel=0.05)
+    assert together.isfinite().all()
+    assert not torch.allclose(together, other)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 import sfp
-from sfp.registry import OPS, bind, needs_words
+from sfp.functional.windows import WindowGrid
+from sfp.registry import OPS, bind, needs, needs_words
+from sfp.trace import Trace
+from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -135,6 +138,9 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "native_cls": [{}],
         "weighted_sum": [dict(affinity=SIMILARITY)],
     },
+    "image": {
+        "canvas": [{}, dict(floor=True)],
+    },
     "residual": {
         "own_tokens": [{}],
         "cls_token": [{}, dict(scale=0.0)],
@@ -202,14 +208,20 @@ EACH = pytest.mark.parametrize(
 )
 
 
-def colours(images: Tensor, ones: float = 0.0) -> sfp.Tokens:
+def colours(images: Tensor, output: str | None = None, ones: float = 0.0) -> sfp.Tokens:
     """A stand-in for an external encoder: each patch's mean colour."""
     maps = torch.nn.functional.avg_pool2d(images, 8) + ones
     return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
 
 
-GUIDES = dict(colours=colours, bright=lambda images: colours(images, 1.0), dino=colours)
+GUIDES = dict(colours=colours, bright=lambda images: colours(images, ones=1.0), dino=colours)
 """What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
+
+
+def ids(images: Tensor) -> Tensor:
+    """Regions of a batch: columns of 16 pixels, numbered from the left; 0 where it is dark."""
+    numbers = torch.arange(images.shape[3]) // 16 + 1
+    return numbers * (images.mean(1) > -0.5)
 
 
 def without_example() -> set[str]:
@@ -249,7 +261,8 @@ def given(clip: sfp.CLIP, image: Tensor, *, seed: int = 0, index: Any = None) ->
         (4, -2), bind(dict(type="l2_norm", top_k=6)), bind(dict(type="neighbour_mean"))
     )
     text = tiny.queries(QUERIES, seed).to(torch.promote_types(image.dtype, torch.float32))
-    trace = clip.visual.trace(image, [edit], text=text, index=index, guides=GUIDES, depth=12)
+    context = dict(text=text, index=index, guides=GUIDES, regions=ids(image), depth=12)
+    trace = clip.visual.trace(image, [edit], **context)
     tokens = trace.outputs[-1]
     last = clip.visual.blocks[-1]
     heads = {"all": last.heads(tokens), "patches": last.heads(tokens.only_patches())}
@@ -259,6 +272,14 @@ def given(clip: sfp.CLIP, image: Tensor, *, seed: int = 0, index: Any = None) ->
 
 def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
     """The results of an op, by the way it was called."""
+    if not needs(op, "whole"):
+        return run_on_batch(kind, op, on)
+    each = zip(on.trace.alone(), on.logits.split(1), strict=True)
+    alone = [run_on_batch(kind, op, replace(on, trace=one, logits=part)) for one, part in each]
+    return {name: torch.cat([values(x[name]) for x in alone]) for name in alone[0]}
+
+
+def run_on_batch(kind: str, op: Any, on: Given) -> dict[str, Any]:
     trace, tokens = on.trace, on.tokens
     if kind == "detector":
         return {f"layer {i}": op(trace, i) for i in (0, 10)}
@@ -270,8 +291,11 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
         return {name: op(tokens, mask) for name, mask in masks.items()}
     if kind == "edit":
         return {f"layer {i}": op(trace, i) for i in (3, 10)}
-    if kind in ("affinity", "source"):
+    if kind in ("affinity", "source", "reader"):
         return {"": op(trace)}
+    if kind == "image":
+        seen = op(twice(trace))
+        return {f"layer {i}": seen.entering(i) for i in range(seen.depth_run)}
     if kind == "attention":
         return {name: op(heads, trace) for name, heads in on.heads.items()}
     if kind == "smoother":
@@ -296,6 +320,18 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
         return {"": torch.cat(each)}  # as many of each image as it has
     assert kind == "positions"
     return {"": op(torch.randn(8, 8, 64, dtype=tokens.data.dtype), tokens.grid)}
+
+
+def twice(trace: sfp.Trace) -> sfp.Trace:
+    """Two windows, a part of a patch apart, that look alike."""
+    height, width = trace.image.shape[-2:]
+    both = Trace.joined([trace, trace])
+    both.whole = WholeImage(
+        WindowGrid((height, width + 5), (height, width), [0], [0, 5]),
+        torch.nn.functional.pad(trace.image[0], (0, 5)),
+        regions=torch.nn.functional.pad(trace.regions[0], (0, 5)),
+    )
+    return both
 
 
 def values(result: Any) -> Tensor:

@@ -31,6 +31,7 @@ from sfp.clip.vit import VisionTransformer
 from sfp.feature_cache import FeatureCache, LRUCache
 from sfp.functional.labels import Labels, assign, decided
 from sfp.functional.pamr import Refinement
+from sfp.functional.regions import vote_in_regions
 from sfp.functional.windows import LogitSheet, WindowGrid, nearest
 from sfp.guides import build_guides
 from sfp.masks import build_masks
@@ -317,9 +318,10 @@ class Engine:
         self.convert()
         prepare = prepare or self.normalise
         weights = self._weights() if self.cache.limit else None
+        maps = self._regions(methods, images, regions)
         wholes = [
-            WholeImage(self._grid(image), image, prepare, ids)
-            for image, ids in zip(images, self._regions(methods, images, regions), strict=True)
+            WholeImage(self._grid(image), image, prepare, _fitted(ids, image))
+            for image, ids in zip(images, maps, strict=True)
         ]
         logits: list[list[list[Tensor]]] = [[[] for _ in images] for _ in methods]
         together = [i for i, method in enumerate(methods) if method.needs_whole]
@@ -347,23 +349,11 @@ class Engine:
                     logits[i][n] += output
         return [
             [
-                self._sheet(method, whole, torch.stack(parts), (int(size[0]), int(size[1])))
-                for whole, parts, size in zip(wholes, each, sizes, strict=True)
+                _sheet(method, whole.grid, torch.stack(parts), (int(size[0]), int(size[1])), ids)
+                for whole, parts, size, ids in zip(wholes, each, sizes, maps, strict=True)
             ]
             for method, each in zip(methods, logits, strict=True)
         ]
-
-    def _sheet(
-        self, method: Method, whole: WholeImage, logits: Tensor, size: tuple[int, int]
-    ) -> LogitSheet:
-        """Logits of an image's windows, or on one grid of the whole image, merged."""
-        grid = whole.grid
-        if method.direct or len(logits) != len(grid.places):
-            grid = replace(grid.whole, direct=method.direct)
-        sheet = grid.sheet(logits, size)
-        if not method.vote or whole.regions is None:
-            return sheet
-        return replace(sheet, regions=nearest(whole.regions, size))
 
     @torch.inference_mode()
     def features(self, method: Method, image: Tensor, *, prepare: Prepare | None = None) -> Tensor:
@@ -374,7 +364,7 @@ class Engine:
         """
         self.convert()
         (ids,) = self._regions([method], [image], None)
-        whole = WholeImage(self._grid(image), image, prepare or self.normalise, ids)
+        whole = WholeImage(self._grid(image), image, prepare or self.normalise, _fitted(ids, image))
         guides = dict(self.guides.items())
         if method.needs_whole:
             windows, ids = self._windows(whole)
@@ -509,16 +499,15 @@ class Engine:
         images: Tensor | Sequence[Tensor],
         given: Sequence[Tensor | None] | None,
     ) -> list[Tensor | None]:
-        """The id map of each image at the image's size, if a method needs one."""
+        """The id map of each image, if a method needs one."""
         if not any(method.needs_regions for method in methods):
             return [None] * len(images)
         maps: list[Tensor | None] = []
-        for number, image in enumerate(images):
+        for number in range(len(images)):
             ids = None if given is None else given[number]
             if ids is None:
                 raise RegionsError(NO_REGIONS)
-            height, width = image.shape[-2:]
-            maps.append(nearest(ids.to(self.device), (height, width)))
+            maps.append(ids.to(self.device))
         return maps
 
     @property
@@ -563,6 +552,8 @@ class Engine:
             area_thd=self.area_thd,
             keep_scores=scores or getattr(self.masks, "vote", None) == "mean",
         )
+        if sheet.regions is not None:
+            labels = vote_in_regions(labels, sheet.regions, index[-1] + 1)
         if self.masks is not None:
             labels = self.masks(
                 self.clip.visual,
@@ -580,6 +571,25 @@ class Engine:
             return None
         image = (prepare or self.normalise)(image)
         return Refinement(image, self.pamr_steps, self.pamr_dilations)
+
+
+def _fitted(ids: Tensor | None, image: Tensor) -> Tensor | None:
+    """An id map at the size of an image (3, H, W)."""
+    return None if ids is None else nearest(ids, (image.shape[-2], image.shape[-1]))
+
+
+def _sheet(
+    method: Method, grid: WindowGrid, logits: Tensor, size: tuple[int, int], ids: Tensor | None
+) -> LogitSheet:
+    """Logits of an image's windows, or on one grid of the whole image, merged; with regions to vote."""
+    if method.direct or len(logits) != len(grid.places):
+        grid = replace(grid.whole, direct=method.direct)
+    sheet = grid.sheet(logits, size)
+    if method.vote == "no" or ids is None:
+        return sheet
+    if method.vote == "all_but_smallest":
+        ids = torch.where(ids == ids.min(), 0, ids + 1)
+    return replace(sheet, regions=nearest(ids, size))
 
 
 def is_large(image: Tensor) -> bool:

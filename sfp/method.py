@@ -116,6 +116,8 @@ class Readout(_Fields):
         after: smoothers of what was read.
         layout: guide whose grid the output takes, patches only; the attention rule of the (one)
             block gives one row per patch of the guide.
+        layout_output: which of the guide's outputs the rule looks at (`Trace.guide`), so that the
+            guide need not run for another.
     """
 
     blocks: Sequence[int] = (-1,)
@@ -127,6 +129,7 @@ class Readout(_Fields):
     ffn: bool = True
     after: Sequence[Smoother] = ()
     layout: str | None = None
+    layout_output: str | None = None
 
     def __call__(self, trace: Trace) -> Tokens:
         """The tokens read, (B, T or N, D), before the final projection."""
@@ -136,7 +139,7 @@ class Readout(_Fields):
         for smooth in self.before:
             x = smooth(x, trace)
         carry = self.residual(x, source) if self.residual else None
-        layout = trace.guide(self.layout) if self.layout else None
+        layout = trace.guide(self.layout, self.layout_output) if self.layout else None
         for i in blocks:
             if i != blocks[0]:
                 x = trace.entering(i)
@@ -177,7 +180,8 @@ class Method(_Fields):
             relative depth of a deeper model. None takes them literally, as the released codes do.
         direct: whether logits on a grid of the whole image go straight to the output's size, not
             through that of the network's input.
-        vote: whether the pixels of a region take the most frequent of their labels in the end.
+        vote: whether the pixels of each of the "regions" take the most frequent of their labels in
+            the end; "all_but_smallest" leaves out the region of the smallest id instead of id 0.
     """
 
     edits: Sequence[Purify | Edit] = ()
@@ -192,7 +196,7 @@ class Method(_Fields):
     depth: int | None = 12
     pool_mlp: bool = True
     direct: bool = False
-    vote: bool = False
+    vote: Literal["no", "regions", "all_but_smallest"] = "no"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -315,7 +319,7 @@ class Method(_Fields):
     @property
     def needs_regions(self) -> bool:
         """Whether it needs an id map of the image's regions."""
-        return self.vote or needs(
+        return self.vote != "no" or needs(
             (self.image, self.readouts, self.comparison, self.refiners), "regions"
         )
 

@@ -104,6 +104,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(feedback=FEEDBACK, share=0.2, gain=1.0, std=2.0),
         ],
         "cosine_attention": [dict(concat=True)],
+        "region_scope": [
+            dict(guide="colours"),
+            dict(guide="bright", output=None, gain=2.0, eps=None),
+            dict(guide="colours", eps=0.02, unsegmented="smallest"),
+        ],
         "proxy_attention": [GUIDED, dict(GUIDED, gain=6.0, centre=1.0)],
         "scaled": [dict(rule=SELF, gain=2.0)],
         "self_self": [{}, dict(pairs=["qk"]), dict(pairs=["qq", "kk", "vv"])],
@@ -131,6 +136,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             {},
             dict(detector=dict(type="l2_norm"), mitigator=dict(type="box_blend")),
         ],
+        "late_layers": [{}, dict(count=2)],
         "layer_sum": [dict(layers=[4]), dict(layers=range(3, 10))],
     },
     "smoother": {
@@ -140,6 +146,13 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     },
     "image": {
         "canvas": [{}, dict(floor=True)],
+    },
+    "reader": {
+        "region_tokens": [
+            dict(guide="colours"),
+            dict(guide="bright", output=None, eps=2.0),
+            dict(guide="colours", eps=None, unsegmented="smallest"),
+        ],
     },
     "residual": {
         "own_tokens": [{}],
@@ -214,14 +227,17 @@ def colours(images: Tensor, output: str | None = None, ones: float = 0.0) -> sfp
     return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
 
 
-GUIDES = dict(colours=colours, bright=lambda images: colours(images, ones=1.0), dino=colours)
+GUIDES = dict(
+    colours=colours, bright=lambda images, output=None: colours(images, ones=1.0), dino=colours
+)
 """What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
 
 
 def ids(images: Tensor) -> Tensor:
-    """Regions of a batch: columns of 16 pixels, numbered from the left; 0 where it is dark."""
+    """Regions: columns of 16 pixels; in images that are dark on the whole, none where it is dark."""
     numbers = torch.arange(images.shape[3]) // 16 + 1
-    return numbers * (images.mean(1) > -0.5)
+    bright = images.mean((1, 2, 3)) > 0
+    return numbers * (bright[:, None, None] | (images.mean(1) > 0))
 
 
 def without_example() -> set[str]:
@@ -274,6 +290,10 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
     """The results of an op, by the way it was called."""
     if not needs(op, "whole"):
         return run_on_batch(kind, op, on)
+    if kind == "image":
+        seen = [op(twice(one)) for one in on.trace.alone()]
+        layers = range(on.trace.depth_run)
+        return {f"layer {i}": torch.cat([x.entering(i).data for x in seen]) for i in layers}
     each = zip(on.trace.alone(), on.logits.split(1), strict=True)
     alone = [run_on_batch(kind, op, replace(on, trace=one, logits=part)) for one, part in each]
     return {name: torch.cat([values(x[name]) for x in alone]) for name in alone[0]}
@@ -293,9 +313,6 @@ def run_on_batch(kind: str, op: Any, on: Given) -> dict[str, Any]:
         return {f"layer {i}": op(trace, i) for i in (3, 10)}
     if kind in ("affinity", "source", "reader"):
         return {"": op(trace)}
-    if kind == "image":
-        seen = op(twice(trace))
-        return {f"layer {i}": seen.entering(i) for i in range(seen.depth_run)}
     if kind == "attention":
         return {name: op(heads, trace) for name, heads in on.heads.items()}
     if kind == "smoother":
@@ -484,6 +501,13 @@ def check_result(kind: str, call: str, result: Any, on: Given) -> None:
         assert isinstance(result, sfp.Tokens)
         prefix = 0 if call == "patches" else 1
         assert (result.grid, result.prefix) == (on.tokens.grid, prefix)
+    elif kind in ("reader", "image"):
+        assert isinstance(result, (sfp.Tokens, Tensor))  # on any grid
+        data = values(result)
+        assert data.shape[2] == width
+        assert data.dtype == dtype
+        assert data.isfinite().all()
+        return
     else:
         assert isinstance(result, Tensor)
     data = values(result)
@@ -540,7 +564,8 @@ def test_methods_in_half_precision(name, dtype, clip, exact):
     method = sfp.build_method(name)
     before = image.clone()
     half = copy.deepcopy(clip).to(dtype)
-    logits, trace = method.logits(half.visual, image, text, guides=GUIDES)
+    context = dict(guides=GUIDES, regions=ids(image))
+    logits, trace = method.logits(half.visual, image, text, **context)
     assert logits.dtype == torch.float32
     assert logits.isfinite().all()
     assert trace.outputs[-1].data.dtype == dtype
@@ -548,7 +573,7 @@ def test_methods_in_half_precision(name, dtype, clip, exact):
     state = half.visual.state_dict()
     for key, value in clip.visual.state_dict().items():
         assert torch.equal(state[key], value.to(dtype)), f"{name} changed {key}"
-    reference, _ = method.logits(exact.visual, image.double(), text.double(), guides=GUIDES)
+    reference, _ = method.logits(exact.visual, image.double(), text.double(), **context)
     # discrete choices (outliers, cuts) may fall otherwise in half precision: most must agree
     tolerance = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}[dtype]
     assert (logits - reference).abs().median() < tolerance
@@ -559,7 +584,7 @@ def test_methods_compare_grids_not_token_counts(name, exact):
     """The peers add the 8x8 position table to a 16x4 grid, since both have 64 tokens."""
     image = tiny.images(1, 128, 32).double()
     method = sfp.build_method(name)
-    context = dict(text=tiny.queries(QUERIES).double(), guides=GUIDES)
+    context = dict(text=tiny.queries(QUERIES).double(), guides=GUIDES, regions=ids(image))
     ours, _ = method.features(exact.visual, image, **context)
     resampled = copy.deepcopy(exact.visual)
     table = resampled.positional_embedding

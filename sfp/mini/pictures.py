@@ -128,9 +128,9 @@ def main() -> None:
         sheet(model, SHEET, METHODS, args.out / "mini_sheet.png")
         sheet(model, MODULES, modules(), args.out / "mini_modules.png")
         image, _ = scene(SCENE)
-        runs = [model.trace(image, method=dict(type=name)) for name in ("clip", "sfp_paper")]
+        before, after = (model.trace(image, method=name) for name in ("clip", "sfp_paper"))
         with atomic_write(args.out / "mini_outliers.png") as path:
-            outliers(image, *runs, LAYERS).savefig(path, format="png")
+            outliers(image, before, after, LAYERS).savefig(path, format="png")
     print(f"mini_sheet.png, mini_modules.png, mini_outliers.png in {args.out}")
 
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Evaluates one config; by default SFP on the embedded mini world, which needs no download.
+# Evaluates one config; by default SFP on the embedded mini world, which needs no download, followed by
+# plain CLIP, SCLIP and SFP with and without purification in one pass, with intervals.
 #
 #   sh test.sh
 #   CONFIG=configs/cfg_voc21.py WORK_DIR=work/voc21 sh test.sh
@@ -9,7 +10,16 @@
 # DATA_ROOT (data). Arguments go to tools/test.py; its --help lists them. Relative paths start at the
 # folder that this is called from; the configs of the repository are found from everywhere.
 set -eu
-if [ -n "${WORK_DIR:-}" ]; then
-    set -- --work-dir "$WORK_DIR" "$@"
+here=$(dirname "$0")
+python=${PYTHON:-python}
+if [ -n "${CONFIG:-}" ] || [ $# -gt 0 ]; then
+    if [ -n "${WORK_DIR:-}" ]; then
+        set -- --work-dir "$WORK_DIR" "$@"
+    fi
+    exec "$python" "$here/tools/test.py" "${CONFIG:-configs/cfg_mini.py}" "$@"
 fi
-exec "${PYTHON:-python}" "$(dirname "$0")/tools/test.py" "${CONFIG:-configs/cfg_mini.py}" "$@"
+folder=${WORK_DIR:-work/cfg_mini}
+"$python" "$here/tools/test.py" configs/cfg_mini.py --work-dir "$folder"
+off=sfp:purify=False
+exec "$python" -m sfp compare configs/cfg_mini.py --work-dir "$folder" --pictures 6 \
+    --methods clip sclip $off sfp --paired $off

@@ -154,6 +154,7 @@ class Model:
         *,
         background: str | Sequence[str] | float | None = None,
         method: str | Mapping[str, Any] | Method | None = None,
+        regions: Sequence[Any] | None = None,
     ) -> list[Result]: ...
 
     @overload
@@ -164,6 +165,7 @@ class Model:
         *,
         background: str | Sequence[str] | float | None = None,
         method: str | Mapping[str, Any] | Method | None = None,
+        regions: Any = None,
     ) -> Result: ...
 
     def segment(
@@ -173,6 +175,7 @@ class Model:
         *,
         background: str | Sequence[str] | float | None = None,
         method: str | Mapping[str, Any] | Method | None = None,
+        regions: Any = None,
     ) -> Result | list[Result]:
         """Labels each pixel with one of the classes.
 
@@ -188,6 +191,9 @@ class Model:
                 best probability is less become "background": that class if there is one, else a
                 new class 0. Probabilities depend on all classes; benchmarks use 0.15 to 0.35.
             method: in place of the model's own.
+            regions: for methods that ask for them: an id map of the image, whole numbers (h, w) of any
+                size in its shape, 0 for pixels of no region; for a list of images a list. By default
+                the proposer of the model's settings finds them.
 
         Returns:
             The result of an image at its own size; a list of them for a list.
@@ -203,7 +209,10 @@ class Model:
         method = self._method(method)
         if not isinstance(images, (list, tuple)):
             where = f"{images}: " if isinstance(images, (str, os.PathLike)) else ""
-            return self._segment([as_image(images)], vocabulary, method, threshold, where)[0]
+            image, ids = [as_image(images)], None if regions is None else [_ids(regions)]
+            return self._segment(image, vocabulary, method, threshold, where, ids)[0]
+        if regions is not None and len(regions) != len(images):
+            raise ValueError(f"{len(regions)} maps of regions for {len(images)} images")
         results: list[Result] = []
         for first in range(0, len(images), PORTION):
             portion = [
@@ -211,7 +220,8 @@ class Model:
                 for number, image in enumerate(images[first : first + PORTION], first)
             ]
             where = f"images {first} to {first + len(portion) - 1}: "
-            results += self._segment(portion, vocabulary, method, threshold, where)
+            ids = None if regions is None else [_ids(x) for x in regions[first : first + PORTION]]
+            results += self._segment(portion, vocabulary, method, threshold, where, ids)
         return results
 
     @torch.inference_mode()
@@ -222,12 +232,13 @@ class Model:
         method: Method,
         threshold: float | None,
         where: str,
+        regions: list[Tensor] | None = None,
     ) -> list[Result]:
         engine, queries = self.engine, self.queries(vocabulary)
         inputs = [self.input(image) for image in images]
         sizes = [image.shape[:2] for image in images]
         try:
-            (sheets,) = engine.logits([method], inputs, sizes, queries)
+            (sheets,) = engine.logits([method], inputs, sizes, queries, regions=regions)
         except FloatingPointError as error:
             raise FloatingPointError(f"{where}{error}") from None
         results = []
@@ -324,6 +335,17 @@ class Model:
 
 def _tensor(image: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(image.transpose(2, 0, 1).copy())  # (3, H, W)
+
+
+def _ids(regions: Any) -> Tensor:
+    """A map of ids as the engine takes it."""
+    ids = torch.as_tensor(regions)
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or bool((ids < 0).any()):
+        raise ValueError(
+            f"regions of shape {tuple(ids.shape)} and type {ids.dtype}: expected an id map of an "
+            "image, (h, w), whole numbers from 0"
+        )
+    return ids.long()
 
 
 def _name(image: Any, number: int) -> str:

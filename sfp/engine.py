@@ -31,14 +31,17 @@ from sfp.clip.vit import VisionTransformer
 from sfp.feature_cache import FeatureCache, LRUCache
 from sfp.functional.labels import Labels, assign, decided
 from sfp.functional.pamr import Refinement
-from sfp.functional.windows import LogitSheet, WindowGrid
+from sfp.functional.regions import vote_in_regions
+from sfp.functional.windows import LogitSheet, WindowGrid, nearest
 from sfp.guides import build_guides
 from sfp.masks import build_masks
 from sfp.method import Method
 from sfp.numerics import finite, first_bad
 from sfp.registry import suggest
 from sfp.tokens import Tokens
+from sfp.trace import NO_REGIONS, RegionsError
 from sfp.vocabulary import Vocabulary
+from sfp.whole import WholeImage
 
 LARGE = 2**24  # pixels above which an image stays in 8 bits and is normalised window by window
 BANKS = 16  # text banks in memory; the disk has all
@@ -104,8 +107,9 @@ class Engine:
         area_thd: classes that win no more than this share of the foreground are left out.
         slide_crop: side of the windows in pixels; 0 runs whole images.
         slide_stride: pixels between windows.
-        pad_windows: pad windows with zeros to whole patches (ClearCLIP's release) instead of leaving
-            out the pixels beyond the last whole patch.
+        pad_windows: pad windows with zeros to whole patches (ClearCLIP's release), or to multiples of
+            that many pixels (ProxyCLIP's and CorrCLIP's: 56), instead of leaving out the pixels beyond
+            the last whole patch.
         whole_via_input: with `slide_crop=0`, logits go through the size of the network's input on
             their way to the original one (NACLIP's release).
         window_batch: most windows in one forward pass; None for 32 on a GPU and one per thread (at
@@ -134,7 +138,7 @@ class Engine:
         area_thd: float | None = None,
         slide_crop: int = 224,
         slide_stride: int = 112,
-        pad_windows: bool = False,
+        pad_windows: bool | int = False,
         whole_via_input: bool = False,
         window_batch: int | None = None,
         pamr_steps: int = 0,
@@ -295,6 +299,7 @@ class Engine:
         queries: Queries,
         *,
         prepare: Prepare | None = None,
+        regions: Sequence[Tensor | None] | None = None,
     ) -> list[list[LogitSheet]]:
         """All windows of all images through the network.
 
@@ -304,25 +309,50 @@ class Engine:
             sizes: rows and columns of each image's output.
             queries: the words.
             prepare: makes a window ready for the network; `normalise` by default.
+            regions: an id map of each image, (h, w) of any size, 0 where it has none; None asks the
+                engine's own proposer, if a method needs regions.
 
         Returns:
             For each method, the merged logits of each image.
         """
         self.convert()
+        prepare = prepare or self.normalise
         weights = self._weights() if self.cache.limit else None
-        grids = [self._grid(image) for image in images]
+        maps = self._regions(methods, images, regions)
+        wholes = [
+            WholeImage(self._grid(image), image, prepare, _fitted(ids, image))
+            for image, ids in zip(images, maps, strict=True)
+        ]
         logits: list[list[list[Tensor]]] = [[[] for _ in images] for _ in methods]
-        for places, windows in self._batches(images, grids, prepare or self.normalise):
-            outputs = self.window_logits(methods, windows, queries, weights)
-            for each, batch in zip(logits, outputs, strict=True):
-                for n, output in zip(places, batch, strict=True):
-                    each[n].append(output)
+        together = [i for i, method in enumerate(methods) if method.needs_whole]
+        apart = [i for i in range(len(methods)) if i not in together]
+        if apart:
+            for numbers, windows, ids in self._batches(wholes):
+                outputs = self.window_logits(
+                    [methods[i] for i in apart], windows, queries, weights, regions=ids
+                )
+                for i, batch in zip(apart, outputs, strict=True):
+                    for n, output in zip(numbers, batch, strict=True):
+                        logits[i][n].append(output)
+        if together:
+            for n, whole in enumerate(wholes):
+                windows, ids = self._windows(whole)
+                outputs = self.window_logits(
+                    [methods[i] for i in together],
+                    windows,
+                    queries,
+                    weights,
+                    regions=ids,
+                    whole=whole,
+                )
+                for i, output in zip(together, outputs, strict=True):
+                    logits[i][n] += output
         return [
             [
-                grid.sheet(torch.stack(parts), (int(size[0]), int(size[1])))
-                for grid, parts, size in zip(grids, each, sizes, strict=True)
+                _sheet(method, whole.grid, torch.stack(parts), (int(size[0]), int(size[1])), ids)
+                for whole, parts, size, ids in zip(wholes, each, sizes, maps, strict=True)
             ]
-            for each in logits
+            for method, each in zip(methods, logits, strict=True)
         ]
 
     @torch.inference_mode()
@@ -333,11 +363,18 @@ class Engine:
             LookupError: if the method needs words to compute its features.
         """
         self.convert()
-        batches = self._batches([image], [self._grid(image)], prepare or self.normalise)
-        read = [
-            method.features(self.clip.visual, windows, guides=dict(self.guides.items()))[0]
-            for _, windows in batches
-        ]
+        (ids,) = self._regions([method], [image], None)
+        whole = WholeImage(self._grid(image), image, prepare or self.normalise, _fitted(ids, image))
+        guides = dict(self.guides.items())
+        if method.needs_whole:
+            windows, ids = self._windows(whole)
+            context = dict(guides=guides, regions=ids, whole=whole, portion=self.windows_at_once)
+            read = [method.features(self.clip.visual, windows, **context)[0]]
+        else:
+            read = [
+                method.features(self.clip.visual, windows, guides=guides, regions=ids)[0]
+                for _, windows, ids in self._batches([whole])
+            ]
         return torch.cat([F.normalize(x.patches.float(), dim=-1).flatten(0, 1) for x in read])
 
     def tokens(self, method: Method, windows: Tensor, queries: Queries) -> Tokens:
@@ -352,8 +389,18 @@ class Engine:
         windows: Tensor,
         queries: Queries,
         weights: Hashable = None,
+        *,
+        regions: Tensor | None = None,
+        whole: WholeImage | None = None,
     ) -> list[Tensor]:
         """Logits of windows (B, 3, H, W) by each method at patch resolution, (B, Q, h, w).
+
+        Args:
+            methods, windows, queries: as their names say.
+            weights: changes with the weights, for the cache; None goes without it.
+            regions: ids of the windows' pixels, (B, H, W).
+            whole: the image whose windows, all of them, these are; methods that work on its grid as a
+                whole then give (1, Q, h, w).
 
         Windows for which half precision gives NaN or infinite values run again in float32.
 
@@ -361,6 +408,9 @@ class Engine:
             FloatingPointError: if float32 does too; the message names the first part that did.
         """
         vit, context = self.clip.visual, self._context(queries)
+        context.update(regions=regions)
+        if whole is not None:
+            context.update(whole=whole, portion=self.windows_at_once)
         logits = self._run(methods, windows, context, vit, weights)
         bad = [method for method, x in zip(methods, logits, strict=True) if not finite(x)]
         if not bad:
@@ -416,24 +466,49 @@ class Engine:
             image.shape[-2:],
             self.slide_crop,
             self.slide_stride,
-            multiple=patch if self.pad_windows else 1,
+            multiple=patch if self.pad_windows is True else int(self.pad_windows) or 1,
             least=patch,
             via_input=self.whole_via_input,
         )
 
     def _batches(
-        self, images: Tensor | Sequence[Tensor], grids: Sequence[WindowGrid], prepare: Prepare
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Windows of equal size, (B, 3, H, W), each with the number of its image."""
+        self, wholes: Sequence[WholeImage]
+    ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """Windows of equal size, (B, 3, H, W), each with the number of its image, and their regions."""
         queues: dict[tuple[int, int], list[tuple[int, tuple[int, int]]]] = defaultdict(list)
-        for n, grid in enumerate(grids):
-            queues[grid.window] += [(n, place) for place in grid.places]
+        for n, whole in enumerate(wholes):
+            queues[whole.grid.window] += [(n, place) for place in whole.grid.places]
         step = self.windows_at_once
         for queue in queues.values():
             for i in range(0, len(queue), step):
                 batch = queue[i : i + step]
-                windows = [grids[n].cut(images[n], place, prepare) for n, place in batch]
-                yield [n for n, _ in batch], torch.stack(windows)
+                cut = [wholes[n].cut(place) for n, place in batch]
+                ids = [part for _, part in cut if part is not None]
+                windows = torch.stack([window for window, _ in cut])
+                yield [n for n, _ in batch], windows, torch.stack(ids) if ids else None
+
+    def _windows(self, whole: WholeImage) -> tuple[Tensor, Tensor | None]:
+        """All windows of an image, (B, 3, H, W), and their regions, (B, H, W)."""
+        cut = [whole.cut(place) for place in whole.grid.places]
+        ids = [part for _, part in cut if part is not None]
+        return torch.stack([window for window, _ in cut]), torch.stack(ids) if ids else None
+
+    def _regions(
+        self,
+        methods: Sequence[Method],
+        images: Tensor | Sequence[Tensor],
+        given: Sequence[Tensor | None] | None,
+    ) -> list[Tensor | None]:
+        """The id map of each image, if a method needs one."""
+        if not any(method.needs_regions for method in methods):
+            return [None] * len(images)
+        maps: list[Tensor | None] = []
+        for number in range(len(images)):
+            ids = None if given is None else given[number]
+            if ids is None:
+                raise RegionsError(NO_REGIONS)
+            maps.append(ids.to(self.device))
+        return maps
 
     @property
     def windows_at_once(self) -> int:
@@ -477,6 +552,8 @@ class Engine:
             area_thd=self.area_thd,
             keep_scores=scores or getattr(self.masks, "vote", None) == "mean",
         )
+        if sheet.regions is not None:
+            labels = vote_in_regions(labels, sheet.regions, index[-1] + 1)
         if self.masks is not None:
             labels = self.masks(
                 self.clip.visual,
@@ -494,6 +571,25 @@ class Engine:
             return None
         image = (prepare or self.normalise)(image)
         return Refinement(image, self.pamr_steps, self.pamr_dilations)
+
+
+def _fitted(ids: Tensor | None, image: Tensor) -> Tensor | None:
+    """An id map at the size of an image (3, H, W)."""
+    return None if ids is None else nearest(ids, (image.shape[-2], image.shape[-1]))
+
+
+def _sheet(
+    method: Method, grid: WindowGrid, logits: Tensor, size: tuple[int, int], ids: Tensor | None
+) -> LogitSheet:
+    """Logits of an image's windows, or on one grid of the whole image, merged; with regions to vote."""
+    if method.direct or len(logits) != len(grid.places):
+        grid = replace(grid.whole, direct=method.direct)
+    sheet = grid.sheet(logits, size)
+    if method.vote == "no" or ids is None:
+        return sheet
+    if method.vote == "all_but_smallest":
+        ids = torch.where(ids == ids.min(), 0, ids + 1)
+    return replace(sheet, regions=nearest(ids, size))
 
 
 def is_large(image: Tensor) -> bool:

@@ -141,9 +141,13 @@ class FeatureCache(LRUCache[Features]):
         """
         if not self.limit or not _is_hashable(method):
             return run(method, vit, windows, context)[0]
-        pixels = windows.contiguous().cpu().numpy().data
-        digest = hashlib.blake2b(pixels, digest_size=16).digest()
-        key = (method, weights, windows.shape, digest)
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (windows, context.get("regions")):
+            if part is not None:
+                digest.update(part.contiguous().cpu().numpy().data)
+        whole = context.get("whole")
+        where = None if whole is None else whole.grid.key
+        key = (method, weights, windows.shape, where, digest.digest())
         if (features := self.get(key)) is not None:
             return features.logits(method, context)
         logits, features = run(method, vit, windows, context)

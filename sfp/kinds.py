@@ -34,6 +34,12 @@ Rule = Annotated[Callable[[Heads, Trace], Tensor], Kind("attention")]
 Source = Annotated[Callable[[Trace], Tokens], Kind("source")]
 """(trace) -> the tokens that are read."""
 
+Stage = Annotated[Callable[[Trace], Trace], Kind("image")]
+"""(trace of all windows of an image) -> the trace that is read."""
+
+Reader = Annotated[Callable[[Trace], Tokens], Kind("reader")]
+"""(trace) -> tokens of width D, before the final normalisation and projection."""
+
 Residual = Annotated[Callable[[Tokens, Tokens], Tensor], Kind("residual")]
 """(tokens, source) -> what the first block's output is added to, (B, T or 1, D)."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from sfp.clip.fingerprint import state_key
@@ -21,11 +22,13 @@ from sfp.kinds import (
     Edit,
     Mitigator,
     Positions,
+    Reader,
     Refiner,
     Residual,
     Rule,
     Smoother,
     Source,
+    Stage,
     Surgery,
 )
 from sfp.ops.comparisons import cosines
@@ -34,6 +37,7 @@ from sfp.registry import (
     build_dataclass,
     composition,
     fit,
+    needs,
     needs_words,
     parameter_types,
 )
@@ -112,6 +116,8 @@ class Readout(_Fields):
         after: smoothers of what was read.
         layout: guide whose grid the output takes, patches only; the attention rule of the (one)
             block gives one row per patch of the guide.
+        layout_output: which of the guide's outputs the rule looks at (`Trace.guide`), so that the
+            guide need not run for another.
     """
 
     blocks: Sequence[int] = (-1,)
@@ -123,6 +129,7 @@ class Readout(_Fields):
     ffn: bool = True
     after: Sequence[Smoother] = ()
     layout: str | None = None
+    layout_output: str | None = None
 
     def __call__(self, trace: Trace) -> Tokens:
         """The tokens read, (B, T or N, D), before the final projection."""
@@ -132,7 +139,7 @@ class Readout(_Fields):
         for smooth in self.before:
             x = smooth(x, trace)
         carry = self.residual(x, source) if self.residual else None
-        layout = trace.guide(self.layout) if self.layout else None
+        layout = trace.guide(self.layout, self.layout_output) if self.layout else None
         for i in blocks:
             if i != blocks[0]:
                 x = trace.entering(i)
@@ -157,7 +164,10 @@ class Method(_Fields):
 
     Attributes:
         edits: of the trunk, in order.
-        readouts: their outputs are summed.
+        image: what happens to the tokens of all windows of an image before they are read.
+        readouts: `Readout`s, or ops of the kind "reader"; their outputs are summed.
+        weights: factors on the readouts' outputs, which are then normalised, projected and summed;
+            without any, they are summed, normalised and projected.
         comparison: (features, trace) -> query logits; cosines with the text bank by default.
         refiners: of the query logits (B, Q, h, w), in order.
         decision: (merged logits, size, classes) -> class scores; None for the engine's softmax over
@@ -168,10 +178,16 @@ class Method(_Fields):
             has one; TextRegion leaves it out.
         depth: number of blocks that the layer numbers are written for; they are moved to the same
             relative depth of a deeper model. None takes them literally, as the released codes do.
+        direct: whether logits on a grid of the whole image go straight to the output's size, not
+            through that of the network's input.
+        vote: whether the pixels of each of the "regions" take the most frequent of their labels in
+            the end; "all_but_smallest" leaves out the region of the smallest id instead of id 0.
     """
 
     edits: Sequence[Purify | Edit] = ()
-    readouts: Sequence[Readout] = field(default_factory=lambda: (Readout(),))
+    image: Stage | None = None
+    readouts: Sequence[Readout | Reader] = field(default_factory=lambda: (Readout(),))
+    weights: Sequence[float] = ()
     comparison: Comparison = cosines
     refiners: Sequence[Refiner] = ()
     decision: Decision | None = None
@@ -179,6 +195,15 @@ class Method(_Fields):
     positions: Positions | None = None
     depth: int | None = 12
     pool_mlp: bool = True
+    direct: bool = False
+    vote: Literal["no", "regions", "all_but_smallest"] = "no"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights and len(self.weights) != len(self.readouts):
+            raise ValueError(
+                f"weights={self.weights}: expected one for each of {len(self.readouts)} readouts"
+            )
 
     def features(
         self, vit: VisionTransformer, image: Tensor, **context: Any
@@ -211,23 +236,53 @@ class Method(_Fields):
         trace = self.run(vit, image, text=text, **context)
         return self.read_logits(trace), trace
 
-    def run(self, vit: VisionTransformer, image: Tensor, **context: Any) -> Trace:
-        """The trunk alone, edited; arguments as in `features`."""
-        return self.operate(vit).trace(
-            image,
-            self.edits,
-            positions=self.positions,
-            depth=self.depth,
-            pool_mlp=self.pool_mlp,
-            **context,
-        )
+    def run(
+        self, vit: VisionTransformer, image: Tensor, *, portion: int | None = None, **context: Any
+    ) -> Trace:
+        """The trunk alone, edited; arguments as in `features`.
+
+        Args:
+            portion: images that go through the network together; all by default.
+        """
+        vit, regions = self.operate(vit), context.pop("regions", None)
+        step = portion or len(image)
+        traces = [
+            vit.trace(
+                image[i : i + step],
+                self.edits,
+                positions=self.positions,
+                depth=self.depth,
+                pool_mlp=self.pool_mlp,
+                regions=None if regions is None else regions[i : i + step],
+                **context,
+            )
+            for i in range(0, len(image), step)
+        ]
+        return Trace.joined(traces)
 
     def read(self, trace: Trace) -> Tokens:
-        """The readouts of a trace that this method, or one of equal `trunk`, has run."""
-        first, *rest = (readout(trace) for readout in self.readouts)
+        """The readouts of a trace that this method, or one of equal `trunk`, has run.
+
+        Tokens of the trace's windows, or of their whole image, (1, T, C), where the method reads that.
+        """
+        if self.needs_whole and trace.whole is None:
+            return Tokens.cat([self.read(image) for image in trace.alone()])
+        seen = self.seen(trace)
+        first, *rest = (readout(seen) for readout in self.readouts)
+        if self.weights:
+            projected = (trace.project(x).data for x in (first, *rest))
+            terms = [w * x for w, x in zip(self.weights, projected, strict=True)]
+            return first.with_data(torch.stack(terms).sum(0))
         for other in rest:
             first = first.with_data(first.data + other.data)
         return trace.project(first)
+
+    def seen(self, trace: Trace) -> Trace:
+        """The trace that readouts and refiners look at: `trace`, or what `image` makes of it."""
+        stage = self.image
+        if stage is None:
+            return trace
+        return trace._compute_once(("image", stage), lambda: stage(trace), words=True)
 
     def read_logits(self, trace: Trace) -> Tensor:
         """Refined query logits (B, Q, h, w) of such a trace, which must have the text features."""
@@ -235,6 +290,10 @@ class Method(_Fields):
 
     def compare(self, features: Tokens, trace: Trace) -> Tensor:
         """Refined query logits (B, Q, h, w) of features that were read from such a trace."""
+        if self.needs_whole and trace.whole is None:
+            alone = enumerate(trace.alone())
+            return torch.cat([self.compare(features[i : i + 1], image) for i, image in alone])
+        trace = self.seen(trace)
         logits = self.comparison(features, trace)
         for refine in self.refiners:
             logits = refine(logits, trace)
@@ -248,7 +307,21 @@ class Method(_Fields):
     @property
     def words_in_readouts(self) -> bool:
         """Whether what `read` gives for such a trace depends on words."""
-        return needs_words(self.readouts)
+        return needs_words((self.image, self.readouts))
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether it needs all windows of an image in one trace."""
+        return self.image is not None or needs(
+            (self.readouts, self.comparison, self.refiners), "whole"
+        )
+
+    @property
+    def needs_regions(self) -> bool:
+        """Whether it needs an id map of the image's regions."""
+        return self.vote != "no" or needs(
+            (self.image, self.readouts, self.comparison, self.refiners), "regions"
+        )
 
     @property
     def trunk(self) -> Hashable:
@@ -292,8 +365,9 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
         method: name of a preset; `dict(type=name, knob=value, ...)`; a composition
             `dict(type="Method", readouts=[...], ...)`; or a `Method`, returned as it is.
         **knobs: knobs of the preset. Every preset that has no knob of that name itself also takes
-            `depth`, `positions`, `pool_mlp` and `comparison` (see `Method`), and `refiners` that follow
-            its own.
+            `depth`, `positions`, `pool_mlp` and `comparison` (see `Method`), `refiners` that follow its
+            own, and `stitched`: the windows of an image are joined to one grid before they are read
+            (`sfp.ops.image.canvas`).
 
     Raises:
         ValueError: for unknown presets, ops or knobs; the message names the valid ones.

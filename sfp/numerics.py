@@ -38,9 +38,12 @@ def first_bad(
     for i, tokens in enumerate(trace.outputs):
         if not finite(tokens.data):
             return f"block {i} (visual.transformer.resblocks.{i})"
-    for i, readout in enumerate(method.readouts):
-        if not finite(readout(trace).data):
-            return f"readout {i} (through block {', '.join(map(str, readout.blocks))})"
+    for each in trace.alone() if method.needs_whole and trace.whole is None else [trace]:
+        for i, readout in enumerate(method.readouts):
+            if not finite(readout(method.seen(each)).data):
+                blocks = getattr(readout, "blocks", None)
+                through = f" (through block {', '.join(map(str, blocks))})" if blocks else ""
+                return f"readout {i}{through}"
     if not finite(method.read(trace).data):
         return "the projection (visual.ln_post, visual.proj)"
     return "the refiners of the logits, or the text features"

@@ -19,7 +19,7 @@ import inspect
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -128,7 +128,9 @@ _NUMBERS = {int: numbers.Integral, float: numbers.Real, bool: bool}
 _SEQUENCES = (Sequence, list, tuple)
 
 
-def op(kind: str, *, words: bool | None = None) -> Callable[[F], F]:
+def op(
+    kind: str, *, words: bool | None = None, whole: bool = False, regions: bool = False
+) -> Callable[[F], F]:
     """Registers a function as an op.
 
     Args:
@@ -136,11 +138,14 @@ def op(kind: str, *, words: bool | None = None) -> Callable[[F], F]:
         words: whether its result depends on the text features or the classes of a `Trace`. What does
             not is kept when only the words change. By default False for ops of this package and True
             for others, which is always right, but may be slower.
+        whole: whether it needs all windows of an image in one trace (`Trace.whole`).
+        regions: whether it needs an id map of the image's regions (`Trace.regions`).
     """
 
     def register(fn: F) -> F:
         fn.kind = kind  # type: ignore[attr-defined]
         fn.words = not _is_ours(fn) if words is None else words  # type: ignore[attr-defined]
+        fn.whole, fn.regions = whole, regions  # type: ignore[attr-defined]
         OPS.register_module(module=fn)
         return fn
 
@@ -168,14 +173,27 @@ def needs_words(part: Any) -> bool:
     It may if its function says so (see `op`), or if something nested in its knobs or fields may. A
     function outside this package that says nothing counts as one that needs them.
     """
+    return any(bool(getattr(x, "words", not _is_ours(x))) for x in _functions(part))
+
+
+def needs(part: Any, what: Literal["whole", "regions"]) -> bool:
+    """Whether a function in a part of a method says that it needs something (see `op`)."""
+    return any(getattr(x, what, False) for x in _functions(part))
+
+
+def _functions(part: Any) -> Iterator[Any]:
+    """All that can be called in a part of a method: itself, its knobs, its fields."""
     if isinstance(part, (list, tuple)):
-        return any(map(needs_words, part))
-    if isinstance(part, Op):
-        return needs_words(part.fn) or any(needs_words(value) for _, value in part.knobs)
-    nested = is_dataclass(part) and not isinstance(part, type)
-    if nested and any(needs_words(getattr(part, f.name)) for f in fields(part)):
-        return True
-    return callable(part) and bool(getattr(part, "words", not _is_ours(part)))
+        for item in part:
+            yield from _functions(item)
+    elif isinstance(part, Op):
+        yield from _functions(part.fn)
+        yield from _functions(tuple(value for _, value in part.knobs))
+    else:
+        if is_dataclass(part) and not isinstance(part, type):
+            yield from _functions(tuple(getattr(part, f.name) for f in fields(part)))
+        if callable(part):
+            yield part
 
 
 def bind(node: Any, kind: str | None = None) -> Any:
@@ -407,7 +425,8 @@ def _describe(option: Any) -> str:
     if base is Literal:
         return " or ".join(map(repr, items))
     if base in _SEQUENCES:
-        return "a list" + (f" of {_describe(items[0])}" if items else "")
+        inside = " or ".join(map(_describe, _options(items[0]))) if items else ""
+        return f"a list of {inside}" if inside else "a list"
     return "None" if option in (None, type(None)) else getattr(base, "__name__", str(base))
 
 
@@ -417,7 +436,8 @@ def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]
     Args:
         method: name of a preset, or `dict(type=name, knob=value, ...)`.
         **knobs: further knobs. Every preset that has no knob of that name itself also takes the
-            fields in `COMMON`; `refiners` follow its own.
+            fields in `COMMON`, `refiners` that follow its own, and `stitched=True`, which
+            stands for `image=dict(type="canvas")`.
 
     Raises:
         ValueError: for unknown presets or knobs; the message names the valid ones.
@@ -429,10 +449,21 @@ def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]
         return config
     preset = find(METHODS, name)
     own = inspect.signature(preset).parameters
+    stitched = "stitched" not in own and config.pop("stitched", False)
     common = {k: config.pop(k) for k in COMMON if k in config and k not in own}
     fields_of_method = preset(**check_knobs(preset, config, f"method {name!r}"))
     common["refiners"] = [*fields_of_method.get("refiners", ()), *common.get("refiners", ())]
+    if stitched:
+        common["image"] = _stitching(stitched, fields_of_method, name)
     return {**fields_of_method, **common}
+
+
+def _stitching(stitched: object, composition: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if stitched is not True:
+        raise ValueError(f"method {name!r}: stitched={stitched!r}: expected True or False")
+    if composition.get("image"):
+        raise ValueError(f"method {name!r} has a stage of its own for the windows of an image")
+    return dict(type="canvas")
 
 
 def pick(what: str, name: str, options: Mapping[str, T]) -> T:

@@ -6,7 +6,7 @@ Letters used everywhere: `B` windows, `H` heads, `P` prefix tokens (CLS), `N = h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -48,6 +48,21 @@ class Tokens:
                 f"tokens of shape {tuple(self.data.shape)} do not fit a {self.grid[0]}x{self.grid[1]} "
                 f"grid with {self.prefix} prefix token(s): expected (B, {expected}, D)"
             )
+
+    @staticmethod
+    def cat(parts: Sequence[Tokens]) -> Tokens:
+        """Batches of equal layout as one."""
+        hidden = [x.hidden for x in parts if x.hidden is not None]
+        return replace(
+            parts[0],
+            data=torch.cat([x.data for x in parts]),
+            hidden=torch.cat(hidden) if hidden else None,
+        )
+
+    def __getitem__(self, images: slice) -> Tokens:
+        """Some images of the batch."""
+        hidden = None if self.hidden is None else self.hidden[images]
+        return replace(self, data=self.data[images], hidden=hidden)
 
     @property
     def cls(self) -> Tensor:

@@ -6,22 +6,34 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.functional import attention
 from sfp.functional.precision import upcast
+from sfp.functional.windows import WindowGrid
 from sfp.registry import needs_words
 from sfp.tokens import Heads, Tokens, cosine_logits
+from sfp.whole import WholeImage
 
 if TYPE_CHECKING:
     from sfp.clip.vit import VisionTransformer
 
+NO_REGIONS = (
+    "the method asks for regions of the image: pass an id map (regions=), or say in the settings who "
+    "proposes them (regions=dict(propose=dict(type=...)), see docs/methods.md)"
+)
+GUIDE_PIXELS = 2**20  # that a guide sees at once, nine windows of 336 pixels
 T = TypeVar("T")
 
 
 class GuideError(LookupError, ValueError):
     """An external encoder that a method asks for and nobody gave."""
+
+
+class RegionsError(LookupError, ValueError):
+    """Regions that a method asks for and nobody gave."""
 
 
 class LayerError(LookupError, ValueError):
@@ -58,6 +70,7 @@ class Trace:
         text: text features (Q, C) where the caller has them, else None.
         index: class of each query, or None if every query is a class of its own.
         guides: external encoders by name: images as `image` -> Tokens.
+        whole: the image whose windows, all of them, these are; None if each is an image of its own.
         depth: number of blocks that layer numbers are written for; None takes them literally.
         pool_mlp: whether features go through the MLP of the tower's pool, if there is one.
     """
@@ -70,7 +83,9 @@ class Trace:
         *,
         text: Tensor | None = None,
         index: Sequence[int] | None = None,
-        guides: Mapping[str, Callable[[Tensor], Tokens]] | None = None,
+        guides: Mapping[str, Callable[..., Tokens]] | None = None,
+        regions: Tensor | None = None,
+        whole: WholeImage | None = None,
         depth: int | None = None,
         pool_mlp: bool = True,
     ) -> None:
@@ -82,8 +97,10 @@ class Trace:
         self.text = text
         self.index = index
         self.guides = {} if guides is None else guides
+        self.whole = whole
         self.depth = depth
         self.pool_mlp = pool_mlp
+        self._regions = regions
         self._running: tuple[int, Heads] | None = None
         self._heads: dict[int, Heads] = {}
         self._once: dict[Hashable, Any] = {}
@@ -100,6 +117,70 @@ class Trace:
         other._once, other._of_words = dict(self._once), {}
         other._heads = dict(self._heads)
         return other
+
+    @staticmethod
+    def joined(traces: Sequence[Trace]) -> Trace:
+        """The traces of batches, run with the same method, as one trace of all their images."""
+        first = traces[0]
+        if len(traces) == 1:
+            return first
+        regions = [trace._regions for trace in traces if trace._regions is not None]
+        return first.like(
+            torch.cat([trace.image for trace in traces]),
+            [Tokens.cat([trace.entering(i) for trace in traces]) for i in range(first.depth_run)],
+            {i: torch.cat([trace.masks[i] for trace in traces]) for i in first.masks},
+            regions=torch.cat(regions) if regions else None,
+            whole=first.whole,
+        )
+
+    def alone(self) -> list[Trace]:
+        """The trace of each image by itself, which is then its own only window (`whole`)."""
+
+        def one(i: int) -> Trace:
+            own = slice(i, i + 1)
+            regions = None if self._regions is None else self._regions[own]
+            return self.like(
+                self.image[own],
+                [self.entering(layer)[own] for layer in range(self.depth_run)],
+                {layer: mask[own] for layer, mask in self.masks.items()},
+                regions=regions,
+                whole=WholeImage(
+                    WindowGrid.over(self.image.shape[-2:], 0, 1),
+                    self.image[i],
+                    regions=None if regions is None else regions[0],
+                ),
+            )
+
+        return self._compute_once(
+            "alone", lambda: [one(i) for i in range(len(self.image))], words=True
+        )
+
+    def like(
+        self,
+        image: Tensor,
+        tokens: Sequence[Tokens],
+        masks: Mapping[int, Tensor],
+        *,
+        regions: Tensor | None,
+        whole: WholeImage | None,
+    ) -> Trace:
+        """A trace of the same model, words and guides around other images; nothing computed is kept.
+
+        Args:
+            image: (B, 3, H, W).
+            tokens: those that entered the first block, and those that left each block.
+            masks, regions, whole: as the attributes.
+        """
+        other = copy.copy(self)
+        other.image, other.embedded, other.outputs = image, tokens[0], list(tokens[1:])
+        other.masks, other.whole, other._regions = dict(masks), whole, regions
+        other._running, other._heads, other._once, other._of_words = None, {}, {}, {}
+        return other
+
+    @property
+    def depth_run(self) -> int:
+        """How many layers of tokens there are, those that entered the first block counted."""
+        return 1 + len(self.outputs)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds, to measure its memory."""
@@ -170,8 +251,23 @@ class Trace:
             computed[key] = compute()
         return computed[key]
 
-    def guide(self, name: str) -> Tokens:
+    @property
+    def regions(self) -> Tensor:
+        """The region of each pixel, (B, H, W) int64; 0 is unsegmented, `PADDING` a region of its own.
+
+        Raises:
+            LookupError: if nobody gave any.
+        """
+        if self._regions is None:
+            raise RegionsError(NO_REGIONS)
+        return self._regions
+
+    def guide(self, name: str, output: str | None = None) -> Tokens:
         """What an external encoder sees in the image, without its prefix; computed once.
+
+        Args:
+            name: of the guide.
+            output: which of the outputs that the guide offers; its usual one by default.
 
         Raises:
             LookupError: if no guide of that name was given.
@@ -179,9 +275,15 @@ class Trace:
         if name not in self.guides:
             known = ", ".join(self.guides) or "none"
             raise GuideError(f"the method asks for the guide {name!r}; given: {known}")
-        return self._compute_once(
-            ("guide", name), lambda: self.guides[name](self.image).only_patches()
-        )
+        options = {} if output is None else {"output": output}
+
+        def look() -> Tokens:
+            # in portions: all windows of an image at once may be many
+            step = max(GUIDE_PIXELS // self.image[0, 0].numel(), 1)
+            parts = [self.guides[name](part, **options) for part in self.image.split(step)]
+            return parts[0].with_data(torch.cat([part.data for part in parts])).only_patches()
+
+        return self._compute_once(("guide", name, output), look)
 
     def query_features(self) -> Tensor:
         """The text features, (Q, C), for ops that cannot do without.

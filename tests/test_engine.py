@@ -17,6 +17,7 @@ from sfp import engine as engine_module
 from sfp.engine import Engine, choose_device
 from sfp.feature_cache import LRUCache
 from sfp.functional.windows import WindowGrid
+from sfp.whole import WholeImage
 
 SMALL = dict(
     device="cpu", short_side=64, slide_crop=64, slide_stride=32, templates=["a {}."], window_batch=2
@@ -136,8 +137,10 @@ def test_windows_meet_their_images():
     ]
     grids = [engine._grid(image) for image in images]
     seen: list[tuple[int, torch.Tensor]] = []
-    for numbers, windows in engine._batches(images, grids, engine.normalise):
+    wholes = [WholeImage(grid, image) for grid, image in zip(grids, images, strict=True)]
+    for numbers, windows, regions in engine._batches(wholes):
         assert len(windows) <= 3
+        assert regions is None
         seen += zip(numbers, windows, strict=True)
     expected = [
         (n, g.cut(x, p))

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from sfp.kinds import Reader
 from sfp.method import Method, Purify, Readout, build_method
 from sfp.ops.comparisons import cosines
 from sfp.ops.integrators import own_tokens
@@ -48,7 +49,9 @@ def _each(items: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(items)) or "-"
 
 
-def _rule(readout: Readout) -> str:
+def _rule(readout: Readout | Reader) -> str:
+    if not isinstance(readout, Readout):
+        return _name(readout)
     where = "" if tuple(readout.blocks) == (-1,) else f" in blocks {_span(readout.blocks)}"
     return _rule_name(readout.attention) + where
 
@@ -71,8 +74,8 @@ def _rule_name(rule: Any) -> str:
     return _name(rule)
 
 
-def _residual(readout: Readout) -> str:
-    if readout.residual is None:
+def _residual(readout: Readout | Reader) -> str:
+    if not isinstance(readout, Readout) or readout.residual is None:
         return "none"
     if readout.residual is own_tokens:
         return "tokens"
@@ -112,7 +115,7 @@ def _parts(name: str) -> list[str]:
         f"`{name}`",
         _each(_rule(r) for r in readouts),
         _each(_residual(r) for r in readouts),
-        _each("yes" if r.ffn else "no" for r in readouts),
+        _each("yes" if getattr(r, "ffn", False) else "no" for r in readouts),
         _each([*map(_edit, method.edits), *map(_name, method.surgery)]),
         _each(map(_name, _of_logits(method))),
     ]

@@ -14,6 +14,9 @@ from sfp.cli.options import add_command, positive
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
+
+    from sfp.clip.model import CLIP
 
 TEXT = """\
 Plants outliers in a frozen CLIP; scores every detector and mitigator against what was planted.
@@ -103,9 +106,32 @@ def crops(folder: Path, count: int, size: int) -> Iterator[NDArray[np.uint8]]:
         yield image[top : top + size, left : left + size]
 
 
+def normalised_crops(clip: CLIP, folder: Path | None, count: int, size: int | None) -> Tensor:
+    """Square images as a model takes them, (n, 3, size, size).
+
+    Args:
+        clip: the model.
+        folder: of images, see `crops`; None for drawn scenes of the mini world.
+        count: most images.
+        size: side in pixels; None for the model's own.
+    """
+    import numpy as np
+    import torch
+
+    from sfp.mini import scene
+
+    size = size or clip.visual.native_grid[0] * clip.visual.patch
+    if folder:
+        pictures = list(crops(folder, count, size))
+    else:
+        pictures = [scene(900_000 + i, size)[0] for i in range(count)]
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (clip.mean, clip.std))
+    return (pixels - mean) / std
+
+
 def run(args: argparse.Namespace) -> int:
     """Plants, and scores."""
-    import numpy as np
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -113,7 +139,6 @@ def run(args: argparse.Namespace) -> int:
     import sfp
     from sfp.cli.terminal import print_table
     from sfp.files import atomic_write
-    from sfp.mini import scene
     from sfp.outliers import planted as plant
     from sfp.outliers import report as plant_report
 
@@ -135,14 +160,7 @@ def run(args: argparse.Namespace) -> int:
     clip = sfp.load_clip(args.weights)
     vit = clip.visual.to(args.device)
     setting.blocks(vit)
-    size = args.size or vit.native_grid[0] * vit.patch
-    if args.images:
-        pictures = list(crops(args.images, args.count, size))
-    else:
-        pictures = [scene(900_000 + i, size)[0] for i in range(args.count)]
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (count, 3, size, size)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (clip.mean, clip.std))
-    pixels = (pixels - mean) / std
+    pixels = normalised_crops(clip, args.images, args.count, args.size)
     batches = track(
         pixels.to(torch.device(args.device)).split(args.batch),
         description="planting",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sfp.api import Model
 from sfp.data.images import read_image
 from sfp.demo.pictures import Pixels, bounded
-from sfp.method import Purify, build_method
+from sfp.method import Method, Purify, build_method
 from sfp.registry import list_methods
 from sfp.result import Result
 from sfp.tokens import upcast
@@ -62,8 +62,13 @@ class Found:
 
 
 def usable_methods() -> list[str]:
-    """Presets that need no external encoder."""
-    return [m for m in list_methods() if not any(r.layout for r in build_method(m).readouts)]
+    """Presets that need no external encoder and no regions."""
+
+    def alone(method: Method) -> bool:
+        guided = any(getattr(readout, "layout", None) for readout in method.readouts)
+        return not guided and not method.needs_regions
+
+    return [name for name in list_methods() if alone(build_method(name))]
 
 
 def typed_vocabulary(words: str | None, background: str | None = None) -> Vocabulary:

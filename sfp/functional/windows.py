@@ -9,7 +9,7 @@ full-resolution window, no accumulator, and any slab of the result can be had al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -49,6 +49,17 @@ def interpolation(source: int, target: int, like: Tensor) -> Tensor:
 def _interpolation(like: Tensor, source: int, target: int) -> Tensor:
     eye = torch.eye(source, dtype=torch.float64, device="cpu")[None]
     return F.interpolate(eye, target, mode="linear", align_corners=False)[0].T.to(like)
+
+
+def nearest(ids: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map of whole numbers (..., h, w) at another size, without mixing them: (..., H, W).
+
+    Row i comes from row floor(i * h / H), and so do columns.
+    """
+    rows, columns = (
+        torch.arange(size[i], device=ids.device) * ids.shape[i - 2] // size[i] for i in range(2)
+    )
+    return ids[..., rows[:, None], columns]
 
 
 def merge_matrix(
@@ -129,6 +140,38 @@ def _kept(make: Callable[..., Any], dtype: torch.dtype, device: torch.device, *a
         return make(torch.empty(0, dtype=dtype, device=device), *args)
 
 
+def overlaps(
+    starts: list[int], window: int, cells: int, length: int, canvas: int, *, floor: bool = False
+) -> Tensor:
+    """How much of each canvas cell each window's cells cover along one side, in pixels.
+
+    Args:
+        starts: first pixel of each window.
+        window: pixels of a window, which its cells divide evenly.
+        cells: of a window.
+        length: pixels of the canvas, which its cells divide evenly.
+        canvas: cells of the canvas.
+        floor: a window's cells are moved back to whole cells of the canvas instead, as in the
+            releases: by up to one cell where origins are no multiples of it.
+
+    Returns:
+        (canvas, windows, cells) float64.
+    """
+    if floor:
+        first = torch.tensor([start // (window // cells) for start in starts], device="cpu")
+        at = first[:, None] + torch.arange(cells, device="cpu")  # (windows, cells)
+        return (torch.arange(canvas, device="cpu")[:, None, None] == at).double()
+    edges = torch.arange(cells + 1, dtype=torch.float64, device="cpu") * (window / cells)
+    own = (
+        edges + torch.tensor(starts, dtype=torch.float64, device="cpu")[:, None]
+    )  # (windows, cells + 1)
+    whole = torch.arange(canvas + 1, dtype=torch.float64, device="cpu")[:, None, None] * (
+        length / canvas
+    )
+    ends, begins = (torch.minimum(whole[1:], own[:, 1:]), torch.maximum(whole[:-1], own[:, :-1]))
+    return (ends - begins).clamp_min(0)
+
+
 def _padding(side: int, multiple: int, least: int) -> int:
     return max(-side % multiple, least - side)
 
@@ -197,11 +240,114 @@ class WindowGrid:
         """The window of an image (C, H, W) at a place, prepared and then padded with zeros."""
         y, x = place
         window = prepare(image[:, y : y + self.window[0], x : x + self.window[1]])
-        if any(self.padding):
-            front = [side // 2 for side in self.padding]
-            back = [side - side // 2 for side in self.padding]
-            window = F.pad(window, (front[1], back[1], front[0], back[0]))
-        return window
+        return self.pad(window) if any(self.padding) else window
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for grids that lie alike."""
+        return self.size, self.window, tuple(self.ys), tuple(self.xs), self.padding
+
+    @property
+    def whole(self) -> WindowGrid:
+        """The image as one window, with the padding that its windows have."""
+        return replace(self, window=self.size, ys=[0], xs=[0])
+
+    def canvas(self, cells: tuple[int, int], *, floor: bool = False) -> tuple[int, int]:
+        """Rows and columns of the whole image in cells about as large as those of its windows.
+
+        Args:
+            cells: rows and columns of a window.
+            floor: as in `overlaps`.
+        """
+        sides = []
+        for i in range(2):
+            window, length = (x[i] + self.padding[i] for x in (self.window, self.size))
+            cell = window // cells[i] if floor else window / cells[i]
+            sides.append(int(length / cell + 1e-9))
+        return sides[0], sides[1]
+
+    def stitch(self, maps: Tensor, *, floor: bool = False) -> Tensor:
+        """Maps of all windows as one map of the whole image, padding included.
+
+        Each cell is the mean of the windows' cells that cover it, weighted by area.
+
+        Args:
+            maps: (windows, D, h, w), in the order of `places`.
+            floor: as in `overlaps`.
+
+        Returns:
+            (1, D, rows, columns) on the grid that `canvas` says.
+        """
+        tiles = maps.unflatten(0, (len(self.ys), len(self.xs)))
+        tiles = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (ys * h, xs * w, D)
+        rows, columns = (
+            F.normalize(part.flatten(1), p=1, dim=1).to(tiles)
+            for part in self._overlaps(maps, floor)
+        )
+        narrow = rows @ tiles.flatten(1)  # (rows, xs * w * D)
+        return (columns @ narrow.unflatten(1, tiles.shape[1:])).permute(2, 0, 1)[None]
+
+    def unstitch(self, canvas: Tensor, cells: tuple[int, int], *, floor: bool = False) -> Tensor:
+        """The windows' cells cut out of a map of the whole image, the inverse of `stitch`.
+
+        Each is the mean of the canvas' cells that it covers, weighted by area.
+
+        Args:
+            canvas: (1, D, rows, columns).
+            cells: rows and columns of a window.
+            floor: as in `overlaps`.
+
+        Returns:
+            (windows, D, h, w).
+        """
+        shape = canvas.new_empty(0, 0, *cells)
+        rows, columns = (
+            F.normalize(part.movedim(0, -1), p=1, dim=-1).flatten(0, 1).to(canvas)
+            for part in self._overlaps(shape, floor)
+        )
+        cut = rows @ canvas[0] @ columns.T  # (D, ys * h, xs * w)
+        cut = cut.unflatten(2, (len(self.xs), cells[1])).unflatten(1, (len(self.ys), cells[0]))
+        return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+    def _overlaps(self, maps: Tensor, floor: bool) -> list[Tensor]:
+        cells = (maps.shape[-2], maps.shape[-1])
+        canvas = self.canvas(cells, floor=floor)
+        return [
+            overlaps(
+                starts,
+                self.window[i] + self.padding[i],
+                cells[i],
+                self.size[i] + self.padding[i],
+                canvas[i],
+                floor=floor,
+            )
+            for i, starts in enumerate((self.ys, self.xs))
+        ]
+
+    def positions(self, cells: tuple[int, int]) -> Tensor:
+        """Where the centres of all windows' cells lie in the image.
+
+        Args:
+            cells: rows and columns of a window.
+
+        Returns:
+            Rows and columns in pixels, (windows * cells, 2) float64.
+        """
+        sides = []
+        for i, starts in enumerate((self.ys, self.xs)):
+            cell = (self.window[i] + self.padding[i]) / cells[i]
+            centres = (torch.arange(cells[i], dtype=torch.float64) + 0.5) * cell
+            first = torch.tensor(starts, dtype=torch.float64) - self.padding[i] // 2
+            sides.append(first[:, None] + centres)  # (windows, cells)
+        rows = sides[0][:, None, :, None].expand(-1, len(self.xs), -1, cells[1])
+        columns = sides[1][None, :, None, :].expand(len(self.ys), -1, cells[0], -1)
+        return torch.stack([rows, columns], -1).flatten(0, -2)
+
+    def pad(self, maps: Tensor, value: float = 0) -> Tensor:
+        """Maps (..., h, w) in pixels with the padding of a window around them."""
+        front = [side // 2 for side in self.padding]
+        back = [side - side // 2 for side in self.padding]
+        return F.pad(maps, (front[1], back[1], front[0], back[0]), value=value)
 
     def sheet(self, logits: Tensor, target: tuple[int, int]) -> LogitSheet:
         """Patch logits of all windows, (windows, Q, h, w), merged for an output size."""
@@ -229,11 +375,13 @@ class LogitSheet:
         tiles: (R, S, Q), the patches of all windows side by side.
         vertical: of H pixels and R cells.
         horizontal: of W pixels and S cells.
+        regions: ids (H, W) of regions whose pixels take their most frequent label in the end, or None.
     """
 
     tiles: Tensor
     vertical: Side
     horizontal: Side
+    regions: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -242,7 +390,8 @@ class LogitSheet:
 
     def cpu(self) -> LogitSheet:
         """The same in the host's memory."""
-        return LogitSheet(self.tiles.cpu(), self.vertical.cpu(), self.horizontal.cpu())
+        regions = None if self.regions is None else self.regions.cpu()
+        return LogitSheet(self.tiles.cpu(), self.vertical.cpu(), self.horizontal.cpu(), regions)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Logits of output rows start to stop, (Q, stop - start, W), a pixel's adjacent in memory."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
-from sfp.registry import GUIDES
+from sfp.registry import GUIDES, suggest
 from sfp.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -106,13 +106,27 @@ class TransformersGuide(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, image: Tensor) -> Tokens:
+    def forward(self, image: Tensor, output: str | None = None) -> Tokens:
         """Patch tokens of images (B, 3, H, W), (B, h * w, D) without a prefix.
 
         Images are resized (bilinear) so that each side is the nearest multiple of the patch.
+
+        Args:
+            image: normalised for CLIP.
+            output: None for the last layer's tokens; "entering" for those that enter the last block;
+                "q", "k", "v" for its projections, heads side by side; sums like "q+k".
+
+        Raises:
+            ValueError: if the model has no such output.
         """
-        out, grid = self._run(image)
-        tokens = out.last_hidden_state  # (B, prefix + h * w, D): class token and registers first
+        if output is None:
+            out, grid = self._run(image)
+            tokens = (
+                out.last_hidden_state
+            )  # (B, prefix + h * w, D): class token and registers first
+        else:
+            out, grid = self._run(image, output_hidden_states=True)
+            tokens = last_projections(self.model, out.hidden_states[-2], output)
         return Tokens(tokens[:, tokens.shape[1] - grid[0] * grid[1] :], grid, prefix=0)
 
     @torch.no_grad()
@@ -148,6 +162,53 @@ class TransformersGuide(nn.Module):
         dtype = next(self.model.parameters()).dtype
         out = self.model(pixel_values=pixels.to(dtype), **self._options, **options)
         return out, (height, width)
+
+
+def last_layer(model: nn.Module) -> nn.Module:
+    """The last block of a vision transformer of `transformers`."""
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    return max(stacks, key=len)[-1]
+
+
+def named_part(block: nn.Module, names: Sequence[str]) -> Any:
+    """The module inside a block that has one of these names, wherever it is.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for name, part in block.named_modules():
+        if name.rpartition(".")[2] in names:
+            return part
+    raise ValueError(
+        f"{type(block).__name__} has no part called {' or '.join(names)}: of this guide only the "
+        "final tokens are known (output=None)"
+    )
+
+
+def last_projections(model: nn.Module, entering: Tensor, output: str) -> Tensor:
+    """An output of the last block's attention, (B, T, D): see `TransformersGuide.forward`.
+
+    Args:
+        model: the guide's.
+        entering: tokens that enter the last block, (B, T, D).
+        output: as there.
+    """
+    if output == "entering":
+        return entering
+    names = {
+        x: (f"{x}_proj", long) for x, long in zip("qkv", ("query", "key", "value"), strict=True)
+    }
+    parts = output.split("+")
+    if unknown := [part for part in parts if part not in names]:
+        raise ValueError(
+            f"unknown output {unknown[0]!r} of a guide{suggest(unknown[0], ['entering', *names])}"
+        )
+    block = last_layer(model)
+    x = named_part(block, ("layernorm_before", "norm1"))(entering)
+    first, *rest = (named_part(block, names[part])(x) for part in parts)
+    for other in rest:
+        first = first + other
+    return first
 
 
 def pretrained(name: str, loader: str, extra: str) -> nn.Module:

@@ -105,6 +105,20 @@ def test_test_sh(evaluated):
 
 
 @pytest.mark.process
+def test_test_sh_by_default_says_what_purification_does(tmp_path):
+    """Its two commands, without running them; with a config or arguments it is the first alone."""
+    first, second = run("test.sh", folder=tmp_path, PYTHON="echo").stdout.splitlines()
+    assert first.endswith("tools/test.py configs/cfg_mini.py --work-dir work/cfg_mini")
+    words = second.removeprefix("-m sfp ").split()
+    args = cli.build_parser().parse_args(words)
+    assert args.methods == ["clip", "sclip", "sfp:purify=False", "sfp"]
+    assert (args.work_dir, args.paired) == ("work/cfg_mini", args.methods[2])
+    for arguments, options in (((), {"CONFIG": "x.py"}), (("--method", "clip"), {})):
+        said = run("test.sh", *arguments, folder=tmp_path, PYTHON="echo", **options).stdout
+        assert len(said.splitlines()) == 1
+
+
+@pytest.mark.process
 def test_sheet_and_pictures(evaluated):
     folder, _ = evaluated
     sheet = cv2.imread(str(folder / "sheet.png"))

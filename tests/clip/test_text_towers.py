@@ -235,7 +235,7 @@ REFUSED = {
     "another vocabulary": (lambda: openai_state(vocab=60000), "60000 tokens"),
     "two towers": (lambda: openai_state() | {"text.ln_final.bias": torch.ones(64)}, "two text"),
     "T5": (lambda: {"text.transformer.encoder.layers.0.x": torch.ones(3)}, "no BERT"),
-    "nothing": (dict, "token_embedding.weight is missing"),
+    "nothing": (dict, ".token_embedding.weight. is missing"),
 }
 
 

@@ -101,6 +101,33 @@ def test_normalisation_is_the_preprocessors():
     assert preprocessor.std.flatten().tolist() == pytest.approx(CLIP_STD)
 
 
+@pytest.mark.parametrize(("kind", "patch"), [("vit", 8), ("dinov2", 14)])
+def test_outputs_of_the_last_block(kind, patch):
+    """What the last block's own attention computes, caught on its way."""
+    encoder = model(kind, patch)
+    guide = build_guides(dict(x=dict(type="transformers", model=encoder)))["x"]
+    caught = {}
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, name=name: caught.__setitem__(name, out))
+        for name, module in encoder.named_modules()
+    ]
+    pixels = image("sq")[..., :84, :112]
+    plain = guide(pixels)
+    for hook in hooks:
+        hook.remove()
+    layers = sorted({name.rpartition(".q_proj")[0] for name in caught if name.endswith("q_proj")})
+    last = layers[-1]
+    patches = plain.data.shape[1]
+    for output in ("q", "k", "v"):
+        expected = caught[f"{last}.{output}_proj"][:, -patches:]
+        torch.testing.assert_close(guide(pixels, output).data, expected)
+        assert guide(pixels, output).grid == plain.grid
+    both = guide(pixels, "q").data + guide(pixels, "k").data
+    torch.testing.assert_close(guide(pixels, "q+k").data, both)
+    with pytest.raises(ValueError, match=r"unknown output 'keys'.*valid: entering, k, q, v"):
+        guide(pixels, "keys")
+
+
 def test_proxyclip_with_a_guide():
     guides = build_guides(
         dict(

@@ -22,6 +22,7 @@ WAITING = {
 }
 ON_THE_HOST = {  # by method: what it does there by design
     "cliptrase": "DBSCAN, and its clusters one by one",
+    "corrclip": "a token per region, of which each window has another number",
     "freecp": "boxes around components of masks",
 }
 
@@ -39,21 +40,26 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def guide(image: Tensor) -> Tokens:
+def guide(image: Tensor, **options: str) -> Tokens:
     """A stand-in for an encoder, of which every method takes what it asks for."""
     grid = (image.shape[2] // 8, image.shape[3] // 8)
-    angles = torch.arange(grid[0] * grid[1], device=image.device)[:, None] * torch.arange(
-        1, 25, device=image.device
-    )
+    patches = torch.arange(1, 1 + grid[0] * grid[1], device=image.device)[:, None]
+    angles = patches * torch.arange(1, 25, device=image.device)
     return Tokens(angles.sin().expand(len(image), -1, -1), grid, 0)
 
 
 def logits(method: sfp.Method, within: Callable) -> Tensor:
     clip, image, text = tiny.clip(), tiny.images(2, 96, 64), tiny.queries(5)
+    ids = (image[:, 0] > 0).long() + 2 * (image[:, 1] > 0.5).long()
     method.operate(clip.visual)
     with torch.inference_mode(), within():
         found, _ = method.logits(
-            clip.visual, image, text, index=range(5), guides=dict(dino=guide, sam=guide)
+            clip.visual,
+            image,
+            text,
+            index=range(5),
+            guides=dict(dino=guide, sam=guide),
+            regions=ids,
         )
     return found
 

@@ -19,18 +19,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
+from sfp.functional.windows import WindowGrid
+from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-def colours(pixels: Tensor) -> sfp.Tokens:
-    """A stand-in for an external encoder: mean colours of cells of 6 pixels."""
+def colours(pixels: Tensor, output: str | None = None) -> sfp.Tokens:
+    """A stand-in for an external encoder: mean colours of cells of 6 pixels, squared as an output."""
+    if output is not None:
+        pixels = pixels * pixels.abs()
     maps = F.avg_pool2d(pixels.float(), 6)
     return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
 
 
+def stripes(pixels: Tensor) -> Tensor:
+    """A stand-in for masks: columns of 20 pixels; in dark images none where it is dark."""
+    columns = torch.arange(pixels.shape[-1]) // 20 + 1
+    bright = pixels[:, 0].mean((1, 2), keepdim=True) > 0
+    return columns * (bright | (pixels[:, 0] > 0))
+
+
 CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
     "cliptrase": lambda: dict(guides=dict(dino=colours)),
+    "corrclip": lambda: dict(guides=dict(dino=colours)),
     "proxyclip": lambda: dict(guides=dict(dino=colours)),
 }
 """Further context of `Method.logits` by method, made when it is needed."""
@@ -55,6 +67,11 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("freecp", "background"): [True],
     ("freecp", "crop_side"): [48],
     ("freecp", "crop_text"): [],
+    ("corrclip", "output"): [None],
+    ("corrclip", "eps"): [2.0],
+    ("corrclip", "guide"): [],
+    ("corrclip", "late"): [1],
+    ("corrclip", "correct"): [],  # what it does is in the labels
     ("gclip", "blocks"): [(3,), ()],
     ("gclip", "cs_blocks"): [(2, 3)],
     ("gclip", "channel"): [3],
@@ -98,6 +115,9 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("scclip", "beta"): [0.9],
 }
 
+NOT_STITCHED: dict[str, str] = {}
+"""Presets that have no use for `stitched=True`, and the reason that they give."""
+
 NAMES = sfp.list_methods()
 assert NAMES
 
@@ -136,8 +156,14 @@ def text() -> Tensor:
     return F.normalize(torch.randn(5, 32, generator=generator), dim=-1)
 
 
-def run(method: sfp.Method, name: str, pixels: Tensor, clip: sfp.CLIP | None = None) -> Tensor:
+def context(method: sfp.Method, name: str, pixels: Tensor) -> dict[str, Any]:
+    """What a method needs besides images (B, 3, H, W) and words."""
     extra = CONTEXT[name]() if name in CONTEXT else {}
+    return dict(extra, regions=stripes(pixels)) if method.needs_regions else extra
+
+
+def run(method: sfp.Method, name: str, pixels: Tensor, clip: sfp.CLIP | None = None) -> Tensor:
+    extra = context(method, name, pixels)
     return method.logits((clip or tiny()).visual, pixels, text(), **extra)[0]
 
 
@@ -157,11 +183,41 @@ def test_images_of_a_batch_do_not_see_each_other(name, size):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_stitched(name):
+    """With one window the preset itself; with several, one grid on which windows see one another."""
+    if name in NOT_STITCHED:
+        with pytest.raises(ValueError, match=NOT_STITCHED[name]):
+            sfp.build_method(name, stitched=True)
+        return
+    method, stitched = sfp.build_method(name), sfp.build_method(name, stitched=True)
+
+    def read(method: sfp.Method, image: Tensor, grid: WindowGrid) -> Tensor:
+        extra = context(method, name, image[None])
+        whole = WholeImage(grid, image, regions=extra.get("regions", [None])[0])
+        windows, ids = zip(*(whole.cut(place) for place in grid.places), strict=True)
+        if "regions" in extra:
+            extra["regions"] = torch.stack(ids)
+        return method.logits(tiny().visual, torch.stack(windows), text(), whole=whole, **extra)[0]
+
+    one = WindowGrid.over((64, 64), 64, 32)
+    (image,) = images(1)
+    torch.testing.assert_close(read(stitched, image, one), read(method, image, one))
+    (image,) = images(1, 64, 104)
+    grid = WindowGrid.over((64, 104), 64, 32)  # windows at 0, 32 and 40
+    changed = image[..., :40].repeat(1, 1, 3)[..., :104]
+    together, other = (read(stitched, x, grid) for x in (image, changed))
+    assert len(together) == 1
+    assert together.shape[2] / together.shape[3] == pytest.approx(64 / 104, rel=0.05)
+    assert together.isfinite().all()
+    assert not torch.allclose(together, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_features_and_input(name):
     method, pixels = sfp.build_method(name), images()
     before = pixels.clone()
     weights = {k: v.clone() for k, v in tiny().visual.state_dict().items()}
-    extra = CONTEXT[name]() if name in CONTEXT else {}
+    extra = context(method, name, pixels)
     tokens, trace = method.features(tiny().visual, pixels, text=text(), **extra)
     assert tokens.data.shape[0] == 2
     assert tokens.data.shape[2] == 32
@@ -204,8 +260,8 @@ def test_another_default_type(name):
     pixels, words = images(), text()
     torch.set_default_dtype(torch.float64)
     try:
-        extra = CONTEXT[name]() if name in CONTEXT else {}
         method = sfp.build_method(name)
+        extra = context(method, name, pixels)
         found = method.logits(tiny().visual, pixels, words, **extra)[0]
     finally:
         torch.set_default_dtype(torch.float32)

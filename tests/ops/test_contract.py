@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 import sfp
-from sfp.registry import OPS, bind, needs_words
+from sfp.functional.windows import WindowGrid
+from sfp.registry import OPS, bind, needs, needs_words
+from sfp.trace import Trace
+from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -101,6 +104,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(feedback=FEEDBACK, share=0.2, gain=1.0, std=2.0),
         ],
         "cosine_attention": [dict(concat=True)],
+        "region_scope": [
+            dict(guide="colours"),
+            dict(guide="bright", output=None, gain=2.0, eps=None),
+            dict(guide="colours", eps=0.02, unsegmented="smallest"),
+        ],
         "proxy_attention": [GUIDED, dict(GUIDED, gain=6.0, centre=1.0)],
         "scaled": [dict(rule=SELF, gain=2.0)],
         "self_self": [{}, dict(pairs=["qk"]), dict(pairs=["qq", "kk", "vv"])],
@@ -128,12 +136,23 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             {},
             dict(detector=dict(type="l2_norm"), mitigator=dict(type="box_blend")),
         ],
+        "late_layers": [{}, dict(count=2)],
         "layer_sum": [dict(layers=[4]), dict(layers=range(3, 10))],
     },
     "smoother": {
         "aggregate": [dict(affinity=SIMILARITY), dict(affinity=dict(type="mean_attention"))],
         "native_cls": [{}],
         "weighted_sum": [dict(affinity=SIMILARITY)],
+    },
+    "image": {
+        "canvas": [{}, dict(floor=True)],
+    },
+    "reader": {
+        "region_tokens": [
+            dict(guide="colours"),
+            dict(guide="bright", output=None, eps=2.0),
+            dict(guide="colours", eps=None, unsegmented="smallest"),
+        ],
     },
     "residual": {
         "own_tokens": [{}],
@@ -202,14 +221,23 @@ EACH = pytest.mark.parametrize(
 )
 
 
-def colours(images: Tensor, ones: float = 0.0) -> sfp.Tokens:
+def colours(images: Tensor, output: str | None = None, ones: float = 0.0) -> sfp.Tokens:
     """A stand-in for an external encoder: each patch's mean colour."""
     maps = torch.nn.functional.avg_pool2d(images, 8) + ones
     return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
 
 
-GUIDES = dict(colours=colours, bright=lambda images: colours(images, 1.0), dino=colours)
+GUIDES = dict(
+    colours=colours, bright=lambda images, output=None: colours(images, ones=1.0), dino=colours
+)
 """What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
+
+
+def ids(images: Tensor) -> Tensor:
+    """Regions: columns of 16 pixels; in images that are dark on the whole, none where it is dark."""
+    numbers = torch.arange(images.shape[3]) // 16 + 1
+    bright = images.mean((1, 2, 3)) > 0
+    return numbers * (bright[:, None, None] | (images.mean(1) > 0))
 
 
 def without_example() -> set[str]:
@@ -249,7 +277,8 @@ def given(clip: sfp.CLIP, image: Tensor, *, seed: int = 0, index: Any = None) ->
         (4, -2), bind(dict(type="l2_norm", top_k=6)), bind(dict(type="neighbour_mean"))
     )
     text = tiny.queries(QUERIES, seed).to(torch.promote_types(image.dtype, torch.float32))
-    trace = clip.visual.trace(image, [edit], text=text, index=index, guides=GUIDES, depth=12)
+    context = dict(text=text, index=index, guides=GUIDES, regions=ids(image), depth=12)
+    trace = clip.visual.trace(image, [edit], **context)
     tokens = trace.outputs[-1]
     last = clip.visual.blocks[-1]
     heads = {"all": last.heads(tokens), "patches": last.heads(tokens.only_patches())}
@@ -259,6 +288,18 @@ def given(clip: sfp.CLIP, image: Tensor, *, seed: int = 0, index: Any = None) ->
 
 def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
     """The results of an op, by the way it was called."""
+    if not needs(op, "whole"):
+        return run_on_batch(kind, op, on)
+    if kind == "image":
+        seen = [op(twice(one)) for one in on.trace.alone()]
+        layers = range(on.trace.depth_run)
+        return {f"layer {i}": torch.cat([x.entering(i).data for x in seen]) for i in layers}
+    each = zip(on.trace.alone(), on.logits.split(1), strict=True)
+    alone = [run_on_batch(kind, op, replace(on, trace=one, logits=part)) for one, part in each]
+    return {name: torch.cat([values(x[name]) for x in alone]) for name in alone[0]}
+
+
+def run_on_batch(kind: str, op: Any, on: Given) -> dict[str, Any]:
     trace, tokens = on.trace, on.tokens
     if kind == "detector":
         return {f"layer {i}": op(trace, i) for i in (0, 10)}
@@ -270,7 +311,7 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
         return {name: op(tokens, mask) for name, mask in masks.items()}
     if kind == "edit":
         return {f"layer {i}": op(trace, i) for i in (3, 10)}
-    if kind in ("affinity", "source"):
+    if kind in ("affinity", "source", "reader"):
         return {"": op(trace)}
     if kind == "attention":
         return {name: op(heads, trace) for name, heads in on.heads.items()}
@@ -296,6 +337,18 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
         return {"": torch.cat(each)}  # as many of each image as it has
     assert kind == "positions"
     return {"": op(torch.randn(8, 8, 64, dtype=tokens.data.dtype), tokens.grid)}
+
+
+def twice(trace: sfp.Trace) -> sfp.Trace:
+    """Two windows, a part of a patch apart, that look alike."""
+    height, width = trace.image.shape[-2:]
+    both = Trace.joined([trace, trace])
+    both.whole = WholeImage(
+        WindowGrid((height, width + 5), (height, width), [0], [0, 5]),
+        torch.nn.functional.pad(trace.image[0], (0, 5)),
+        regions=torch.nn.functional.pad(trace.regions[0], (0, 5)),
+    )
+    return both
 
 
 def values(result: Any) -> Tensor:
@@ -448,6 +501,13 @@ def check_result(kind: str, call: str, result: Any, on: Given) -> None:
         assert isinstance(result, sfp.Tokens)
         prefix = 0 if call == "patches" else 1
         assert (result.grid, result.prefix) == (on.tokens.grid, prefix)
+    elif kind in ("reader", "image"):
+        assert isinstance(result, (sfp.Tokens, Tensor))  # on any grid
+        data = values(result)
+        assert data.shape[2] == width
+        assert data.dtype == dtype
+        assert data.isfinite().all()
+        return
     else:
         assert isinstance(result, Tensor)
     data = values(result)
@@ -504,7 +564,8 @@ def test_methods_in_half_precision(name, dtype, clip, exact):
     method = sfp.build_method(name)
     before = image.clone()
     half = copy.deepcopy(clip).to(dtype)
-    logits, trace = method.logits(half.visual, image, text, guides=GUIDES)
+    context = dict(guides=GUIDES, regions=ids(image))
+    logits, trace = method.logits(half.visual, image, text, **context)
     assert logits.dtype == torch.float32
     assert logits.isfinite().all()
     assert trace.outputs[-1].data.dtype == dtype
@@ -512,7 +573,7 @@ def test_methods_in_half_precision(name, dtype, clip, exact):
     state = half.visual.state_dict()
     for key, value in clip.visual.state_dict().items():
         assert torch.equal(state[key], value.to(dtype)), f"{name} changed {key}"
-    reference, _ = method.logits(exact.visual, image.double(), text.double(), guides=GUIDES)
+    reference, _ = method.logits(exact.visual, image.double(), text.double(), **context)
     # discrete choices (outliers, cuts) may fall otherwise in half precision: most must agree
     tolerance = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}[dtype]
     assert (logits - reference).abs().median() < tolerance
@@ -523,7 +584,7 @@ def test_methods_compare_grids_not_token_counts(name, exact):
     """The peers add the 8x8 position table to a 16x4 grid, since both have 64 tokens."""
     image = tiny.images(1, 128, 32).double()
     method = sfp.build_method(name)
-    context = dict(text=tiny.queries(QUERIES).double(), guides=GUIDES)
+    context = dict(text=tiny.queries(QUERIES).double(), guides=GUIDES, regions=ids(image))
     ours, _ = method.features(exact.visual, image, **context)
     resampled = copy.deepcopy(exact.visual)
     table = resampled.positional_embedding

@@ -32,7 +32,7 @@ def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> torch.S
         what = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
         names = ", ".join(list(state)[:4])
         raise LayoutError(
-            f"not a CLIP state dict: {name} is {what}; found {len(state)} tensors: {names}"
+            f"not a CLIP state dict: {name!r} is {what}; found {len(state)} tensors: {names}"
             f"{', ...' if len(state) > 4 else ''}"
         )
     return state[name].shape

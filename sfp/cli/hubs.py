@@ -1,0 +1,68 @@
+"""`sfp hubs`: which detectors find the patches that all others attend to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from sfp.cli.options import WEIGHTS, add_command, positive
+
+TEXT = """\
+Compares detectors of outliers with what the patches themselves attend to, and prints one table.
+
+A hub is a patch whose output of a block draws at least --times the even share of the other patches'
+attention in the next block. Each cell is a detector's precision / recall at a block.
+
+Examples:
+    sfp hubs
+    sfp hubs --layers 8 10 --detectors som l2_norm lof --count 40
+    sfp hubs --weights ViT-B/16 --images photos
+
+Exit codes: 0 done; 1 unexpected error; 2 wrong command line; 3 weights or images are missing (the
+message says what to put where).
+"""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "hubs", run, help="which detectors find what patches attend to", text=TEXT
+    )
+    parser.add_argument("--weights", default="mini", help=f"{WEIGHTS} (default: mini)")
+    parser.add_argument(
+        "--images", type=Path, help="folder of images (default: drawn scenes of the mini world)"
+    )
+    parser.add_argument("--count", type=positive, default=40, help="most images (default: 40)")
+    parser.add_argument("--size", type=int, help="side of the square crops (default: the model's)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="blocks, from 0 (default: the deeper half)"
+    )
+    parser.add_argument("--detectors", nargs="+", help="default: all")
+    parser.add_argument(
+        "--times", type=float, default=3.0, help="even shares that a hub draws (default: 3)"
+    )
+    parser.add_argument("--out", type=Path, help="file for the numbers, as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Looks for hubs."""
+    import sfp
+    from sfp.cli.plant import normalised_crops
+    from sfp.cli.terminal import print_table
+    from sfp.files import atomic_write
+    from sfp.outliers import hubs, planted
+
+    clip = sfp.load_clip(args.weights)
+    pixels = normalised_crops(clip, args.images, args.count, args.size)
+    layers = args.layers or range(len(clip.visual.blocks) // 2, len(clip.visual.blocks) - 1)
+    found = hubs.study(
+        clip.visual, pixels.split(1), planted.detectors(args.detectors), layers, args.times
+    )
+    title = f"{Path(args.weights).name}, {found['images']} images: precision / recall for hubs"
+    print_table(*hubs.sheet(found), title=title)
+    if args.out:
+        with atomic_write(args.out) as path:
+            path.write_text(json.dumps(dict(found, weights=str(args.weights)), indent=1) + "\n")
+        print(f"numbers in {args.out}")
+    return 0

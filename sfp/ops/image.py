@@ -1,0 +1,60 @@
+"""Image stages, `(trace of all windows of an image, *, knobs) -> the trace that is read`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sfp.registry import op
+from sfp.tokens import Tokens
+from sfp.trace import Trace
+from sfp.whole import WholeImage
+
+
+@op("image", whole=True)
+def canvas(trace: Trace, *, floor: bool = False) -> Trace:
+    """The windows' tokens on one grid of the whole image, which is then read like a single window.
+
+    Each cell is the mean of the windows' patches that cover it, weighted by area, in every layer;
+    prefix tokens are the mean of the windows'. Whatever a method does in its last block then reaches
+    across windows: the inferred general form of what OV-Stitcher (Kim et al., CVPR 2026 Findings) does
+    for one method. Guides still see windows, and their outputs are stitched too. With a single window
+    nothing changes.
+
+    Args:
+        floor: windows are moved back to whole cells of the grid, as in the releases of OV-Stitcher and
+            Trident, instead of placed where they lie.
+    """
+    whole = trace.whole
+    assert whole is not None
+
+    def on_canvas(marks: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches that most of the windows over them mark, (B, N) -> (1, N')."""
+        return stitched(marks.unflatten(1, grid)[:, None].float()).flatten(1) > 0.5
+
+    def stitched(maps: Tensor) -> Tensor:
+        return whole.grid.stitch(maps, floor=floor)
+
+    def tokens(x: Tokens) -> Tokens:
+        maps = stitched(x.as_map())  # (1, D, h, w)
+        prefix = x.data[:, : x.prefix].mean(0, keepdim=True)
+        hidden = None if x.hidden is None else on_canvas(x.hidden, x.grid)
+        data = torch.cat([prefix, maps.flatten(2).mT], dim=1)
+        return replace(x, data=data, grid=(maps.shape[2], maps.shape[3]), hidden=hidden)
+
+    def guide(name: str) -> Callable[..., Tokens]:
+        return lambda image, output=None: tokens(trace.guide(name, output))
+
+    layers = [trace.entering(i) for i in range(trace.depth_run)]
+    other = trace.like(
+        whole.pixels[None],
+        [tokens(x) for x in layers],
+        {i: on_canvas(mask, trace.embedded.grid) for i, mask in trace.masks.items()},
+        regions=None if whole.ids is None else whole.ids[None],
+        whole=WholeImage(whole.grid.whole, whole.source, whole.prepare, whole.regions),
+    )
+    other.guides = {name: guide(name) for name in trace.guides}
+    return other

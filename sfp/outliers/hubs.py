@@ -1,0 +1,144 @@
+"""Outliers that nobody planted: which detectors mark the patches that all others attend to.
+
+What makes a patch an outlier is what the others do with it, so the reference is their attention and
+not the class token's, by which SOM ranks: a patch is a *hub* of block i if what leaves the block draws
+several times the even share of the patches' attention in block i + 1. Detectors see block i only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfp.clip.vit import VisionTransformer
+from sfp.method import Detector
+from sfp.outliers.planted import Tally
+from sfp.trace import Trace
+
+TIMES = 3.0  # even shares that a hub draws
+
+
+def received(trace: Trace, layer: int) -> Tensor:
+    """What each patch draws of the other patches' attention in a block, in even shares: (B, N).
+
+    1 is what every patch would draw if all attended evenly. A patch's own attention to itself does not
+    count, nor does attention that goes to prefix tokens.
+
+    Args:
+        trace: a run.
+        layer: block, from 0.
+    """
+    prefix = trace.embedded.prefix
+    weights = trace.mean_attention(layer)[:, prefix:, prefix:].float()  # (B, N, N)
+    weights = weights - weights.diagonal(dim1=1, dim2=2).diag_embed()
+    drawn = (weights / weights.sum(-1, keepdim=True)).sum(1)
+    return drawn * drawn.shape[-1] / drawn.sum(-1, keepdim=True)
+
+
+def hubs(trace: Trace, layer: int, times: float = TIMES) -> Tensor:
+    """Patches whose output of a block draws `times` the even share in the next one: (B, N) bool.
+
+    Args:
+        trace: a run.
+        layer: block, from 0; not the last.
+        times: even shares from which a patch counts.
+    """
+    return received(trace, layer + 1) >= times
+
+
+@torch.no_grad()
+def study(
+    vit: VisionTransformer,
+    batches: Iterable[Tensor],
+    detectors: Mapping[str, Detector],
+    layers: Sequence[int],
+    times: float = TIMES,
+) -> dict[str, Any]:
+    """How well detectors find hubs, in some blocks, over all images together.
+
+    Args:
+        vit: the frozen image tower.
+        batches: normalised images, (B, 3, H, W) each.
+        detectors: by the name that the results give them.
+        layers: blocks, from 0, none of them the last.
+        times: see `hubs`.
+
+    Returns:
+        "images", "times", "layers"; "hubs": per layer hubs per image; "detectors": by name "layers",
+        per layer "precision" (None if nothing is marked), "recall" (None if there is no hub) and
+        "marked" per image, and "ms", the median time for one image and layer.
+
+    Raises:
+        ValueError: for layers that there are not, or without images.
+    """
+    if not layers or not all(0 <= layer < len(vit.blocks) - 1 for layer in layers):
+        raise ValueError(
+            f"layers {list(layers)}: expected blocks from 0 to {len(vit.blocks) - 2}; the last one has "
+            "no next block whose attention could be looked at"
+        )
+    tally, images = Tally(), 0
+    seconds: dict[str, list[float]] = {name: [] for name in detectors}
+    for batch in batches:
+        trace = vit.trace(batch)
+        images += len(batch)
+        for layer in layers:
+            truth = hubs(trace, layer, times)
+            trace.mean_attention(layer)  # kept by the trace: no detector's time
+            tally.add(layer, value=truth.sum(-1))
+            for name, detector in detectors.items():
+                began = time.perf_counter()
+                marked = detector(trace, layer)
+                seconds[name].append((time.perf_counter() - began) / len(batch))
+                counts = [(marked & truth).sum(-1), marked.sum(-1)]
+                tally.add(name, layer, value=torch.stack(counts, -1))
+    if not images:
+        raise ValueError("no images to look for hubs in")
+
+    def scores(name: str, layer: int) -> dict[str, float | None]:
+        hit, marked = tally[name, layer].tolist()
+        there = float(tally[layer,])
+        return dict(
+            precision=round(hit / marked, 4) if marked else None,
+            recall=round(hit / there, 4) if there else None,
+            marked=round(marked / images, 2),
+        )
+
+    return dict(
+        images=images,
+        times=times,
+        layers=list(layers),
+        hubs=[round(float(tally[layer,]) / images, 2) for layer in layers],
+        detectors={
+            name: dict(
+                layers=[scores(name, layer) for layer in layers],
+                ms=round(1e3 * sorted(seconds[name])[len(seconds[name]) // 2], 2),
+            )
+            for name in detectors
+        },
+    )
+
+
+def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a study, the best detectors first (mean of the layers' F1)."""
+    header = ["detector", *(f"block {i}" for i in result["layers"]), "marked", "ms"]
+    rows = [["hubs per image", *(f"{n:.1f}" for n in result["hubs"]), "", ""]]
+    for name in sorted(result["detectors"], key=lambda n: -_f1(result["detectors"][n]["layers"])):
+        found = result["detectors"][name]
+        each = found["layers"]
+        marked = sum(one["marked"] for one in each) / len(each)
+        cells = [f"{_cell(one['precision'])} / {_cell(one['recall'])}" for one in each]
+        rows.append([name, *cells, f"{marked:.1f}", f"{found['ms']:.1f}"])
+    return header, rows
+
+
+def _f1(layers: Sequence[Mapping[str, float | None]]) -> float:
+    pairs = [(one["precision"] or 0.0, one["recall"] or 0.0) for one in layers]
+    return sum(2 * p * r / (p + r) for p, r in pairs if p + r) / len(pairs)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,179 @@
+"""Every golden case of CorrCLIP, OV-Stitcher, GLA-CLIP, FSA and RADSeg, through the public path."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conformance import Case, cases
+from torch import Tensor
+
+import sfp
+from sfp.engine import Engine, Queries
+from sfp.functional.regions import components, region_distances
+from sfp.functional.windows import LogitSheet
+from sfp.methods import corrclip
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+STEP = {"t4": 4, "t8": 8, "t16": 16, "t64": 64}
+
+
+def stored(case: Case, name: str) -> list[tuple[str, int]]:
+    """Outputs of a case by what they are of, with the step between the rows that they have."""
+    found = [(o, STEP.get(o.rpartition("_")[2], 1)) for o in case.outputs]
+    return [(o, n) for o, n in found if o in (name, f"{name}_t{n}")]
+
+
+def check_rows(case: Case, **values: Tensor) -> None:
+    """Values (rows, ...) against whichever rows the case stores."""
+    for name, value in values.items():
+        outputs = stored(case, name)
+        assert outputs, f"{case.name} stores no {name}: {list(case.outputs)}"
+        for output, step in outputs:
+            case.check(output, value[::step])
+
+
+class Playback(torch.nn.Module):
+    """A guide whose outputs for the windows of one image are stored, in their order."""
+
+    def __init__(self, case: Case, sides: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.case = case
+        side = sides or [length // case.entry["guide_patch"] for length in window_size(case)]
+        self.grid = (side[0], side[1])
+        self.windows: Iterator[int] = itertools.count()
+
+    def rewind(self) -> None:
+        self.windows = itertools.count()
+
+    def forward(self, image: Tensor, output: str | None = None) -> sfp.Tokens:
+        parts = ["f"] if output is None else output.split("+")
+        stored = [self.case.inputs[f"guide/{self.case.entry['input']}/{part}"] for part in parts]
+        numbers = [next(self.windows) for _ in image]
+        data = sum(x.float() for x in stored)[numbers]
+        return sfp.Tokens(data, self.grid, prefix=0)
+
+
+def window_size(case: Case) -> list[int]:
+    """Rows and columns of the (padded) windows of a case."""
+    sides = case.entry["image_hw"]
+    if "crop" not in case.entry:
+        return sides
+    return [-(-min(case.entry["crop"], side) // 56) * 56 for side in sides]
+
+
+def ids_of(case: Case) -> Tensor:
+    return case.inputs[f"ids/{case.entry['input']}"].long()
+
+
+def text_of(case: Case) -> Tensor:
+    return case.inputs[case.entry["text"]]
+
+
+def run_engine(
+    case: Case, method: sfp.Method, guide: torch.nn.Module | None, **settings: object
+) -> tuple[Engine, LogitSheet, Queries]:
+    """An end-to-end case through the engine, as users run it."""
+    index = case.manifest["query_class"][case.entry["query_class"]]
+    engine = Engine(
+        case.clip,
+        guides={} if guide is None else dict(dino=guide),
+        slide_crop=case.entry["crop"],
+        slide_stride=case.entry["stride"],
+        logit_scale=case.hyper["logit_scale"],
+        prob_thd=case.hyper.get("prob_thd", 0.0),
+        pad_windows=56,
+        window_batch=1,
+        **settings,  # type: ignore[arg-type]
+    )
+    queries = Queries(text_of(case), tuple(index))
+    regions = [ids_of(case)] if method.needs_regions else None
+    ((sheet,),) = engine.logits(
+        [method], case.image, [case.entry["ori_shape"]], queries, regions=regions
+    )
+    return engine, sheet, queries
+
+
+def check_end(case: Case, engine: Engine, sheet: LogitSheet, queries: Queries) -> None:
+    """Merged logits, probabilities, and labels before and after the vote of regions."""
+    if "logits_s8" in case.outputs:
+        case.check("logits_s8", sheet.rows(0, sheet.size[0])[:, ::8, ::8])
+    found = engine.label(case.image[0], sheet, queries.index, scores=True)
+    assert found.scores is not None
+    case.check("probs_s16", found.scores[:, ::16, ::16])
+    case.check("pred", found.labels)
+    if "pred_before_vote" in case.outputs:
+        before = sfp.functional.windows.LogitSheet(
+            sheet.tiles, sheet.row_matrix, sheet.column_matrix
+        )
+        case.check("pred_before_vote", engine.label(case.image[0], before, queries.index).labels)
+
+
+# -- CorrCLIP ------------------------------------------------------------------------------------
+
+
+def corrclip_of(case: Case) -> sfp.Method:
+    return sfp.build_method("corrclip", unsegmented="smallest" if case.official else "zero")
+
+
+def same_regions(found: Tensor, expected: Tensor, none: int) -> None:
+    """Two maps of regions that differ in their numbers only; 0 in ours stands for `none`."""
+    assert torch.equal(found == 0, expected == none)
+    pairs = torch.stack([found, expected.long()], 1).unique(dim=0)
+    assert len(pairs) == len(found.unique()) == len(expected.unique())
+
+
+@pytest.mark.parametrize("name", cases("corrclip/window"))
+def test_golden_corrclip_window(name):
+    case = Case(name)
+    guide = Playback(case)
+    method = corrclip_of(case)
+    trace = method.run(
+        case.clip.visual,
+        case.image,
+        text=text_of(case),
+        guides=dict(dino=lambda image, output: (guide.rewind(), guide(image, output))[1]),
+        regions=ids_of(case)[None],
+    )
+    unsegmented = dict(method.readouts[0].attention.knobs)["unsegmented"]
+    merging = dict(guide="dino", output="q+k", eps=0.2, unsegmented=unsegmented)
+    ids = corrclip.merged_regions(trace, **merging)[0]
+    on_guide = corrclip.nearest(trace.regions, guide.grid).flatten(1)[0]
+    assert torch.equal(on_guide, case.expected("ids_guide_grid").long())
+    none = int(on_guide.min()) if case.official else 0
+    same_regions(ids, case.expected("ids_merged"), none)
+    own = corrclip.on_patches(trace, ids[None], guide.grid)
+    same_regions(own[0], case.expected("ids_clip_grid"), none)
+
+    features = corrclip.unit_guide(trace, guide="dino", output="q+k")[0]
+    mean = (features @ features.T).mean()
+    case.check("sim_mean", mean[None])
+    weights = corrclip.scoped_rows(features, ids, slice(None), 4.0)
+    check_rows(case, attn=weights, allowed_count=(weights > 0).sum(1))
+    if "region_distance" in case.outputs:
+        distances = region_distances(features, corrclip.known_regions(on_guide, unsegmented))
+        case.check("region_distance", distances)
+        case.check("region_cluster", components(distances <= 0.2))
+
+    expected_ids = case.expected("ids_clip_grid").long()
+    numbers = [int(own[0][expected_ids == i][0]) for i in case.expected("region_ids").tolist()]
+    tokens = corrclip.tokens_of_regions(trace, own)[0]
+    case.check("region_tokens_12", tokens[numbers])
+    main, spatial, semantic = (readout(trace).data[0] for readout in method.readouts)
+    check_rows(case, z_main=main, z_spatial=spatial, z_semantic=semantic)
+    read = method.read(trace)
+    check_rows(case, feats=read.data[0])
+    height, width = case.entry["image_hw"]
+    logits = torch.nn.functional.interpolate(
+        method.compare(read, trace), (height, width), mode="bilinear"
+    )
+    case.check("logits_s8", logits[0, :, ::8, ::8])
+
+
+@pytest.mark.parametrize("name", cases("corrclip/e2e"))
+def test_golden_corrclip(name):
+    case = Case(name)
+    check_end(case, *run_engine(case, corrclip_of(case), Playback(case)))

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.clip.vit import Block
+from sfp.clip.blocks import Block
 from sfp.functional.precision import upcast
 from sfp.functional.regions import merge_regions
-from sfp.functional.windows import interpolation, nearest
+from sfp.functional.windows import nearest
+from sfp.methods.proxyclip import to_guide
 from sfp.registry import METHODS, Op, op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
@@ -97,18 +98,11 @@ def scope(
     features = _once(trace, unit_guide, guide=guide, output=output)
     ids = _once(trace, merged_regions, guide=guide, output=output, **merging)
     target = trace.guide(guide, output).grid
-    rows, columns = (
-        interpolation(source, length, features) for source, length in zip(grid, target, strict=True)
-    )
-
-    def resampled(weights: Tensor) -> Tensor:
-        return (rows.T @ weights.unflatten(1, target) @ columns).flatten(1)  # (m, N)
-
     step = max(CHUNK // features.shape[1], 1)
     chunks = [slice(i, i + step) for i in range(0, features.shape[1], step)]
     return torch.stack(
         [
-            torch.cat([resampled(scoped_rows(f, i, chunk, gain)) for chunk in chunks])
+            torch.cat([to_guide(scoped_rows(f, i, c, gain), grid, target) for c in chunks])
             for f, i in zip(features, ids, strict=True)
         ]
     )
@@ -169,7 +163,7 @@ def tokens_of_regions(trace: Trace, ids: Tensor) -> Tensor:
     member = ids[:, None] == torch.arange(count, device=ids.device)[:, None]  # (B, R, N)
     prefix = trace.embedded.prefix
     seen = F.pad(member, (prefix, 0))[:, None]  # (B, 1, R, T)
-    seen[..., 0] = True
+    seen[..., : min(prefix, 1)] = True  # the class token, where there is one
     x = trace.embedded.cls.expand(-1, count, -1)
     for i, block in enumerate(trace.vit.blocks):
         x = through_block(block, x, trace.entering(i), seen)
@@ -186,7 +180,7 @@ def through_block(block: Block, x: Tensor, around: Tokens, seen: Tensor) -> Tens
     (q,) = block.attn.project(block.ln_1(x), "q")
     heads = block.heads(around)
     mixed = F.scaled_dot_product_attention(q, heads.k, heads.v, attn_mask=seen)
-    y = x + block.attn.out_proj(mixed.transpose(1, 2).flatten(2))
+    y = x + block.attn.join(mixed.transpose(1, 2).flatten(2))
     return y + block.mlp(block.ln_2(y))
 
 

@@ -43,13 +43,25 @@ def proxy_attention(
         centre: beta of the paper.
     """
     weights = centred_softmax(trace.once(affinity), gain, centre)  # (B, M, M)
-    rows, columns = (
-        interpolation(source, target, weights)
-        for source, target in zip(heads.grid, trace.guide(guide).grid, strict=True)
-    )
-    weights = weights.unflatten(2, trace.guide(guide).grid)  # (B, M, h', w')
-    weights = (rows.T @ weights @ columns).flatten(2)  # (B, M, N)
+    weights = to_guide(weights, heads.grid, trace.guide(guide).grid)
     return F.pad(weights, (heads.prefix, 0))[:, None]
+
+
+def to_guide(weights: Tensor, grid: tuple[int, int], guide: tuple[int, int]) -> Tensor:
+    """Weights of a guide's patches for CLIP's, which are resampled to the guide's grid.
+
+    Args:
+        weights: of patches on the guide's grid, (..., m, M).
+        grid: CLIP's rows and columns, N patches.
+        guide: the guide's.
+
+    Returns:
+        (..., m, N).
+    """
+    rows, columns = (
+        interpolation(source, target, weights) for source, target in zip(grid, guide, strict=True)
+    )
+    return (rows.T @ weights.unflatten(-1, guide) @ columns).flatten(-2)
 
 
 @METHODS.register_module()

@@ -43,6 +43,8 @@ def stripes(pixels: Tensor) -> Tensor:
 CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
     "cliptrase": lambda: dict(guides=dict(dino=colours)),
     "corrclip": lambda: dict(guides=dict(dino=colours)),
+    "fsa": lambda: dict(guides=dict(dino=colours)),
+    "gla_clip": lambda: dict(guides=dict(dino=colours)),
     "proxyclip": lambda: dict(guides=dict(dino=colours)),
 }
 """Further context of `Method.logits` by method, made when it is needed."""
@@ -72,6 +74,12 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("corrclip", "guide"): [],
     ("corrclip", "late"): [1],
     ("corrclip", "correct"): [],  # what it does is in the labels
+    ("fsa", "guide"): [],
+    ("gla_clip", "guide"): [],
+    ("gla_clip", "beta"): [0.5],
+    ("gla_clip", "gamma"): [1.0],
+    ("gla_clip", "threshold"): [0.95],
+    ("gla_clip", "rounds"): [0],
     ("gclip", "blocks"): [(3,), ()],
     ("gclip", "cs_blocks"): [(2, 3)],
     ("gclip", "channel"): [3],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor
 
 import sfp
 from sfp.engine import Engine, Queries
+from sfp.functional.attention import centred_softmax
 from sfp.functional.regions import components, region_distances
 from sfp.functional.windows import LogitSheet
-from sfp.methods import corrclip
+from sfp.methods import corrclip, fsa, gla_clip
+from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -177,3 +180,95 @@ def test_golden_corrclip_window(name):
 def test_golden_corrclip(name):
     case = Case(name)
     check_end(case, *run_engine(case, corrclip_of(case), Playback(case)))
+
+
+# -- GLA-CLIP ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cases("glaclip/"))
+def test_golden_gla_clip(name):
+    case = Case(name)
+    hyper = case.hyper
+    knobs = dict(
+        threshold=hyper["threshold"],
+        rounds=hyper["iters"] if hyper["proxy_sim"] else 0,
+        beta=None if hyper["dynamic_beta"] else 1.2,
+        gamma=None if hyper["dynamic_gamma"] else 3.0,
+        beta_share=hyper["beta_alpha"],
+        gamma_share=hyper["gamma_alpha"],
+        row_mean=hyper["token_norm"],
+    )
+    guide = Playback(case)
+    method = sfp.build_method("gla_clip", **knobs)
+    engine, sheet, queries = run_engine(case, method, guide)
+    check_end(case, engine, sheet, queries)
+
+    guide.rewind()
+    whole = WholeImage(engine._grid(case.image[0]), case.image[0])
+    windows = torch.stack([whole.cut(place)[0] for place in whole.grid.places])
+    trace = method.run(
+        case.clip.visual, windows, whole=whole, guides=dict(dino=guide), text=queries.features
+    )
+    keys = torch.nn.functional.normalize(trace.guide("dino").data, dim=-1).flatten(0, 1)
+    looks, counts = gla_clip.proxies(keys, knobs["threshold"], knobs["rounds"])
+    similarity = looks @ keys.T
+    centre = similarity.mean(1, keepdim=True)
+    case.check("row_mean", centre[:, 0])
+    if knobs["rounds"]:
+        case.check("proxy_count", counts)
+        once = gla_clip.proxies(keys, knobs["threshold"], 1)[1]
+        case.check("proxy_count_round1", once)
+        check_rows(case, proxy_sim=similarity)
+    beta = 1 + hyper["beta_alpha"] * math.log(1 + len(windows)) if knobs["beta"] is None else 1.2
+    gamma = 1 + hyper["gamma_alpha"] / counts if knobs["gamma"] is None else 3 + 0 * counts
+    mean = centre.clamp_min(0) if knobs["row_mean"] else similarity.mean()
+    weights = gla_clip.anchored_softmax(similarity, mean, beta, gamma[:, None])
+    check_rows(case, attn=weights, kept_count=(weights > 0).sum(1))
+    check_rows(case, z=method.readouts[0](trace).data.flatten(0, 1))
+    check_rows(case, feats=method.read(trace).data.flatten(0, 1))
+
+
+# -- FSA -----------------------------------------------------------------------------------------
+
+
+def fsa_of(case: Case) -> sfp.Method:
+    hyper = case.hyper
+    proxy = dict(beta=hyper["beta"], gamma=hyper["gamma"])
+    if not hyper["fsa"]:
+        return sfp.build_method("proxyclip", **proxy)
+    return sfp.build_method("fsa", lam=hyper["lambda"], keep=hyper["keep"], **proxy)
+
+
+@pytest.mark.parametrize("name", cases("fsa/window"))
+def test_golden_fsa_window(name):
+    case = Case(name)
+    method = fsa_of(case)
+    trace = method.run(
+        case.clip.visual, case.image, text=text_of(case), guides=dict(dino=Playback(case))
+    )
+    similarity = trace.once(sfp.registry.bind(dict(type="guide_similarity", guide="dino")))
+    first = centred_softmax(similarity, case.hyper["gamma"], case.hyper["beta"])
+    check_rows(case, attn0=first[0])
+    if case.hyper["fsa"]:
+        last = case.clip.visual.blocks[-1]
+        heads = last.heads(trace.entering(11).only_patches())
+        p, u = (x[0] for x in fsa.first_looks(heads, trace, first, "dino"))
+        check_rows(case, first_logits=20 * p)
+        case.check("uniform_logits", 35 * u[0])
+        kl = fsa.divergence((20 * p - 35 * u).softmax(-1)[None])[0]
+        close = fsa.feedback_weights(1 / (1 + kl), case.hyper["lambda"], case.hyper["keep"])
+        check_rows(case, kl=kl, kept_count=(close > 0).sum(1), attn_new=close)
+    check_rows(case, z=method.readouts[0](trace).data[0])
+    read = method.read(trace)
+    check_rows(case, feats=read.data[0])
+    height, width = case.entry["image_hw"]
+    logits = torch.nn.functional.interpolate(
+        method.compare(read, trace), (height, width), mode="bilinear"
+    )
+    case.check("logits_s8", logits[0, :, ::8, ::8])
+
+
+@pytest.mark.parametrize("name", cases("fsa/e2e"))
+def test_golden_fsa(name):
+    case = Case(name)
+    check_end(case, *run_engine(case, fsa_of(case), Playback(case)))

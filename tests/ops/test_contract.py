@@ -104,6 +104,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(feedback=FEEDBACK, share=0.2, gain=1.0, std=2.0),
         ],
         "cosine_attention": [dict(concat=True)],
+        "word_feedback": [
+            GUIDED,
+            dict(GUIDED, lam=1.0, keep=0.9),
+            dict(GUIDED, gain=1.0, centre=1.0),
+        ],
         "region_scope": [
             dict(guide="colours"),
             dict(guide="bright", output=None, gain=2.0, eps=None),
@@ -148,6 +153,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "canvas": [{}, dict(floor=True)],
     },
     "reader": {
+        "proxy_anchors": [
+            dict(guide="colours", threshold=0.9, beta_share=1.0, gamma_share=5.0),
+            dict(guide="bright", rounds=0, row_mean=False),
+            dict(guide="colours", beta=1.2, gamma=3.0),
+        ],
         "region_tokens": [
             dict(guide="colours"),
             dict(guide="bright", output=None, eps=2.0),
@@ -588,7 +598,8 @@ def test_methods_compare_grids_not_token_counts(name, exact):
     ours, _ = method.features(exact.visual, image, **context)
     resampled = copy.deepcopy(exact.visual)
     table = resampled.positional_embedding
-    grid = method.positions(table[1:].unflatten(0, (8, 8)), (16, 4)).flatten(0, 1)
+    rule = method.positions or bind(dict(type="resample_positions"), "positions")
+    grid = rule(table[1:].unflatten(0, (8, 8)), (16, 4)).flatten(0, 1)
     resampled.positional_embedding = torch.nn.Parameter(torch.cat([table[:1], grid]), False)
     resampled.native_grid = (16, 4)
     expected, _ = method.features(resampled, image, **context)

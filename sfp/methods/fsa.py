@@ -1,0 +1,147 @@
+"""FSA: a second read of ProxyCLIP that uses what the first one sees (code by chi-chi-zx).
+
+Every patch has a distribution over the words, ProxyCLIP's against that of uniform attention. Patches
+whose distributions are close, by Kullback and Leibler, attend to each other, in ProxyCLIP's attention
+and beside it.
+
+The release runs ProxyCLIP's setting (windows of 336 pixels, stride 112, padded to multiples of 56). It
+fails on windows that are not square and holds the divergences of all classes at once; here one product
+gives them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.clip.blocks import weighted_values
+from sfp.functional.attention import centred_softmax
+from sfp.functional.precision import upcast
+from sfp.kinds import Affinity
+from sfp.methods.proxyclip import to_guide
+from sfp.registry import METHODS, op
+from sfp.tokens import Heads, Tokens
+from sfp.trace import Trace
+
+TINY = 1e-10  # below the logarithms, as in the release
+
+
+def divergence(probs: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of each row from each, (B, M, Q) -> (B, M, M).
+
+    sum_q p_iq (ln p_iq - ln p_jq), at least 0.
+    """
+    logs = (probs + TINY).log()
+    own = (probs * logs).sum(-1, keepdim=True)
+    return (own - probs @ logs.mT).clamp_min(0)
+
+
+def closest(similarity: Tensor, keep: float) -> Tensor:
+    """Which entries of each row carry the first part of its softmax, (..., M) bool.
+
+    Entries in descending order, as long as the running sum of the softmax of the whole row, their own
+    part included, is at most `keep`; the first always.
+    """
+    weights, order = similarity.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    kept = weights.cumsum(-1) <= keep
+    kept[..., 0] = True
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def feedback_weights(similarity: Tensor, lam: float, keep: float) -> Tensor:
+    """softmax(s * e^(lam * s)) over the `closest` of each row, (..., M)."""
+    sharp = similarity * (lam * similarity).exp()
+    return sharp.masked_fill(~closest(similarity, keep), -torch.inf).softmax(-1)
+
+
+@op("attention", words=True)
+def word_feedback(
+    heads: Heads,
+    trace: Trace,
+    *,
+    affinity: Affinity,
+    guide: str,
+    gain: float = 3.0,
+    centre: float = 1.2,
+    lam: float = 3.0,
+    keep: float = 0.45,
+    first_scale: float = 20.0,
+    uniform_scale: float = 35.0,
+) -> Tensor:
+    """ProxyCLIP's attention A, corrected by a first look at the words, (B, 1, M, T).
+
+    (a A + A a + a) / 3, where a holds patches whose distributions over the words are close. The readout
+    is that of `proxy_attention`, in the last block: no residual, no FFN, `layout=guide`.
+
+    Args:
+        affinity, guide, gain, centre: as in `proxy_attention`.
+        lam: how much closer patches weigh more (`feedback_weights`); 2.3 for ViT-H/14.
+        keep: share of a row's softmax that is kept.
+        first_scale: factor on the cosines of the first look.
+        uniform_scale: factor on those of uniform attention, which are taken off.
+    """
+    first = centred_softmax(trace.once(affinity), gain, centre)  # (B, M, M)
+    p, u = first_looks(heads, trace, first, guide)
+    probs = (first_scale * p - uniform_scale * u).softmax(-1)
+    close = feedback_weights(1 / (1 + divergence(probs)), lam, keep)
+    weights = (close @ first + first @ close + close) / 3
+    return F.pad(to_guide(weights, heads.grid, trace.guide(guide).grid), (heads.prefix, 0))[:, None]
+
+
+def first_looks(heads: Heads, trace: Trace, weights: Tensor, guide: str) -> tuple[Tensor, Tensor]:
+    """Cosines with the words of a guide's patches that attend by weights, and of all alike.
+
+    Args:
+        heads: of the last block, patches alone or with a prefix, which is left out.
+        trace: with the text features.
+        weights: (B, M, M).
+        guide: whose grid that is.
+
+    Returns:
+        (B, M, Q) and (B, 1, Q), at least float32.
+    """
+    values = heads.v[:, :, heads.prefix :]
+    uniform = torch.full_like(weights[:, :1], 1 / weights.shape[2])
+    looks = to_guide(torch.cat([weights, uniform], 1), heads.grid, trace.guide(guide).grid)
+    mixed = trace.vit.blocks[-1].attn.join(weighted_values(looks[:, None], values))
+    features = trace.vit.project(Tokens(mixed, (1, mixed.shape[1]), prefix=0))
+    unit = F.normalize(upcast(features.data), dim=-1)
+    cosines = unit @ trace.query_features().to(unit).T
+    return cosines[:, :-1], cosines[:, -1:]
+
+
+@METHODS.register_module()
+def fsa(
+    *,
+    guide: str = "dino",
+    beta: float = 1.2,
+    gamma: float = 3.0,
+    lam: float = 3.0,
+    keep: float = 0.45,
+    first_scale: float = 20.0,
+    uniform_scale: float = 35.0,
+) -> dict[str, Any]:
+    """Attention output of the last block alone, on the guide's grid. Needs a guide and the words.
+
+    Args:
+        guide: name of the guide, which the caller provides.
+        beta, gamma: as in `proxyclip`.
+        lam, keep, first_scale, uniform_scale: as in `word_feedback`.
+    """
+    rule = dict(
+        type="word_feedback",
+        affinity=dict(type="guide_similarity", guide=guide),
+        guide=guide,
+        gain=gamma,
+        centre=beta,
+        lam=lam,
+        keep=keep,
+        first_scale=first_scale,
+        uniform_scale=uniform_scale,
+    )
+    return dict(
+        readouts=[dict(keep_cls=False, attention=rule, residual=None, ffn=False, layout=guide)]
+    )

@@ -1,0 +1,156 @@
+"""GLA-CLIP: ProxyCLIP's attention over all windows of an image (code by 2btlFe).
+
+The patches of all windows are one list of keys. Each patch looks for its like through a proxy, the mean
+of what is similar to it, found anew in every round. How sharp a row is follows from how many patches
+its proxy stands for, and how much of the mean is taken off from the number of windows.
+
+The release runs OpenAI's B/16 with DINO ViT-B/8 on windows of 224 pixels (stride 112) padded to
+multiples of 56 (`pad_windows=56`). Its script names a threshold of 0.6, which the code does not get:
+0.55 is what runs. It takes square windows only, and holds all similarities at once; here rows go in
+chunks. Its other keys, ClearCLIP's queries, fail in the release and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.attention import CHUNK
+from sfp.functional.precision import upcast
+from sfp.methods.proxyclip import to_guide
+from sfp.registry import METHODS, op
+from sfp.tokens import Tokens
+from sfp.trace import Trace
+
+
+def proxies(keys: Tensor, threshold: float, rounds: int) -> tuple[Tensor, Tensor]:
+    """What each key looks with, and for how many keys it stands: (M, C) and (M,).
+
+    A proxy starts as the key itself. In each round it becomes the unit mean of the keys whose cosine
+    with it is larger than `threshold`, or its own key where there are none.
+
+    Args:
+        keys: unit rows, (M, C).
+        threshold: cosine.
+        rounds: how often; 0 leaves the keys, each for those that are like it.
+    """
+    found, counts = [], []
+    for start in range(0, len(keys), step := _rows(len(keys))):
+        own = keys[start : start + step]
+        proxy, similar = own, own @ keys.T > threshold
+        for _ in range(rounds):
+            similar = proxy @ keys.T > threshold
+            total = torch.where(similar.any(1, keepdim=True), similar.to(keys) @ keys, own)
+            proxy = F.normalize(total, dim=-1)
+        found.append(proxy)
+        counts.append(similar.sum(1).clamp_min(1))
+    return torch.cat(found), torch.cat(counts)
+
+
+def anchored_softmax(similarity: Tensor, mean: Tensor, beta: float, gamma: Tensor) -> Tensor:
+    """softmax(gamma * (a - beta * mean)) where that is not negative, rows (m, M).
+
+    A row that is negative everywhere keeps its largest entry alone.
+
+    Args:
+        similarity: a, (m, M).
+        mean: (m, 1) or a number.
+        beta: factor on the mean.
+        gamma: (m, 1), positive.
+    """
+    logits = (similarity - beta * mean) * gamma
+    least = logits.amax(1, keepdim=True).clamp_max(0)
+    return logits.masked_fill(logits < least, -torch.inf).softmax(-1)
+
+
+@op("reader", whole=True)
+def proxy_anchors(
+    trace: Trace,
+    *,
+    guide: str = "dino",
+    threshold: float = 0.55,
+    rounds: int = 2,
+    beta: float | None = None,
+    gamma: float | None = None,
+    beta_share: float = 0.3,
+    gamma_share: float = 30.0,
+    row_mean: bool = True,
+) -> Tokens:
+    """The last block's values, mixed over all windows of the image, on the guide's grid, (W, M, D).
+
+    Args:
+        guide: name of an external encoder, whose final patches are the keys.
+        threshold, rounds: of `proxies`; without rounds the keys look for themselves.
+        beta: factor on the mean; None is 1 + beta_share * ln(1 + W) of W windows.
+        gamma: inverse temperature; None is 1 + gamma_share / n of a proxy for n keys.
+        beta_share, gamma_share: as said.
+        row_mean: whether the mean is each row's, at least 0, or one of all pairs.
+    """
+    last = trace.vit.blocks[-1]
+    tokens = trace.entering(len(trace.vit.blocks) - 1).only_patches()
+    values = last.heads(tokens).v.transpose(1, 2).flatten(2)  # (W, N, D)
+    layout = trace.guide(guide)
+    windows = len(values)
+    keys = F.normalize(upcast(layout.patches), dim=-1).flatten(0, 1)  # (W * M, C)
+    beta = 1 + beta_share * math.log(1 + windows) if beta is None else beta
+    looks, counts = proxies(keys, threshold, rounds)
+    mean = looks.mean(0).dot(keys.mean(0))
+    mixed = []
+    for start in range(0, len(keys), step := _rows(len(keys))):
+        own = slice(start, start + step)
+        similarity = looks[own] @ keys.T
+        centre = similarity.mean(1, keepdim=True) if row_mean else mean
+        sharp = 1 + gamma_share / counts[own, None] if gamma is None else gamma
+        weights = anchored_softmax(similarity, centre.clamp_min(0), beta, torch.as_tensor(sharp))
+        weights = to_guide(weights.unflatten(1, (windows, -1)), tokens.grid, layout.grid)
+        mixed.append(weights.flatten(1).to(values) @ values.flatten(0, 1))
+    data = torch.cat(mixed).unflatten(0, (windows, -1))
+    return layout.with_data(last.attn.join(data))
+
+
+def _rows(length: int) -> int:
+    return max(CHUNK // length, 1)
+
+
+@METHODS.register_module()
+def gla_clip(
+    *,
+    guide: str = "dino",
+    threshold: float = 0.55,
+    rounds: int = 2,
+    beta: float | None = None,
+    gamma: float | None = None,
+    beta_share: float = 0.3,
+    gamma_share: float = 30.0,
+    row_mean: bool = True,
+) -> dict[str, Any]:
+    """Attention output of the last block alone, over the windows of the whole image; needs a guide.
+
+    Args:
+        guide: name of the guide, which the caller provides.
+        threshold: cosine above which keys belong to a proxy.
+        rounds: how often proxies are found anew; 0 for none, as ProxyCLIP.
+        beta: factor on the mean similarity; None follows the number of windows.
+        gamma: inverse temperature; None follows the number of keys of a proxy.
+        beta_share, gamma_share: how strongly they follow.
+        row_mean: whether the mean is each row's, or one of all pairs, as ProxyCLIP's.
+    """
+    return dict(
+        readouts=[
+            dict(
+                type="proxy_anchors",
+                guide=guide,
+                threshold=threshold,
+                rounds=rounds,
+                beta=beta,
+                gamma=gamma,
+                beta_share=beta_share,
+                gamma_share=gamma_share,
+                row_mean=row_mean,
+            )
+        ]
+    )

@@ -82,12 +82,12 @@ def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 def _start(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """k-means++: (count, D)."""
-    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    far = torch.full((len(points),), torch.inf, dtype=torch.float64)
+    chosen = [int(torch.randint(len(points), (1,), generator=generator, device="cpu"))]
+    far = torch.full((len(points),), torch.inf, dtype=torch.float64, device="cpu")
     for _ in range(1, count):
         far = torch.minimum(far, 1 - (points @ points[chosen[-1]]).double().cpu()).clamp_min(0)
         # drawn by hand: torch.multinomial refuses more than 2**24 weights
         sums = far.cumsum(0)
-        at = torch.rand(1, generator=generator, dtype=torch.float64) * sums[-1]
+        at = torch.rand(1, generator=generator, dtype=torch.float64, device="cpu") * sums[-1]
         chosen.append(min(int(torch.searchsorted(sums, at, right=True)), len(points) - 1))
     return points[chosen].clone()

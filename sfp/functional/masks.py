@@ -107,8 +107,8 @@ def vote_in_masks(
             return labels.scores[:, slab].flatten(1).float()  # type: ignore[index]
         return F.one_hot(labels.labels[slab].flatten(), classes).T.float()  # (K, rows * W)
 
-    areas = torch.zeros(count, dtype=torch.float64)
-    votes = torch.zeros(count, classes, dtype=torch.float64)
+    areas = torch.zeros(count, dtype=torch.float64, device="cpu")
+    votes = torch.zeros(count, classes, dtype=torch.float64, device="cpu")
     for slab in slabs:
         members = inside(slab).flatten(1).float()
         areas += members.sum(1).cpu()  # exact: a slab has less than 2**24 pixels

@@ -331,13 +331,13 @@ class WindowGrid:
             cells: rows and columns of a window.
 
         Returns:
-            Rows and columns in pixels, (windows * cells, 2) float64.
+            Rows and columns in pixels, (windows * cells, 2) float64, on the host.
         """
         sides = []
         for i, starts in enumerate((self.ys, self.xs)):
             cell = (self.window[i] + self.padding[i]) / cells[i]
-            centres = (torch.arange(cells[i], dtype=torch.float64) + 0.5) * cell
-            first = torch.tensor(starts, dtype=torch.float64) - self.padding[i] // 2
+            centres = (torch.arange(cells[i], dtype=torch.float64, device="cpu") + 0.5) * cell
+            first = torch.tensor(starts, dtype=torch.float64, device="cpu") - self.padding[i] // 2
             sides.append(first[:, None] + centres)  # (windows, cells)
         rows = sides[0][:, None, :, None].expand(-1, len(self.xs), -1, cells[1])
         columns = sides[1][None, :, None, :].expand(len(self.ys), -1, cells[0], -1)

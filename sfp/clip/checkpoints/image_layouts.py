@@ -128,7 +128,7 @@ def _finished(named: State) -> State:
         prefix = name.rpartition(".")[0].rpartition(".")[0] + "."
         if name.endswith(".attn.q.weight"):
             _pack(state, prefix)
-        elif name.endswith(".attn.q.bias") and f"{prefix}in_proj_weight" in state:
+        elif name.endswith(".attn.q.bias") and name in state and f"{prefix}q.weight" not in named:
             query, value = (
                 state.pop(f"{prefix}{part}.bias") for part in "qv"
             )  # EVA has none for k
@@ -141,14 +141,17 @@ def _finished(named: State) -> State:
             _fold_norm(state, prefix)
     for name in named:
         if match := re.fullmatch(r"(.*)\.ls_([12])", name):
-            target = "attn.out_proj" if match[2] == "1" else "mlp.c_proj"
-            scale = state.pop(name).float()
-            for kind in ("weight", "bias"):
-                key = f"{match[1]}.{target}.{kind}"
-                state[key] = (state[key].float().T * scale).T
+            _fold_scale(
+                state, name, f"{match[1]}.{'attn.out' if match[2] == '1' else 'mlp.c'}_proj"
+            )
     if "visual.pool.probe" in state:
         _project_query(state)
-    # tensors that other people write with leading dimensions of 1
+    _reshape(state)
+    return state
+
+
+def _reshape(state: State) -> None:
+    """What others write transposed, flattened or with leading dimensions of 1."""
     for theirs, ours in (("table", "positional"), ("registers", "register"), ("cls", "class")):
         if f"visual.{theirs}" in state:
             x = state.pop(f"visual.{theirs}")
@@ -162,7 +165,13 @@ def _finished(named: State) -> State:
         state["visual.proj"] = turned(state.pop("visual.head.weight"))
     if "visual.head.bias" in state:
         state["visual.proj_bias"] = state.pop("visual.head.bias")
-    return state
+
+
+def _fold_scale(state: State, name: str, target: str) -> None:
+    """A scale of a layer's channels, in the layer."""
+    scale = state.pop(name).float()
+    for kind in ("weight", "bias"):
+        state[f"{target}.{kind}"] = (state[f"{target}.{kind}"].float().T * scale).T
 
 
 def _pack(state: State, prefix: str) -> None:

@@ -7,7 +7,6 @@ import functools
 import pytest
 import tiny
 import torch
-import towers
 from torch import Tensor
 from towers import FAMILIES, Family
 

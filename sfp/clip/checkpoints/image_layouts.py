@@ -124,16 +124,12 @@ def _normalised(image: ImageConfig, config: Config) -> ImageConfig:
 def _finished(named: State) -> State:
     """Our tensors of those under our names, or under the names of the parts that they are made of."""
     state = dict(named)
+    apart = (re.match(r"(.*\.attn\.)[qkv]\.", name) for name in named)
+    for prefix in dict.fromkeys(match[1] for match in apart if match):
+        _pack(state, prefix)
     for name in named:
         prefix = name.rpartition(".")[0].rpartition(".")[0] + "."
-        if name.endswith(".attn.q.weight"):
-            _pack(state, prefix)
-        elif name.endswith(".attn.q.bias") and name in state and f"{prefix}q.weight" not in named:
-            query, value = (
-                state.pop(f"{prefix}{part}.bias") for part in "qv"
-            )  # EVA has none for k
-            state[f"{prefix}in_proj_bias"] = torch.cat([query, torch.zeros_like(query), value])
-        elif name.endswith(".mlp.gate.weight"):
+        if name.endswith(".mlp.gate.weight"):
             for kind in ("weight", "bias"):
                 halves = [state.pop(f"{prefix}{part}.{kind}") for part in ("gate", "value")]
                 state[f"{prefix}c_fc.{kind}"] = torch.cat(halves)
@@ -176,13 +172,17 @@ def _fold_scale(state: State, name: str, target: str) -> None:
 
 def _pack(state: State, prefix: str) -> None:
     """Queries, keys and values one above the other; EVA's keys have no bias."""
-    weights = {part: state.pop(f"{prefix}{part}.weight", None) for part in "qkv"}
-    biases = {part: state.pop(f"{prefix}{part}.bias", None) for part in "qkv"}
-    if biases["k"] is None and biases["q"] is not None:
-        biases["k"] = torch.zeros_like(biases["q"])
-    for kind, parts in (("weight", weights), ("bias", biases)):
-        given = {part: x for part, x in parts.items() if x is not None}
-        state[f"{prefix}in_proj_{kind}"] = packed(given, f"{prefix}in_proj_{kind}")
+    parts: dict[str, State] = dict(weight={}, bias={})
+    for kind, found in parts.items():
+        for part in "qkv":
+            if f"{prefix}{part}.{kind}" in state:
+                found[part] = state.pop(f"{prefix}{part}.{kind}")
+    if "q" in parts["bias"]:
+        parts["bias"].setdefault("k", torch.zeros_like(parts["bias"]["q"]))
+    for kind, found in parts.items():
+        target = f"{prefix}in_proj_{kind}"
+        if found or target not in state:  # EVA-01 has packed weights and single biases
+            state[target] = packed(found, target)
 
 
 def _fold_norm(state: State, prefix: str) -> None:

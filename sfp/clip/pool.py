@@ -32,13 +32,13 @@ class PoolConfig:
 
     Attributes:
         width: E, of queries, keys, values and of the result.
-        heads: number of attention heads.
+        heads: number of attention heads; None for as many as the blocks have.
         hidden: width of the MLP's hidden layer; None for no MLP (CoCa).
         norm: whether the result is normalised at the end (CoCa).
     """
 
     width: int
-    heads: int
+    heads: int | None = None
     hidden: int | None = None
     norm: bool = False
 
@@ -52,15 +52,18 @@ class AttentionPool(nn.Module):
     Args:
         config: sizes.
         width: token width D.
+        heads: number of attention heads.
         activation: of the MLP, a key of `ACTIVATIONS`.
         eps: of the norms.
     """
 
-    def __init__(self, config: PoolConfig, width: int, activation: str, eps: float) -> None:
+    def __init__(
+        self, config: PoolConfig, width: int, heads: int, activation: str, eps: float
+    ) -> None:
         super().__init__()
-        if config.width % config.heads:
-            raise ValueError(f"{config.heads} heads do not fill a pool of width {config.width}")
-        self.width, self.num_heads = config.width, config.heads
+        if config.width % heads:
+            raise ValueError(f"{heads} heads do not fill a pool of width {config.width}")
+        self.width, self.num_heads = config.width, heads
         self.query = drawn(config.width, std=1.0)
         self.in_proj_weight = drawn(2 * config.width, width, std=width**-0.5)  # keys, then values
         self.in_proj_bias = nn.Parameter(torch.zeros(2 * config.width))

@@ -139,7 +139,8 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width, config.eps) if config.ln_post else nn.Identity()
         self.pool = None
         if isinstance(config.pool, PoolConfig):
-            self.pool = AttentionPool(config.pool, width, config.activation, config.eps)
+            heads = config.pool.heads or width // config.head_width
+            self.pool = AttentionPool(config.pool, width, heads, config.activation, config.eps)
             width = config.pool.width
         self.proj = drawn(width, config.embed_dim, std=width**-0.5) if config.proj else None
         self.proj_bias = nn.Parameter(torch.zeros(config.embed_dim)) if config.proj_bias else None

@@ -325,15 +325,6 @@ def test_transformers_configurations_that_are_refused(tmp_path, change, message)
 # -- what is refused -----------------------------------------------------------------------------
 
 
-def siglip_state() -> dict[str, Tensor]:
-    from transformers import SiglipConfig, SiglipModel
-
-    tower = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    vision = dict(tower, image_size=16, patch_size=8)
-    text = dict(tower, vocab_size=20, max_position_embeddings=8)
-    return SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).state_dict()
-
-
 def open_clip_with(*names: str) -> dict[str, Tensor]:
     return open_clip_state() | {name: torch.ones(2) for name in names}
 
@@ -344,11 +335,11 @@ def without(state: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
 
 BLOCK = "visual.transformer.resblocks.0"
 REFUSED = [
-    (siglip_state, r"SigLIP .*no class token.*SentencePiece.*found vision_model\.head\."),
-    (lambda: open_clip_with("visual.trunk.attn_pool.latent"), "SigLIP"),
-    (lambda: open_clip_with("visual.trunk.blocks.0.norm1.weight"), "image tower is timm's"),
-    (lambda: open_clip_with("text_decoder.ln_final.weight"), "CoCa"),
-    (lambda: open_clip_with("visual.attn_pool.query"), "CoCa"),
+    (lambda: open_clip_with("visual.trunk.stages.0.blocks.0.norm.weight"), "convolutional"),
+    (lambda: open_clip_with("visual.trunk.patch_embed.backbone.stem.conv1.weight"), "ViTamin"),
+    (lambda: open_clip_with("visual.trunk.attn_pool.latent"), "tensors do not fit each other"),
+    (lambda: open_clip_with("visual.trunk.blocks.0.norm1.weight"), "two tensors for visual"),
+    (lambda: open_clip_with("visual.attn_pool.query"), "tensors do not fit each other"),
     (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "text tower is trans"),
     (lambda: open_clip_with("text.cls_emb"), "class token"),
     (lambda: open_clip_with(f"{BLOCK}.ls_1.gamma"), "layer scale"),
@@ -356,7 +347,6 @@ REFUSED = [
     (lambda: open_clip_with("visual.layer1.0.conv1.weight"), "ResNet CLIP"),
     (lambda: open_clip_with("text.ln_final.weight"), "two text towers"),
     (lambda: open_clip_with("text_projection.bias"), "unexpected text_projection.bias"),
-    (lambda: without(open_clip_state(), "visual.ln_pre"), "CLIPA"),
     (
         lambda: without(transformers_clip().state_dict(), "text_model."),
         r"text_model\.\* is missing",

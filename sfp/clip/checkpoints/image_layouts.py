@@ -1,42 +1,81 @@
-"""Image towers as different people write them, under the names and with the switches of ours."""
+"""Image towers as different people write them, under the names and with the switches of ours.
+
+A layout is a table of names, and a function that reads sizes and switches off names, shapes and the
+configuration beside the weights. Three things are worked out and not only renamed, because they are
+constants of a frozen model: scales of whole layers go into the weights that they follow, batch norms
+into the convolutions before them, and the projection of a pool's learned query into the query.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sfp.clip.blocks import HEAD_WIDTH
-from sfp.clip.checkpoints.published import HEAD_WIDTHS, LayoutError
-from sfp.clip.checkpoints.renaming import (
-    BLOCKS,
-    count_blocks,
-    from_transformers,
-    hidden_width,
-    shape_of,
-    turned,
-)
+from sfp.clip.checkpoints.published import HALF, HEAD_WIDTHS, LayoutError
+from sfp.clip.checkpoints.renaming import BLOCKS, count_blocks, packed, shape_of, turned
+from sfp.clip.pool import PoolConfig
+from sfp.clip.rope import RopeConfig
 from sfp.clip.vit import ImageConfig
+from sfp.functional.grid import resample_positions
+from sfp.registry import Op
 
 PREFIXES = ("visual.", "vision_model.", "visual_projection.")  # of an image tower's tensors
+SIGLIP_HEADS = {1152: 72, 1536: 96}  # width of heads by width of tokens; 64 else
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NOTHING, ALL = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
-_TRANSFORMERS = {
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",  # their spelling
-    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
-    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
-    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
-    "visual_projection.weight": "visual.proj",
-}
+State = dict[str, Tensor]
+Config = Mapping[str, Any]
+
+
+def _resampled(mode: str, antialias: bool) -> Op:
+    return Op(resample_positions, (("offset", 0.0), ("mode", mode), ("antialias", antialias)))
+
+
+EXACT_BICUBIC = _resampled("bicubic", False)  # transformers
+SMOOTH_BICUBIC = _resampled("bicubic", True)  # timm
+BILINEAR = _resampled("bilinear", False)  # Perception Encoder
+SMOOTH_BILINEAR = _resampled("bilinear", True)  # TIPSv2, NaFlex
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who writes an image tower how.
+
+    Attributes:
+        sign: pattern of the beginning of a name that no later layout has.
+        names: pairs of patterns and replacements; the first that fits a name counts. Nothing as a
+            replacement leaves the tensor out.
+        config: sizes and switches of the tensors under our names, given the configuration too; and
+            whether these tell all that changes features.
+        flat: whether the tensor of that name is a matrix.
+    """
+
+    sign: str
+    names: tuple[tuple[str, str], ...]
+    config: Callable[[State, Config], tuple[ImageConfig, bool]]
+    flat: bool = False
+
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a state dict looks so."""
+        return any(
+            re.match(self.sign, name) and (not self.flat or value.ndim == 2)
+            for name, value in state.items()
+        )
 
 
 def read(
-    state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Tensor], ImageConfig]:
-    """An image tower's tensors under our names, and its sizes.
+    state: Mapping[str, Tensor], config: Config | None = None
+) -> tuple[State, ImageConfig, bool]:
+    """An image tower's tensors under our names, its sizes and switches, and whether all is settled.
 
     Args:
         state: tensors whose names begin with one of `PREFIXES`.
@@ -45,32 +84,510 @@ def read(
     Raises:
         LayoutError: if sizes cannot be read off; the message says of what.
     """
-    if any(name.startswith("vision_model.") for name in state):
-        named = from_transformers(state, _TRANSFORMERS, "vision_model.", "visual.")
-        named["visual.proj"] = turned(named["visual.proj"])
-    else:
-        named = dict(state)
-    return named, _plain(named)
-
-
-def _plain(state: Mapping[str, Tensor]) -> ImageConfig:
-    """The sizes of OpenAI's tower."""
-    if not any(name.startswith("visual.ln_pre.") for name in state):
+    layout = next((x for x in LAYOUTS if x.fits(state)), LAYOUTS[-1])
+    try:
+        finished = _finished(_renamed(state, layout.names))
+        image, settled = layout.config(finished, config or {})
+        return finished, _normalised(image, config or {}), settled
+    except LayoutError:
+        raise
+    except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise LayoutError(
-            "this CLIP has no visual.ln_pre, as CLIPA, whose image tower averages its patches and "
-            "whose text tower has another tokenizer"
-        )
-    width, _, _, patch = shape_of(state, "visual.conv1.weight", 4)
+            f"the image tower's tensors do not fit each other: {type(error).__name__}: {error}"
+        ) from None
+
+
+def _renamed(state: Mapping[str, Tensor], names: tuple[tuple[str, str], ...]) -> State:
+    named: State = {}
+    for name, value in state.items():
+        matches = ((re.fullmatch(pattern, name), new) for pattern, new in names)
+        ours = next((match.expand(new) for match, new in matches if match), name)
+        if ours in named:
+            raise LayoutError(f"two tensors for {ours}, one of them {name}")
+        if ours:
+            named[ours] = value
+    return named
+
+
+def _normalised(image: ImageConfig, config: Config) -> ImageConfig:
+    """With the normalisation that open_clip's configuration states."""
+    stated = config.get("preprocess_cfg")
+    if not isinstance(stated, Mapping):
+        return image
+    mean, std = (tuple(map(float, stated.get(k, getattr(image, k)))) for k in ("mean", "std"))
+    return replace(image, mean=mean, std=std)  # type: ignore[arg-type]
+
+
+# -- what is worked out ----------------------------------------------------------------------------
+
+
+def _finished(named: State) -> State:
+    """Our tensors of those under our names, or under the names of the parts that they are made of."""
+    state = dict(named)
+    apart = (re.match(r"(.*\.attn\.)[qkv]\.", name) for name in named)
+    for prefix in dict.fromkeys(match[1] for match in apart if match):
+        _pack(state, prefix)
+    for name in named:
+        prefix = name.rpartition(".")[0].rpartition(".")[0] + "."
+        if name.endswith(".mlp.gate.weight"):
+            for kind in ("weight", "bias"):
+                halves = [state.pop(f"{prefix}{part}.{kind}") for part in ("gate", "value")]
+                state[f"{prefix}c_fc.{kind}"] = torch.cat(halves)
+        elif name.endswith(".bn.weight"):
+            _fold_norm(state, prefix)
+    for name in named:
+        if match := re.fullmatch(r"(.*)\.ls_([12])", name):
+            _fold_scale(
+                state, name, f"{match[1]}.{'attn.out' if match[2] == '1' else 'mlp.c'}_proj"
+            )
+    if "visual.pool.probe" in state:
+        _project_query(state)
+    _reshape(state)
+    return state
+
+
+def _reshape(state: State) -> None:
+    """What others write transposed, flattened or with leading dimensions of 1."""
+    for theirs, ours in (("table", "positional"), ("registers", "register"), ("cls", "class")):
+        if f"visual.{theirs}" in state:
+            x = state.pop(f"visual.{theirs}")
+            x = x.reshape(-1, x.shape[-1])
+            state[f"visual.{ours}_embedding"] = x[0] if theirs == "cls" else x
+    kernel = state.get("visual.conv1.weight")
+    if kernel is not None and kernel.ndim == 2:  # of flattened patches: row, column, channel
+        side = math.isqrt(kernel.shape[1] // 3)
+        state["visual.conv1.weight"] = kernel.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+    if "visual.head.weight" in state:
+        state["visual.proj"] = turned(state.pop("visual.head.weight"))
+    if "visual.head.bias" in state:
+        state["visual.proj_bias"] = state.pop("visual.head.bias")
+
+
+def _fold_scale(state: State, name: str, target: str) -> None:
+    """A scale of a layer's channels, in the layer."""
+    scale = state.pop(name).float()
+    for kind in ("weight", "bias"):
+        state[f"{target}.{kind}"] = (state[f"{target}.{kind}"].float().T * scale).T
+
+
+def _pack(state: State, prefix: str) -> None:
+    """Queries, keys and values one above the other; EVA's keys have no bias."""
+    parts: dict[str, State] = dict(weight={}, bias={})
+    for kind, found in parts.items():
+        for part in "qkv":
+            if f"{prefix}{part}.{kind}" in state:
+                found[part] = state.pop(f"{prefix}{part}.{kind}")
+    if "q" in parts["bias"]:
+        parts["bias"].setdefault("k", torch.zeros_like(parts["bias"]["q"]))
+    for kind, found in parts.items():
+        target = f"{prefix}in_proj_{kind}"
+        if found or target not in state:  # EVA-01 has packed weights and single biases
+            state[target] = packed(found, target)
+
+
+def _fold_norm(state: State, prefix: str) -> None:
+    """A batch norm after a convolution without bias, in the convolution."""
+    weight, bias, mean, variance = (
+        state.pop(f"{prefix}bn.{part}").double()
+        for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    state.pop(f"{prefix}bn.num_batches_tracked", None)
+    scale = weight / (variance + 1e-5).sqrt()
+    kernel = state[f"{prefix}weight"].double()
+    state[f"{prefix}weight"] = (kernel * scale[:, None, None, None]).float()
+    state[f"{prefix}bias"] = (bias - mean * scale).float()
+
+
+def _project_query(state: State) -> None:
+    """The first of a pool's learned queries as its projection leaves it; keys and values alone."""
+    pool = "visual.pool."
+    probe = state.pop(f"{pool}probe")
+    probe = probe.reshape(-1, probe.shape[-1])[0].double()
+    if f"{pool}ln_q.weight" in state:  # CoCa
+        weight, bias = (state.pop(f"{pool}ln_q.{kind}").double() for kind in ("weight", "bias"))
+        probe = F.layer_norm(probe, probe.shape, weight, bias)
+    if f"{pool}q.weight" not in state:
+        _split_pool(state)
+    weight, bias = (state.pop(f"{pool}q.{kind}").double() for kind in ("weight", "bias"))
+    state[f"{pool}query"] = (weight @ probe + bias).float()
+    for kind in ("weight", "bias"):
+        state[f"{pool}in_proj_{kind}"] = state.pop(f"{pool}kv.{kind}")
+
+
+def _split_pool(state: State) -> None:
+    """The parts of PyTorch's multi-head attention: queries, and keys with values."""
+    pool = "visual.pool."
+    bias = state.pop(f"{pool}in_proj_bias")
+    width = len(bias) // 3
+    state[f"{pool}q.bias"], state[f"{pool}kv.bias"] = bias[:width], bias[width:]
+    if f"{pool}in_proj_weight" in state:
+        weight = state.pop(f"{pool}in_proj_weight")
+        state[f"{pool}q.weight"], state[f"{pool}kv.weight"] = weight[:width], weight[width:]
+    else:  # tokens of another width than the pool
+        query, key, value = (state.pop(f"{pool}{part}_proj_weight") for part in "qkv")
+        state[f"{pool}q.weight"], state[f"{pool}kv.weight"] = query, torch.cat([key, value])
+
+
+# -- what is read off ------------------------------------------------------------------------------
+
+
+def _sizes(
+    state: State, *, head_widths: Mapping[int, int] = HEAD_WIDTHS, **given: Any
+) -> dict[str, Any]:
+    """What shapes and names tell of any tower, as arguments of `ImageConfig`, beside those `given`.
+
+    Args:
+        state: under our names.
+        head_widths: by the width of tokens; 64 where nothing is said.
+    """
+    width, _, _, kernel = shape_of(state, "visual.conv1.weight", 4)
     rows = shape_of(state, "visual.positional_embedding", 2)[0]
-    side = round((rows - 1) ** 0.5)
-    if side * side + 1 != rows:
-        raise LayoutError(f"position table of {rows} rows: expected a square grid plus CLS")
-    return ImageConfig(
+    prefix = int("visual.class_embedding" in state)
+    prefix += len(state.get("visual.register_embedding", ()))
+    table_prefix = prefix > 0 and math.isqrt(rows) ** 2 != rows  # no two squares are neighbours
+    side = math.isqrt(rows - table_prefix)
+    if side * side + table_prefix != rows or not side:
+        raise LayoutError(
+            f"position table of {rows} rows: expected a square grid{' plus CLS' if prefix else ''}"
+        )
+    patch = kernel * math.prod(stride for _, stride in given.get("stem", ()))
+    first = f"visual.{BLOCKS}0."
+    proj = state.get("visual.proj")
+    pool = given.get("pool")
+    embed_dim = pool.width if isinstance(pool, PoolConfig) else width
+    if proj is not None:
+        embed_dim = shape_of(state, "visual.proj", 2)[1]
+    hidden = state.get(f"{first}mlp.c_proj.weight")
+    return given | dict(
         image_size=side * patch,
         patch=patch,
         width=width,
         layers=count_blocks(state, f"visual.{BLOCKS}"),
-        embed_dim=shape_of(state, "visual.proj", 2)[1],
-        head_width=HEAD_WIDTHS.get(width, HEAD_WIDTH),
-        hidden=hidden_width(state, "visual."),
+        embed_dim=embed_dim,
+        head_width=head_widths.get(width, HEAD_WIDTH),
+        hidden=hidden.shape[1] if hidden is not None and hidden.ndim == 2 else None,
+        conv_bias="visual.conv1.bias" in state,
+        prefix=prefix,
+        table_prefix=table_prefix,
+        ln_pre="visual.ln_pre.weight" in state,
+        inner_norms=f"{first}attn.norm.weight" in state,
+        ln_post="visual.ln_post.weight" in state,
+        proj=proj is not None,
+        proj_bias="visual.proj_bias" in state,
     )
+
+
+def _pool(state: State, heads: int | None = None) -> PoolConfig:
+    """The sizes of an attention pool."""
+    hidden = state.get("visual.pool.mlp.c_fc.weight")
+    return PoolConfig(
+        width=len(state["visual.pool.query"]),
+        heads=heads,
+        hidden=None if hidden is None else hidden.shape[0],
+        norm="visual.pool.norm.weight" in state,
+    )
+
+
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}  # transformers' names
+_NAMED_AT_HOME = ("clip", "clip_vision_model", "", None)
+
+
+def _vision(config: Config, width: int) -> dict[str, Any]:
+    """What transformers' configuration says of an image tower, as far as it says it."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        return {}
+    said: dict[str, Any] = {}
+    if heads := vision.get("num_attention_heads"):
+        said["head_width"] = width // int(heads)
+    if name := vision.get("hidden_act"):
+        said["activation"] = _ACTIVATIONS.get(name, name)
+    if eps := vision.get("layer_norm_eps"):
+        said["eps"] = float(eps)
+    return said
+
+
+def _plain(state: State, config: Config) -> tuple[ImageConfig, bool]:
+    """OpenAI's tower, in its own layout and open_clip's; CLIPA, which has no norm before the blocks."""
+    if "visual.proj" not in state:
+        raise LayoutError("not a CLIP state dict: visual.proj is missing")
+    if "visual.ln_pre.weight" in state or "visual.ln_pre.bias" in state:
+        return ImageConfig(**_sizes(state)), False
+    sizes = _sizes(
+        state,
+        activation="gelu",
+        pool="mean",
+        positions=SMOOTH_BICUBIC,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+    return ImageConfig(**sizes), True
+
+
+def _transformers_clip(state: State, config: Config) -> tuple[ImageConfig, bool]:
+    """`CLIPModel`, and the models that have its image tower beside another text tower."""
+    sizes = _sizes(state)
+    if config.get("model_type") in _NAMED_AT_HOME:
+        return ImageConfig(**sizes), False
+    return ImageConfig(**sizes | _vision(config, sizes["width"])), True
+
+
+def _transformers_siglip(state: State, config: Config) -> tuple[ImageConfig, bool]:
+    """`SiglipModel`, which holds SigLIP 2 of fixed sizes too."""
+    return _siglip(state, config, "gelu_tanh", EXACT_BICUBIC), True
+
+
+def _naflex(state: State, config: Config) -> tuple[ImageConfig, bool]:
+    """`Siglip2Model` and timm's NaFlex towers, which take images of any shape."""
+    return _siglip(state, config, "gelu_tanh", SMOOTH_BILINEAR), True
+
+
+def _siglip(state: State, config: Config, activation: str, positions: Op) -> ImageConfig:
+    sizes = _sizes(
+        state,
+        head_widths=SIGLIP_HEADS,
+        activation=activation,
+        eps=1e-6,
+        pool=_pool(state),
+        positions=positions,
+        mean=HALF,
+        std=HALF,
+    )
+    return ImageConfig(**sizes | _vision(config, sizes["width"]))
+
+
+def _tipsv2(state: State, config: Config) -> tuple[ImageConfig, bool]:
+    """`Tipsv2Model`, whose class token has seen captions of the web, its register synthetic ones."""
+    gated = f"visual.{BLOCKS}0.mlp.c_fc.weight" in state and _is_gated(state)
+    sizes = _sizes(
+        state,
+        head_widths={1152: 72},
+        activation="gelu",
+        eps=1e-6,
+        positions=SMOOTH_BILINEAR,
+        mean=NOTHING,
+        std=ALL,
+    )
+    sizes |= _vision(config, sizes["width"])
+    return ImageConfig(**sizes | (dict(activation="swiglu") if gated else {})), True
+
+
+def _timm(state: State, config: Config) -> tuple[ImageConfig, bool]:
+    """open_clip's models whose image tower is timm's: SigLIP, PE, EVA, MobileCLIP, BiomedCLIP."""
+    if "visual.pool.query" in state and "visual.ln_pre.weight" not in state:
+        return _timm_siglip(state, config), True  # PE has a norm there
+    said = _open_clip_vision(config)
+    before = "visual.ln_pre.weight" in state
+    sizes = _sizes(
+        state,
+        head_widths={1536: 96},
+        activation="swiglu" if _is_gated(state) else "gelu",
+        eps=1e-5 if before else 1e-6,
+        positions=SMOOTH_BICUBIC,
+        stem=_stem(state),
+    )
+    if sizes["width"] == 1792:
+        raise LayoutError(
+            "this is an EVA02-E, whose blocks normalise what their parts put out and not what they "
+            "take in; only blocks of the usual kind run here"
+        )
+    if "quickgelu" in said:
+        sizes["activation"] = "quick_gelu"
+    if sizes["inner_norms"]:
+        sizes["rope"] = RopeConfig("yx", side=16)
+    elif "visual.pool.query" in state:
+        side = sizes["image_size"] // sizes["patch"]
+        rope = RopeConfig("xy", side, first=sizes["prefix"], rescale=False)
+        sizes |= dict(rope=rope, pool=_pool(state, heads=8), mean=HALF, std=HALF)
+    elif sizes["stem"]:
+        sizes |= dict(mean=NOTHING, std=ALL)
+    return ImageConfig(**sizes), True
+
+
+def _timm_siglip(state: State, config: Config) -> ImageConfig:
+    """Timm has the exact GELU in some sizes, unlike transformers and the publisher."""
+    sizes = _siglip(state, config, "gelu", SMOOTH_BICUBIC)
+    side = sizes.image_size // sizes.patch
+    tanh = (
+        sizes.patch == 32
+        or (sizes.width, sizes.patch) in ((1152, 16), (1536, 16))
+        or (sizes.width, sizes.patch, side) == (1024, 16, 32)
+    )
+    return replace(sizes, activation="gelu_tanh" if tanh else "gelu")
+
+
+def _perception(state: State, config: Config) -> tuple[ImageConfig, bool]:
+    """The Perception Encoder as its publisher writes it."""
+    sizes = _sizes(
+        state,
+        head_widths={1536: 96},
+        activation="gelu",
+        pool=_pool(state, heads=8),
+        positions=BILINEAR,
+        mean=HALF,
+        std=HALF,
+    )
+    side = sizes["image_size"] // sizes["patch"]
+    rope = RopeConfig("xy", side, first=sizes["prefix"], rescale=False)
+    return ImageConfig(**sizes, rope=rope), True
+
+
+def _coca(state: State, config: Config) -> tuple[ImageConfig, bool]:
+    """CoCa, whose joint space the first of 256 queries leads into."""
+    sizes = _sizes(state, activation="gelu", pool=_pool(state, heads=8), positions=SMOOTH_BICUBIC)
+    return ImageConfig(**sizes), True
+
+
+def _open_clip_vision(config: Config) -> str:
+    """The name of timm's model in open_clip's configuration, or nothing."""
+    model = config.get("model_cfg")
+    vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
+    return str(vision.get("timm_model_name", "")) if isinstance(vision, Mapping) else ""
+
+
+def _is_gated(state: State) -> bool:
+    """Whether MLPs are SwiGLUs: their first layer gives twice what their second takes."""
+    first, second = (
+        state.get(f"visual.{BLOCKS}0.mlp.{part}.weight") for part in ("c_fc", "c_proj")
+    )
+    return first is not None and second is not None and first.shape[0] == 2 * second.shape[1]
+
+
+def _stem(state: State) -> tuple[tuple[int, int], ...]:
+    """Widths and strides of the convolutions before the patch embedding."""
+    stem = [state[k] for k in sorted(state) if re.fullmatch(r"visual\.stem\.\d\.weight", k)]
+    return tuple((x.shape[0], x.shape[-1]) for x in stem)
+
+
+# -- layouts ---------------------------------------------------------------------------------------
+
+_BLOCK = f"visual.{BLOCKS}"
+_KIND = r"(weight|bias)"
+
+
+def _transformers_blocks(
+    layer: str, norm: str, attention: str, out: str
+) -> tuple[tuple[str, str], ...]:
+    """The names of a block in transformers' towers."""
+    at = rf"vision_model\.encoder\.{layer}\.(\d+)\."
+    return (
+        (rf"{at}{norm}([12])\.{_KIND}", rf"{_BLOCK}\1.ln_\2.\3"),
+        (rf"{at}{attention}\.([qkv])_proj\.{_KIND}", rf"{_BLOCK}\1.attn.\2.\3"),
+        (rf"{at}{attention}\.{out}\.{_KIND}", rf"{_BLOCK}\1.attn.out_proj.\2"),
+        (rf"{at}mlp\.fc1\.{_KIND}", rf"{_BLOCK}\1.mlp.c_fc.\2"),
+        (rf"{at}mlp\.(?:fc2|down_proj)\.{_KIND}", rf"{_BLOCK}\1.mlp.c_proj.\2"),
+        (rf"{at}mlp\.gate_proj\.{_KIND}", rf"{_BLOCK}\1.mlp.gate.\2"),
+        (rf"{at}mlp\.up_proj\.{_KIND}", rf"{_BLOCK}\1.mlp.value.\2"),
+        (rf"{at}layer_scale([12])\.lambda1", rf"{_BLOCK}\1.ls_\2"),
+    )
+
+
+_BLOCKS = _transformers_blocks("layers", "layer_norm", "self_attn", "out_proj")
+_EMBEDDINGS = r"vision_model\.embeddings\."
+_SHARED = (
+    *_BLOCKS,
+    (rf"{_EMBEDDINGS}patch_embedding\.{_KIND}", r"visual.conv1.\1"),
+    (rf"{_EMBEDDINGS}position_embedding\.weight", "visual.positional_embedding"),
+    (rf"{_EMBEDDINGS}position_ids", ""),  # 0, 1, 2, ... in older files
+    (rf"vision_model\.post_layernorm\.{_KIND}", r"visual.ln_post.\1"),
+)
+_HEAD = r"vision_model\.head\."
+_SIGLIP = (
+    *_SHARED,
+    (rf"{_HEAD}probe", "visual.pool.probe"),
+    (rf"{_HEAD}attention\.in_proj_{_KIND}", r"visual.pool.in_proj_\1"),
+    (rf"{_HEAD}attention\.out_proj\.{_KIND}", r"visual.pool.out_proj.\1"),
+    (rf"{_HEAD}layernorm\.{_KIND}", r"visual.pool.ln.\1"),
+    (rf"{_HEAD}mlp\.fc1\.{_KIND}", r"visual.pool.mlp.c_fc.\1"),
+    (rf"{_HEAD}mlp\.fc2\.{_KIND}", r"visual.pool.mlp.c_proj.\1"),
+)
+_TRUNK = r"visual\.trunk\."
+_AT = rf"{_TRUNK}blocks\.(\d+)\."
+_TIMM = (
+    (rf"{_AT}norm([12])\.{_KIND}", rf"{_BLOCK}\1.ln_\2.\3"),
+    (rf"{_AT}attn\.qkv\.{_KIND}", rf"{_BLOCK}\1.attn.in_proj_\2"),
+    (rf"{_AT}attn\.([qkv])_proj\.{_KIND}", rf"{_BLOCK}\1.attn.\2.\3"),
+    (rf"{_AT}attn\.([qv])_bias", rf"{_BLOCK}\1.attn.\2.bias"),
+    (rf"{_AT}attn\.proj\.{_KIND}", rf"{_BLOCK}\1.attn.out_proj.\2"),
+    (rf"{_AT}attn\.norm\.{_KIND}", rf"{_BLOCK}\1.attn.norm.\2"),
+    (rf"{_AT}(?:gamma_|ls)([12])(?:\.gamma)?", rf"{_BLOCK}\1.ls_\2"),
+    (rf"{_AT}mlp\.fc1\.{_KIND}", rf"{_BLOCK}\1.mlp.c_fc.\2"),
+    (rf"{_AT}mlp\.fc1_g\.{_KIND}", rf"{_BLOCK}\1.mlp.gate.\2"),
+    (rf"{_AT}mlp\.fc1_x\.{_KIND}", rf"{_BLOCK}\1.mlp.value.\2"),
+    (rf"{_AT}mlp\.fc2\.{_KIND}", rf"{_BLOCK}\1.mlp.c_proj.\2"),
+    (rf"{_AT}mlp\.norm\.{_KIND}", rf"{_BLOCK}\1.mlp.norm.\2"),
+    (rf"{_TRUNK}patch_embed\.proj\.{_KIND}", r"visual.conv1.\1"),
+    (rf"{_TRUNK}patch_embed\.backbone\.([01])\.conv\.weight", r"visual.stem.\1.weight"),
+    (rf"{_TRUNK}patch_embed\.backbone\.([01])\.bn\.(\w+)", r"visual.stem.\1.bn.\2"),
+    (rf"{_TRUNK}patch_embed\.backbone\.2\.conv\.{_KIND}", r"visual.conv1.\1"),
+    (rf"{_TRUNK}embeds\.proj\.{_KIND}", r"visual.conv1.\1"),
+    (rf"{_TRUNK}(?:embeds\.)?pos_embed", "visual.table"),
+    (rf"{_TRUNK}(?:embeds\.)?cls_token", "visual.cls"),
+    (rf"{_TRUNK}(?:embeds\.)?reg_token", "visual.registers"),
+    (rf"{_TRUNK}norm_pre\.{_KIND}", r"visual.ln_pre.\1"),
+    (rf"{_TRUNK}norm\.{_KIND}", r"visual.ln_post.\1"),
+    (rf"{_TRUNK}attn_pool\.latent", "visual.pool.probe"),
+    (rf"{_TRUNK}attn_pool\.(q|kv)\.{_KIND}", r"visual.pool.\1.\2"),
+    (rf"{_TRUNK}attn_pool\.proj\.{_KIND}", r"visual.pool.out_proj.\1"),
+    (rf"{_TRUNK}attn_pool\.norm\.{_KIND}", r"visual.pool.ln.\1"),
+    (rf"{_TRUNK}attn_pool\.mlp\.fc1\.{_KIND}", r"visual.pool.mlp.c_fc.\1"),
+    (rf"{_TRUNK}attn_pool\.mlp\.fc2\.{_KIND}", r"visual.pool.mlp.c_proj.\1"),
+    (rf"{_TRUNK}head\.{_KIND}", r"visual.head.\1"),
+    (r"visual\.head\.proj\.weight", "visual.head.weight"),
+)
+
+LAYOUTS = (
+    Layout(
+        rf"{_EMBEDDINGS}cls_token",
+        (
+            *_transformers_blocks("layer", "norm", "attention", "o_proj"),
+            (rf"{_EMBEDDINGS}cls_token", "visual.cls"),
+            (rf"{_EMBEDDINGS}register_tokens", "visual.registers"),
+            (rf"{_EMBEDDINGS}mask_token", ""),  # of the training
+            (rf"{_EMBEDDINGS}position_embeddings", "visual.table"),
+            (rf"{_EMBEDDINGS}patch_embeddings\.projection\.{_KIND}", r"visual.conv1.\1"),
+            (rf"vision_model\.layernorm\.{_KIND}", r"visual.ln_post.\1"),
+        ),
+        _tipsv2,
+    ),
+    Layout(rf"{_EMBEDDINGS}patch_embedding\.weight", _SIGLIP, _naflex, flat=True),
+    Layout(_HEAD, _SIGLIP, _transformers_siglip),
+    Layout(
+        r"vision_model\.",
+        (
+            *_SHARED,
+            (rf"{_EMBEDDINGS}class_embedding", "visual.class_embedding"),
+            (rf"vision_model\.pre_layrnorm\.{_KIND}", r"visual.ln_pre.\1"),  # their spelling
+            (r"visual_projection\.weight", "visual.head.weight"),
+        ),
+        _transformers_clip,
+    ),
+    Layout(rf"{_TRUNK}embeds\.proj\.weight", _TIMM, _naflex, flat=True),
+    Layout(_TRUNK, _TIMM, _timm),
+    Layout(
+        r"visual\.attn_pool\.probe",
+        (
+            (r"visual\.attn_pool\.probe", "visual.pool.probe"),
+            (rf"visual\.attn_pool\.attn\.in_proj_{_KIND}", r"visual.pool.in_proj_\1"),
+            (rf"visual\.attn_pool\.attn\.out_proj\.{_KIND}", r"visual.pool.out_proj.\1"),
+            (rf"visual\.attn_pool\.layernorm\.{_KIND}", r"visual.pool.ln.\1"),
+            (rf"visual\.attn_pool\.mlp\.(c_fc|c_proj)\.{_KIND}", r"visual.pool.mlp.\1.\2"),
+            (r"(visual\.transformer\.resblocks\.\d+\.ls_[12])\.gamma", r"\1"),
+        ),
+        _perception,
+    ),
+    Layout(
+        r"visual\.attn_pool\.query",
+        (
+            (r"visual\.attn_pool\.query", "visual.pool.probe"),
+            (rf"visual\.attn_pool\.ln_q\.{_KIND}", r"visual.pool.ln_q.\1"),
+            (rf"visual\.attn_pool\.ln_k\.{_KIND}", r"visual.ln_post.\1"),
+            (r"visual\.attn_pool\.attn\.([qkv])_proj_weight", r"visual.pool.\1_proj_weight"),
+            (rf"visual\.attn_pool\.attn\.in_proj_{_KIND}", r"visual.pool.in_proj_\1"),
+            (rf"visual\.attn_pool\.attn\.out_proj\.{_KIND}", r"visual.pool.out_proj.\1"),
+            (rf"visual\.ln_post\.{_KIND}", r"visual.pool.norm.\1"),
+        ),
+        _coca,
+    ),
+    Layout(r"visual\.", (), _plain),
+)

@@ -31,24 +31,22 @@ ACCEPTED = (
 
 _WRAPPERS = ("module.", "_orig_mod.")  # of distributed training and torch.compile
 _SCALARS = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's archives
-_UNUSED = ("attn_mask",)  # the causal mask itself
+_UNUSED = re.compile(r"attn_mask$|text_decoder\.")  # the causal mask; what writes captions
 
-_NO_CLS = (
-    "there is no class token, which most methods read, images are embedded by an attention pool in "
-    "place of a projection, and texts need a SentencePiece tokenizer; none of that is implemented"
-)
 # how a checkpoint that cannot be used gives itself away, the first that fits: a regular expression for
 # the beginning of a name, what it is, what is in the way
 _REFUSED = (
     (r"visual\.layer1\.", "a ResNet CLIP", "only ViT towers have the patch tokens methods need"),
-    (r"vision_model\.head\.", "a SigLIP (transformers)", _NO_CLS),
-    (r"visual\.trunk\.attn_pool\.", "a SigLIP (open_clip)", _NO_CLS),
     (
-        r"visual\.trunk\.",
-        "an open_clip model whose image tower is timm's (EVA, ConvNeXt, ViTamin, MobileCLIP, ...)",
-        "only plain CLIP ViTs run here",
+        r"visual\.trunk\.(stages|network|stem)\.",
+        "an open_clip model with a convolutional image tower (ConvNeXt, MobileCLIP-S, ...)",
+        "only ViT towers have the patch tokens methods need",
     ),
-    (r"(text_decoder|visual\.attn_pool)\.", "a CoCa", "its image tower ends in an attention pool"),
+    (
+        r"visual\.trunk\.patch_embed\.backbone\.(stem|stages|pool)",
+        "a ViTamin",
+        "most of its image tower is convolutional",
+    ),
     (
         r"text\.transformer\.(embeddings|encoder|shared)\b",
         "an open_clip model whose text tower is transformers'",
@@ -101,13 +99,13 @@ def recognise(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = No
             reason = f": {why}" if why else ""
             raise LayoutError(f"this is {what}{reason} (found {found})")
     layout = _layout(state, wrapped)
-    state = {k: v for k, v in state.items() if k not in (*_SCALARS, *_UNUSED)}
+    state = {k: v for k, v in state.items() if k not in _SCALARS and not _UNUSED.match(k)}
     shared = {k: state.pop(k) for k in ("logit_scale", "logit_bias") if k in state}
     part = {k: state.pop(k) for k in list(state) if k.startswith(image_layouts.PREFIXES)}
-    image, image_config = image_layouts.read(part, config)
+    image, image_config, settled = image_layouts.read(part, config)
     text, text_config = text_layouts.read(state, config)
     shared = {k: v.reshape(()) if v.numel() == 1 else v for k, v in shared.items()}  # (1,) in some
-    return Recognised(layout, image | text | shared, image_config, text_config)
+    return Recognised(layout, image | text | shared, image_config, text_config, settled)
 
 
 def _layout(state: Mapping[str, Tensor], wrapped: bool) -> str:
@@ -117,7 +115,9 @@ def _layout(state: Mapping[str, Tensor], wrapped: bool) -> str:
             if not any(name.startswith(f"{tower}.") for name in state):
                 raise LayoutError(f"one tower of a CLIP only: {tower}.* is missing")
         return TRANSFORMERS
-    if "visual.conv1.weight" not in state:
+    if not any(name.startswith("visual.trunk.") for name in state) and (
+        "visual.conv1.weight" not in state
+    ):
         names = ", ".join(list(state)[:4]) or "nothing"
         raise LayoutError(
             f"not a CLIP state dict: 'visual.conv1.weight' is missing; found {len(state)} tensors: "

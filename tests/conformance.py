@@ -34,8 +34,9 @@ FOLDERS = list(dict.fromkeys([*SETS, *BESIDE, *OWN]))  # where their inputs and 
 MANIFESTS = {folder: json.loads((folder / "manifest.json").read_text()) for folder in SETS}
 MANIFEST = MANIFESTS[SETS[0]]
 ROOT = next(f for f in FOLDERS if (f / "tokenizer.json").exists())  # of the set with the words
-MEAN = torch.tensor([122.771, 116.746, 104.094])
-STD = torch.tensor([68.501, 66.632, 70.323])
+DEVICE = os.environ.get("SFP_DEVICE", "cpu")  # where methods run: a GPU's check sets it
+MEAN = torch.tensor([122.771, 116.746, 104.094], device=DEVICE)
+STD = torch.tensor([68.501, 66.632, 70.323], device=DEVICE)
 
 
 @functools.cache
@@ -48,13 +49,13 @@ def state_dict(weights: str = "A") -> dict[str, Tensor]:
 
 @functools.cache
 def clip(weights: str = "A") -> sfp.CLIP:
-    return sfp.load_clip(state_dict(weights))
+    return sfp.load_clip(state_dict(weights)).to(DEVICE)
 
 
 @functools.cache
 def _stored(folder: Path) -> dict[str, Tensor]:
     file = folder / "inputs.safetensors"
-    return load_file(file) if file.exists() else {}
+    return load_file(file, device=DEVICE) if file.exists() else {}
 
 
 def inputs(folder: Path = SETS[0]) -> MutableMapping[str, Tensor]:
@@ -116,7 +117,7 @@ class Case:
 
     def check(self, output: str, value: Tensor) -> None:
         """Within the case's stated tolerance; integers exactly."""
-        expected = self.expected(output)
+        expected, value = self.expected(output), value.cpu()
         assert value.shape == expected.shape, f"{self.name} {output}"
         spec = self.outputs[output]
         if "atol" in spec:

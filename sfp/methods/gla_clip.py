@@ -105,7 +105,9 @@ def proxy_anchors(
         similarity = looks[own] @ keys.T
         centre = similarity.mean(1, keepdim=True) if row_mean else mean
         sharp = 1 + gamma_share / counts[own, None] if gamma is None else gamma
-        weights = anchored_softmax(similarity, centre.clamp_min(0), beta, torch.as_tensor(sharp))
+        weights = anchored_softmax(
+            similarity, centre.clamp_min(0), beta, torch.as_tensor(sharp, device=centre.device)
+        )
         weights = to_guide(weights.unflatten(1, (windows, -1)), tokens.grid, layout.grid)
         mixed.append(weights.flatten(1).to(values) @ values.flatten(0, 1))
     data = torch.cat(mixed).unflatten(0, (windows, -1))

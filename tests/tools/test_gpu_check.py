@@ -1,0 +1,44 @@
+"""tools/gpu_check.sh, on a CPU: what a GPU is checked with runs, and its record makes tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.mark.process
+def test_a_small_run(tmp_path):
+    out = tmp_path / "gpu.json"
+    words = ["--small", "--device", "cpu", "--precisions", "bf16", "--out", str(out)]
+    done = subprocess.run(
+        ["sh", str(TOOLS / "gpu_check.sh"), *words],
+        env=dict(os.environ, PYTHON=sys.executable),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert record["process_group"] == dict(backend="gloo", ok=True)
+    for name in ("clip", "sfp"):
+        assert record["methods"][name]["bf16"]["same_labels"] > 0.95
+        assert record["methods"][name]["bf16"]["finite"]
+    (case,) = record["bench"]
+    (row,) = case["rows"]
+    assert row["equal_labels"] > 0.99
+    again = subprocess.run(
+        [sys.executable, str(TOOLS / "gpu_check.py"), "--markdown", str(out)],
+        env=dict(os.environ, PYTHONPATH=str(TOOLS.parent)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.endswith(again.stdout)
+    assert "| ViT-B/32, tiny, 3 classes, batch of 1 | fp32 |" in again.stdout

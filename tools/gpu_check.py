@@ -1,0 +1,257 @@
+"""Checks on one GPU what the tests check on a CPU, and measures it. `gpu_check.sh` calls it.
+
+* goldens: the official implementations' numbers, on the device in float32, within their tolerances;
+* methods: every preset that needs no other model, in half precision against float32;
+* process group: an evaluation's sums over one process, by NCCL;
+* bench: SFP against CLIP's forward pass and the sequential reference (`bench.py`), while time is left.
+
+It needs no OpenMMLab. The results are a JSON file, from which `--markdown` prints the tables of
+docs/speed.md.
+
+Examples:
+    python tools/gpu_check.py --out gpu.json
+    python tools/gpu_check.py --device cpu --small --out cpu.json
+    python tools/gpu_check.py --markdown gpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+import sfp
+from sfp import mini
+from sfp.engine import Engine
+from sfp.files import atomic_write
+from sfp.tables import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("tests/methods", "tests/ops", "tests/functional")  # which need no OpenMMLab
+SCENES = 4
+# what is measured first if there is no time for all: (arch, image, classes, batch)
+CASES = [
+    *product(["ViT-B/16"], ["voc"], [21, 171, 847], [1, 16]),
+    *product(["ViT-L/14"], ["voc"], [171], [1, 16]),
+    *product(["ViT-B/16"], ["cityscapes"], [21, 171], [1]),
+    *product(["ViT-L/14"], ["voc"], [21, 847], [1, 16]),
+    *product(["ViT-B/16"], ["cityscapes"], [847], [1]),
+    *product(["ViT-L/14"], ["cityscapes"], [21, 171, 847], [1]),
+    *product(["ViT-B/16", "ViT-L/14"], ["cityscapes"], [21, 171, 847], [16]),
+]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return dict(
+        gpu=gpu,
+        cuda=torch.version.cuda,
+        torch=torch.__version__,
+        sfp=sfp.__version__,
+        python=platform.python_version(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def goldens(device: str) -> dict[str, Any]:
+    """Runs the golden tests on the device, in a process of their own."""
+    environment = dict(os.environ, SFP_DEVICE=device, PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "golden", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *TESTS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return dict(ok=done.returncode == 0, summary=lines[-1] if lines else done.stderr, failed=failed)
+
+
+def methods(device: str, names: list[str], precisions: list[str]) -> dict[str, Any]:
+    """Share of pixels with the same label as in float32, by method and precision."""
+    words = list(mini.CLASSES)
+    images = [
+        torch.from_numpy(mini.scene(920_000 + i, 224)[0].copy()).permute(2, 0, 1)
+        for i in range(SCENES)
+    ]
+    found: dict[str, Any] = {}
+    expected: dict[str, torch.Tensor] = {}
+    for precision in ["fp32", *precisions]:
+        engine = Engine("mini", precision=precision).to(device)
+        queries = engine.queries(sfp.load_vocabulary(words))
+        inputs = [engine.input(image) for image in images]
+        for name in names:
+            try:
+                (sheets,) = engine.logits(
+                    [sfp.build_method(name)], inputs, [(224, 224)] * SCENES, queries
+                )
+            except LookupError as error:  # a guide or regions, which are other models
+                found[name] = dict(left_out=str(error))
+                continue
+            labels = torch.stack(
+                [
+                    engine.label(image, sheet, queries.index).labels
+                    for image, sheet in zip(inputs, sheets, strict=True)
+                ]
+            ).cpu()
+            finite = all(bool(sheet.tiles.isfinite().all()) for sheet in sheets)
+            if precision == "fp32":
+                expected[name] = labels
+                found[name] = dict(finite=finite)
+            else:
+                same = (labels == expected[name]).double().mean().item()
+                found[name][precision] = dict(same_labels=same, finite=finite)
+    return found
+
+
+def process_group(device: str) -> dict[str, Any]:
+    """Sums counts over a group of one process, by NCCL on a GPU."""
+    backend = "nccl" if device == "cuda" else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group(
+            backend, init_method=f"file://{folder}/meet", rank=0, world_size=1
+        )
+        try:
+            counts = torch.arange(5, device=device)
+            torch.distributed.all_reduce(counts)
+            ok = counts.tolist() == [0, 1, 2, 3, 4]
+        finally:
+            torch.distributed.destroy_process_group()
+    return dict(backend=backend, ok=ok)
+
+
+def bench(device: str, cases: list[tuple], variants: list[str], until: float) -> Iterator[dict]:
+    """Cases of `bench.py`, each in a process of its own, as long as there is time."""
+    for arch, image, classes, batch in cases:
+        left = until - time.monotonic()
+        name = f"{arch}, {image}, {classes} classes, batch of {batch}"
+        if left < 5:
+            yield dict(name=name, left_out="no time left")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "bench.json")
+            command = [sys.executable, "tools/bench.py", "--arch", arch, "--image", image]
+            command += ["--classes", str(classes), "--batch", str(batch), "--device", device]
+            command += ["--variants", *variants, "--rounds", "3", "--out", str(out)]
+            if batch > 1:  # the reference takes one image after the other: nothing new
+                command += ["--no-sequential"]
+            try:
+                done = subprocess.run(
+                    command,
+                    cwd=ROOT,
+                    env=dict(os.environ, PYTHONPATH=str(ROOT)),
+                    capture_output=True,
+                    text=True,
+                    timeout=left,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                yield dict(name=name, left_out="no time left")
+                continue
+            if done.returncode:
+                yield dict(name=name, left_out=(done.stderr.strip().splitlines() or ["?"])[-1])
+                continue
+            (case,) = json.loads(out.read_text())["cases"]
+            yield dict(case, name=name)
+
+
+def rows(record: dict[str, Any]) -> Iterator[list[str]]:
+    """What docs/speed.md shows of the bench: one row per case and variant."""
+    for case in record["bench"]:
+        if "left_out" in case:
+            yield [case["name"], "-", "not measured: " + case["left_out"], "", "", "", ""]
+            continue
+        for row in case["rows"]:
+            slow = case.get("sequential")
+            peak = row["peak_mib"]
+            yield [
+                case["name"],
+                row["variant"],
+                f"{1e3 * case['floor_seconds']:.1f}",
+                f"{1e3 * row['seconds']:.1f}",
+                f"{row['seconds'] / case['floor_seconds']:.2f}",
+                f"{slow['seconds'] / row['seconds']:.2f}x" if slow else "-",
+                "-" if peak is None else f"{peak:.0f}",
+            ]
+
+
+def tables(record: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    header = ["case", "variant", "floor ms", "SFP ms", "x floor", "SFP is faster", "peak MiB"]
+    precisions = record["precisions"]
+    agreement = [
+        [f"`{name}`", *(f"{100 * each[p]['same_labels']:.2f} %" for p in precisions)]
+        for name, each in record["methods"].items()
+        if "left_out" not in each
+    ]
+    return (
+        f"{json.dumps(record['machine'])}\n\nGoldens: {record['goldens']['summary']}\n\n"
+        + markdown(["method", *(f"{p}: labels as in fp32" for p in precisions)], agreement)
+        + "\n"
+        + markdown(header, rows(record))
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
+    parser.add_argument("--seconds", type=float, default=330, help="after which no case begins")
+    parser.add_argument("--precisions", nargs="+", default=["fp16", "bf16"])
+    parser.add_argument(
+        "--small", action="store_true", help="two methods, one small case, no goldens"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="JSON", help="print a record, run nothing")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    if args.markdown:
+        print(tables(json.loads(args.markdown.read_text())), end="")
+        return 0
+    start = time.monotonic()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    cases = [("ViT-B/32", "tiny", 3, 1)] if args.small else CASES
+    names = ["clip", "sfp"] if args.small else sfp.list_methods()
+    variants = ["fp32"] if args.small else [*args.precisions, "compiled"]
+    steps: dict[str, Callable[[], Any]] = {
+        "goldens": lambda: (
+            dict(ok=True, summary="left out") if args.small else goldens(args.device)
+        ),
+        "methods": lambda: methods(args.device, names, args.precisions),
+        "process_group": lambda: process_group(args.device),
+        "bench": lambda: list(bench(args.device, cases, variants, start + args.seconds)),
+    }
+    record: dict[str, Any] = dict(machine=machine(args.device), precisions=args.precisions)
+    for name, step in steps.items():
+        record[name] = step()
+        record[f"{name}_seconds"] = round(time.monotonic() - start, 1)
+        print(f"{time.monotonic() - start:6.1f} s  {name}", flush=True)
+        with atomic_write(args.out) as path:  # after each: a time limit leaves what is done
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    print(tables(record), end="")
+    finite = [
+        each[precision]["finite"]
+        for each in record["methods"].values()
+        if "left_out" not in each
+        for precision in args.precisions
+    ]
+    return 0 if record["goldens"]["ok"] and record["process_group"]["ok"] and all(finite) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

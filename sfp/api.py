@@ -305,7 +305,8 @@ class Model:
 
     def queries(self, vocabulary: Vocabulary) -> Queries:
         """A vocabulary ready to be compared with patches."""
-        return Queries(self.encode(vocabulary.queries), vocabulary.index)
+        words = tuple(vocabulary.queries)
+        return Queries(self.encode(words), vocabulary.index, words)
 
     def encode(self, queries: Sequence[str]) -> Tensor:
         """Unit text features of words, over all templates, (Q, C) float32; each is encoded once."""

@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -39,7 +40,7 @@ from sfp.method import Method
 from sfp.numerics import finite, first_bad
 from sfp.registry import suggest
 from sfp.tokens import Tokens
-from sfp.trace import NO_REGIONS, RegionsError
+from sfp.trace import NO_REGIONS, RegionsError, Words
 from sfp.vocabulary import Vocabulary
 from sfp.whole import WholeImage
 
@@ -87,10 +88,12 @@ class Queries:
     Attributes:
         features: unit text features, (Q, C) float32.
         index: class of each query, from 0, in order.
+        words: the queries, or None where there are features alone.
     """
 
     features: Tensor
     index: tuple[int, ...]
+    words: tuple[str, ...] | None = None
 
 
 class Engine:
@@ -230,7 +233,7 @@ class Engine:
 
     def queries(self, vocabulary: Vocabulary) -> Queries:
         """The text features of a vocabulary, encoded or read from the cache once."""
-        return Queries(self.encode(vocabulary.queries), vocabulary.index)
+        return Queries(self.encode(vocabulary.queries), vocabulary.index, tuple(vocabulary.queries))
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Unit text features over all templates, (Q, C) float32.
@@ -244,6 +247,18 @@ class Engine:
                 bank = text_bank(self.clip, texts, self.templates).float()
             self._banks.put(key, bank)
         return bank
+
+    def template_banks(self, texts: Sequence[str], templates: str | Sequence[str]) -> Tensor:
+        """Unit text features of each template alone, (M, Q, C) float32."""
+        self.convert()
+        templates = prompt_templates(templates)
+        key = (self.clip.digest, self.device, self.clip.dtype, tuple(texts), tuple(templates))
+        if (banks := self._banks.get(key)) is None:
+            with torch.inference_mode(False):
+                each = [text_bank(self.clip, texts, [template]) for template in templates]
+                banks = torch.stack(each).float()
+            self._banks.put(key, banks)
+        return banks
 
     def given_features(self, features: Tensor | str | Path, vocabulary: Vocabulary) -> Tensor:
         """Text features that were computed elsewhere, as unit vectors (Q, C) float32.
@@ -452,7 +467,14 @@ class Engine:
 
     def _context(self, queries: Queries) -> dict[str, Any]:
         """What a trace knows besides the image."""
-        return dict(text=queries.features, index=queries.index, guides=dict(self.guides.items()))
+        words = queries.words
+        return dict(
+            text=queries.features,
+            index=queries.index,
+            words=None if words is None else Words(words, partial(self.template_banks, words)),
+            guides=dict(self.guides.items()),
+            normalisation=(self.clip.mean, self.clip.std),
+        )
 
     def _weights(self) -> Hashable:
         """Changes with everything that features depend on besides pixels and method."""

@@ -83,7 +83,7 @@ class Features:
         if self.trace is None:
             assert self.read is not None
             return cosine_logits(self.read, context["text"])
-        trace = self.trace.with_words(context["text"], context["index"])
+        trace = self.trace.with_words(context["text"], context["index"], context.get("words"))
         read = method.read(trace) if self.read is None else self.read
         return method.compare(read, trace)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
 from sfp.functional import attention
+from sfp.functional.grid import resample_positions
 from sfp.functional.precision import upcast
 from sfp.functional.windows import WindowGrid
 from sfp.registry import needs_words
@@ -26,6 +29,19 @@ NO_REGIONS = (
 )
 GUIDE_PIXELS = 2**20  # that a guide sees at once, nine windows of 336 pixels
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Words:
+    """The queries that a trace is compared with, as words.
+
+    Attributes:
+        queries: in the order of the text features.
+        banks: prompt templates -> unit text features of each of them alone, (M, Q, C).
+    """
+
+    queries: tuple[str, ...]
+    banks: Callable[[Sequence[str]], Tensor]
 
 
 class GuideError(LookupError, ValueError):
@@ -71,8 +87,11 @@ class Trace:
         index: class of each query, or None if every query is a class of its own.
         guides: external encoders by name: images as `image` -> Tokens.
         whole: the image whose windows, all of them, these are; None if each is an image of its own.
+        words: the queries as words, where the caller has them, else None.
+        normalisation: mean and standard deviation of the images, RGB in 0..255.
         depth: number of blocks that layer numbers are written for; None takes them literally.
         pool_mlp: whether features go through the MLP of the tower's pool, if there is one.
+        edits, positions: what the trunk ran with (`VisionTransformer.trace`).
     """
 
     def __init__(
@@ -86,6 +105,8 @@ class Trace:
         guides: Mapping[str, Callable[..., Tokens]] | None = None,
         regions: Tensor | None = None,
         whole: WholeImage | None = None,
+        words: Words | None = None,
+        normalisation: tuple[Sequence[float], Sequence[float]] = (CLIP_MEAN, CLIP_STD),
         depth: int | None = None,
         pool_mlp: bool = True,
     ) -> None:
@@ -98,22 +119,28 @@ class Trace:
         self.index = index
         self.guides = {} if guides is None else guides
         self.whole = whole
+        self.words = words
+        self.normalisation = normalisation
         self.depth = depth
         self.pool_mlp = pool_mlp
+        self.edits: tuple[Callable[[Trace, int], Tokens], ...] = ()
+        self.positions: Callable[[Tensor, tuple[int, int]], Tensor] | None = resample_positions
         self._regions = regions
         self._running: tuple[int, Heads] | None = None
         self._heads: dict[int, Heads] = {}
         self._once: dict[Hashable, Any] = {}
         self._of_words: dict[Hashable, Any] = {}  # the same, of what depends on the words
 
-    def with_words(self, text: Tensor | None, index: Sequence[int] | None) -> Trace:
+    def with_words(
+        self, text: Tensor | None, index: Sequence[int] | None, words: Words | None = None
+    ) -> Trace:
         """The same run of the trunk for other words, without what was computed from these.
 
         The two share no state from here on. Wrong for a method whose trunk depends on the words
         (`Method.words_in_trunk`).
         """
         other = copy.copy(self)
-        other.text, other.index = text, index
+        other.text, other.index, other.words = text, index, words
         other._once, other._of_words = dict(self._once), {}
         other._heads = dict(self._heads)
         return other
@@ -192,6 +219,7 @@ class Trace:
         yield from (x for each in heads for x in each.tensors())
         yield from self.masks.values()
         yield from (x for x in computed if isinstance(x, Tensor))
+        yield from (y for x in computed if isinstance(x, Trace) for y in x.tensors())
 
     def layer(self, index: int) -> int:
         """The absolute number of a method's layer.
@@ -362,12 +390,57 @@ class Trace:
         image = F.normalize(upcast(self.global_embedding()), dim=-1)  # (B, C)
         return image @ self.query_features().to(image).T
 
-    def image_embedding(self) -> Tensor:
-        """CLIP's embedding of the whole image that each window was cut from, (B, C).
+    def of_image(self) -> Trace:
+        """The run of the trunk, edits included, over the whole image that windows were cut from.
 
-        Through the method's own trunk. Where no windows were cut, it is `global_embedding`.
+        This trace itself where the image is its only window.
         """
-        return self.global_embedding()
+        whole = self.whole
+        if whole is None or len(whole.grid.places) == 1:
+            return self
+        worded = needs_words(self.edits)
+
+        def run() -> Trace:
+            return self.vit.trace(
+                whole.pixels[None],
+                self.edits,
+                positions=self.positions,
+                text=self.text if worded else None,
+                index=self.index if worded else None,
+                guides=self.guides,
+                regions=None if whole.ids is None else whole.ids[None],
+                whole=WholeImage(whole.grid.whole, whole.source, whole.prepare, whole.regions),
+                normalisation=self.normalisation,
+                depth=self.depth,
+                pool_mlp=self.pool_mlp,
+            )
+
+        return self._compute_once("of_image", run, words=worded)
+
+    def rgb(self, image: Tensor) -> Tensor:
+        """Normalised pixels (..., 3, H, W) as colours in 0..1."""
+        mean, std = (image.new_tensor(list(x))[:, None, None] for x in self.normalisation)
+        return (image * std + mean) / 255
+
+    def known_words(self) -> Words:
+        """The queries as words, for ops that cannot do without.
+
+        Raises:
+            LookupError: if the caller gave features alone.
+        """
+        if self.words is None:
+            raise LookupError(
+                "this method needs the words themselves, not their features alone: name the classes "
+                "instead of giving query_features="
+            )
+        return self.words
+
+    def image_embedding(self) -> Tensor:
+        """CLIP's embedding of the whole image that the windows were cut from, (B, C).
+
+        Where each window is an image of its own, its `global_embedding`.
+        """
+        return self.of_image().global_embedding().expand(len(self.image), -1)
 
     def global_embedding(self) -> Tensor:
         """The image's embedding, (B, C): what the native last block puts out, pooled."""

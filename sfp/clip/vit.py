@@ -215,6 +215,7 @@ class VisionTransformer(nn.Module):
             **context: further fields of the `Trace`, e.g. `text`.
         """
         trace = Trace(self, image, self.embed(image, positions), **context)
+        trace.edits, trace.positions = tuple(edits), positions
         for i, block in enumerate(self.blocks[:-1]):
             heads = trace.start(i)
             trace.outputs.append(block.advance(trace.entering(i), heads))

@@ -93,7 +93,7 @@ def moved_words(
     return torch.where(winners(present, clusters)[..., None], changed, text)
 
 
-@op("comparison", words=True)
+@op("comparison", words=True, whole=True)
 def present_words(
     features: Tokens,
     trace: Trace,

@@ -45,6 +45,8 @@ CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
     "corrclip": lambda: dict(guides=dict(dino=colours)),
     "fsa": lambda: dict(guides=dict(dino=colours)),
     "gla_clip": lambda: dict(guides=dict(dino=colours)),
+    "lposs": lambda: dict(guides=dict(dino=colours)),
+    "lposs_plus": lambda: dict(guides=dict(dino=colours)),
     "proxyclip": lambda: dict(guides=dict(dino=colours)),
 }
 """Further context of `Method.logits` by method, made when it is needed."""
@@ -85,6 +87,12 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("gclip", "channel"): [3],
     ("gem", "ss_attn_temp"): [10.0],
     ("itaclip", "layers"): [(3,), ()],
+    ("lposs", "base"): ["clearclip"],
+    ("lposs", "guide"): [],
+    ("lposs", "output"): [],
+    ("lposs", "neighbours"): [5],
+    ("lposs_plus", "base"): ["clearclip"],
+    ("lposs_plus", "side"): [5],
     ("maskclip", "ks_thresh"): [1.0],
     ("maskclip", "pd_thresh"): [0.9],
     ("proxyclip", "guide"): [None],

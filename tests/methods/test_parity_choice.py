@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conformance import Case, cases, clip
+from conformance import OWN, Case, cases, clip
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
 from sfp.engine import Engine, Queries
+from sfp.functional.graphs import PixelGraph, lab_of_rgb, neighbour_graph, propagate
 from sfp.functional.labels import Labels
 from sfp.functional.windows import WindowGrid
 from sfp.methods import freecp
 from sfp.methods.object_presence import hierarchy, moved_words, present_words, winners
 from sfp.methods.rfclip import box_blend, channel_share
 from sfp.trace import native_last
+from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -199,3 +203,136 @@ def test_golden_freecp_end_to_end(name, tmp_path):
     logits, _ = method.logits(case.clip.visual, windows, **context)
     kept = logits[:, hyper["background_words"] :].flatten(2).amax(2) > 0
     case.check("kept_per_window", kept.to(torch.uint8))
+
+
+@pytest.mark.parametrize("name", cases("unit/lposs_patch/"))
+def test_golden_lposs_patch(name):
+    case, hyper = Case(name), Case(name).hyper
+    prefix = "lposs/" + name.rsplit("/", 1)[1]
+    features, values, origins = (case.inputs[f"{prefix}_{x}"] for x in ("feats", "Y", "origins"))
+    rows, columns = hyper["grid"]
+    side = hyper["patch"]
+    centres = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) * side + side / 2
+    positions = (origins[:, None] + centres).flatten(0, 1)
+    unit = F.normalize(features, dim=-1)
+    graph = neighbour_graph(
+        unit, positions, neighbours=hyper["k"], power=hyper["gamma"], decay=hyper["sigma"]
+    )
+    dense = graph.to_dense()
+    case.check("Wn_r8", dense[::8])
+    case.check("Wn_rowsum", dense.sum(1))
+    alpha = hyper["alpha"]
+    wide = graph.double()
+    found = propagate(lambda x: wide @ x, values.double(), alpha=alpha, steps=hyper["maxiter"])
+    case.check("F", found.float())
+    exact = torch.linalg.solve(torch.eye(len(dense)) - alpha * dense.double(), values.double())
+    case.check("F_dense", exact.float())
+    torch.testing.assert_close(
+        propagate(lambda x: wide @ x, values.double(), alpha=alpha, steps=1000, tolerance=1e-12),
+        exact,
+    )
+
+
+@pytest.mark.parametrize("name", cases("unit/lposs_pixel/"))
+def test_golden_lposs_pixel(name):
+    case, hyper = Case(name), Case(name).hyper
+    prefix = "lposs/" + name.rsplit("/", 1)[1]
+    image = case.inputs[f"{prefix}_img"].permute(2, 0, 1).float() / 255
+    lab = lab_of_rgb(image)
+    case.check("lab", lab)
+    scaled = lab / torch.tensor([100.0, 128.0, 128.0])[:, None, None]
+    graph = PixelGraph.of_colours(scaled, side=hyper["side"], tau=hyper["tau"])
+    size = image.shape[1:]
+    dense = graph.spread(torch.eye(size.numel()).unflatten(1, size)).flatten(1)
+    case.check(
+        "Wn_r16", dense[::16, :40] if case.expected("Wn_r16").shape[1] == 40 else dense[::16]
+    )
+    case.check("Wn_rowsum", dense.sum(1))
+    values = case.inputs[f"{prefix}_Y"]  # (pixels, Q)
+
+    def spread(x: Tensor) -> Tensor:
+        return graph.spread(x.T.unflatten(1, size)).flatten(1).T
+
+    found = propagate(spread, values, alpha=hyper["alpha"], steps=hyper["maxiter"])
+    case.check("F", found)
+
+
+@pytest.mark.parametrize("name", cases("lposs/maskclip/"))
+def test_golden_lposs_base(name):
+    case = Case(name)
+    text = F.normalize(case.inputs[case.hyper["text"]], dim=-1)
+    method = replace(sfp.build_method("lposs"), refiners=())
+    features, trace = method.features(case.clip.visual, case.image, text=text)
+    case.check("feats", features.patches[0])
+    case.check("Y", method.compare(features, trace)[0].flatten(1).T)
+
+
+@pytest.mark.parametrize("name", cases("e2e/lposs"))
+def test_golden_lposs_end_to_end(name):
+    """Windows that are no multiple of the patch are padded with black below and right, as released."""
+    case, hyper = Case(name), Case(name).hyper
+    step = hyper["image_step"]
+    pixels = case.image[0, :, ::step, ::step]
+    text = F.normalize(case.inputs[hyper["text"]], dim=-1)[: hyper["queries"]]
+    guide = case.inputs[hyper["guide"].split()[0]]  # (windows, h, w, D)
+    tokens = sfp.Tokens(guide.flatten(1, 2), guide.shape[1:3], prefix=0)
+    grid = WindowGrid.over(pixels.shape[1:], hyper["crop"], hyper["stride"])
+    short = -grid.window[0] % 16
+    padded = replace(grid, window=tuple(side + short for side in grid.window))
+    black = -torch.tensor(case.clip.mean) / torch.tensor(case.clip.std)
+    windows = torch.stack(
+        [
+            F.pad(grid.cut(pixels, place) - black[:, None, None], (0, short, 0, short))
+            + black[:, None, None]
+            for place in grid.places
+        ]
+    )
+    knobs = {k: hyper[k] for k in ("alpha",)}
+    method = sfp.build_method(
+        "lposs",
+        neighbours=hyper["k"],
+        power=hyper["gamma"],
+        decay=hyper["sigma"],
+        **knobs,
+    )
+    context = dict(
+        guides=dict(dino=lambda image, output: tokens),
+        whole=WholeImage(padded, pixels),
+        normalisation=(case.clip.mean, case.clip.std),
+    )
+    logits, trace = method.logits(case.clip.visual, windows, text, **context)
+    case.check("F_t8", logits.permute(0, 2, 3, 1).flatten(0, 2)[::8])
+    size = tuple(case.entry["ori_shape"])
+    if "lposs_plus" in name:
+        plus = sfp.build_method(
+            "lposs_plus", base=dict(refiners=[]), side=hyper["side"], tau=hyper["tau"]
+        )
+        trace.whole = WholeImage(grid, pixels)
+        (refine,) = plus.refiners
+        logits = refine(logits, trace)
+        grid = replace(grid.whole, direct=False)
+    merged = grid.sheet(logits, size).rows(0, size[0])
+    words = hyper["background_words"]
+    scores = torch.cat([merged[:words].amax(0, keepdim=True), merged[words:]])
+    (sparse,) = (x for x in case.outputs if x.startswith("logits_s"))
+    every = int(sparse.removeprefix("logits_s"))
+    case.check(sparse, scores[:, ::every, ::every])
+    case.check("pred", scores.argmax(0).to(torch.uint8))
+
+
+@pytest.mark.parametrize("name", cases("e2e/rfclip/"))
+def test_golden_rfclip_end_to_end(name):
+    case, hyper = Case(name), Case(name).hyper
+    names = json.loads((OWN[0] / "manifest.json").read_text())["names"]["multi"]
+    index = tuple(i for i, synonyms in enumerate(names) for _ in synonyms)
+    method = rfclip(
+        case,
+        image_weight=hyper["presence_w"],
+        move=hyper["presence_a"],
+        height=hyper["height"],
+        scope="window" if hyper["global_cls"] == "window" else "image",
+    )
+    logits, labels = segmented(method, case, case.inputs[case.entry["text"]], index)
+    case.check("logits_s16", logits[:, ::16, ::16])
+    case.check("probs_s16", labels.scores[:, ::16, ::16])
+    case.check("pred", labels.labels.to(torch.uint8))

@@ -200,6 +200,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         ],
         "global_bias": [{}, dict(weight=0.5)],
         "key_smoothing": [{}, dict(ks_thresh=0.3, scale=40.0)],
+        "propagate_patches": [
+            dict(guide="colours", output=None),
+            dict(guide="colours", neighbours=9, power=1.0, decay=0.1, alpha=0.5, steps=3),
+        ],
+        "propagate_pixels": [{}, dict(side=5, tau=0.2, alpha=0.5, steps=3)],
         "prompt_denoising": [{}, dict(pd_thresh=0.9, scale=10.0)],
         "remove_redundancy": [{}, dict(temperature=5.0)],
     },
@@ -304,8 +309,11 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
         seen = [op(twice(one)) for one in on.trace.alone()]
         layers = range(on.trace.depth_run)
         return {f"layer {i}": torch.cat([x.entering(i).data for x in seen]) for i in layers}
-    each = zip(on.trace.alone(), on.logits.split(1), strict=True)
-    alone = [run_on_batch(kind, op, replace(on, trace=one, logits=part)) for one, part in each]
+    alone = []
+    for i, one in enumerate(on.trace.alone()):
+        own = slice(i, i + 1)
+        seen = replace(on, trace=one, logits=on.logits[own], tokens=on.tokens[own])
+        alone.append(run_on_batch(kind, op, seen))
     return {name: torch.cat([values(x[name]) for x in alone]) for name in alone[0]}
 
 
@@ -329,24 +337,29 @@ def run_on_batch(kind: str, op: Any, on: Given) -> dict[str, Any]:
         return {"all": op(tokens, trace), "patches": op(tokens.only_patches(), trace)}
     if kind == "residual":
         return {"all": op(tokens, tokens), "patches": op(tokens.only_patches(), tokens)}
-    if kind == "refiner":
-        return {"": op(on.logits, trace)}
-    if kind == "comparison":
-        return {"": op(trace.vit.project(tokens), trace)}
-    if kind == "decision":
-        index = trace.index or range(QUERIES)
-        height, width = on.logits.shape[-2:]
-        images = [
-            op(lambda a, b, own=own: own[:, a:b], (height, width), index)(0, height)
-            for own in on.logits
-        ]
-        return {"": torch.stack(images)}
+    if kind in ("comparison", "decision", "refiner"):
+        return {"": of_logits(kind, op, on)}
     if kind == "points":
         each = op(trace)
         assert len(each) == len(trace.image)
         return {"": torch.cat(each)}  # as many of each image as it has
     assert kind == "positions"
     return {"": op(torch.randn(8, 8, 64, dtype=tokens.data.dtype), tokens.grid)}
+
+
+def of_logits(kind: str, op: Any, on: Given) -> Tensor:
+    """What is between features and class scores."""
+    trace, (height, width) = on.trace, on.logits.shape[-2:]
+    if kind == "refiner":
+        return op(on.logits, trace)
+    if kind == "comparison":
+        return op(trace.vit.project(on.tokens), trace)
+    index = trace.index or range(QUERIES)
+    each = [
+        op(lambda start, stop, own=own: own[:, start:stop], (height, width), index)
+        for own in on.logits
+    ]
+    return torch.stack([rows(0, height) for rows in each])
 
 
 def twice(trace: sfp.Trace) -> sfp.Trace:
@@ -586,7 +599,8 @@ def test_methods_in_half_precision(name, dtype, clip, exact):
     reference, _ = method.logits(exact.visual, image.double(), text.double(), **context)
     # discrete choices (outliers, cuts) may fall otherwise in half precision: most must agree
     tolerance = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}[dtype]
-    assert (logits - reference).abs().median() < tolerance
+    scale = max(float(reference.abs().max()), 1.0)  # more than 1 where logits have propagated
+    assert (logits - reference).abs().median() < tolerance * scale
 
 
 @pytest.mark.parametrize("name", sfp.list_methods())

@@ -245,18 +245,24 @@ class Method(_Fields):
             portion: images that go through the network together; all by default.
         """
         vit, regions = self.operate(vit), context.pop("regions", None)
-        step = portion or len(image)
+
+        def parts(of: Tensor) -> Sequence[Tensor]:
+            return [of] if portion is None else of.split(portion)
+
+        images = parts(image)
         traces = [
             vit.trace(
-                image[i : i + step],
+                each,
                 self.edits,
                 positions=self.positions,
                 depth=self.depth,
                 pool_mlp=self.pool_mlp,
-                regions=None if regions is None else regions[i : i + step],
+                regions=ids,
                 **context,
             )
-            for i in range(0, len(image), step)
+            for each, ids in zip(
+                images, [None] * len(images) if regions is None else parts(regions), strict=True
+            )
         ]
         return Trace.joined(traces)
 

@@ -31,6 +31,7 @@ COMMANDS = (  # in the order of the help
     "visualize",
     "plant",
     "hubs",
+    "export",
     "data",
     "methods",
     "weights",

@@ -189,10 +189,10 @@ class VisionTransformer(nn.Module):
             table = (positions or self.positions)(table, grid)
         tokens = [maps.flatten(2).mT + table.flatten(0, 1)]  # (B, N, D)
         if self.register_embedding is not None:
-            tokens.insert(0, self.register_embedding.expand(len(image), -1, -1))
+            tokens.insert(0, self.register_embedding.expand(image.shape[0], -1, -1))
         if self.prefix:
             first = self.positional_embedding[0] if self.table_prefix else 0
-            tokens.insert(0, (self.class_embedding + first).expand(len(image), 1, -1))
+            tokens.insert(0, (self.class_embedding + first).expand(image.shape[0], 1, -1))
         stand_in = None if self.prefix or self.pool is None else self.gathered
         return Tokens(
             self.ln_pre(torch.cat(tokens, dim=1)), grid, prefix=self.prefix, stand_in=stand_in

@@ -1,0 +1,79 @@
+"""`sfp export`: a method and its words as one file that runs without this package."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sfp.cli import options
+
+TEXT = """\
+Writes a method as an ONNX model or a torch.export program: windows in, labels out.
+
+Examples:
+    sfp export sfp.onnx --classes "cat|kitten, sofa, wall"
+    sfp export sfp.pt2 --weights mini --classes mini --method sclip
+    sfp export small.onnx --classes voc20 --precision int8
+    sfp export any.onnx --classes "cat, dog" --words-as-input
+
+Beside the model stand its text features (.safetensors) and what labels and inputs are (.json).
+docs/deploy.md has a program that runs it with onnxruntime and numpy alone. Methods that decide on the
+host or ask for other models are refused. ONNX needs: pip install 'sfp[export]'.
+
+Exit codes: 0 done; 2 wrong command line, or a method that cannot be exported; 3 weights are missing.
+"""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = options.add_command(
+        commands, "export", run, help="write a method as an ONNX or torch.export file", text=TEXT
+    )
+    parser.add_argument("out", type=Path, help="the file: NAME.onnx or NAME.pt2")
+    parser.add_argument("--classes", required=True, help=options.CLASSES)
+    parser.add_argument(
+        "--method",
+        default="sfp",
+        help="preset, with knobs as in sfp:purify=False,pm=lof (default: sfp)",
+    )
+    parser.add_argument(
+        "--weights", default="ViT-B/16", help=f"{options.WEIGHTS} (default: ViT-B/16)"
+    )
+    parser.add_argument("--side", type=int, help="pixels of a window's side (default: 224)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.0, help="less probable pixels get label 0 (default: 0)"
+    )
+    parser.add_argument(
+        "--words-as-input",
+        action="store_true",
+        help="text features are an input: one file for all words",
+    )
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        help="fp32, fp16 (for GPUs) or int8 (ONNX: 8-bit matrix products) (default: fp32)",
+    )
+    options.add_import(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports."""
+    from sfp.engine import Engine
+    from sfp.export import export
+    from sfp.method import build_method
+    from sfp.vocabulary import as_vocabulary
+
+    vocabulary = as_vocabulary(options.parse_classes(args.classes))
+    method = build_method(options.parse_method(args.method))
+    files = export(
+        Engine(args.weights, prob_thd=args.threshold),
+        method,
+        vocabulary,
+        args.out,
+        side=args.side,
+        words_as_input=args.words_as_input,
+        precision=args.precision,
+    )
+    for file in files:
+        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+    return 0

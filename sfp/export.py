@@ -1,0 +1,238 @@
+"""A method as one file that runs without this package: windows and words in, labels out.
+
+`export` writes an ONNX model or a `torch.export` program of the image side: one size of windows, any
+number of them at once. What a method decides on the host, and other models that it asks for, cannot go
+into such a file; it is refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sfp.clip.vit import VisionTransformer
+from sfp.engine import Engine, Queries
+from sfp.files import atomic_write
+from sfp.method import Method
+from sfp.trace import GuideError
+from sfp.vocabulary import Vocabulary
+
+FORMATS = (".onnx", ".pt2")
+PRECISIONS = ("fp32", "fp16", "int8")
+# operators whose output's shape, or the Python that follows, depends on values
+DATA_DEPENDENT = {
+    *("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "bincount"),
+    *("_unique2", "unique_dim", "unique_consecutive"),
+}
+
+
+class ExportError(ValueError):
+    """A method that cannot be exported; the message says why."""
+
+
+class Static(TorchDispatchMode):
+    """Raises `ExportError` where Python, or the shape of a tensor, depends on a tensor's values."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Looks at the operator, and calls it."""
+        name = func.__name__.split(".")[0]
+        by_mask = name in ("index", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if name in DATA_DEPENDENT or by_mask:
+            raise ExportError(f"it decides on the host, with {func}")
+        return func(*args, **(kwargs or {}))
+
+
+class WindowModel(nn.Module):
+    """An image tower, a method and words, from pixels to labels.
+
+    Args:
+        engine: whose tower, normalisation, logit scale and threshold are taken.
+        method: how patches are read.
+        queries: the words; without, `forward` takes their features.
+    """
+
+    words: Tensor | None
+    classes: Tensor | None
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, engine: Engine, method: Method, queries: Queries | None) -> None:
+        super().__init__()
+        self.visual = engine.clip.visual
+        self.method = method
+        self.scale = engine.logit_scale
+        self.prob_thd = engine.prob_thd
+        self.index = None if queries is None else tuple(queries.index)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (engine.clip.mean, engine.clip.std))
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.register_buffer("words", None if queries is None else queries.features.clone())
+        self.register_buffer("classes", None if queries is None else torch.tensor(self.index))
+
+    def forward(self, image: Tensor, words: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels windows.
+
+        Args:
+            image: RGB, (B, S, S, 3) uint8.
+            words: unit text features, (Q, C) float32, if the model has none of its own.
+
+        Returns:
+            Cosines at patch resolution (B, Q, h, w) float32, the label of every pixel (B, S, S) int64,
+            and its class's probability (B, S, S) float32. Labels are those of `Engine.label` without
+            an area threshold and masks.
+        """
+        pixels = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        words = self.words if words is None else words
+        assert words is not None
+        logits, _ = self.method.logits(self.visual, pixels, words, index=self.index)
+        size = (image.shape[1], image.shape[2])
+        full = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+        confidence, labels = (full * self.scale).softmax(1).max(1)
+        if self.classes is not None:
+            labels = self.classes[labels]
+        return logits, torch.where(confidence < self.prob_thd, 0, labels), confidence
+
+
+def export(
+    engine: Engine,
+    method: Method,
+    vocabulary: Vocabulary,
+    out: Path,
+    *,
+    side: int | None = None,
+    words_as_input: bool = False,
+    precision: str = "fp32",
+) -> list[Path]:
+    """Writes a method as an ONNX model or a `torch.export` program, and what belongs to it.
+
+    Args:
+        engine: on a CPU, in float32.
+        method: any that decides nothing on the host and asks for no other model.
+        vocabulary: the words.
+        out: a path that ends with .onnx or .pt2. Beside it `<name>.safetensors` holds the text
+            features as "queries", (Q, C) float32, and `<name>.json` says what labels stand for.
+        side: pixels of a window's sides; by default that of the engine's windows.
+        words_as_input: whether text features are a second input, of any number of queries, each a
+            class of its own, instead of a part of the model.
+        precision: of the blocks: "fp32"; "fp16", for GPUs; or "int8", whose weights onnxruntime
+            rounds, and products it computes, in 8 bits (.onnx only).
+
+    Returns:
+        The files.
+
+    Raises:
+        ExportError: if the method cannot be exported, or the format or precision is not known.
+        ModuleNotFoundError: if a package is missing that the format needs.
+    """
+    if out.suffix not in FORMATS:
+        raise ExportError(f"{out}: the name has to end with {' or '.join(FORMATS)}")
+    if precision not in PRECISIONS or (precision == "int8" and out.suffix != ".onnx"):
+        raise ExportError(
+            f"precision={precision!r}: choose from {', '.join(PRECISIONS)} (int8 for .onnx only)"
+        )
+    queries = engine.queries(vocabulary)
+    side = side or engine.slide_crop or engine.clip.visual.native_grid[0] * engine.clip.visual.patch
+    model = WindowModel(engine, method, None if words_as_input else queries).eval()
+    if precision == "fp16":
+        model.visual = _half(model.visual)
+    example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    example[:, ::3] = 255  # methods that look at contrasts see some
+    inputs: dict[str, Tensor] = dict(image=example)
+    if words_as_input:
+        inputs["words"] = queries.features
+    program = _program(model, inputs)
+    with atomic_write(out) as temporary:
+        if out.suffix == ".pt2":
+            torch.export.save(program, temporary)
+        else:
+            _save_onnx(program, temporary, precision)
+    bank, about = out.with_suffix(".safetensors"), out.with_suffix(".json")
+    with atomic_write(bank) as temporary:
+        save_file({"queries": queries.features.contiguous()}, temporary)
+    names = vocabulary.queries if words_as_input else vocabulary.names
+    record = dict(
+        classes=list(names),
+        side=side,
+        input="RGB, (B, side, side, 3) uint8",
+        outputs=["logits", "labels", "confidence"],
+        words="input, (Q, C) float32" if words_as_input else "in the model",
+        method=repr(method),
+        precision=precision,
+        weights_sha256=engine.clip.digest,
+    )
+    with atomic_write(about) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return [out, bank, about]
+
+
+def _program(model: WindowModel, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
+    """The model with batches, and queries if they are an input, of any number."""
+    shapes: dict[str, Any] = {"image": {0: torch.export.Dim("batch", min=1, max=256)}}
+    if "words" in inputs:
+        shapes["words"] = {0: torch.export.Dim("queries", min=2, max=4096)}
+    try:
+        with torch.no_grad(), Static():
+            model(**inputs)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer, about itself
+            return torch.export.export(model, (), kwargs=inputs, dynamic_shapes=shapes)
+    except (ExportError, GuideError) as error:
+        raise ExportError(f"this method cannot be exported: {error}") from error
+    except Exception as error:  # what the tracer says of code that it cannot follow
+        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ExportError(f"this method cannot be exported: {first[0]}") from error
+
+
+def _half(visual: VisionTransformer) -> VisionTransformer:
+    """A copy in float16; the methods' similarities and logits stay in float32."""
+    return copy.deepcopy(visual).half()
+
+
+def _save_onnx(program: torch.export.ExportedProgram, path: Path, precision: str) -> None:
+    try:
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"ONNX files need more packages ({error}): pip install 'sfp[export]'", name=error.name
+        ) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onnx = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+            output_names=["logits", "labels", "confidence"],
+        )
+    assert onnx is not None
+    onnx.save(path)
+    if precision == "int8":
+        _quantise(path)
+
+
+def _quantise(path: Path) -> None:
+    """Rounds the weights of matrix products in an ONNX file to 8 bits; inputs when they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    rounded = path.with_name(f"{path.name}.int8")
+    try:
+        quantize_dynamic(
+            path, rounded, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8,
+            per_channel=True,
+        )  # fmt: skip
+        rounded.replace(path)
+    finally:
+        rounded.unlink(missing_ok=True)

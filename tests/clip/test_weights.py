@@ -303,7 +303,6 @@ def test_transformers_clip_without_its_configuration():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(model_type="siglip"), "model_type 'siglip'"),
         (dict(vision_config=dict(hidden_act="gelu")), "hidden_act"),
         (dict(text_config=dict(hidden_act="gelu_new"), vision_config=dict(hidden_act="gelu_new")),
          "gelu_new"),
@@ -339,8 +338,11 @@ REFUSED = [
     (lambda: open_clip_with("visual.trunk.attn_pool.latent"), "tensors do not fit each other"),
     (lambda: open_clip_with("visual.trunk.blocks.0.norm1.weight"), "two tensors for visual"),
     (lambda: open_clip_with("visual.attn_pool.query"), "tensors do not fit each other"),
-    (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "text tower is trans"),
-    (lambda: open_clip_with("text.cls_emb"), "class token"),
+    (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "is no BERT"),
+    (lambda: open_clip_with("text.cls_emb"), "cls_emb is"),
+    (lambda: open_clip_with("text.transformer.shared.weight"), "T5 or NLLB"),
+    (lambda: {"image_model.embeddings.cls_token": torch.ones(2)}, "FLAVA"),
+    (lambda: {"vision_model.embeddings.convolution.weight": torch.ones(2)}, "ALIGN"),
     (lambda: open_clip_with(f"{BLOCK}.ls_1.gamma"), "layer scale"),
     (lambda: open_clip_with(f"{BLOCK}.attn.ln_q.weight"), "blocks have more than CLIP's"),
     (lambda: open_clip_with("visual.layer1.0.conv1.weight"), "ResNet CLIP"),

@@ -88,7 +88,7 @@ def read(
     try:
         finished = _finished(_renamed(state, layout.names))
         image, settled = layout.config(finished, config or {})
-        return finished, _normalised(image, config or {}), settled
+        return finished, image, settled
     except LayoutError:
         raise
     except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError) as error:
@@ -107,15 +107,6 @@ def _renamed(state: Mapping[str, Tensor], names: tuple[tuple[str, str], ...]) ->
         if ours:
             named[ours] = value
     return named
-
-
-def _normalised(image: ImageConfig, config: Config) -> ImageConfig:
-    """With the normalisation that open_clip's configuration states."""
-    stated = config.get("preprocess_cfg")
-    if not isinstance(stated, Mapping):
-        return image
-    mean, std = (tuple(map(float, stated.get(k, getattr(image, k)))) for k in ("mean", "std"))
-    return replace(image, mean=mean, std=std)  # type: ignore[arg-type]
 
 
 # -- what is worked out ----------------------------------------------------------------------------
@@ -311,6 +302,9 @@ def _plain(state: State, config: Config) -> tuple[ImageConfig, bool]:
     """OpenAI's tower, in its own layout and open_clip's; CLIPA, which has no norm before the blocks."""
     if "visual.proj" not in state:
         raise LayoutError("not a CLIP state dict: visual.proj is missing")
+    if not _sizes(state)["table_prefix"]:
+        rows = len(state["visual.positional_embedding"])
+        raise LayoutError(f"position table of {rows} rows: expected a square grid plus CLS")
     if "visual.ln_pre.weight" in state or "visual.ln_pre.bias" in state:
         return ImageConfig(**_sizes(state)), False
     sizes = _sizes(

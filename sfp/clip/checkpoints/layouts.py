@@ -112,9 +112,12 @@ def recognise(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = No
     image, image_config, settled = image_layouts.read(part, config)
     text, text_config, text_settled = text_layouts.read(state, config)
     shared = {k: v.reshape(()) if v.numel() == 1 else v for k, v in shared.items()}  # (1,) in some
-    if settled and not text_settled:  # open_clip's default, where its configuration does not say it
-        quick = (config or {}).get("model_cfg", {}).get("quick_gelu", False)
-        text_config = replace(text_config, activation="quick_gelu" if quick else "gelu")
+    if settled and not text_settled:
+        activation = image_config.activation
+        if layout != TRANSFORMERS:  # timm's towers have others than the text tower beside them
+            quick = (config or {}).get("model_cfg", {}).get("quick_gelu", False)
+            activation = "quick_gelu" if quick else "gelu"
+        text_config = replace(text_config, activation=activation)
     return Recognised(
         layout,
         image | text | shared,

@@ -27,7 +27,8 @@ from sfp.clip.vit import ImageConfig
 from sfp.functional.grid import resample_positions
 from sfp.registry import Op
 
-PREFIXES = ("visual.", "vision_model.", "visual_projection.")  # of an image tower's tensors
+# of an image tower's tensors
+PREFIXES = ("visual.", "vision_model.", "vision_encoder.", "visual_projection.")
 SIGLIP_HEADS = {1152: 72, 1536: 96}  # width of heads by width of tokens; 64 else
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTHING, ALL = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -530,7 +531,28 @@ _TIMM = (
     (r"visual\.head\.proj\.weight", "visual.head.weight"),
 )
 
+_ENCODER = r"vision_encoder\."
+_IN = rf"{_ENCODER}blocks\.(\d+)\."
+
 LAYOUTS = (
+    Layout(
+        _ENCODER,  # TIPSv2's files, whose names transformers changes when it reads them
+        (
+            (rf"{_IN}norm([12])\.{_KIND}", rf"{_BLOCK}\1.ln_\2.\3"),
+            (rf"{_IN}attn\.qkv\.{_KIND}", rf"{_BLOCK}\1.attn.in_proj_\2"),
+            (rf"{_IN}attn\.proj\.{_KIND}", rf"{_BLOCK}\1.attn.out_proj.\2"),
+            (rf"{_IN}mlp\.(?:c_fc|fc1|w12)\.{_KIND}", rf"{_BLOCK}\1.mlp.c_fc.\2"),
+            (rf"{_IN}mlp\.(?:c_proj|fc2|w3)\.{_KIND}", rf"{_BLOCK}\1.mlp.c_proj.\2"),
+            (rf"{_IN}ls([12])\.gamma", rf"{_BLOCK}\1.ls_\2"),
+            (rf"{_ENCODER}cls_token", "visual.cls"),
+            (rf"{_ENCODER}register_tokens", "visual.registers"),
+            (rf"{_ENCODER}mask_token", ""),
+            (rf"{_ENCODER}pos_embed", "visual.table"),
+            (rf"{_ENCODER}patch_embed\.proj\.{_KIND}", r"visual.conv1.\1"),
+            (rf"{_ENCODER}norm\.{_KIND}", r"visual.ln_post.\1"),
+        ),
+        _tipsv2,
+    ),
     Layout(
         rf"{_EMBEDDINGS}cls_token",
         (

@@ -130,11 +130,12 @@ def recognise(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = No
 
 def _layout(state: Mapping[str, Tensor], wrapped: bool) -> str:
     """Who writes such names; raises `LayoutError` if nobody does."""
-    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
-        for tower in ("vision_model", "text_model"):
-            if not any(name.startswith(f"{tower}.") for name in state):
-                raise LayoutError(f"one tower of a CLIP only: {tower}.* is missing")
-        return TRANSFORMERS
+    for pair in (("vision_model", "text_model"), ("vision_encoder", "text_encoder")):
+        missing = [t for t in pair if not any(name.startswith(f"{t}.") for name in state)]
+        if not missing:
+            return TRANSFORMERS
+        if len(missing) == 1:
+            raise LayoutError(f"one tower of a CLIP only: {missing[0]}.* is missing")
     if not any(name.startswith("visual.trunk.") for name in state) and (
         "visual.conv1.weight" not in state
     ):

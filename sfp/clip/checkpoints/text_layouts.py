@@ -69,6 +69,9 @@ def read(
     if any(name.startswith("text_model.") for name in state):
         named = from_transformers(state, _TRANSFORMERS, "text_model.", "")
         read_family = _from_transformers if "positional_embedding" in named else _tips
+    elif any(name.startswith("text_encoder.") for name in state):  # in TIPSv2's files
+        named = {name.removeprefix("text_encoder."): value for name, value in state.items()}
+        read_family = _tips
     else:
         if twice := next((k for k in state if f"text.{k}" in state), None):
             raise LayoutError(f"both {twice} and text.{twice}: two text towers in one file")

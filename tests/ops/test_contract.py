@@ -121,6 +121,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(affinity=SIMILARITY),
             dict(affinity=dict(type="mean_attention"), gain=2.0, centre=1.2),
         ],
+        "unrotated": [dict(rule=SELF)],
         "average": [
             dict(rules=[dict(type="self_self", pairs=["vv"])]),
             dict(rules=[SELF, dict(type="affinity_attention", affinity=SIMILARITY)]),

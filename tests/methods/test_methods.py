@@ -33,6 +33,9 @@ def colours(pixels: Tensor, output: str | None = None) -> sfp.Tokens:
     return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
 
 
+colours.across = lambda entering, join: join(entering)  # type: ignore[attr-defined]
+
+
 def stripes(pixels: Tensor) -> Tensor:
     """A stand-in for masks: columns of 20 pixels; in dark images none where it is dark."""
     columns = torch.arange(pixels.shape[-1]) // 20 + 1
@@ -47,6 +50,7 @@ CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
     "gla_clip": lambda: dict(guides=dict(dino=colours)),
     "lposs": lambda: dict(guides=dict(dino=colours)),
     "lposs_plus": lambda: dict(guides=dict(dino=colours)),
+    "ov_stitcher": lambda: dict(guides=dict(dino=colours)),
     "proxyclip": lambda: dict(guides=dict(dino=colours)),
 }
 """Further context of `Method.logits` by method, made when it is needed."""
@@ -77,6 +81,12 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("corrclip", "late"): [1],
     ("corrclip", "correct"): [],  # what it does is in the labels
     ("fsa", "guide"): [],
+    ("ov_stitcher", "guide"): [],
+    ("ov_stitcher", "output"): [None],
+    ("ov_stitcher", "eps"): [2.0],
+    ("ov_stitcher", "late"): [1],
+    ("ov_stitcher", "correct"): [],  # what it does is in the labels
+    ("ov_stitcher", "floor"): [],  # of several windows
     ("gla_clip", "guide"): [],
     ("gla_clip", "beta"): [0.5],
     ("gla_clip", "gamma"): [1.0],
@@ -131,7 +141,7 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("scclip", "beta"): [0.9],
 }
 
-NOT_STITCHED: dict[str, str] = {}
+NOT_STITCHED = {"ov_stitcher": "has a stage of its own"}
 """Presets that have no use for `stitched=True`, and the reason that they give."""
 
 NAMES = sfp.list_methods()

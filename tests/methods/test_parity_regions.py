@@ -10,13 +10,15 @@ import pytest
 import torch
 from conformance import Case, cases
 from torch import Tensor
+from transformers import ViTConfig, ViTModel
 
 import sfp
 from sfp.engine import Engine, Queries
 from sfp.functional.attention import centred_softmax
 from sfp.functional.regions import components, region_distances
-from sfp.functional.windows import LogitSheet
-from sfp.methods import corrclip, fsa, gla_clip
+from sfp.functional.windows import LogitSheet, nearest
+from sfp.guides import TransformersGuide
+from sfp.methods import corrclip, fsa, gla_clip, ov_stitcher
 from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -109,9 +111,7 @@ def check_end(case: Case, engine: Engine, sheet: LogitSheet, queries: Queries) -
     case.check("probs_s16", found.scores[:, ::16, ::16])
     case.check("pred", found.labels)
     if "pred_before_vote" in case.outputs:
-        before = sfp.functional.windows.LogitSheet(
-            sheet.tiles, sheet.row_matrix, sheet.column_matrix
-        )
+        before = LogitSheet(sheet.tiles, sheet.row_matrix, sheet.column_matrix)
         case.check("pred_before_vote", engine.label(case.image[0], before, queries.index).labels)
 
 
@@ -144,7 +144,7 @@ def test_golden_corrclip_window(name):
     unsegmented = dict(method.readouts[0].attention.knobs)["unsegmented"]
     merging = dict(guide="dino", output="q+k", eps=0.2, unsegmented=unsegmented)
     ids = corrclip.merged_regions(trace, **merging)[0]
-    on_guide = corrclip.nearest(trace.regions, guide.grid).flatten(1)[0]
+    on_guide = nearest(trace.regions, guide.grid).flatten(1)[0]
     assert torch.equal(on_guide, case.expected("ids_guide_grid").long())
     none = int(on_guide.min()) if case.official else 0
     same_regions(ids, case.expected("ids_merged"), none)
@@ -272,3 +272,101 @@ def test_golden_fsa_window(name):
 def test_golden_fsa(name):
     case = Case(name)
     check_end(case, *run_engine(case, fsa_of(case), Playback(case)))
+
+
+# -- OV-Stitcher ---------------------------------------------------------------------------------
+
+
+class StoredBlock(TransformersGuide):
+    """A vision transformer of `transformers` with the stored last block and the tokens before it."""
+
+    def __init__(self, case: Case) -> None:
+        config = ViTConfig(
+            hidden_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=3,
+            intermediate_size=96,
+            patch_size=case.entry["guide_patch"],
+            layer_norm_eps=1e-6,
+        )
+        model = ViTModel(config, add_pooling_layer=False).eval()
+        weights = {
+            name.partition("/")[2]: x.float()
+            for name, x in case.inputs.items()
+            if name.startswith("dino_block/")
+        }
+        names = {
+            "norm1": "layernorm_before",
+            "norm2": "layernorm_after",
+            "attn.proj": "attention.o_proj",
+        }
+        state = {}
+        for name, value in weights.items():
+            part, _, kind = name.rpartition(".")
+            if part == "attn.qkv":
+                for x, rows in zip("qkv", value.chunk(3), strict=True):
+                    state[f"layers.0.attention.{x}_proj.{kind}"] = rows
+            elif part == "norm":
+                state[f"layernorm.{kind}"] = value
+            else:
+                state[f"layers.0.{names.get(part, part)}.{kind}"] = value
+        unknown = model.load_state_dict(state, strict=False).unexpected_keys
+        assert not unknown
+        super().__init__(model=model)
+        self.play = Playback(case)
+        self.stored = case.inputs[f"guide/{case.entry['input']}/x"].float()
+
+    def entering(self, image: Tensor) -> sfp.Tokens:
+        numbers = [next(self.play.windows) for _ in image]
+        return sfp.Tokens(self.stored[numbers], self.play.grid, prefix=1)
+
+
+@pytest.mark.parametrize("name", cases("ovstitcher/"))
+def test_golden_ov_stitcher(name):
+    case = Case(name)
+    unsegmented = "smallest" if case.official else "zero"
+    method = sfp.build_method("ov_stitcher", unsegmented=unsegmented)
+    guide = StoredBlock(case)
+    engine, sheet, queries = run_engine(case, method, guide)
+    check_end(case, engine, sheet, queries)
+
+    guide.play.rewind()
+    ids = nearest(ids_of(case), tuple(case.image.shape[-2:]))
+    whole = WholeImage(engine._grid(case.image[0]), case.image[0], regions=ids)
+    cut = [whole.cut(place) for place in whole.grid.places]
+    trace = method.run(
+        case.clip.visual,
+        torch.stack([window for window, _ in cut]),
+        regions=torch.stack([part for _, part in cut if part is not None]),
+        whole=whole,
+        guides=dict(dino=guide),
+        text=queries.features,
+    )
+    seen = method.seen(trace)
+    source = dict(guide="dino", output="stitched")
+    features = corrclip.unit_guide(seen, **source)[0]
+    check_rows(case, guide=features)
+    case.check("sim_mean", (features @ features.T).mean()[None])
+    on_grid = nearest(seen.regions, seen.guide("dino", "stitched").grid).flatten(1)[0]
+    assert torch.equal(on_grid, case.expected("ids_guide_grid").long())
+    merged = corrclip.merged_regions(seen, eps=0.2, unsegmented=unsegmented, **source)[0]
+    none = int(on_grid.min()) if case.official else 0
+    same_regions(merged, case.expected("ids_merged"), none)
+    distances = region_distances(features, corrclip.known_regions(on_grid, unsegmented))
+    case.check("region_distance", distances)
+    case.check("region_cluster", components(distances <= 0.2))
+    weights = corrclip.scoped_rows(features, merged, slice(None), 4.0)
+    check_rows(case, attn=weights, allowed_count=(weights > 0).sum(1))
+
+    own = ov_stitcher.window_regions(
+        trace, merged.unflatten(0, seen.guide("dino", "stitched").grid)
+    )
+    expected = case.expected("ids_merged").long()
+    numbers = [int(merged[expected == i][0]) for i in case.expected("region_ids").tolist()]
+    tokens = corrclip.tokens_of_regions(trace, own, int(merged.max()) + 1)
+    case.check("region_tokens", tokens[:, numbers])
+    spatial = method.readouts[1].source(seen)
+    check_rows(case, spatial_tokens=spatial.data[0])
+    z_main, z_spatial, z_semantic = (readout(seen).data[0] for readout in method.readouts)
+    check_rows(case, z_main=z_main, z_spatial=z_spatial, z_semantic=z_semantic)
+    check_rows(case, feats=method.read(trace).data[0])

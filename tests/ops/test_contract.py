@@ -37,6 +37,8 @@ SPREAD = dict(type="sinkhorn", affinity=dict(type="mean_attention"))
 FEEDBACK = dict(type="semantic_feedback", source=dict(type="read_last", attention=SELF))
 GUIDED = dict(affinity=dict(type="guide_similarity", guide="colours"), guide="colours")
 
+SCOPE = dict(type="region_scope", guide="colours")
+
 # kind -> op -> settings to test it with. Knobs without a default have to be there.
 EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "detector": {
@@ -107,7 +109,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "word_feedback": [
             GUIDED,
             dict(GUIDED, lam=1.0, keep=0.9),
-            dict(GUIDED, gain=1.0, centre=1.0),
+            dict(GUIDED, gain=1.0, centre=1.0, first_scale=5.0, uniform_scale=2.0),
         ],
         "region_scope": [
             dict(guide="colours"),
@@ -142,6 +144,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             {},
             dict(detector=dict(type="l2_norm"), mitigator=dict(type="box_blend")),
         ],
+        "stitched_blocks": [{}, dict(count=2), dict(count=3, one_head=False, floor=True)],
         "late_layers": [{}, dict(count=2)],
         "layer_sum": [dict(layers=[4]), dict(layers=range(3, 10))],
     },
@@ -154,6 +157,16 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "canvas": [{}, dict(floor=True)],
     },
     "reader": {
+        "stitched_region_tokens": [
+            dict(guide="colours"),
+            dict(guide="bright", output=None, eps=2.0),
+            dict(guide="colours", eps=None, unsegmented="smallest", floor=True),
+        ],
+        "stitched_values": [
+            dict(attention=SELF),
+            dict(attention=dict(type="proxy_attention", **GUIDED), layout="colours"),
+            dict(attention=SCOPE, layout="colours", layout_output="q+k", floor=True),
+        ],
         "proxy_anchors": [
             dict(guide="colours", threshold=0.9, beta_share=1.0, gamma_share=5.0),
             dict(guide="bright", rounds=0, row_mean=False),
@@ -243,9 +256,13 @@ def colours(images: Tensor, output: str | None = None, ones: float = 0.0) -> sfp
     return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
 
 
-GUIDES = dict(
-    colours=colours, bright=lambda images, output=None: colours(images, ones=1.0), dino=colours
-)
+def bright(images: Tensor, output: str | None = None) -> sfp.Tokens:
+    return colours(images, ones=1.0)
+
+
+for guide in (colours, bright):
+    guide.across = lambda entering, join: join(entering)
+GUIDES = dict(colours=colours, bright=bright, dino=colours)
 """What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
 
 
@@ -315,7 +332,12 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
         own = slice(i, i + 1)
         seen = replace(on, trace=one, logits=on.logits[own], tokens=on.tokens[own])
         alone.append(run_on_batch(kind, op, seen))
-    return {name: torch.cat([values(x[name]) for x in alone]) for name in alone[0]}
+    return {name: _cat([x[name] for x in alone]) for name in alone[0]}
+
+
+def _cat(results: list[Any]) -> Any:
+    cat = sfp.Tokens.cat if isinstance(results[0], sfp.Tokens) else torch.cat
+    return cat(results)
 
 
 def run_on_batch(kind: str, op: Any, on: Given) -> dict[str, Any]:
@@ -331,7 +353,8 @@ def run_on_batch(kind: str, op: Any, on: Given) -> dict[str, Any]:
     if kind == "edit":
         return {f"layer {i}": op(trace, i) for i in (3, 10)}
     if kind in ("affinity", "source", "reader"):
-        return {"": op(trace)}
+        result = op(trace)
+        return {"patches" if getattr(result, "prefix", 1) == 0 else "": result}
     if kind == "attention":
         return {name: op(heads, trace) for name, heads in on.heads.items()}
     if kind == "smoother":

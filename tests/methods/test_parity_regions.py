@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def check_end(case: Case, engine: Engine, sheet: LogitSheet, queries: Queries) -
     case.check("probs_s16", found.scores[:, ::16, ::16])
     case.check("pred", found.labels)
     if "pred_before_vote" in case.outputs:
-        before = LogitSheet(sheet.tiles, sheet.row_matrix, sheet.column_matrix)
+        before = replace(sheet, regions=None)
         case.check("pred_before_vote", engine.label(case.image[0], before, queries.index).labels)
 
 

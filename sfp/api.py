@@ -55,7 +55,7 @@ def load(
     pad_windows: bool = False,
     whole_via_input: bool = False,
     templates: str | Sequence[str] = "imagenet",
-    logit_scale: float = 40.0,
+    logit_scale: float | str = 40.0,
     area_thd: float | None = None,
     pamr_steps: int = 0,
     window_batch: int | None = None,

@@ -333,6 +333,7 @@ def without(state: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
 
 BLOCK = "visual.transformer.resblocks.0"
 REFUSED = [
+    (lambda: open_clip_with("radio_model.model.patch_generator.pos_embed"), "C-RADIO.*a guide"),
     (lambda: open_clip_with("visual.trunk.stages.0.blocks.0.norm.weight"), "convolutional"),
     (lambda: open_clip_with("visual.trunk.patch_embed.backbone.stem.conv1.weight"), "ViTamin"),
     (lambda: open_clip_with("visual.trunk.attn_pool.latent"), "tensors do not fit each other"),

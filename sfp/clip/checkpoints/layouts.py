@@ -36,6 +36,12 @@ _UNUSED = re.compile(r"attn_mask$|text_decoder\.")  # the causal mask; what writ
 # how a checkpoint that cannot be used gives itself away, the first that fits: a regular expression for
 # the beginning of a name, what it is, what is in the way
 _REFUSED = (
+    (
+        r"(radio_model|model)\.(model\.)?patch_generator\.|embeddings\.patch_projection\.",
+        "a C-RADIO",
+        "it has no text tower, and its way into that of SigLIP 2, an adaptor, is not read here: it can "
+        "be a guide",
+    ),
     (r"visual\.layer1\.", "a ResNet CLIP", "only ViT towers have the patch tokens methods need"),
     (
         r"visual\.trunk\.(stages|network|stem)\.",

@@ -231,13 +231,16 @@ def _sizes(
     Args:
         state: under our names.
         head_widths: by the width of tokens; 64 where nothing is said.
+        **given: further arguments; `may_lack` says that a position table may lack the class token.
     """
     width, _, _, kernel = shape_of(state, "visual.conv1.weight", 4)
     rows = shape_of(state, "visual.positional_embedding", 2)[0]
     prefix = int("visual.class_embedding" in state)
     prefix += len(state.get("visual.register_embedding", ()))
-    table_prefix = prefix > 0 and math.isqrt(rows) ** 2 != rows  # no two squares are neighbours
-    side = math.isqrt(rows - table_prefix)
+    table_prefix = prefix > 0
+    if given.pop("may_lack", False) and math.isqrt(rows) ** 2 == rows:  # no squares are neighbours
+        table_prefix = False
+    side = math.isqrt(max(rows - table_prefix, 0))
     if side * side + table_prefix != rows or not side:
         raise LayoutError(
             f"position table of {rows} rows: expected a square grid{' plus CLS' if prefix else ''}"
@@ -380,6 +383,7 @@ def _timm(state: State, config: Config) -> tuple[ImageConfig, bool]:
         eps=1e-5 if before else 1e-6,
         positions=SMOOTH_BICUBIC,
         stem=_stem(state),
+        may_lack=True,
     )
     if sizes["width"] == 1792:
         raise LayoutError(

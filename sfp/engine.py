@@ -575,7 +575,7 @@ class Engine:
         rows = sheet.rows if refine is None else refine(sheet)
         decision = None if method is None else method.decision
         labels = assign(
-            **decided(rows, sheet.size, index, self.logit_scale, decision),
+            **decided(sheet, rows, index, self.logit_scale, decision),
             prob_thd=self.prob_thd,
             area_thd=self.area_thd,
             keep_scores=scores or getattr(self.masks, "vote", None) == "mean",

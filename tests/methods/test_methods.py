@@ -68,6 +68,17 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("cliptrase", "cells"): [1, 4],
     ("cliptrase", "guide"): ["dino"],
     ("cliptrase", "restore"): [-2],
+    ("cliper", "dataset"): ["voc21", "city_scapes"],
+    ("cliper", "cut"): [0.9],
+    ("cliper", "select"): [3],
+    ("cliper", "score_thd"): [],  # of the decision, as the next three
+    ("cliper", "background_thd"): [],
+    ("cliper", "background"): [True],
+    ("cliper", "min_max"): [],
+    ("floss", "base"): ["sclip"],
+    ("floss", "experts"): [],  # a file, which tests/methods/test_floss.py writes; as the next two
+    ("floss", "logit_scale"): [],
+    ("floss", "cells"): [],
     ("freecp", "base"): ["sclip"],
     ("freecp", "dataset"): ["voc21"],
     ("freecp", "redundant"): [0.2],

@@ -18,9 +18,10 @@ from sfp.engine import Engine, Queries
 from sfp.functional.graphs import PixelGraph, lab_of_rgb, neighbour_graph, propagate
 from sfp.functional.labels import Labels
 from sfp.functional.windows import WindowGrid
-from sfp.methods import freecp
+from sfp.methods import cliper, floss, freecp
 from sfp.methods.object_presence import hierarchy, moved_words, present_words, winners
 from sfp.methods.rfclip import box_blend, channel_share
+from sfp.registry import Op
 from sfp.trace import native_last
 from sfp.whole import WholeImage
 
@@ -336,3 +337,67 @@ def test_golden_rfclip_end_to_end(name):
     case.check("logits_s16", logits[:, ::16, ::16])
     case.check("probs_s16", labels.scores[:, ::16, ::16])
     case.check("pred", labels.labels.to(torch.uint8))
+
+
+@pytest.mark.parametrize("name", cases("cliper/"))
+def test_golden_cliper(name):
+    case, hyper = Case(name), Case(name).hyper
+    post = hyper["post"] or dict(score_thd=0.0, bkg_thd=0.0, min_max=False)
+    text = F.normalize(case.inputs[case.entry["text"].split()[0]], dim=-1)
+    count, words = hyper["classes"], hyper["background_words"]
+    text = torch.cat([text[count:], text[:count]])  # background first, as class 0
+    index = (*[0] * words, *range(1, count + 1)) if words else tuple(range(count))
+    pixels = case.image[..., : case.entry["size"][0], : case.entry["size"][1]]
+    window, stride = hyper["window"] or 0, hyper["stride"] or 1
+    grid = WindowGrid.over(pixels.shape[2:], window, stride)
+    whole = WholeImage(grid, pixels[0])
+    windows = torch.stack([whole.cut(place)[0] for place in grid.places])
+    method = sfp.build_method(
+        "cliper",
+        cut=hyper["cut"],
+        select=hyper["select_readout"],
+        logit_scale=float(hyper["logit_scale"]),
+        background=words > 0,
+        score_thd=post["score_thd"],
+        background_thd=post["bkg_thd"],
+        min_max=post["min_max"],
+    )
+    context = dict(text=text, index=index, whole=whole)
+    trace = method.run(case.clip.visual, windows, **context)
+    logits = method.read_logits(trace)
+    image = trace.of_image()
+    total = sum(image.attention(i) for i in range(11))
+    fused = []
+    for _ in range(12):
+        total, weights = cliper.fused_attention(total)
+        fused.append(weights)
+    case.check("fused_first_q16", fused[0][0, :, ::16])
+    case.check("fused_last_q16", fused[-1][0, :, ::16])
+    read, attention = image.once(Op(cliper.readouts))
+    features = torch.stack([image.vit.project(x).patches[0] for x in read])
+    case.check("readout_feats_t16", features[:, ::16])
+    case.check("fused_mean_last_r16", attention[0, ::16])
+    case.check("map", logits[0, words:])
+    if hyper["post"] is None:
+        return
+    sheet = replace(grid.whole, direct=method.direct).sheet(logits, tuple(case.entry["ori_shape"]))
+    case.check("scores", sheet.tiles.amax((0, 1))[words:])
+    scores = method.decision(sheet, sheet.rows, index)(0, sheet.size[0])
+    case.check("pred", scores.argmax(0).to(torch.uint8))
+
+
+@pytest.mark.parametrize("name", cases("unit/floss_fusion/"))
+def test_golden_floss_fusion(name):
+    case, scale = Case(name), Case(name).hyper["logit_scale"]
+    number = name.rsplit("/f", 1)[1]
+    features, banks = (case.inputs[f"floss/{x}{number}"] for x in ("feats", "banks"))
+    size = features.shape[1:]
+    unit = F.normalize(features.flatten(1), dim=0)  # (C, P)
+    logits = scale * (F.normalize(banks, dim=-1) @ unit)  # (K + 1, K, P)
+    index = torch.arange(case.hyper["classes"])
+    probs, claims = floss.fuse_experts(logits[:-1], logits[-1], index)
+    case.check("claims", claims.unflatten(0, size))
+    case.check("probs", probs.unflatten(1, size))
+    case.check("pred", probs.argmax(0).unflatten(0, size).to(torch.uint8))
+    found = floss.fit([unit.T], F.normalize(banks, dim=-1), index.tolist(), logit_scale=scale)
+    case.check("mean_entropy", found.float().masked_fill(found.isinf(), 0))

@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import json
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from torch import Tensor
 import sfp
 from sfp.functional.windows import WindowGrid
 from sfp.registry import OPS, bind, needs, needs_words
-from sfp.trace import Trace
+from sfp.trace import Trace, Words
 from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -32,6 +35,10 @@ SELF = dict(type="self_self", pairs=["kk"])
 CUT = dict(layer=8, cut=0.2, fill=dict(type="neighbour_mean"))
 SIMILARITY = dict(type="similarity", **CUT)
 COSINES = dict(type="head_cosine", subtract_cls=True)
+EXPERTS = str(Path(tempfile.mkdtemp()) / "experts.json")  # for `expert_probabilities`
+Path(EXPERTS).write_text(
+    json.dumps(dict(templates=["a {}.", "the {}."], experts={w: [int(w > "b")] for w in "abcde"}))
+)
 MEAN = dict(type="mean_of_blocks")
 SPREAD = dict(type="sinkhorn", affinity=dict(type="mean_attention"))
 FEEDBACK = dict(type="semantic_feedback", source=dict(type="read_last", attention=SELF))
@@ -167,6 +174,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(attention=dict(type="proxy_attention", **GUIDED), layout="colours"),
             dict(attention=SCOPE, layout="colours", layout_output="q+k", floor=True),
         ],
+        "last_of_layers": [{}],
         "proxy_anchors": [
             dict(guide="colours", threshold=0.9, beta_share=1.0, gamma_share=5.0),
             dict(guide="bright", rounds=0, row_mean=False),
@@ -184,6 +192,14 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     },
     "comparison": {
         "cosines": [{}],
+        "expert_probabilities": [
+            dict(experts=EXPERTS, logit_scale=5.0),
+            dict(experts=EXPERTS, cells=2),
+        ],
+        "layer_probabilities": [
+            {},
+            dict(cut=0.9, select=3, logit_scale=10.0, background=True),
+        ],
         "present_words": [
             {},
             dict(image_weight=0.5, move=0.5, height=0.9, linkage="ward", nearest=5, scope="window"),
@@ -191,6 +207,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     },
     "decision": {
         "as_scores": [{}, dict(rest=True)],
+        "kept_classes": [
+            dict(score_thd=0.05),
+            dict(score_thd=-1.0, background_thd=0.0, background=True),
+            dict(score_thd=0.1, background_thd=0.2, background=True, min_max=True),
+        ],
     },
     "refiner": {
         "class_purification": [
@@ -310,7 +331,8 @@ def given(clip: sfp.CLIP, image: Tensor, *, seed: int = 0, index: Any = None) ->
         (4, -2), bind(dict(type="l2_norm", top_k=6)), bind(dict(type="neighbour_mean"))
     )
     text = tiny.queries(QUERIES, seed).to(torch.promote_types(image.dtype, torch.float32))
-    context = dict(text=text, index=index, guides=GUIDES, regions=ids(image), depth=12)
+    words = Words(tuple("abcde"), lambda templates: torch.stack([text, 2 * text - text.roll(1, 0)]))
+    context = dict(words=words, text=text, index=index, guides=GUIDES, regions=ids(image), depth=12)
     trace = clip.visual.trace(image, [edit], **context)
     tokens = trace.outputs[-1]
     last = clip.visual.blocks[-1]
@@ -379,11 +401,9 @@ def of_logits(kind: str, op: Any, on: Given) -> Tensor:
     if kind == "comparison":
         return op(trace.vit.project(on.tokens), trace)
     index = trace.index or range(QUERIES)
-    each = [
-        op(lambda start, stop, own=own: own[:, start:stop], (height, width), index)
-        for own in on.logits
-    ]
-    return torch.stack([rows(0, height) for rows in each])
+    size = (2 * height, 2 * width)
+    sheets = [WindowGrid.over(size, 0, 1).sheet(own, size) for own in on.logits.split(1)]
+    return torch.stack([op(sheet, sheet.rows, index)(0, size[0]) for sheet in sheets])
 
 
 def twice(trace: sfp.Trace) -> sfp.Trace:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from towers import FAMILIES, Family
 
 import sfp
+from sfp.clip.checkpoints import image_layouts
+from sfp.clip.checkpoints.published import LayoutError
 from sfp.clip.fingerprint import contents_digest, state_key
 from sfp.clip.int8 import quantised
 from sfp.clip.vit import VisionTransformer
@@ -323,3 +325,60 @@ def test_the_fingerprint_sees_switches():
         ours.rope.rescale = False
     assert (state_key(ours), contents_digest(ours)) == before
     assert contents_digest(family("PE").tower()) == before[1]
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+def shapes(width: int, patch: int, side: int, **more: tuple[int, ...]) -> dict[str, Tensor]:
+    """A timm tower's tensors that sizes are read off, without values."""
+    sizes = {"patch_embed.proj.weight": (width, 3, patch, patch), "pos_embed": (1, side**2, width)}
+    sizes |= {name.replace("__", "."): size for name, size in more.items()}
+    return {f"visual.trunk.{k}": torch.empty(v, device="meta") for k, v in sizes.items()}
+
+
+def siglip_shapes(width: int, patch: int, side: int) -> dict[str, Tensor]:
+    pool = {
+        "attn_pool__latent": (1, 1, width),
+        "attn_pool__q__weight": (width, width),
+        "attn_pool__q__bias": (width,),
+        "attn_pool__kv__weight": (2 * width, width),
+        "attn_pool__kv__bias": (2 * width,),
+    }
+    return shapes(width, patch, side, **pool)
+
+
+@pytest.mark.parametrize(
+    ("width", "patch", "side", "heads", "activation"),
+    [
+        (768, 16, 14, 12, "gelu"),
+        (768, 32, 8, 12, "gelu_tanh"),
+        (1024, 16, 16, 16, "gelu"),
+        (1024, 16, 32, 16, "gelu_tanh"),
+        (1152, 14, 27, 16, "gelu"),
+        (1152, 16, 24, 16, "gelu_tanh"),
+        (1536, 16, 24, 16, "gelu_tanh"),
+    ],
+)
+def test_what_sizes_tell_of_siglip_in_timm(width, patch, side, heads, activation):
+    """timm's own model definitions, which say "gelu_tanh" for some sizes only."""
+    _, config, settled = image_layouts.read(siglip_shapes(width, patch, side))
+    assert settled
+    assert width // config.head_width == heads
+    assert config.activation == activation
+    assert (config.image_size, config.eps) == (patch * side, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("width", "patch", "side", "heads"),
+    [(768, 16, 14, 12), (1024, 14, 24, 16), (1408, 14, 16, 16), (1280, 14, 16, 16)],
+)
+def test_heads_of_timms_other_towers(width, patch, side, heads):
+    """EVA02 and BiomedCLIP, EVA01 g, CLIP H."""
+    _, config, _ = image_layouts.read(shapes(width, patch, side))
+    assert width // config.head_width == heads
+
+
+def test_a_tower_whose_norms_stand_elsewhere_is_refused():
+    with pytest.raises(LayoutError, match="EVA02-E"):
+        image_layouts.read(shapes(1792, 14, 16))

@@ -378,7 +378,7 @@ def _timm(state: State, config: Config) -> tuple[ImageConfig, bool]:
     before = "visual.ln_pre.weight" in state
     sizes = _sizes(
         state,
-        head_widths={1536: 96},
+        head_widths=HEAD_WIDTHS | {1536: 96},
         activation="swiglu" if _is_gated(state) else "gelu",
         eps=1e-5 if before else 1e-6,
         positions=SMOOTH_BICUBIC,

@@ -61,6 +61,7 @@ def load(
     window_batch: int | None = None,
     guides: Mapping[str, Any] | None = None,
     masks: Mapping[str, Any] | nn.Module | None = None,
+    regions: Mapping[str, Any] | nn.Module | None = None,
     memory_mb: int = 512,
 ) -> Model:
     """A CLIP with a method, ready to segment. The defaults are the benchmarks' (docs/protocol.md).
@@ -74,7 +75,7 @@ def load(
             mini CLIP); None leaves images as they are.
         precision, compiled, slide_crop, slide_stride, pad_windows: as in `sfp.engine.Engine`.
         whole_via_input, templates, logit_scale, area_thd: as in `sfp.engine.Engine`.
-        pamr_steps, window_batch, guides, masks: as in `sfp.engine.Engine`.
+        pamr_steps, window_batch, guides, masks, regions: as in `sfp.engine.Engine`.
         memory_mb: MiB on the device for features of recent images, so that other words for them are
             quick; 0 keeps none.
 
@@ -103,6 +104,7 @@ def load(
         window_batch=window_batch,
         guides=guides,
         masks=masks,
+        regions=regions,
         cache_bytes=memory_mb * 2**20,
     )
     if short_side == "auto":

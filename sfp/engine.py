@@ -35,7 +35,7 @@ from sfp.functional.pamr import Refinement
 from sfp.functional.regions import vote_in_regions
 from sfp.functional.windows import LogitSheet, WindowGrid, nearest
 from sfp.guides import build_guides
-from sfp.masks import build_masks
+from sfp.masks import build_masks, build_regions
 from sfp.method import Method
 from sfp.numerics import finite, first_bad
 from sfp.registry import suggest
@@ -123,6 +123,8 @@ class Engine:
         pamr_dilations: distances of its neighbours, in pixels.
         guides: external encoders by name, config nodes or modules, for methods that need them.
         masks: settings of a `MaskVote`, or a module like it: labels follow the masks of SAM or DINO.
+        regions: settings of a `RegionMap`, or a module like it: who finds the regions that some
+            methods ask for, where the caller gives none.
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
             products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
         compiled: whether the blocks' MLPs go through `torch.compile`; for GPUs, on CPUs it costs time.
@@ -150,6 +152,7 @@ class Engine:
         pamr_dilations: Sequence[int] = (8, 16),
         guides: Mapping[str, Any] | None = None,
         masks: Mapping[str, Any] | nn.Module | None = None,
+        regions: Mapping[str, Any] | nn.Module | None = None,
         precision: str = "auto",
         compiled: bool = False,
         cache_bytes: int = 0,
@@ -181,13 +184,14 @@ class Engine:
         self.precision = precision
         self.guides = build_guides(guides)
         self.masks = build_masks(masks)
+        self.regions = build_regions(regions)
         self.clip = _adapted(
             weights if isinstance(weights, CLIP) else load_clip(weights), precision, compiled
         )
         self.logit_scale = (
             float(self.clip.logit_scale.exp()) if logit_scale == "auto" else float(logit_scale)
         )
-        for part in (self.masks, *self.guides.values()):
+        for part in (self.masks, self.regions, *self.guides.values()):
             if isinstance(part, FollowsNormalisation):
                 part.follow(self.clip)
         self.cache = FeatureCache(cache_bytes)
@@ -210,8 +214,9 @@ class Engine:
         return self
 
     def parts(self) -> list[nn.Module]:
-        """Everything with weights: the CLIP, the guides, the proposer of masks."""
-        return [self.clip, self.guides] + ([] if self.masks is None else [self.masks])
+        """Everything with weights: the CLIP, the guides, the proposers of masks and regions."""
+        proposers = [part for part in (self.masks, self.regions) if part is not None]
+        return [self.clip, self.guides, *proposers]
 
     def convert(self) -> None:
         """Brings the weights to `precision`, if they are on another device or of another type by now.
@@ -339,7 +344,7 @@ class Engine:
         self.convert()
         prepare = prepare or self.normalise
         weights = self._weights() if self.cache.limit else None
-        maps = self._regions(methods, images, regions)
+        maps = self._regions(methods, images, regions, sizes, prepare)
         wholes = [
             WholeImage(self._grid(image), image, prepare, _fitted(ids, image))
             for image, ids in zip(images, maps, strict=True)
@@ -384,8 +389,9 @@ class Engine:
             LookupError: if the method needs words to compute its features.
         """
         self.convert()
-        (ids,) = self._regions([method], [image], None)
-        whole = WholeImage(self._grid(image), image, prepare or self.normalise, _fitted(ids, image))
+        prepare = prepare or self.normalise
+        (ids,) = self._regions([method], [image], None, [image.shape[-2:]], prepare)
+        whole = WholeImage(self._grid(image), image, prepare, _fitted(ids, image))
         guides = dict(self.guides.items())
         if method.needs_whole:
             windows, ids = self._windows(whole)
@@ -526,15 +532,23 @@ class Engine:
         methods: Sequence[Method],
         images: Tensor | Sequence[Tensor],
         given: Sequence[Tensor | None] | None,
+        sizes: Sequence[Sequence[int]],
+        prepare: Prepare,
     ) -> list[Tensor | None]:
-        """The id map of each image, if a method needs one."""
+        """The id map of each image, if a method needs one: given, or proposed at the output's size."""
         if not any(method.needs_regions for method in methods):
             return [None] * len(images)
         maps: list[Tensor | None] = []
-        for number in range(len(images)):
+        for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
             ids = None if given is None else given[number]
-            if ids is None:
+            if ids is None and self.regions is None:
                 raise RegionsError(NO_REGIONS)
+            if ids is None:
+                assert self.regions is not None
+                guides, visual = dict(self.guides.items()), self.clip.visual
+                ids = self.regions(
+                    visual, prepare(image), (int(size[0]), int(size[1])), guides=guides
+                )
             maps.append(ids.to(self.device))
         return maps
 

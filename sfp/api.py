@@ -54,7 +54,7 @@ def load(
     slide_stride: int = 112,
     pad_windows: bool = False,
     whole_via_input: bool = False,
-    templates: str | Sequence[str] = "imagenet",
+    templates: str | Sequence[str] = "auto",
     logit_scale: float | str = 40.0,
     area_thd: float | None = None,
     pamr_steps: int = 0,

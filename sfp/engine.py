@@ -27,7 +27,7 @@ from sfp.clip.checkpoints.loading import load_clip
 from sfp.clip.fingerprint import state_key
 from sfp.clip.int8 import quantised
 from sfp.clip.model import CLIP
-from sfp.clip.text import prompt_templates, text_bank
+from sfp.clip.text import model_templates, prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
 from sfp.feature_cache import FeatureCache, LRUCache
 from sfp.functional.labels import Labels, assign, decided
@@ -104,7 +104,8 @@ class Engine:
 
     Args:
         weights: name, path or state dict for `load_clip`; or a `CLIP`, used as it is.
-        templates: prompt templates, a list or the name of a set (`sfp.clip.templates`).
+        templates: prompt templates, a list or the name of a set (`sfp.clip.templates`); "auto" takes
+            those of the model's authors, CLIP's 80 for nearly all.
         logit_scale: inverse temperature of the softmax over queries; "auto" for that with which the
             model was trained (100 in CLIP). Methods were tuned with 40 to 55 on CLIP, but cosines of
             SigLIP and others are much smaller.
@@ -139,7 +140,7 @@ class Engine:
         self,
         weights: str | Path | Mapping[str, Tensor] | CLIP,
         *,
-        templates: str | Sequence[str] = "imagenet",
+        templates: str | Sequence[str] = "auto",
         logit_scale: float | str = 40.0,
         prob_thd: float = 0.0,
         area_thd: float | None = None,
@@ -170,8 +171,7 @@ class Engine:
             raise ValueError(f"window_batch={window_batch}: at least one window runs at a time")
         if isinstance(logit_scale, str) and logit_scale != "auto":
             raise ValueError(f"logit_scale={logit_scale!r}: expected a number or 'auto'")
-        prompt_templates(templates)
-        self.templates = templates
+        model_templates(templates)  # before anything is loaded
         self.prob_thd = prob_thd
         self.area_thd = area_thd
         self.slide_crop = slide_crop
@@ -191,6 +191,7 @@ class Engine:
         self.logit_scale = (
             float(self.clip.logit_scale.exp()) if logit_scale == "auto" else float(logit_scale)
         )
+        self.templates = model_templates(templates, self.clip.text.templates)
         for part in (self.masks, self.regions, *self.guides.values()):
             if isinstance(part, FollowsNormalisation):
                 part.follow(self.clip)

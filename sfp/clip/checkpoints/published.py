@@ -257,6 +257,12 @@ def short_side(weights: object) -> int:
     return row.short_side if row else SHORT_SIDE
 
 
+def own_templates(weights: object) -> str:
+    """Name of the prompts that the authors of weights use: TIPSv2's for its rows, else CLIP's."""
+    row = find(weights)
+    return "tipsv2" if row and row.family == "TIPSv2" else "imagenet"
+
+
 def on_disk(name: str) -> Path | None:
     """The file of a published name on this machine, or None; nothing is downloaded."""
     row = PUBLISHED[name]

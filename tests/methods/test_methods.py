@@ -123,6 +123,9 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("object_presence", "move"): [0.5],
     ("object_presence", "height"): [0.5],
     ("object_presence", "scope"): [],  # the same without windows; see test_windows_of_an_image
+    ("radseg", "recursive"): [None, 1.0],
+    ("radseg", "aggregate"): [None, 1.0],
+    ("radseg", "least"): [],  # a part of the decision
     ("resclip", "dataset"): ["voc20", "voc21"],
     ("resclip", "layers"): [(3,), (7, 8)],
     ("resclip", "lambda_rcs"): [0.1],

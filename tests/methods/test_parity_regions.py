@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +16,13 @@ from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 import sfp
+from sfp.clip.blocks import Block
 from sfp.engine import Engine, Queries
 from sfp.functional.attention import centred_softmax
 from sfp.functional.regions import components, region_distances
-from sfp.functional.windows import LogitSheet, nearest
+from sfp.functional.windows import LogitSheet, WindowGrid, nearest
 from sfp.guides import TransformersGuide
-from sfp.methods import corrclip, fsa, gla_clip, ov_stitcher
+from sfp.methods import corrclip, fsa, gla_clip, ov_stitcher, radseg
 from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -371,3 +374,102 @@ def test_golden_ov_stitcher(name):
     z_main, z_spatial, z_semantic = (readout(seen).data[0] for readout in method.readouts)
     check_rows(case, z_main=z_main, z_spatial=z_spatial, z_semantic=z_semantic)
     check_rows(case, feats=method.read(trace).data[0])
+
+
+# -- RADSeg --------------------------------------------------------------------------------------
+
+
+def unit_mean(unit: Tensor) -> Tensor:
+    return (unit @ unit.T).mean()
+
+
+@pytest.mark.parametrize("name", cases("radseg/scra"))
+def test_golden_radseg_scra(name):
+    """A block of other widths, made of the stored weights."""
+    case = Case(name)
+    x, weights = case.inputs["scra/x"].float(), case.inputs
+    heads = case.hyper["heads"]
+    block = Block(48, heads)
+    state = {
+        "in_proj_weight": weights["scra/qkv.weight"],
+        "in_proj_bias": weights["scra/qkv.bias"],
+        "out_proj.weight": weights["scra/proj.weight"],
+        "out_proj.bias": weights["scra/proj.bias"],
+    }
+    block.attn.load_state_dict({key: value.float() for key, value in state.items()})
+    block.ln_1 = torch.nn.Identity()
+    trace = SimpleNamespace(vit=SimpleNamespace(blocks=[block]))
+    tokens = sfp.Tokens(x, (6, 6), prefix=1)
+    own = radseg.self_correlating(block.heads(tokens), trace, gain=case.hyper["scale"])
+    for output, step in stored(case, "attn"):
+        case.check(output, own.flatten(0, 1)[:, ::step])
+    case.check("kept_count", (own > 0).sum(-1).flatten(0, 1))
+    rule = functools.partial(radseg.self_correlating, gain=case.hyper["scale"])
+    out = block.read(tokens, residual=None, attention=rule, ffn=False, trace=trace)
+    case.check("out", out.data)
+
+
+@pytest.mark.parametrize("name", cases("radseg/clip_scra"))
+def test_golden_radseg_clip(name):
+    case = Case(name)
+    rule = dict(type="self_correlating")
+    method = sfp.build_method(dict(readouts=[dict(attention=rule)]))
+    trace = method.run(case.clip.visual, case.image)
+    last = case.clip.visual.blocks[-1]
+    heads = last.heads(trace.entering(11))
+    kept = (radseg.self_correlating(heads, trace) > 0).sum(-1)[0]
+    case.check("kept_count", kept)
+    reduced = sfp.build_method(dict(readouts=[dict(attention=rule, residual=None, ffn=False)]))
+    check_rows(case, attention_out=reduced.readouts[0](trace).data[0])
+    case.check("feats", method.read(trace).data[0])
+
+
+def radseg_tokens(maps: Tensor) -> sfp.Tokens:
+    return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
+
+
+@pytest.mark.parametrize("name", cases("radseg/scga"))
+def test_golden_radseg_scga(name):
+    case = Case(name)
+    tokens = radseg_tokens(case.inputs[f"rad/{case.entry['input']}"].float())
+    knobs = {"gain": case.hyper["scale"]} if "scale" in case.hyper else {}
+    case.check("out", radseg.global_aggregation(tokens, None, **knobs).as_map())
+    unit = torch.nn.functional.normalize(tokens.data[0], dim=-1)
+    case.check("sim_mean", unit_mean(unit)[None])
+    weights = radseg.global_rows(unit, slice(None), unit_mean(unit), knobs.get("gain", 10.0))
+    case.check("kept_count", (weights > 0).sum(1)[None])
+    for output, step in stored(case, "attn"):
+        case.check(output, weights[None, ::step])
+
+
+@pytest.mark.parametrize("name", cases("radseg/e2e"))
+def test_golden_radseg(name):
+    """From the windows' features on: the tower, its text and its adaptor's head are given."""
+    case = Case(name)
+    entry, weights = case.entry, case.inputs
+    source = f"rad/{entry['input']}"
+    height, width = weights[f"img_hw/{entry['input']}"].tolist()
+    size = radseg.stride_size((height, width), entry["crop"], entry["stride"])
+    grid = WindowGrid.over(size, entry["crop"], entry["stride"])
+    windows = weights[f"{source}/windows"].float()
+    side = [length // entry["patch"] for length in grid.window]
+    tokens = sfp.Tokens(windows, (side[0], side[1]), prefix=0)
+    trace = SimpleNamespace(whole=WholeImage(grid, torch.zeros(3, *size)))
+    joined = radseg.stitch(tokens, trace)
+    case.check("stitched", joined.as_map()[0])
+    mixed = radseg.global_aggregation(joined, trace)
+    case.check("scga", mixed.as_map()[0])
+    head = torch.nn.functional.linear(
+        mixed.data, weights["rad/head.weight"].float(), weights["rad/head.bias"].float()
+    )
+    logits = sfp.tokens.cosine_logits(mixed.with_data(head), weights["rad/text"])
+    probs = radseg.query_probabilities(logits, trace)
+    case.check("patch_probs", probs[0])
+    sheet = replace(grid.whole, direct=True).sheet(probs, tuple(entry["ori_shape"]))
+    least = case.hyper.get("denoise", 0.5)
+    case.check("query_max", sheet.rows(0, sheet.size[0]).amax((1, 2)))
+    index = range(probs.shape[1])
+    scores = radseg.denoised_scores(sheet, sheet.rows, index, least=least)
+    found = scores(0, sheet.size[0])
+    case.check("probs_s16", found[:, ::16, ::16])
+    case.check("pred", found.argmax(0))

@@ -118,6 +118,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(GUIDED, lam=1.0, keep=0.9),
             dict(GUIDED, gain=1.0, centre=1.0, first_scale=5.0, uniform_scale=2.0),
         ],
+        "self_correlating": [{}, dict(gain=2.0)],
         "region_scope": [
             dict(guide="colours"),
             dict(guide="bright", output=None, gain=2.0, eps=None),
@@ -158,6 +159,8 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "smoother": {
         "aggregate": [dict(affinity=SIMILARITY), dict(affinity=dict(type="mean_attention"))],
         "native_cls": [{}],
+        "global_aggregation": [{}, dict(gain=2.0)],
+        "stitch": [dict(floor=True)],
         "weighted_sum": [dict(affinity=SIMILARITY)],
     },
     "image": {
@@ -207,6 +210,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     },
     "decision": {
         "as_scores": [{}, dict(rest=True)],
+        "denoised_scores": [dict(least=-1.0), dict(least=0.9)],
         "kept_classes": [
             dict(score_thd=0.05),
             dict(score_thd=-1.0, background_thd=0.0, background=True),
@@ -240,6 +244,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(guide="colours", neighbours=9, power=1.0, decay=0.1, alpha=0.5, steps=3),
         ],
         "propagate_pixels": [{}, dict(side=5, tau=0.2, alpha=0.5, steps=3)],
+        "query_probabilities": [{}, dict(scale=10.0)],
         "prompt_denoising": [{}, dict(pd_thresh=0.9, scale=10.0)],
         "remove_redundancy": [{}, dict(temperature=5.0)],
     },

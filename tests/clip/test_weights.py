@@ -524,6 +524,16 @@ def test_the_table():
     assert [n for n, row in hub.items() if row.mean == HALF] == ["ViT-L-14:laion2b_s32b_b82k"]
 
 
+def test_a_setting_that_no_tensor_shows(cache, monkeypatch):
+    """MobileCLIP2-L-14's text tower is not causal; its row says so where no configuration does."""
+    monkeypatch.setitem(published.SETTINGS, "ViT-B-32", published.SETTINGS["MobileCLIP2-L-14"])
+    monkeypatch.setitem(ARCHITECTURES, "ViT-B-32", Architecture(8, 64, 64, 2, 64, 2, 32))
+    saved(cache / "ViT-B-32-datacomp_xl_s13b_b90k.bin")
+    name = "ViT-B-32:datacomp_xl_s13b_b90k"
+    assert open_weights(name).text.causal is False
+    assert open_weights(tiny.save(cache / "other.safetensors")).text.causal
+
+
 def test_rows_by_name_and_place(tmp_path):
     shipped = PUBLISHED["mini"].shipped
     for weights in ("mini", shipped, str(shipped)):

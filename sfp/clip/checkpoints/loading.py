@@ -34,11 +34,13 @@ from sfp.clip.checkpoints.published import (
     ARCHITECTURES,
     HUB_FILES,
     PUBLISHED,
+    SETTINGS,
     WEIGHT_FILES,
     LayoutError,
     Published,
     WeightsError,
     on_disk,
+    row_of,
 )
 from sfp.clip.checkpoints.sources import (
     COMPANIONS,
@@ -199,7 +201,7 @@ def open_weights(
         state = read_state(path)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}{suggest(activation, ACTIVATIONS)}")
-    recognised = _recognise(state, path, origin)
+    recognised = _recognise(state, path, origin, row)
     image, text, known = _settle(recognised, path, row, activation, head_width, text_head_width)
     return Checkpoint(
         origin,
@@ -217,8 +219,12 @@ def open_weights(
     )
 
 
-def _recognise(state: Mapping[str, Tensor], path: Path | None, origin: str) -> Recognised:
+def _recognise(
+    state: Mapping[str, Tensor], path: Path | None, origin: str, row: Published | None
+) -> Recognised:
     config = configuration(path) if path else {}
+    if row := row or (row_of(path) if path else None):
+        config = SETTINGS.get(str(row.architecture), {}) | config
     try:
         return recognise(state, config)
     except LayoutError as error:

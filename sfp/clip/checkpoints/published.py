@@ -219,6 +219,8 @@ def _table() -> tuple[dict[str, Architecture], dict[str, Published]]:
 
 
 ARCHITECTURES, _ROWS = _table()
+# settings by architecture, in the form of open_clip's configurations, that no name or shape shows
+SETTINGS = {"MobileCLIP2-L-14": {"model_cfg": {"text_cfg": {"no_causal_mask": True}}}}
 PUBLISHED = (
     {
         name: Published(file, sha256, repo, architecture, family="CLIP of OpenAI", licence="MIT")

@@ -182,6 +182,20 @@ def needs(part: Any, what: Literal["whole", "regions"]) -> bool:
     return any(getattr(x, what, False) for x in _functions(part))
 
 
+def guides_of(part: Any) -> set[str]:
+    """The external encoders that a part of a method asks for: what its knobs `guide` and `sam` name."""
+    if isinstance(part, (list, tuple)):
+        return set().union(*map(guides_of, part))
+    if isinstance(part, Op):
+        own = {v for k, v in part.knobs if k in ("guide", "sam") and isinstance(v, str)}
+        return own | guides_of(tuple(value for _, value in part.knobs))
+    if is_dataclass(part) and not isinstance(part, type):
+        layout = getattr(part, "layout", None)
+        own = {layout} if isinstance(layout, str) else set()
+        return own | guides_of(tuple(getattr(part, f.name) for f in fields(part)))
+    return set()
+
+
 def _functions(part: Any) -> Iterator[Any]:
     """All that can be called in a part of a method: itself, its knobs, its fields."""
     if isinstance(part, (list, tuple)):

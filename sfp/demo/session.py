@@ -16,7 +16,7 @@ from sfp.api import Model
 from sfp.data.images import read_image
 from sfp.demo.pictures import Pixels, bounded
 from sfp.method import Method, Purify, build_method
-from sfp.registry import list_methods
+from sfp.registry import guides_of, list_methods
 from sfp.result import Result
 from sfp.tokens import upcast
 from sfp.trace import Trace
@@ -65,8 +65,7 @@ def usable_methods() -> list[str]:
     """Presets that need no external encoder and no regions."""
 
     def alone(method: Method) -> bool:
-        guided = any(getattr(readout, "layout", None) for readout in method.readouts)
-        return not guided and not method.needs_regions
+        return not guides_of(method) and not method.needs_regions
 
     return [name for name in list_methods() if alone(build_method(name))]
 

@@ -136,8 +136,8 @@ def layer_probabilities(
 
     def logits(of: Trace) -> Tensor:
         """(L, W, Q + 1, N), scaled."""
-        read = torch.stack([x.patches for x in of.once(Op(readouts))[0]])
-        unit = F.normalize(upcast(of.vit.ln_post(read) @ of.vit.proj), dim=-1)
+        each = [of.vit.project(x, of.pool_mlp).patches for x in of.once(Op(readouts))[0]]
+        unit = F.normalize(upcast(torch.stack(each)), dim=-1)
         return logit_scale * (unit @ text.T).mT
 
     image = trace.of_image()

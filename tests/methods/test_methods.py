@@ -48,6 +48,7 @@ CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
     "corrclip": lambda: dict(guides=dict(dino=colours)),
     "fsa": lambda: dict(guides=dict(dino=colours)),
     "gla_clip": lambda: dict(guides=dict(dino=colours)),
+    "trident": lambda: dict(guides=dict(dino=colours, sam=Sam())),
     "lposs": lambda: dict(guides=dict(dino=colours)),
     "lposs_plus": lambda: dict(guides=dict(dino=colours)),
     "ov_stitcher": lambda: dict(guides=dict(dino=colours)),
@@ -152,6 +153,13 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("sfp_paper", "purify"): [False, "median", "mask_attention"],
     ("sfp_paper", "layers"): [(-2,)],
     ("sfp_paper", "enhancer"): ["qk", "kk", "qq+vv"],
+    ("trident", "guide"): [],
+    ("trident", "sam"): [None],
+    ("trident", "dataset"): ["voc20"],
+    ("trident", "factor"): [0.0],
+    ("trident", "negative"): [],  # tests/methods/test_parity_choice.py
+    ("trident", "halves"): [True],
+    ("trident", "floor"): [],  # the same where windows lie on whole cells
     ("scclip", "beta"): [0.9],
 }
 
@@ -181,6 +189,15 @@ def tiny(layers: int = 12, dtype: torch.dtype = torch.float32) -> sfp.CLIP:
         if "in_proj_weight" in name:  # attention that is not uniform
             p.data *= 4
     return clip.requires_grad_(False).eval().to(dtype)
+
+
+class Sam:
+    """A stand-in for SAM's attention: that of mean colours in cells of 10 pixels."""
+
+    def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        maps = F.avg_pool2d(image[0], 10, ceil_mode=True)  # (3, h, w)
+        rows = torch.stack([maps, maps.flip(0).cumsum(0)]).flatten(2).mT  # (2, M, 3)
+        return (rows @ rows.mT).softmax(-1), rows.unflatten(1, maps.shape[1:])
 
 
 def images(batch: int = 2, height: int = 64, width: int = 64) -> Tensor:

@@ -178,6 +178,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(attention=SCOPE, layout="colours", layout_output="q+k", floor=True),
         ],
         "last_of_layers": [{}],
+        "sam_correlation": [
+            dict(guide="colours", sam=None),
+            dict(guide="colours", gain=6.0, centre=1.0, factor=0.5, sam="sam"),
+            dict(guide="colours", negative=0.6, factor=3.0, halves=True, floor=True),
+        ],
         "proxy_anchors": [
             dict(guide="colours", threshold=0.9, beta_share=1.0, gamma_share=5.0),
             dict(guide="bright", rounds=0, row_mean=False),
@@ -288,7 +293,18 @@ def bright(images: Tensor, output: str | None = None) -> sfp.Tokens:
 
 for guide in (colours, bright):
     guide.across = lambda entering, join: join(entering)
-GUIDES = dict(colours=colours, bright=bright, dino=colours)
+
+
+class Sam:
+    """A stand-in for SAM's attention: that of mean colours in cells of 10 pixels."""
+
+    def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        maps = torch.nn.functional.avg_pool2d(image[0], 10, ceil_mode=True)  # (3, h, w)
+        rows = torch.stack([maps, maps.flip(0).cumsum(0)]).flatten(2).mT  # (2, M, 3)
+        return (rows @ rows.mT).softmax(-1), rows.unflatten(1, maps.shape[1:])
+
+
+GUIDES = dict(sam=Sam(), colours=colours, bright=bright, dino=colours)
 """What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
 
 

@@ -86,7 +86,8 @@ class SamGuide(nn.Module):
     def forward(self, image: Tensor, output: str | None = None) -> Tokens:
         """Values of the last block, heads side by side, of images (B, 3, H, W): (B, h * w, D)."""
         each = [self.last_attention(one[None])[1].permute(1, 2, 0, 3).flatten(2) for one in image]
-        return Tokens(torch.stack(each).flatten(1, 2), each[0].shape[:2], prefix=0)
+        grid = (each[0].shape[0], each[0].shape[1])
+        return Tokens(torch.stack(each).flatten(1, 2), grid, prefix=0)
 
     def _entering_last(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The tokens that enter the last block, and how many rows and columns are of the image."""

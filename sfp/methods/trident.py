@@ -2,8 +2,8 @@
 
 Harnessing Vision Foundation Models for High-Performance, Training-Free Open Vocabulary Segmentation,
 arXiv:2411.09219*. DINO ViT-B/16 guides the windows; the attention of SAM's last global block, where its
-values agree, then mixes the whole image on SAM's grid. Its refinement of labels by SAM is `masks=dict(
-type="sam_refine", ...)` of the engine, for any method.
+values agree, then mixes the whole image on SAM's grid. Its refinement of labels by SAM's decoder is not
+here.
 
 | | here | release |
 | --- | --- | --- |

@@ -11,6 +11,7 @@ from clip.test_tokenizers import bpe
 from torch import Tensor
 
 import sfp
+from sfp.cli import main
 from sfp.clip.checkpoints.loading import load_clip, open_weights
 
 transformers = pytest.importorskip("transformers")
@@ -119,6 +120,15 @@ def test_from_words_to_labels(family):
     picture = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
     result = model.segment(picture, ["cat", "sky", "traffic light"])
     assert result.labels.shape == (60, 80)
+
+
+def test_check_says_what_a_folder_is(family, capsys):
+    _, folder, _ = family
+    assert main(["weights", "check", str(folder)]) == 0
+    shown = "".join(capsys.readouterr().out.replace("│", "").split())
+    assert f"{folder}/tokenizer.json" in shown
+    assert "width64,12blocks,4heads" in shown
+    assert "context64,vocabulary420" in shown
 
 
 def test_the_tokenizer_is_part_of_the_digest(family):

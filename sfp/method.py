@@ -37,6 +37,8 @@ from sfp.registry import (
     build_dataclass,
     composition,
     fit,
+    guides_of,
+    list_methods,
     needs,
     needs_words,
     parameter_types,
@@ -444,3 +446,9 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
             )
         return method
     return build_dataclass(Method, composition(method, **knobs))
+
+
+def self_contained_methods() -> list[str]:
+    """Names of the presets that ask, by default, for no external encoder and no regions."""
+    methods = {name: build_method(name) for name in list_methods()}
+    return [name for name, m in methods.items() if not guides_of(m) and not m.needs_regions]

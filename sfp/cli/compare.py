@@ -32,7 +32,6 @@ Examples:
 
 Exit codes as of `sfp eval`.
 """
-GUIDED = ("proxyclip",)  # cannot run without a guide's weights
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -45,7 +44,8 @@ def register(commands: argparse._SubParsersAction) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="presets, with knobs as in sfp:purify=False,pm=lof (default: all that need no guide)",
+        help="presets, with knobs as in sfp:purify=False,pm=lof (default: all that need "
+        "no guide and no regions)",
     )
     parser.add_argument(
         "--classes",
@@ -61,11 +61,11 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares."""
-    import sfp
     from sfp.cli.terminal import print_table, progress
     from sfp.evaluation import compare
+    from sfp.method import self_contained_methods
 
-    methods = args.methods or [name for name in sfp.list_methods() if name not in GUIDED]
+    methods = args.methods or self_contained_methods()
     if len(args.weights or ()) > 1:
         return _matrix(args, methods)
     config = options.load(args, weights=args.weights[0] if args.weights else None)

@@ -26,7 +26,7 @@ model = dict(
     # mean and std, RGB in 0..255, are those of the weights unless they stand here
     data_preprocessor=dict(type="ImagePreprocessor", bgr_to_rgb=True),
     weights="ViT-B/16",  # or ViT-L/14, ViT-B-16:dfn2b, ... (docs/weights.md), or a file of one's own
-    templates="imagenet",  # the 80 prompts of CLIP's zero-shot classifier
+    templates="auto",  # of the weights' authors: the 80 prompts of CLIP's zero-shot classifier
     logit_scale=40.0,  # factor of the cosines before the softmax over all queries
     prob_thd=0.0,  # pixels whose best probability is below it become class 0 (background)
     area_thd=None,  # classes that cover a smaller share of the foreground are removed

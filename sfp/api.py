@@ -54,13 +54,14 @@ def load(
     slide_stride: int = 112,
     pad_windows: bool = False,
     whole_via_input: bool = False,
-    templates: str | Sequence[str] = "imagenet",
-    logit_scale: float = 40.0,
+    templates: str | Sequence[str] = "auto",
+    logit_scale: float | str = 40.0,
     area_thd: float | None = None,
     pamr_steps: int = 0,
     window_batch: int | None = None,
     guides: Mapping[str, Any] | None = None,
     masks: Mapping[str, Any] | nn.Module | None = None,
+    regions: Mapping[str, Any] | nn.Module | None = None,
     memory_mb: int = 512,
 ) -> Model:
     """A CLIP with a method, ready to segment. The defaults are the benchmarks' (docs/protocol.md).
@@ -74,7 +75,7 @@ def load(
             mini CLIP); None leaves images as they are.
         precision, compiled, slide_crop, slide_stride, pad_windows: as in `sfp.engine.Engine`.
         whole_via_input, templates, logit_scale, area_thd: as in `sfp.engine.Engine`.
-        pamr_steps, window_batch, guides, masks: as in `sfp.engine.Engine`.
+        pamr_steps, window_batch, guides, masks, regions: as in `sfp.engine.Engine`.
         memory_mb: MiB on the device for features of recent images, so that other words for them are
             quick; 0 keeps none.
 
@@ -103,6 +104,7 @@ def load(
         window_batch=window_batch,
         guides=guides,
         masks=masks,
+        regions=regions,
         cache_bytes=memory_mb * 2**20,
     )
     if short_side == "auto":

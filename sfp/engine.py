@@ -27,7 +27,7 @@ from sfp.clip.checkpoints.loading import load_clip
 from sfp.clip.fingerprint import state_key
 from sfp.clip.int8 import quantised
 from sfp.clip.model import CLIP
-from sfp.clip.text import prompt_templates, text_bank
+from sfp.clip.text import model_templates, prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
 from sfp.feature_cache import FeatureCache, LRUCache
 from sfp.functional.labels import Labels, assign, decided
@@ -35,7 +35,7 @@ from sfp.functional.pamr import Refinement
 from sfp.functional.regions import vote_in_regions
 from sfp.functional.windows import LogitSheet, WindowGrid, nearest
 from sfp.guides import build_guides
-from sfp.masks import build_masks
+from sfp.masks import build_masks, build_regions
 from sfp.method import Method
 from sfp.numerics import finite, first_bad
 from sfp.registry import suggest
@@ -104,8 +104,11 @@ class Engine:
 
     Args:
         weights: name, path or state dict for `load_clip`; or a `CLIP`, used as it is.
-        templates: prompt templates, a list or the name of a set (`sfp.clip.templates`).
-        logit_scale: inverse temperature of the softmax over queries.
+        templates: prompt templates, a list or the name of a set (`sfp.clip.templates`); "auto" takes
+            those of the model's authors, CLIP's 80 for nearly all.
+        logit_scale: inverse temperature of the softmax over queries; "auto" for that with which the
+            model was trained (100 in CLIP). Methods were tuned with 40 to 55 on CLIP, but cosines of
+            SigLIP and others are much smaller.
         prob_thd: pixels whose best class is less probable become class 0.
         area_thd: classes that win no more than this share of the foreground are left out.
         slide_crop: side of the windows in pixels; 0 runs whole images.
@@ -121,6 +124,8 @@ class Engine:
         pamr_dilations: distances of its neighbours, in pixels.
         guides: external encoders by name, config nodes or modules, for methods that need them.
         masks: settings of a `MaskVote`, or a module like it: labels follow the masks of SAM or DINO.
+        regions: settings of a `RegionMap`, or a module like it: who finds the regions that some
+            methods ask for, where the caller gives none.
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
             products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
         compiled: whether the blocks' MLPs go through `torch.compile`; for GPUs, on CPUs it costs time.
@@ -135,8 +140,8 @@ class Engine:
         self,
         weights: str | Path | Mapping[str, Tensor] | CLIP,
         *,
-        templates: str | Sequence[str] = "imagenet",
-        logit_scale: float = 40.0,
+        templates: str | Sequence[str] = "auto",
+        logit_scale: float | str = 40.0,
         prob_thd: float = 0.0,
         area_thd: float | None = None,
         slide_crop: int = 224,
@@ -148,6 +153,7 @@ class Engine:
         pamr_dilations: Sequence[int] = (8, 16),
         guides: Mapping[str, Any] | None = None,
         masks: Mapping[str, Any] | nn.Module | None = None,
+        regions: Mapping[str, Any] | nn.Module | None = None,
         precision: str = "auto",
         compiled: bool = False,
         cache_bytes: int = 0,
@@ -163,9 +169,9 @@ class Engine:
             )
         if window_batch is not None and window_batch < 1:
             raise ValueError(f"window_batch={window_batch}: at least one window runs at a time")
-        prompt_templates(templates)
-        self.templates = templates
-        self.logit_scale = logit_scale
+        if isinstance(logit_scale, str) and logit_scale != "auto":
+            raise ValueError(f"logit_scale={logit_scale!r}: expected a number or 'auto'")
+        model_templates(templates)  # before anything is loaded
         self.prob_thd = prob_thd
         self.area_thd = area_thd
         self.slide_crop = slide_crop
@@ -178,10 +184,15 @@ class Engine:
         self.precision = precision
         self.guides = build_guides(guides)
         self.masks = build_masks(masks)
+        self.regions = build_regions(regions)
         self.clip = _adapted(
             weights if isinstance(weights, CLIP) else load_clip(weights), precision, compiled
         )
-        for part in (self.masks, *self.guides.values()):
+        self.logit_scale = (
+            float(self.clip.logit_scale.exp()) if logit_scale == "auto" else float(logit_scale)
+        )
+        self.templates = model_templates(templates, self.clip.text.templates)
+        for part in (self.masks, self.regions, *self.guides.values()):
             if isinstance(part, FollowsNormalisation):
                 part.follow(self.clip)
         self.cache = FeatureCache(cache_bytes)
@@ -204,8 +215,9 @@ class Engine:
         return self
 
     def parts(self) -> list[nn.Module]:
-        """Everything with weights: the CLIP, the guides, the proposer of masks."""
-        return [self.clip, self.guides] + ([] if self.masks is None else [self.masks])
+        """Everything with weights: the CLIP, the guides, the proposers of masks and regions."""
+        proposers = [part for part in (self.masks, self.regions) if part is not None]
+        return [self.clip, self.guides, *proposers]
 
     def convert(self) -> None:
         """Brings the weights to `precision`, if they are on another device or of another type by now.
@@ -333,7 +345,7 @@ class Engine:
         self.convert()
         prepare = prepare or self.normalise
         weights = self._weights() if self.cache.limit else None
-        maps = self._regions(methods, images, regions)
+        maps = self._regions(methods, images, regions, sizes, prepare)
         wholes = [
             WholeImage(self._grid(image), image, prepare, _fitted(ids, image))
             for image, ids in zip(images, maps, strict=True)
@@ -378,8 +390,9 @@ class Engine:
             LookupError: if the method needs words to compute its features.
         """
         self.convert()
-        (ids,) = self._regions([method], [image], None)
-        whole = WholeImage(self._grid(image), image, prepare or self.normalise, _fitted(ids, image))
+        prepare = prepare or self.normalise
+        (ids,) = self._regions([method], [image], None, [image.shape[-2:]], prepare)
+        whole = WholeImage(self._grid(image), image, prepare, _fitted(ids, image))
         guides = dict(self.guides.items())
         if method.needs_whole:
             windows, ids = self._windows(whole)
@@ -520,15 +533,23 @@ class Engine:
         methods: Sequence[Method],
         images: Tensor | Sequence[Tensor],
         given: Sequence[Tensor | None] | None,
+        sizes: Sequence[Sequence[int]],
+        prepare: Prepare,
     ) -> list[Tensor | None]:
-        """The id map of each image, if a method needs one."""
+        """The id map of each image, if a method needs one: given, or proposed at the output's size."""
         if not any(method.needs_regions for method in methods):
             return [None] * len(images)
         maps: list[Tensor | None] = []
-        for number in range(len(images)):
+        for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
             ids = None if given is None else given[number]
-            if ids is None:
+            if ids is None and self.regions is None:
                 raise RegionsError(NO_REGIONS)
+            if ids is None:
+                assert self.regions is not None
+                guides, visual = dict(self.guides.items()), self.clip.visual
+                ids = self.regions(
+                    visual, prepare(image), (int(size[0]), int(size[1])), guides=guides
+                )
             maps.append(ids.to(self.device))
         return maps
 
@@ -569,7 +590,7 @@ class Engine:
         rows = sheet.rows if refine is None else refine(sheet)
         decision = None if method is None else method.decision
         labels = assign(
-            **decided(rows, sheet.size, index, self.logit_scale, decision),
+            **decided(sheet, rows, index, self.logit_scale, decision),
             prob_thd=self.prob_thd,
             area_thd=self.area_thd,
             keep_scores=scores or getattr(self.masks, "vote", None) == "mean",

@@ -12,6 +12,7 @@ from typing import Annotated
 from torch import Tensor
 
 from sfp.clip.vit import VisionTransformer
+from sfp.functional.windows import LogitSheet
 from sfp.registry import Kind
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
@@ -55,8 +56,8 @@ Refiner = Annotated[Callable[[Tensor, Trace], Tensor], Kind("refiner")]
 Rows = Callable[[int, int], Tensor]
 """(start, stop) -> maps of output rows start to stop, (Q or K, stop - start, W)."""
 
-Decision = Annotated[Callable[[Rows, tuple[int, int], Sequence[int]], Rows], Kind("decision")]
-"""(merged logits by rows, size (H, W), class of each query) -> scores of classes by rows."""
+Decision = Annotated[Callable[[LogitSheet, Rows, Sequence[int]], Rows], Kind("decision")]
+"""(merged logits, the same by rows of the image, class of each query) -> class scores by rows."""
 
 Points = Annotated[Callable[[Trace], list[Tensor]], Kind("points")]
 """(trace) -> point prompts of each image, (P, n, 2) with x and y in 0..1."""

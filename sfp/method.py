@@ -6,7 +6,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -37,6 +37,8 @@ from sfp.registry import (
     build_dataclass,
     composition,
     fit,
+    guides_of,
+    list_methods,
     needs,
     needs_words,
     parameter_types,
@@ -118,6 +120,14 @@ class Readout(_Fields):
             block gives one row per patch of the guide.
         layout_output: which of the guide's outputs the rule looks at (`Trace.guide`), so that the
             guide need not run for another.
+        block: "pool" reads in the attention pool of a tower that has one (SigLIP, PE, CoCa) in the
+            place of its last block: what leaves that is mixed as values of the pool. There is no
+            residual around a pool; any but the ordinary one is taken of what single tokens contribute.
+        pool_keys: q and k that the rule sees there: the keys of the "pool" for both, whose one query is
+            learned; or those of the "last" block.
+
+    Raises:
+        ValueError: for a pool without a rule, or in place of other blocks than the last.
     """
 
     blocks: Sequence[int] = (-1,)
@@ -130,9 +140,27 @@ class Readout(_Fields):
     after: Sequence[Smoother] = ()
     layout: str | None = None
     layout_output: str | None = None
+    block: Literal["last", "pool"] = "last"
+    pool_keys: Literal["pool", "last"] = "pool"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block == "last":
+            return
+        if self.attention is None:
+            raise ValueError(
+                "block='pool' needs an attention rule: the pool's own query gives one vector for the "
+                "whole image"
+            )
+        if tuple(self.blocks) != (-1,):
+            raise ValueError(
+                f"block='pool' stands for the last block alone, not for blocks={self.blocks}"
+            )
 
     def __call__(self, trace: Trace) -> Tokens:
         """The tokens read, (B, T or N, D), before the final projection."""
+        if self.block == "pool":
+            return self._in_pool(trace)
         blocks = [trace.layer(i) for i in self.blocks]
         source = self.source(trace) if self.source else trace.entering(blocks[0])
         x = source if self.keep_cls else source.only_patches()
@@ -156,6 +184,36 @@ class Readout(_Fields):
         for smooth in self.after:
             y = smooth(y, trace)
         return y
+
+    def _in_pool(self, trace: Trace) -> Tokens:
+        vit, rule = trace.vit, self.attention
+        if vit.pool is None or rule is None:
+            raise ValueError(
+                "block='pool': this tower has no attention pool (those of SigLIP, PE and CoCa have "
+                "one); read in the last block, block='last'"
+            )
+        source = self.source(trace) if self.source else trace.leaving()
+        x = source if self.keep_cls else source.only_patches()
+        for smooth in self.before:
+            x = smooth(x, trace)
+        heads = residual = None
+        if self.pool_keys == "last":
+            last = len(vit.blocks) - 1
+            entered = trace.entering(last)
+            heads = vit.blocks[last].heads(entered if self.keep_cls else entered.only_patches())
+        if self.residual and getattr(self.residual, "fn", self.residual) is not own_tokens:
+            residual = self.residual(vit.pooled(x), vit.pooled(source))
+        y = vit.pool.read(
+            x.with_data(vit.ln_post(x.data)),
+            attention=rule,
+            trace=trace,
+            heads=heads,
+            residual=residual,
+            layout=trace.guide(self.layout, self.layout_output) if self.layout else None,
+        )
+        for smooth in self.after:
+            y = smooth(y, trace)
+        return replace(y, pooled=True)
 
 
 @dataclass(frozen=True)
@@ -200,6 +258,8 @@ class Method(_Fields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if len({getattr(readout, "block", "last") for readout in self.readouts}) > 1:
+            raise ValueError("readouts of the last block and of the pool cannot be summed")
         if self.weights and len(self.weights) != len(self.readouts):
             raise ValueError(
                 f"weights={self.weights}: expected one for each of {len(self.readouts)} readouts"
@@ -244,6 +304,8 @@ class Method(_Fields):
         Args:
             portion: images that go through the network together; all by default.
         """
+        if not self.pool_mlp and (vit.pool is None or vit.pool.mlp is None):
+            raise ValueError("pool_mlp=False: this tower has no MLP in an attention pool")
         vit, regions = self.operate(vit), context.pop("regions", None)
 
         def parts(of: Tensor) -> Sequence[Tensor]:
@@ -371,7 +433,8 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
         method: name of a preset; `dict(type=name, knob=value, ...)`; a composition
             `dict(type="Method", readouts=[...], ...)`; or a `Method`, returned as it is.
         **knobs: knobs of the preset. Every preset that has no knob of that name itself also takes
-            `depth`, `positions`, `pool_mlp` and `comparison` (see `Method`), `refiners` that follow its
+            `depth`, `positions`, `pool_mlp` and `comparison` (see `Method`), `block` and `pool_keys` of
+            its readouts (see `Readout`), `refiners` that follow its
             own, and `stitched`: the windows of an image are joined to one grid before they are read
             (`sfp.ops.image.canvas`).
 
@@ -389,3 +452,9 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
             )
         return method
     return build_dataclass(Method, composition(method, **knobs))
+
+
+def self_contained_methods() -> list[str]:
+    """Names of the presets that ask, by default, for no external encoder and no regions."""
+    methods = {name: build_method(name) for name in list_methods()}
+    return [name for name, m in methods.items() if not guides_of(m) and not m.needs_regions]

@@ -114,6 +114,7 @@ COMMON = (
     "comparison",
     "refiners",
 )  # fields of `Method` that presets take too
+READOUT = ("block", "pool_keys")  # fields of `Readout` that presets take for all of theirs
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,20 @@ def needs_words(part: Any) -> bool:
 def needs(part: Any, what: Literal["whole", "regions"]) -> bool:
     """Whether a function in a part of a method says that it needs something (see `op`)."""
     return any(getattr(x, what, False) for x in _functions(part))
+
+
+def guides_of(part: Any) -> set[str]:
+    """The external encoders that a part of a method asks for: what its knobs `guide` and `sam` name."""
+    if isinstance(part, (list, tuple)):
+        return set().union(*map(guides_of, part))
+    if isinstance(part, Op):
+        own = {v for k, v in part.knobs if k in ("guide", "sam") and isinstance(v, str)}
+        return own | guides_of(tuple(value for _, value in part.knobs))
+    if is_dataclass(part) and not isinstance(part, type):
+        layout = getattr(part, "layout", None)
+        own = {layout} if isinstance(layout, str) else set()
+        return own | guides_of(tuple(getattr(part, f.name) for f in fields(part)))
+    return set()
 
 
 def _functions(part: Any) -> Iterator[Any]:
@@ -436,8 +451,8 @@ def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]
     Args:
         method: name of a preset, or `dict(type=name, knob=value, ...)`.
         **knobs: further knobs. Every preset that has no knob of that name itself also takes the
-            fields in `COMMON`, `refiners` that follow its own, and `stitched=True`, which
-            stands for `image=dict(type="canvas")`.
+            fields in `COMMON`, those in `READOUT` for all of its readouts, `refiners` that follow its
+            own, and `stitched=True`, which stands for `image=dict(type="canvas")`.
 
     Raises:
         ValueError: for unknown presets or knobs; the message names the valid ones.
@@ -449,10 +464,18 @@ def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]
         return config
     preset = find(METHODS, name)
     own = inspect.signature(preset).parameters
+    place = {k: config.pop(k) for k in READOUT if k in config and k not in own}
     stitched = "stitched" not in own and config.pop("stitched", False)
     common = {k: config.pop(k) for k in COMMON if k in config and k not in own}
     fields_of_method = preset(**check_knobs(preset, config, f"method {name!r}"))
     common["refiners"] = [*fields_of_method.get("refiners", ()), *common.get("refiners", ())]
+    if place:
+        readouts = fields_of_method.get("readouts", [{}])
+        if any("type" in node for node in readouts):
+            raise ValueError(
+                f"method {name!r} reads in its own way, which has no {', '.join(place)}"
+            )
+        common["readouts"] = [{**node, **place} for node in readouts]
     if stitched:
         common["image"] = _stitching(stitched, fields_of_method, name)
     return {**fields_of_method, **common}

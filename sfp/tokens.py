@@ -98,6 +98,16 @@ class Tokens:
         """The same tokens without their prefix."""
         return replace(self, data=self.patches, prefix=0)
 
+    def with_cls(self) -> Tokens:
+        """The same tokens behind a class token, where they have none the one that stands in.
+
+        Raises:
+            ValueError: if there is neither.
+        """
+        if self.prefix:
+            return self
+        return replace(self, data=torch.cat([self.cls, self.data], dim=1), prefix=1)
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -109,6 +119,8 @@ class Heads:
         scale: factor on the attention logits, d ** -0.5.
         grid, prefix, hidden: as in `Tokens`.
         rotate: turns queries and keys by where their patches lie (`sfp.clip.rope`), or None.
+        join: makes of mixed values, heads side by side (B, M, D), what leaves the attention.
+        pooled: whether that is the attention of a pool (`Tokens.pooled`).
     """
 
     project: Callable[[Tensor, str], tuple[Tensor, ...]]
@@ -118,6 +130,8 @@ class Heads:
     prefix: int
     hidden: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
+    join: Callable[[Tensor], Tensor] = lambda mixed: mixed
+    pooled: bool = False
     _made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property

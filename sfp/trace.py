@@ -89,6 +89,7 @@ class Trace:
         whole: the image whose windows, all of them, these are; None if each is an image of its own.
         words: the queries as words, where the caller has them, else None.
         normalisation: mean and standard deviation of the images, RGB in 0..255.
+        windows: the trace of the windows, if this is their canvas (`sfp.ops.image`); else None.
         depth: number of blocks that layer numbers are written for; None takes them literally.
         pool_mlp: whether features go through the MLP of the tower's pool, if there is one.
         edits, positions: what the trunk ran with (`VisionTransformer.trace`).
@@ -125,6 +126,7 @@ class Trace:
         self.pool_mlp = pool_mlp
         self.edits: tuple[Callable[[Trace, int], Tokens], ...] = ()
         self.positions: Callable[[Tensor, tuple[int, int]], Tensor] | None = resample_positions
+        self.windows: Trace | None = None
         self._regions = regions
         self._running: tuple[int, Heads] | None = None
         self._heads: dict[int, Heads] = {}
@@ -201,6 +203,7 @@ class Trace:
         other = copy.copy(self)
         other.image, other.embedded, other.outputs = image, tokens[0], list(tokens[1:])
         other.masks, other.whole, other._regions = dict(masks), whole, regions
+        other.windows = None
         other._running, other._heads, other._once, other._of_words = None, {}, {}, {}
         return other
 

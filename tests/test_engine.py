@@ -201,3 +201,12 @@ def test_autocast_has_features_of_its_own():
         cast = model.segment(picture(), WORDS)
     assert not np.array_equal(plain.confidence, cast.confidence)
     same(model.segment(picture(), WORDS), plain)
+
+
+def test_the_scale_that_the_model_was_trained_with():
+    clip = tiny.clip(**tiny.WORDS)
+    assert sfp.load(clip, **SMALL).engine.logit_scale == 40.0
+    own = sfp.load(clip, **SMALL, logit_scale="auto").engine.logit_scale
+    assert own == pytest.approx(float(clip.logit_scale.exp()))
+    with pytest.raises(ValueError, match="logit_scale='own': expected a number or 'auto'"):
+        sfp.load(clip, **SMALL, logit_scale="own")

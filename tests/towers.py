@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfp.clip.checkpoints import image_layouts
 from sfp.clip.vit import VisionTransformer
 
-DEPTH, WIDTH, HEADS, PATCH, SIDE, EMBED = 3, 64, 4, 8, 32, 24
+DEPTH, WIDTH, HEADS, PATCH, SIDE, EMBED = 6, 64, 4, 8, 32, 24
 
 
 @dataclass
@@ -248,7 +248,7 @@ def eva01() -> Family:
 
 def mobileclip_b() -> Family:
     """Its stem and width are fixed: patches of 16 pixels."""
-    sizes = dict(embed_dim=None, num_heads=None, patch_size=None, img_size=64, depth=1)
+    sizes = dict(embed_dim=None, num_heads=None, patch_size=None, img_size=64, depth=2)
     family = _timm("vit_base_mci_224", other=(80, 48), **sizes)
     family.size, family.head_width = (64, 64), 64
     return family

@@ -30,6 +30,7 @@ COMMANDS = (  # in the order of the help
     "label",
     "visualize",
     "plant",
+    "experts",
     "hubs",
     "export",
     "data",

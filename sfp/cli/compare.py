@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from sfp.cli import options
 
@@ -18,15 +20,18 @@ side) into the work folder. Killed and started again it continues, also with mor
 --paired adds how far each method lies above the one named, with a 95 % interval of a paired bootstrap
 over images: a difference whose interval contains 0 may be one of the choice of images.
 
+Several --weights give one table of towers by methods, matrix.json and matrix.md, with what each tower
+and the models beside it were trained on. It continues as well, also with more weights.
+
 Examples:
     sfp compare mini
     sfp compare voc21 --methods clip sclip sfp --work-dir work/three
     sfp compare voc21 --methods sclip sfp --classes shipped names my_words.txt
+    sfp compare voc21 --weights ViT-B/16 tipsv2-l14 siglip2-b16-256 --methods maskclip naclip
     sfp compare mini --methods sclip sfp:purify=False sfp --paired sfp:purify=False
 
 Exit codes as of `sfp eval`.
 """
-GUIDED = ("proxyclip",)  # cannot run without a guide's weights
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -34,12 +39,13 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser = options.add_command(
         commands, "compare", run, help="evaluate several methods in one go: one table", text=TEXT
     )
-    options.add_evaluation(parser)
+    options.add_evaluation(parser, many_weights=True)
     parser.add_argument(
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="presets, with knobs as in sfp:purify=False,pm=lof (default: all that need no guide)",
+        help="presets, with knobs as in sfp:purify=False,pm=lof (default: all that need "
+        "no guide and no regions)",
     )
     parser.add_argument(
         "--classes",
@@ -55,12 +61,14 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares."""
-    import sfp
     from sfp.cli.terminal import print_table, progress
     from sfp.evaluation import compare
+    from sfp.method import self_contained_methods
 
-    methods = args.methods or [name for name in sfp.list_methods() if name not in GUIDED]
-    config = options.load(args, weights=args.weights)
+    methods = args.methods or self_contained_methods()
+    if len(args.weights or ()) > 1:
+        return _matrix(args, methods)
+    config = options.load(args, weights=args.weights[0] if args.weights else None)
     with progress() as bar:
         task = bar.add_task(f"{len(methods)} methods", total=None)
         record = compare.compare(
@@ -78,4 +86,27 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     files = "compare.json, compare.md" + ", compare.png" * bool(args.pictures)
     print(f"results in {config.work_dir}: {files}")
+    return 0
+
+
+def _matrix(args: argparse.Namespace, methods: Sequence[str]) -> int:
+    """Compares methods with several weights."""
+    from sfp.cli.terminal import print_table, progress
+    from sfp.evaluation.matrix import matrix, matrix_sheet
+
+    if args.paired or args.classes:
+        raise ValueError("--paired and --classes compare methods with one --weights")
+    configs = {weights: options.load(args, weights=weights) for weights in args.weights}
+    folder = Path(next(iter(configs.values())).work_dir)
+    with progress() as bar:
+        task = bar.add_task(f"{len(configs)} weights, {len(methods)} methods", total=None)
+        record = matrix(
+            configs,
+            {name: options.parse_method(name) for name in methods},
+            folder,
+            resume=not args.no_resume,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print_table(*matrix_sheet(record), title=args.config)
+    print(f"results in {folder}: matrix.json, matrix.md")
     return 0

@@ -47,12 +47,13 @@ def run(args: argparse.Namespace) -> int:
             "the demo needs gradio, which is not installed: pip install 'sfp[demo]'"
         ) from None
     import sfp
-    from sfp.demo.session import Session, usable_methods
+    from sfp.demo.session import Session
+    from sfp.method import self_contained_methods
     from sfp.registry import suggest
 
     weights = args.weights or default_weights()
-    if args.method not in usable_methods():
-        raise ValueError(f"--method {args.method}{suggest(args.method, usable_methods())}")
+    if args.method not in self_contained_methods():
+        raise ValueError(f"--method {args.method}{suggest(args.method, self_contained_methods())}")
     model = sfp.load(weights, args.method, device=args.device)
     page = Page(Session(model, weights), args.method)
     address = page.serve(

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from typing import TYPE_CHECKING
 
-from sfp.clip.checkpoints.published import ARCHITECTURES, OPENAI_MEAN, PUBLISHED, Published, on_disk
+from sfp.clip.checkpoints.published import (
+    ARCHITECTURES,
+    OPENAI_MEAN,
+    PUBLISHED,
+    Published,
+    on_disk,
+    split_place,
+)
+
+if TYPE_CHECKING:
+    from sfp.clip.tokenizers import Tokenizer
 
 TEXT = """\
 Published weights by name, and files of one's own.
@@ -15,6 +26,7 @@ Examples:
     sfp weights get ViT-B/16 ViT-B-16:laion2b_s34b_b88k
     sfp weights check ViT-B/16
     sfp weights check runs/epoch_32.pt@gelu
+    sfp weights check google/siglip2-base-patch16-256
 """
 COLUMNS = (
     "name",
@@ -24,8 +36,11 @@ COLUMNS = (
     "embedding",
     "activation",
     "mean, std",
+    "licence",
+    "tokenizer",
     "from",
 )
+LISTED = tuple(name for name in COLUMNS if name not in ("activation", "tokenizer"))  # in terminals
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -56,23 +71,24 @@ def register(commands: argparse._SubParsersAction) -> None:
     check.set_defaults(run=check_weights)
 
 
-def rows() -> list[list[str]]:
-    """The table of published weights, in words."""
-    result = []
+def families() -> dict[str, list[list[str]]]:
+    """The table of published weights, in words, by family."""
+    result: dict[str, list[list[str]]] = {}
     for name, row in PUBLISHED.items():
         assert row.architecture is not None
         sizes = ARCHITECTURES[row.architecture]
-        result.append(
+        result.setdefault(row.family, []).append(
             [
                 name,
                 str(sizes.patch),
                 str(sizes.image_size),
                 f"{sizes.width} x {sizes.layers}",
                 str(sizes.embed_dim),
-                row.activation,
+                row.activation or "by layout",
                 "OpenAI's" if row.mean == OPENAI_MEAN else f"{row.mean[0]:g}",
-                ("openaipublic.azureedge.net, " if row.sha256 else "")
-                + f"huggingface.co/{row.repo}",
+                row.licence or "see its page",
+                "CLIP's" if row.tokenizer is None else row.tokenizer,
+                _sources(row),
             ]
         )
     return result
@@ -81,7 +97,7 @@ def rows() -> list[list[str]]:
 def _sources(row: Published) -> str:
     if row.shipped:
         return "this package"
-    hub = f"huggingface.co/{row.repo}"
+    hub = f"huggingface.co/{split_place(str(row.repo))[0]}"
     return f"openaipublic.azureedge.net, {hub}" if row.sha256 else hub
 
 
@@ -89,7 +105,11 @@ def weights_markdown() -> str:
     """The generated part of docs/weights.md."""
     from sfp.tables import markdown
 
-    return markdown(COLUMNS, [[f"`{row[0]}`", *row[1:]] for row in rows()])
+    tables = (
+        f"### {family}\n\n" + markdown(COLUMNS, [[f"`{row[0]}`", *row[1:]] for row in rows])
+        for family, rows in families().items()
+    )
+    return "\n".join(tables)
 
 
 def list_weights(args: argparse.Namespace) -> int:
@@ -101,25 +121,31 @@ def list_weights(args: argparse.Namespace) -> int:
 
     from sfp.cli.terminal import console
 
-    table = Table(caption="sfp weights get NAME downloads")
-    for column in (*COLUMNS, "on disk"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("name", "on disk"))
-    for row in rows():
-        path = on_disk(row[0])
-        table.add_row(*row, _size(path.stat().st_size) if path else "-")
+    table = Table(caption="sfp weights get NAME downloads; any other name on the Hub works as well")
+    columns = [COLUMNS.index(name) for name in LISTED]
+    for name in (*LISTED, "on disk"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("name", "on disk"))
+    for family, rows in families().items():
+        table.add_section()
+        table.add_row(f"[bold]{family}")
+        for row in rows:
+            path = on_disk(row[0])
+            size = _size(path.stat().st_size) if path else "-"
+            table.add_row(*(row[i] for i in columns), size)
     console(200).print(table)
     return 0
 
 
 def get_weights(args: argparse.Namespace) -> int:
     """Downloads what is not on disk yet, and verifies all of it."""
-    from sfp.clip.checkpoints.loading import known_names, locate, verify
+    from sfp.clip.checkpoints.loading import complete, known_names, locate, verify
 
     for name in args.names:
         if name not in PUBLISHED:
             raise ValueError(f"no published weights {name!r}{known_names(name)}")
     for name in args.names:
         path = locate(name)
+        complete(PUBLISHED[name])
         sha256, verified = verify(name, path)
         state = "verified" if verified else "no published hash to compare with"
         print(f"{name}: {path} ({_size(path.stat().st_size)}), SHA-256 {sha256}, {state}")
@@ -144,12 +170,8 @@ def check_weights(args: argparse.Namespace) -> int:
     checkpoint = open_weights(args.source)
     clip = checkpoint.build()
     assert checkpoint.path is not None
-    vit, known = clip.visual, checkpoint.facts
+    image, text, known = checkpoint.image, checkpoint.text, checkpoint.facts
     types = Counter(str(x.dtype).removeprefix("torch.") for x in checkpoint.state.values())
-    heads, text_heads = (
-        tower.resblocks[0].attn.num_heads  # type: ignore[union-attr]
-        for tower in (vit.transformer, clip.transformer)
-    )
     table = Table(show_header=False)
     for key, value in {
         "file": f"{checkpoint.path} ({_size(checkpoint.path.stat().st_size)})",
@@ -157,11 +179,11 @@ def check_weights(args: argparse.Namespace) -> int:
         + ("as published" if checkpoint.verified else "no published hash to compare with"),
         "layout": checkpoint.layout,
         "stored as": ", ".join(f"{n} tensors of {kind}" for kind, n in types.most_common()),
-        "image tower": f"patch {vit.patch}, {vit.native_grid[0] * vit.patch} pixels, width "
-        f"{vit.conv1.out_channels}, {len(vit.blocks)} blocks, {heads} heads",
-        "text tower": f"width {clip.ln_final.weight.shape[0]}, {len(clip.transformer.resblocks)} "
-        f"blocks, {text_heads} heads, context {clip.context}, "
-        f"vocabulary {clip.token_embedding.num_embeddings}",
+        "image tower": f"patch {image.patch}, {image.image_size} pixels, width {image.width}, "
+        f"{image.layers} blocks, {image.width // image.head_width} heads",
+        "text tower": f"width {text.width}, {text.layers} blocks, "
+        f"{text.width // text.head_width} heads, context {text.context}, vocabulary {text.vocab}",
+        "tokenizer": _tokenizer(checkpoint.tokenizer),
         "embedding": str(clip.embed_dim),
         "activation": f"{known.activation} ({known.because}"
         + ("" if known.certain else "; a guess: append @gelu or @quick_gelu to settle it")
@@ -172,6 +194,16 @@ def check_weights(args: argparse.Namespace) -> int:
         table.add_row(key, Text(value))
     console(200).print(table)
     return 0
+
+
+def _tokenizer(tokenizer: Tokenizer | None) -> str:
+    from sfp.clip.tokenizers import FileTokenizer
+
+    if tokenizer is None:
+        return "CLIP's byte pairs"
+    if isinstance(tokenizer, FileTokenizer):
+        return str(tokenizer.path)
+    return "not found: texts cannot be encoded"
 
 
 def _size(count: float) -> str:

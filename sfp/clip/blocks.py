@@ -238,6 +238,7 @@ class Block(nn.Module):
             x.prefix,
             x.hidden,
             rotate=self.rope and self.rope.on(x.grid, x.prefix),
+            join=self.attn.join,
         )
 
     def advance(self, x: Tokens, heads: Heads) -> Tokens:

@@ -101,7 +101,16 @@ class AttentionPool(nn.Module):
     def heads(self, x: Tokens) -> Heads:
         """Keys and values of normalised tokens. There is one query only: for q the keys stand in."""
         scale = (self.width // self.num_heads) ** -0.5
-        return Heads(self._project, x.data, scale, x.grid, x.prefix, x.hidden)
+        return Heads(
+            self._project,
+            x.data,
+            scale,
+            x.grid,
+            x.prefix,
+            x.hidden,
+            join=self.out_proj,
+            pooled=True,
+        )
 
     def read(
         self,

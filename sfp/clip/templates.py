@@ -104,4 +104,18 @@ VILD = (
     "There is a large {} in the scene.",
 )
 
-TEMPLATES = dict(imagenet=IMAGENET, vild=VILD)
+# The 7 prompts that OpenAI's notebook on prompts found to be nearly as good as all 80, and the two that
+# TIPSv2's authors add to them for segmentation.
+TIPSV2 = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "a photo of many {}.",
+    "a photo of {}s.",
+)
+
+TEMPLATES = dict(imagenet=IMAGENET, tipsv2=TIPSV2, vild=VILD)

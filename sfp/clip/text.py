@@ -45,6 +45,11 @@ def prompt_templates(templates: str | Sequence[str]) -> list[str]:
     return list(templates)
 
 
+def model_templates(templates: str | Sequence[str], own: str = "imagenet") -> list[str]:
+    """As `prompt_templates`; "auto" is the set that a model's authors use, `TextTower.templates`."""
+    return prompt_templates(own if templates == "auto" else templates)
+
+
 @torch.inference_mode()
 def encode_queries(clip: CLIP, queries: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Unit text features, (Q, C) float32: the normalised mean of normalised prompt features.
@@ -93,7 +98,7 @@ def _encode(clip: CLIP, queries: Sequence[str], templates: Sequence[str]) -> Ten
 def text_bank(
     clip: CLIP,
     queries: Sequence[str],
-    templates: str | Sequence[str] = "imagenet",
+    templates: str | Sequence[str] = "auto",
     *,
     folder: Path | None = None,
 ) -> Tensor:
@@ -102,14 +107,14 @@ def text_bank(
     Args:
         clip: the model; its `text_digest` is part of the key.
         queries: Q names.
-        templates: as in `prompt_templates`.
+        templates: as in `model_templates`.
         folder: of the cached files; by default `text` in the cache folder. A damaged file is rebuilt,
             a folder that cannot be written only costs the time.
 
     Returns:
         (Q, C) float32 on the model's device.
     """
-    templates = prompt_templates(templates)
+    templates = model_templates(templates, clip.text.templates)
     key = [FORMAT, clip.text_digest, list(queries), templates, str(clip.dtype)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     path = (folder or cache_dir("text")) / f"{name}.safetensors"

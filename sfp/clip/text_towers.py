@@ -24,7 +24,7 @@ from sfp.clip.blocks import (
     drawn,
     fused_attention,
 )
-from sfp.clip.tokenizers import BytePairs, MissingTokenizer, Rules, Tokenizer
+from sfp.clip.tokenizers import TIPS, BytePairs, MissingTokenizer, Rules, Tokenizer
 
 POOLS = ("argmax", "end", "last", "mean", "class")
 
@@ -37,16 +37,19 @@ class TextTower(nn.Module):
         embed_dim: width C of the joint space.
         vocab: number of token ids.
         tokenizer: which makes them.
+        templates: name of the prompts that the model's authors use, a key of `TEMPLATES`.
     """
 
     context: int
     embed_dim: int
     vocab: int
     tokenizer: Tokenizer
+    templates: str
 
     def __init__(self, config: TextConfig | BertConfig) -> None:
         super().__init__()
         self.context, self.embed_dim, self.vocab = config.context, config.embed_dim, config.vocab
+        self.templates = "tipsv2" if config.rules == TIPS else "imagenet"
         self.switches = astuple(config)  # what the fingerprint sees besides the weights
         self.tokenizer = (
             BytePairs(config.context, full=not (config.causal or config.hide_padding))

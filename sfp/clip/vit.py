@@ -258,6 +258,19 @@ class VisionTransformer(nn.Module):
             y = self.ln_post(x.data[:, 0])
         return self.joint(y)
 
+    def pooled(self, x: Tokens) -> Tokens:
+        """What single tokens contribute to the pool, (B, T, E); what it gathers stands in for CLS.
+
+        Raises:
+            ValueError: if the tower has no such pool.
+        """
+        pool = self.pool
+        if pool is None:
+            raise ValueError("this tower has no attention pool")
+        normal = x.with_data(self.ln_post(x.data))
+        stand_in = None if x.stand_in is None else lambda _: pool(normal)[:, None]
+        return replace(x, data=pool.values(normal.data), stand_in=stand_in, pooled=True)
+
     def gathered(self, x: Tokens) -> Tensor:
         """The tokens' mean as the pool's query weighs them, heads averaged, (B, 1, D).
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from sfp.api import Model
 from sfp.data.images import read_image
 from sfp.demo.pictures import Pixels, bounded
-from sfp.method import Method, Purify, build_method
-from sfp.registry import list_methods
+from sfp.method import Purify, build_method
 from sfp.result import Result
 from sfp.tokens import upcast
 from sfp.trace import Trace
@@ -59,16 +58,6 @@ class Found:
     norms: NDArray[np.float32]
     detector: str
     replaced: bool
-
-
-def usable_methods() -> list[str]:
-    """Presets that need no external encoder and no regions."""
-
-    def alone(method: Method) -> bool:
-        guided = any(getattr(readout, "layout", None) for readout in method.readouts)
-        return not guided and not method.needs_regions
-
-    return [name for name in list_methods() if alone(build_method(name))]
 
 
 def typed_vocabulary(words: str | None, background: str | None = None) -> Vocabulary:

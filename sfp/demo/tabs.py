@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from sfp.demo.pictures import SHOWN, caption, framed, heat, labelled, legend, marked, patch_at
-from sfp.demo.session import OWN, Session, Timed, typed_vocabulary, usable_methods
+from sfp.demo.session import OWN, Session, Timed, typed_vocabulary
+from sfp.method import self_contained_methods
 from sfp.mini import unknown_words
 from sfp.registry import list_ops
 from sfp.vocabulary import Vocabulary
@@ -248,7 +249,7 @@ class Compare(Tab):
     def _lay_out(self) -> None:
         first = self.inputs.method.value
         self.second = gr.Dropdown(
-            usable_methods(),
+            self_contained_methods(),
             value="sfp" if first == "clip" else "clip",
             label="Compare with",
             elem_id="second",

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sfp.clip.checkpoints.loading import locate
-from sfp.clip.text import prompt_templates
+from sfp.clip.text import model_templates
 from sfp.data.datasets import DATASETS
 from sfp.evaluation.card import write_card
 from sfp.evaluation.clusters import cluster_config, ensure_clusters
@@ -98,7 +98,7 @@ def check(config: Config) -> None:
     require(config, "model.classes", "model.weights", "test_dataloader.dataset.type")
     require(config, "test_evaluator", "test_cfg.type")
     complete(config.test_evaluator)
-    prompt_templates(config.model.get("templates", "imagenet"))
+    model_templates(config.model.get("templates", "auto"))
     build_method(config.model.get("method", "sfp"))
     try:
         dataset = DATASETS.build(config.test_dataloader.dataset)

@@ -39,9 +39,10 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from sfp.clip.checkpoints.loading import WeightsError, digest_of, weights_digest
+from sfp.clip.checkpoints.published import own_templates
 from sfp.clip.fingerprint import contents_digest
 from sfp.clip.model import CLIP
-from sfp.clip.text import prompt_templates
+from sfp.clip.text import model_templates
 from sfp.data.datasets import LABEL_STEPS
 from sfp.evaluation.contents import Content, contents
 from sfp.evaluation.journal import fingerprint
@@ -197,7 +198,8 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
     result.update(_defaults(ImagePreprocessor), **preprocessor)
     if node.get("type", "OpenVocabSegmentor") != "OpenVocabSegmentor":
         result["model"] = node.type
-    templates = prompt_templates(node.get("templates", "imagenet"))
+    own = own_templates(node.weights) if model is None else model.clip.text.templates
+    templates = model_templates(node.get("templates", "auto"), own)
     result["templates"] = f"{len(templates)} {fingerprint(dict(templates=templates))[:16]}"
     precision = node.get("precision", "auto")
     if model is not None and precision != "int8":  # which the parameters do not tell

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfp.functional.windows import LogitSheet
+
 BUDGET = {"cpu": 2**20, "cuda": 2**24}  # probabilities held at once; on a CPU its cache holds them
 
 
@@ -43,8 +45,8 @@ def class_scores(logits: Tensor, index: Sequence[int], scale: float) -> Tensor:
 
 
 def decided(
+    sheet: LogitSheet,
     rows: Callable[[int, int], Tensor],
-    size: tuple[int, int],
     index: Sequence[int],
     scale: float,
     decision: Callable[..., Callable[[int, int], Tensor]] | None,
@@ -52,13 +54,15 @@ def decided(
     """Arguments of `assign` for a method's own way from merged logits to class scores.
 
     Args:
-        rows, size, index, scale: as in `assign`.
+        sheet: the merged logits.
+        rows: the same by rows of the image, as `assign` takes them.
+        index, scale: as in `assign`.
         decision: an op of that kind (`sfp.kinds.Decision`), or None for the softmax.
     """
     if decision is None:
-        return dict(rows=rows, size=size, index=index, scale=scale)
-    scores = decision(rows, size, index)
-    return dict(rows=scores, size=size, index=range(index[-1] + 1), scale=None)
+        return dict(rows=rows, size=sheet.size, index=index, scale=scale)
+    scores = decision(sheet, rows, index)
+    return dict(rows=scores, size=sheet.size, index=range(index[-1] + 1), scale=None)
 
 
 def best_of_class(probs: Tensor, index: Sequence[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ class MaskSheet:
         maps: (M, h, w).
         row_matrix: (H, h).
         column_matrix: (W, w).
+        scores: how sure the proposer is of each, (M,), or None.
     """
 
     maps: Tensor
     row_matrix: Tensor
     column_matrix: Tensor
+    scores: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -54,6 +57,40 @@ def same_area(image: Tensor, side: int, multiple: int = 1) -> Tensor:
     size = [max(round(length * scale / multiple), 1) * multiple for length in (height, width)]
     resized = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)
     return resized[0]
+
+
+def paint_masks(masks: MaskSheet, paint: Literal["smallest", "largest", "score"]) -> Tensor:
+    """An id map out of masks that may overlap: (H, W) int64, 0 where there is none, else from 1.
+
+    Images of any size take little memory: masks are rendered a slab of rows at a time, twice.
+
+    Args:
+        masks: mask logits; pixels above 0 belong to the mask.
+        paint: which of its masks a pixel belongs to: the smallest, the largest, or that of highest
+            score; of equal ones the first.
+
+    Raises:
+        ValueError: if scores decide and the proposer gave none.
+    """
+    height, width = masks.size
+    count = len(masks.maps)
+    ids = torch.zeros(height, width, dtype=torch.int64, device=masks.maps.device)
+    if not count:
+        return ids
+    step = max(BUDGET // (count * width), 1)
+    slabs = [slice(start, min(start + step, height)) for start in range(0, height, step)]
+    if paint == "score":
+        if masks.scores is None:
+            raise ValueError('paint="score": this proposer gives no scores')
+        rank = masks.scores.double().cpu()
+    else:
+        areas = sum((masks.rows(s.start, s.stop) > 0).flatten(1).sum(1).cpu() for s in slabs)
+        rank = torch.as_tensor(areas, dtype=torch.float64)
+    order = rank.argsort(descending=paint != "smallest", stable=True).to(ids.device)
+    for slab in slabs:
+        member = (masks.rows(slab.start, slab.stop) > 0)[order]
+        ids[slab] = torch.where(member.any(0), order[member.byte().argmax(0)] + 1, 0)
+    return ids
 
 
 def vote_in_masks(

@@ -9,7 +9,7 @@ full-resolution window, no accumulator, and any slab of the result can be had al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -323,6 +323,19 @@ class WindowGrid:
             )
             for i, starts in enumerate((self.ys, self.xs))
         ]
+
+    def placements(self, cells: tuple[int, int]) -> Iterator[Tensor]:
+        """How much of each canvas cell each window's cells cover, 0 to 1: (M, N) float64 of each.
+
+        Args:
+            cells: rows and columns of a window.
+        """
+        rows, columns = self._overlaps(torch.empty(0, 0, *cells), False)  # (canvas, windows, cells)
+        cell = [
+            (self.size[i] + self.padding[i]) / len(part) for i, part in enumerate((rows, columns))
+        ]
+        for y, x in product(range(len(self.ys)), range(len(self.xs))):
+            yield torch.kron(rows[:, y] / cell[0], columns[:, x] / cell[1])
 
     def positions(self, cells: tuple[int, int]) -> Tensor:
         """Where the centres of all windows' cells lie in the image.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1; of DINO, DINOv2 and most others
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PROJECTIONS = dict(q=("q_proj", "query"), k=("k_proj", "key"), v=("v_proj", "value"))
+"""What a block's projections are called by `transformers`, now and before."""
 
 
 class Renormalise:
@@ -114,20 +116,52 @@ class TransformersGuide(nn.Module):
         Args:
             image: normalised for CLIP.
             output: None for the last layer's tokens; "entering" for those that enter the last block;
-                "q", "k", "v" for its projections, heads side by side; sums like "q+k".
+                "q", "k", "v" for its projections, heads side by side; sums like "q+k"; "stitched" for
+                what `across` makes of them.
 
         Raises:
             ValueError: if the model has no such output.
         """
-        if output is None:
-            out, grid = self._run(image)
-            tokens = (
-                out.last_hidden_state
-            )  # (B, prefix + h * w, D): class token and registers first
-        else:
-            out, grid = self._run(image, output_hidden_states=True)
-            tokens = last_projections(self.model, out.hidden_states[-2], output)
+        if output is not None:
+            entering = self.entering(image).only_patches()
+            if output == "stitched":
+                return self.across(entering, lambda tokens: tokens)
+            return entering.with_data(last_projections(self.model, entering.data, output))
+        out, grid = self._run(image)
+        tokens = out.last_hidden_state  # (B, prefix + h * w, D): class token and registers first
         return Tokens(tokens[:, tokens.shape[1] - grid[0] * grid[1] :], grid, prefix=0)
+
+    def entering(self, image: Tensor) -> Tokens:
+        """The tokens that enter the last block, those before the patches included."""
+        out, grid = self._run(image, output_hidden_states=True)
+        tokens = out.hidden_states[-2]
+        return Tokens(tokens, grid, prefix=tokens.shape[1] - grid[0] * grid[1])
+
+    @torch.no_grad()
+    def across(self, entering: Tokens, join: Callable[[Tokens], Tokens]) -> Tokens:
+        """The last block over the joined patches of several windows, without final norm, (1, N, D).
+
+        As OV-Stitcher's release does it: class token left out, and for a residual the patches after
+        the model's final norm.
+
+        Args:
+            entering: patches that enter the last block, (W, N', D).
+            join: puts the patches of all windows on one grid.
+        """
+        block = last_layer(self.model)
+        norm = named_part(block, ("layernorm_before", "norm1"))
+        final = named_part(self.model, ("layernorm", "norm"))
+        x = join(entering.with_data(norm(entering.data)))  # projections are linear: joined before
+        residual = join(entering.with_data(final(entering.data)))
+        heads = self.model.config.num_attention_heads
+        q, k, v = (
+            named_part(block, PROJECTIONS[y])(x.data).unflatten(2, (heads, -1)).transpose(1, 2)
+            for y in "qkv"
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = residual.data + _scaled(block, 1, named_part(block, ("o_proj",))(mixed))
+        after = named_part(block, ("layernorm_after", "norm2"))
+        return x.with_data(y + _scaled(block, 2, named_part(block, ("mlp",))(after(y))))
 
     @torch.no_grad()
     def attention(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -195,20 +229,22 @@ def last_projections(model: nn.Module, entering: Tensor, output: str) -> Tensor:
     """
     if output == "entering":
         return entering
-    names = {
-        x: (f"{x}_proj", long) for x, long in zip("qkv", ("query", "key", "value"), strict=True)
-    }
     parts = output.split("+")
-    if unknown := [part for part in parts if part not in names]:
-        raise ValueError(
-            f"unknown output {unknown[0]!r} of a guide{suggest(unknown[0], ['entering', *names])}"
-        )
+    if unknown := [part for part in parts if part not in PROJECTIONS]:
+        valid = ["entering", "stitched", *PROJECTIONS]
+        raise ValueError(f"unknown output {unknown[0]!r} of a guide{suggest(unknown[0], valid)}")
     block = last_layer(model)
     x = named_part(block, ("layernorm_before", "norm1"))(entering)
-    first, *rest = (named_part(block, names[part])(x) for part in parts)
+    first, *rest = (named_part(block, PROJECTIONS[part])(x) for part in parts)
     for other in rest:
         first = first + other
     return first
+
+
+def _scaled(block: nn.Module, number: int, x: Tensor) -> Tensor:
+    """A branch of a block through its layer scale, where it has one (DINOv2)."""
+    scale = getattr(block, f"layer_scale{number}", None)
+    return x if scale is None else scale(x)
 
 
 def pretrained(name: str, loader: str, extra: str) -> nn.Module:

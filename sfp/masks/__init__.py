@@ -15,6 +15,7 @@ A proposer is a module, registered in `MASKS`: an image (3, h, w) normalised for
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -22,20 +23,108 @@ from torch import Tensor, nn
 from sfp.clip.model import CLIP
 from sfp.clip.vit import VisionTransformer
 from sfp.functional.labels import Labels
-from sfp.functional.masks import MaskSheet, same_area, vote_in_masks
+from sfp.functional.masks import MaskSheet, paint_masks, same_area, vote_in_masks
 from sfp.masks.dino import DinoMasks
 from sfp.masks.sam import SamMasks
 from sfp.registry import MASKS, bind, build, check_knobs, suggest
 from sfp.tokens import Tokens
 
-__all__ = ["MASKS", "DinoMasks", "MaskVote", "SamMasks", "build_masks"]
+__all__ = [
+    "MASKS",
+    "DinoMasks",
+    "MaskVote",
+    "Proposal",
+    "RegionMap",
+    "SamMasks",
+    "build_masks",
+    "build_regions",
+]
 
 
-class MaskVote(nn.Module):
-    """Labels of an image made to follow proposed masks, in which pixels vote.
+class Proposal(nn.Module):
+    """A proposer of masks with the points that prompt it.
 
     CLIP runs once more over the whole image, resized to the area of a square of `side` pixels, for the
-    points that prompt the proposer.
+    points.
+
+    Args:
+        propose: proposer, a config node or a module.
+        points: op of the kind "points": `cluster_points` or `grid_points`.
+        side: as above; 224, for which the release of CLIPtrase sets `eps=0.7, min_samples=3`.
+    """
+
+    propose: Any
+
+    def __init__(
+        self,
+        propose: Mapping[str, Any] | nn.Module,
+        points: Mapping[str, Any] | Callable,
+        side: int,
+        what: str,
+    ) -> None:
+        super().__init__()
+        self.points = bind(points, "points")
+        self.side = side
+        self.propose = build(MASKS, propose, f"{what}.propose")
+
+    def follow(self, clip: CLIP) -> None:
+        """Tells the proposer for which weights images are normalised, if it wants to know."""
+        if hasattr(self.propose, "follow"):
+            self.propose.follow(clip)
+
+    def masks(
+        self,
+        vit: VisionTransformer,
+        image: Tensor,
+        size: tuple[int, int],
+        *,
+        guides: Mapping[str, Callable[..., Tokens]] | None = None,
+    ) -> MaskSheet:
+        """The mask logits of an image, normalised, (3, h, w), to be rendered at a size."""
+        small = same_area(image.float(), self.side, vit.patch)
+        trace = vit.trace(small[None], guides=guides, depth=12)
+        (points,) = self.points(trace)
+        return self.propose(image, points, size)
+
+
+class RegionMap(Proposal):
+    """Id maps of images out of proposed masks, for methods that ask for regions.
+
+    Args:
+        propose: proposer, a config node or a module.
+        points: op of the kind "points".
+        paint: which mask a pixel of several belongs to: the "smallest", the "largest" (CorrCLIP), or
+            the one of highest "score" (EntitySeg), which the proposer gives.
+        side: as in `Proposal`.
+    """
+
+    def __init__(
+        self,
+        *,
+        propose: Mapping[str, Any] | nn.Module,
+        points: Mapping[str, Any] | Callable = MappingProxyType(dict(type="grid_points", side=32)),
+        paint: Literal["smallest", "largest", "score"] = "largest",
+        side: int = 224,
+    ) -> None:
+        super().__init__(propose, points, side, "regions")
+        if paint not in (orders := ("smallest", "largest", "score")):
+            raise ValueError(f"regions: unknown paint={paint!r}{suggest(paint, orders)}")
+        self.paint = paint
+
+    def forward(
+        self,
+        vit: VisionTransformer,
+        image: Tensor,
+        size: tuple[int, int],
+        *,
+        guides: Mapping[str, Callable[..., Tokens]] | None = None,
+    ) -> Tensor:
+        """Ids of a normalised image (3, h, w) at a size: (H, W) int64, 0 where there is no mask."""
+        return paint_masks(self.masks(vit, image, size, guides=guides), self.paint)
+
+
+class MaskVote(Proposal):
+    """Labels of an image made to follow proposed masks, in which pixels vote.
 
     Args:
         propose: proposer, a config node or a module.
@@ -43,10 +132,8 @@ class MaskVote(nn.Module):
         vote: "mode", the most frequent label of a mask, or "mean", the class of largest mean
             probability (`sfp.functional.masks.vote_in_masks`).
         share: least share of its mask that the winner must have; else the mask does not count.
-        side: as above; 224, for which the release of CLIPtrase sets `eps=0.7, min_samples=3`.
+        side: as in `Proposal`.
     """
-
-    propose: Any
 
     def __init__(
         self,
@@ -57,19 +144,11 @@ class MaskVote(nn.Module):
         share: float = 0.0,
         side: int = 224,
     ) -> None:
-        super().__init__()
+        super().__init__(propose, points, side, "masks")
         if vote not in ("mode", "mean"):
             raise ValueError(f"masks: unknown vote={vote!r}{suggest(vote, ('mode', 'mean'))}")
-        self.points = bind(points, "points")
         self.vote = vote
         self.share = share
-        self.side = side
-        self.propose = build(MASKS, propose, "masks.propose")
-
-    def follow(self, clip: CLIP) -> None:
-        """Tells the proposer for which weights images are normalised, if it wants to know."""
-        if hasattr(self.propose, "follow"):
-            self.propose.follow(clip)
 
     def forward(
         self,
@@ -101,20 +180,6 @@ class MaskVote(nn.Module):
             prob_thd=prob_thd,
         )
 
-    def masks(
-        self,
-        vit: VisionTransformer,
-        image: Tensor,
-        size: tuple[int, int],
-        *,
-        guides: Mapping[str, Callable[[Tensor], Tokens]] | None = None,
-    ) -> MaskSheet:
-        """The mask logits of an image, as `forward` uses them."""
-        small = same_area(image.float(), self.side, vit.patch)
-        trace = vit.trace(small[None], guides=guides, depth=12)
-        (points,) = self.points(trace)
-        return self.propose(image, points, size)
-
 
 def build_masks(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
     """The `MaskVote` of a config; a module, and None, pass as they are.
@@ -126,3 +191,15 @@ def build_masks(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
         return node
     check_knobs(MaskVote, node, "masks")
     return MaskVote(**node)
+
+
+def build_regions(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
+    """The `RegionMap` of a config; a module, and None, pass as they are.
+
+    Raises:
+        ValueError: for an unknown type or knob; the message names the valid ones.
+    """
+    if node is None or isinstance(node, nn.Module):
+        return node
+    check_knobs(RegionMap, node, "regions")
+    return RegionMap(**node)

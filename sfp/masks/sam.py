@@ -99,6 +99,7 @@ class SamMasks(nn.Module):
         # the prompt encoder adds half a pixel
         at = points.float() * points.new_tensor([inner[1], inner[0]]).float() - 0.5
         maps = [pixels.new_zeros(0, side // 4, side // 4)]
+        scores = [pixels.new_zeros(0)]
         embeddings = self.model.get_image_embeddings(pixels.to(dtype)) if len(at) else None
         for part in at.split(self.prompt_batch) if len(at) else ():
             out = self.model(input_points=part[None], image_embeddings=embeddings)
@@ -111,13 +112,16 @@ class SamMasks(nn.Module):
                 )
             best = iou.argmax(1)
             rows = torch.arange(len(best), device=best.device)
-            maps.append(masks[rows, best][iou[rows, best] >= self.min_iou])
+            sure = iou[rows, best]
+            maps.append(masks[rows, best][sure >= self.min_iou])
+            scores.append(sure[sure >= self.min_iou])
         cells = maps[-1].shape[-2:]
         matrices = [
             _enlarge(cells[i], side, inner[i], size[i], pixels, direct=self.stretch)
             for i in range(2)
         ]
-        return MaskSheet(torch.cat([t for t in maps if len(t)] or maps[:1]), *matrices)
+        found = torch.cat([t for t in maps if len(t)] or maps[:1])
+        return MaskSheet(found, matrices[0], matrices[1], torch.cat(scores))
 
 
 def _enlarge(

@@ -87,7 +87,10 @@ def head_cosine(
         concat: heads side by side, as in `cosine_attention`.
         product: inner products over sqrt(d) in place of cosines.
     """
-    heads = trace.heads(trace.layer(layer))
+    i = trace.layer(layer)
+    heads = trace.heads(i)
+    if subtract_cls and not heads.prefix:
+        heads = trace.vit.blocks[i].heads(trace.entering(i).with_cls())
     if product:
         full = mean_product(heads.q, heads.k, heads.v)  # (B, T, T)
     else:
@@ -135,7 +138,9 @@ def cls_product(logits: Tensor, trace: Trace, *, source: Source) -> Tensor:
     Args:
         source: tokens whose class token is compared, e.g. `read_last`.
     """
-    cls = F.normalize(upcast(trace.project(source(trace)).cls[:, 0]), dim=-1)  # (B, C)
+    tokens = source(trace)
+    cls = trace.project(tokens).cls[:, 0] if tokens.prefix else trace.vit.embedding(tokens)
+    cls = F.normalize(upcast(cls), dim=-1)  # (B, C)
     weights = cls @ trace.query_features().to(cls).T  # (B, Q)
     return logits * weights[..., None, None]
 

@@ -57,7 +57,7 @@ def merged_regions(
         eps: as in `merge_regions`; None merges nothing.
         unsegmented: the ids that count as no region.
     """
-    features = _once(trace, unit_guide, guide=guide, output=output)
+    features = once(trace, unit_guide, guide=guide, output=output)
     ids = nearest(trace.regions, trace.guide(guide, output).grid).flatten(1)
     ids = known_regions(ids.to(features.device), unsegmented)
     eps = -1.0 if eps is None else eps
@@ -95,8 +95,8 @@ def scope(
     **merging: Any,
 ) -> Tensor:
     """`scoped_rows` of all images, times the matrix that resamples CLIP's grid, (B, M, N)."""
-    features = _once(trace, unit_guide, guide=guide, output=output)
-    ids = _once(trace, merged_regions, guide=guide, output=output, **merging)
+    features = once(trace, unit_guide, guide=guide, output=output)
+    ids = once(trace, merged_regions, guide=guide, output=output, **merging)
     target = trace.guide(guide, output).grid
     step = max(CHUNK // features.shape[1], 1)
     chunks = [slice(i, i + step) for i in range(0, features.shape[1], step)]
@@ -131,7 +131,7 @@ def region_scope(
         eps: regions whose mean features are no further apart are one; None keeps all apart.
         unsegmented: pixels of no region: those of id "zero", or of the "smallest" id (the release).
     """
-    weights = _once(
+    weights = once(
         trace,
         scope,
         guide=guide,
@@ -149,7 +149,20 @@ def on_patches(trace: Trace, ids: Tensor, grid: tuple[int, int]) -> Tensor:
     return nearest(ids.unflatten(1, grid), trace.embedded.grid).flatten(1)
 
 
-def tokens_of_regions(trace: Trace, ids: Tensor) -> Tensor:
+def on_guide(ids: Tensor, tokens: Tensor, grid: tuple[int, int], guide: tuple[int, int]) -> Tensor:
+    """Each patch of a guide is the token of its region, (B, M, D).
+
+    Args:
+        ids: regions of CLIP's patches, (B, N) in 0..R-1.
+        tokens: (B, R, D).
+        grid: rows and columns of CLIP's patches.
+        guide: of the guide's.
+    """
+    back = nearest(ids.unflatten(1, grid), guide).flatten(1)  # (B, M)
+    return tokens.gather(1, back[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def tokens_of_regions(trace: Trace, ids: Tensor, count: int | None = None) -> Tensor:
     """A token of each region, numbered as the ids, after all blocks: (B, R, D).
 
     It starts as the class token. In every block it attends to the class token and to the patches of its
@@ -158,8 +171,9 @@ def tokens_of_regions(trace: Trace, ids: Tensor) -> Tensor:
 
     Args:
         ids: regions of the patches, (B, N) in 0..R-1.
+        count: R; by default up to the largest id.
     """
-    count = int(ids.max()) + 1
+    count = int(ids.max()) + 1 if count is None else count
     member = ids[:, None] == torch.arange(count, device=ids.device)[:, None]  # (B, R, N)
     prefix = trace.embedded.prefix
     seen = F.pad(member, (prefix, 0))[:, None]  # (B, 1, R, T)
@@ -201,12 +215,11 @@ def region_tokens(
     Args:
         guide, output, eps, unsegmented: as in `region_scope`.
     """
-    ids = _once(trace, merged_regions, guide=guide, output=output, eps=eps, unsegmented=unsegmented)
+    ids = once(trace, merged_regions, guide=guide, output=output, eps=eps, unsegmented=unsegmented)
     layout = trace.guide(guide, output)
     own = on_patches(trace, ids, layout.grid)  # from the guide's grid and back, as in the release
     tokens = tokens_of_regions(trace, own)
-    back = nearest(own.unflatten(1, trace.embedded.grid), layout.grid).flatten(1)  # (B, M)
-    return layout.with_data(tokens.gather(1, back[..., None].expand(-1, -1, tokens.shape[2])))
+    return layout.with_data(on_guide(own, tokens, trace.embedded.grid, layout.grid))
 
 
 @op("source")
@@ -227,7 +240,7 @@ def late_layers(trace: Trace, *, count: int | None = None) -> Tokens:
     return trace.outputs[-1].with_data(torch.stack(layers).mean(0))
 
 
-def _once(trace: Trace, compute: Callable[..., Tensor], **knobs: Any) -> Tensor:
+def once(trace: Trace, compute: Callable[..., Tensor], **knobs: Any) -> Tensor:
     """`compute(trace, **knobs)`, the first time that it is asked for."""
     return trace.once(Op(compute, tuple(sorted(knobs.items()))))
 

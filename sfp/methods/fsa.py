@@ -95,7 +95,7 @@ def first_looks(heads: Heads, trace: Trace, weights: Tensor, guide: str) -> tupl
     """Cosines with the words of a guide's patches that attend by weights, and of all alike.
 
     Args:
-        heads: of the last block, patches alone or with a prefix, which is left out.
+        heads: of what is read with, patches alone or with a prefix, which is left out.
         trace: with the text features.
         weights: (B, M, M).
         guide: whose grid that is.
@@ -106,8 +106,9 @@ def first_looks(heads: Heads, trace: Trace, weights: Tensor, guide: str) -> tupl
     values = heads.v[:, :, heads.prefix :]
     uniform = torch.full_like(weights[:, :1], 1 / weights.shape[2])
     looks = to_guide(torch.cat([weights, uniform], 1), heads.grid, trace.guide(guide).grid)
-    mixed = trace.vit.blocks[-1].attn.join(weighted_values(looks[:, None], values))
-    features = trace.vit.project(Tokens(mixed, (1, mixed.shape[1]), prefix=0))
+    mixed = heads.join(weighted_values(looks[:, None], values))
+    grid = (1, mixed.shape[1])
+    features = trace.project(Tokens(mixed, grid, prefix=0, pooled=heads.pooled))
     unit = F.normalize(upcast(features.data), dim=-1)
     cosines = unit @ trace.query_features().to(unit).T
     return cosines[:, :-1], cosines[:, -1:]

@@ -51,7 +51,9 @@ def proxies(keys: Tensor, threshold: float, rounds: int) -> tuple[Tensor, Tensor
     return torch.cat(found), torch.cat(counts)
 
 
-def anchored_softmax(similarity: Tensor, mean: Tensor, beta: float, gamma: Tensor) -> Tensor:
+def anchored_softmax(
+    similarity: Tensor, mean: Tensor, beta: float, gamma: Tensor | float
+) -> Tensor:
     """softmax(gamma * (a - beta * mean)) where that is not negative, rows (m, M).
 
     A row that is negative everywhere keeps its largest entry alone.
@@ -60,7 +62,7 @@ def anchored_softmax(similarity: Tensor, mean: Tensor, beta: float, gamma: Tenso
         similarity: a, (m, M).
         mean: (m, 1) or a number.
         beta: factor on the mean.
-        gamma: (m, 1), positive.
+        gamma: (m, 1) or a number, positive.
     """
     logits = (similarity - beta * mean) * gamma
     least = logits.amax(1, keepdim=True).clamp_max(0)
@@ -105,9 +107,7 @@ def proxy_anchors(
         similarity = looks[own] @ keys.T
         centre = similarity.mean(1, keepdim=True) if row_mean else mean
         sharp = 1 + gamma_share / counts[own, None] if gamma is None else gamma
-        weights = anchored_softmax(
-            similarity, centre.clamp_min(0), beta, torch.as_tensor(sharp, device=centre.device)
-        )
+        weights = anchored_softmax(similarity, centre.clamp_min(0), beta, sharp)
         weights = to_guide(weights.unflatten(1, (windows, -1)), tokens.grid, layout.grid)
         mixed.append(weights.flatten(1).to(values) @ values.flatten(0, 1))
     data = torch.cat(mixed).unflatten(0, (windows, -1))

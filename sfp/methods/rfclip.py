@@ -152,7 +152,10 @@ def mean_of_layers(heads: Heads, trace: Trace, *, pair: str = "kk") -> Tensor:
         # negative numbers are literal: all blocks of a model of any depth
         others = Op(earlier_layers, (("layers", tuple(range(-blocks, -1))), ("pairs", (pair,))))
         skip = trace.embedded.prefix - heads.prefix  # a readout of patches alone
-        own = torch.lerp(own, trace.once(others)[..., skip:, skip:], 1 - 1 / blocks)
+        earlier = trace.once(others)[..., skip:, skip:]
+        if earlier.shape[1] != own.shape[1]:  # a pool may have other heads than blocks
+            own, earlier = own.mean(1, keepdim=True), earlier.mean(1, keepdim=True)
+        own = torch.lerp(own, earlier, 1 - 1 / blocks)
     patches = own[..., heads.prefix :, heads.prefix :]
     return F.pad(patches, (heads.prefix, 0, heads.prefix, 0))
 

@@ -74,7 +74,7 @@ def fuse_layers(
     earlier = trace.once(Op(earlier_layers, (("layers", tuple(layers)), ("pairs", tuple(pairs)))))
     skip = trace.embedded.prefix - heads.prefix  # a readout of patches alone
     own, earlier = rule(heads, trace), earlier[..., skip:, skip:]
-    if head_average:
+    if head_average or own.shape[1] != earlier.shape[1]:  # a pool may have other heads than blocks
         own, earlier = own.mean(1, keepdim=True), earlier.mean(1, keepdim=True)
     return own + share * (earlier - own)
 
@@ -114,6 +114,19 @@ def affinity_attention(
         own = torch.arange(heads.prefix, device=weights.device)
         weights[:, own, own] = 1
     return weights[:, None]
+
+
+@op("attention")
+def unrotated(heads: Heads, trace: Trace, *, rule: Rule) -> Tensor:
+    """A rule's weights as if queries and keys were not turned by their positions (EVA-02, PE).
+
+    Scores of self-self attention contain what rotary positions make of the distance alone; whether that
+    helps is not known. In towers without rotary positions nothing changes.
+
+    Args:
+        rule: gives the weights.
+    """
+    return rule(heads.unrotated(), trace)
 
 
 @op("attention")

@@ -8,10 +8,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sfp.functional.windows import WindowGrid
 from sfp.registry import op
 from sfp.tokens import Tokens
-from sfp.trace import Trace
+from sfp.trace import GuideError, Trace
 from sfp.whole import WholeImage
+
+
+def window_grid(trace: Trace) -> WindowGrid:
+    """Where the windows of a trace lie in their image.
+
+    Raises:
+        LookupError: if the trace is not that of all windows of one image.
+    """
+    if trace.whole is None:
+        raise LookupError(
+            "all windows of an image are needed in one trace: pass whole=WholeImage(...)"
+        )
+    return trace.whole.grid
 
 
 @op("image", whole=True)
@@ -20,7 +34,7 @@ def canvas(trace: Trace, *, floor: bool = False) -> Trace:
 
     Each cell is the mean of the windows' patches that cover it, weighted by area, in every layer;
     prefix tokens are the mean of the windows'. Whatever a method does in its last block then reaches
-    across windows: the inferred general form of what OV-Stitcher (Kim et al., CVPR 2026 Findings) does
+    across windows: the inferred general form of what OV-Stitcher (CVPR 2026 Findings) does
     for one method. Guides still see windows, and their outputs are stitched too. With a single window
     nothing changes.
 
@@ -46,7 +60,17 @@ def canvas(trace: Trace, *, floor: bool = False) -> Trace:
         return replace(x, data=data, grid=(maps.shape[2], maps.shape[3]), hidden=hidden)
 
     def guide(name: str) -> Callable[..., Tokens]:
-        return lambda image, output=None: tokens(trace.guide(name, output))
+        def look(image: Tensor, output: str | None = None) -> Tokens:
+            if output != "stitched":
+                return tokens(trace.guide(name, output))
+            across: Callable[..., Tokens] | None = getattr(trace.guides[name], "across", None)
+            if across is None:
+                raise GuideError(f"the guide {name!r} has no last block to stitch: `across`")
+            return across(trace.guide(name, "entering"), tokens)
+
+        if hasattr(trace.guides[name], "last_attention"):  # SAM looks at whole images as it is
+            look.last_attention = trace.guides[name].last_attention  # type: ignore[attr-defined]
+        return look
 
     layers = [trace.entering(i) for i in range(trace.depth_run)]
     other = trace.like(
@@ -56,5 +80,6 @@ def canvas(trace: Trace, *, floor: bool = False) -> Trace:
         regions=None if whole.ids is None else whole.ids[None],
         whole=WholeImage(whole.grid.whole, whole.source, whole.prepare, whole.regions),
     )
+    other.windows = trace
     other.guides = {name: guide(name) for name in trace.guides}
     return other

@@ -66,7 +66,7 @@ def outlier_direction(trace: Trace, layer: int, channel_share: float) -> Tensor:
     `weight_norm_channel` looks at, with the sign that it has in the image.
     """
     tokens, block = trace.outputs[layer], trace.vit.blocks[layer + 1]
-    query = upcast(block.heads(tokens).q[:, :, 0].flatten(1))  # (B, D)
+    query = upcast(block.heads(tokens.with_cls()).q[:, :, 0].flatten(1))  # (B, D)
     width = query.shape[1]
     keys = upcast(block.attn.in_proj_weight[width : 2 * width])  # (D, D): W_k
     wanted = (query @ keys) * upcast(block.ln_1.weight)

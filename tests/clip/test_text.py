@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
@@ -113,7 +114,7 @@ def test_templates():
 
 def test_sets_of_templates_are_mmsegs(mmseg_utils):
     theirs = mmseg_utils.get_templates.PREDEFINED_TEMPLATES
-    assert {name: list(templates) for name, templates in TEMPLATES.items()} == theirs
+    assert {name: list(TEMPLATES[name]) for name in theirs} == theirs
 
 
 @pytest.mark.parametrize(
@@ -374,3 +375,19 @@ def test_features_are_ordinary_tensors(clip, tmp_path):
         bank = text_bank(clip, QUERIES, FEW, folder=tmp_path)
         assert not bank.is_inference()
         assert not bank.requires_grad
+
+
+def test_templates_follow_the_model_unless_somebody_says_otherwise():
+    """TIPSv2's authors use nine, seven of CLIP's 80 among them."""
+    clip = tiny.clip(**tiny.WORDS)
+    names = ["cat", "dog"]
+    bank = functools.partial(text_bank, clip, names)
+    assert torch.equal(bank(), bank("imagenet"))
+    assert torch.equal(sfp.load(clip).engine.encode(names), bank("imagenet"))
+    clip.text.templates = "tipsv2"
+    assert torch.equal(bank(), bank("tipsv2"))
+    assert torch.equal(sfp.load(clip).engine.encode(names), bank("tipsv2"))
+    assert torch.equal(sfp.load(clip, templates="vild").engine.encode(names), bank("vild"))
+    nine = set(TEMPLATES["tipsv2"])
+    assert len(nine) == 9
+    assert nine - set(TEMPLATES["imagenet"]) == {"a photo of {}s."}

@@ -44,8 +44,8 @@ def read(
     """
     rest = {k: v for k, v in state.items() if not k.startswith(image_layouts.PREFIXES)}
     rest = {k: v for k, v in rest.items() if not k.startswith("logit_")}
-    named, sizes = text_layouts.read(rest, config)
-    if sizes.activation == "quick_gelu":
+    named, sizes, settled = text_layouts.read(rest, config)
+    if not settled:
         sizes = replace(sizes, activation=activation)
     tower = sizes.build().eval()
     named.pop("logit_scale", None)
@@ -209,7 +209,7 @@ def test_biomed_clip(head):
     text = dict(context_length=12, hf_pooler_type=pooler)
     config = dict(model_cfg=dict(text_cfg=text))
     ids = batch()
-    named, sizes = text_layouts.read(state, config)
+    named, sizes, _ = text_layouts.read(state, config)
     ours = replace(sizes, head_width=16).build().eval()
     ours.load_state_dict({k.removeprefix("text."): v for k, v in named.items()})
     close(ours(ids), tower(ids))

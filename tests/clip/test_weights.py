@@ -201,9 +201,8 @@ def test_a_configuration_that_makes_no_sense(tmp_path, content):
 @pytest.mark.parametrize(
     ("tower", "setting"),
     [
-        ("text_cfg", dict(no_causal_mask=True)),
         ("text_cfg", dict(pool_type="last")),
-        ("text_cfg", dict(hf_tokenizer_name="bert-base-uncased")),
+        ("text_cfg", dict(hf_tokenizer_name="somebody/tokenizer")),
         ("vision_cfg", dict(pool_type="avg")),
         ("vision_cfg", dict(norm_kwargs=dict(eps=1e-6))),
         ("vision_cfg", dict(pos_embed_type="sin_cos_2d")),
@@ -304,7 +303,6 @@ def test_transformers_clip_without_its_configuration():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(model_type="siglip"), "model_type 'siglip'"),
         (dict(vision_config=dict(hidden_act="gelu")), "hidden_act"),
         (dict(text_config=dict(hidden_act="gelu_new"), vision_config=dict(hidden_act="gelu_new")),
          "gelu_new"),
@@ -335,13 +333,17 @@ def without(state: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
 
 BLOCK = "visual.transformer.resblocks.0"
 REFUSED = [
+    (lambda: open_clip_with("radio_model.model.patch_generator.pos_embed"), "C-RADIO.*a guide"),
     (lambda: open_clip_with("visual.trunk.stages.0.blocks.0.norm.weight"), "convolutional"),
     (lambda: open_clip_with("visual.trunk.patch_embed.backbone.stem.conv1.weight"), "ViTamin"),
     (lambda: open_clip_with("visual.trunk.attn_pool.latent"), "tensors do not fit each other"),
     (lambda: open_clip_with("visual.trunk.blocks.0.norm1.weight"), "two tensors for visual"),
     (lambda: open_clip_with("visual.attn_pool.query"), "tensors do not fit each other"),
-    (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "text tower is trans"),
-    (lambda: open_clip_with("text.cls_emb"), "class token"),
+    (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "is no BERT"),
+    (lambda: open_clip_with("text.cls_emb"), "cls_emb is"),
+    (lambda: open_clip_with("text.transformer.shared.weight"), "T5 or NLLB"),
+    (lambda: {"image_model.embeddings.cls_token": torch.ones(2)}, "FLAVA"),
+    (lambda: {"vision_model.embeddings.convolution.weight": torch.ones(2)}, "ALIGN"),
     (lambda: open_clip_with(f"{BLOCK}.ls_1.gamma"), "layer scale"),
     (lambda: open_clip_with(f"{BLOCK}.attn.ln_q.weight"), "blocks have more than CLIP's"),
     (lambda: open_clip_with("visual.layer1.0.conv1.weight"), "ResNet CLIP"),
@@ -504,14 +506,15 @@ def test_the_table():
     exact = torch.tensor([OPENAI_MEAN, OPENAI_STD]) * 255
     torch.testing.assert_close(exact, torch.tensor([CLIP_MEAN, CLIP_STD]), atol=6e-4, rtol=0)
     hub = {name: row for name, row in PUBLISHED.items() if ":" in name}
+    openai = {"ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"}
     assert len({row.file for row in PUBLISHED.values()}) == len(PUBLISHED)
     assert len({row.repo for row in PUBLISHED.values()}) == len(PUBLISHED)  # None for the mini
     for name, row in PUBLISHED.items():
         sizes = ARCHITECTURES[row.architecture]
         assert sizes.image_size % sizes.patch == 0
-        assert sizes.width % sizes.head_width == sizes.text_width % 64 == 0
-        assert row.activation in ("gelu", "quick_gelu")
-        assert (row.sha256 is None) == (name in hub or name == "mini")
+        assert sizes.width % published.HEAD_WIDTHS.get(sizes.width, 64) == 0
+        assert row.activation in ("gelu", "quick_gelu") or (name not in hub and not row.activation)
+        assert (row.sha256 is not None) == (name in openai)
     for name in hub:  # the published statements: OpenAI's recipe kept by these two
         assert (hub[name].activation == "quick_gelu") == (
             ("metaclip_" in name and "altogether" not in name)
@@ -519,6 +522,16 @@ def test_the_table():
             or name == "ViT-B-32:laion400m_e32"
         )  # fmt: skip
     assert [n for n, row in hub.items() if row.mean == HALF] == ["ViT-L-14:laion2b_s32b_b82k"]
+
+
+def test_a_setting_that_no_tensor_shows(cache, monkeypatch):
+    """MobileCLIP2-L-14's text tower is not causal; its row says so where no configuration does."""
+    monkeypatch.setitem(published.SETTINGS, "ViT-B-32", published.SETTINGS["MobileCLIP2-L-14"])
+    monkeypatch.setitem(ARCHITECTURES, "ViT-B-32", Architecture(8, 64, 64, 2, 64, 2, 32))
+    saved(cache / "ViT-B-32-datacomp_xl_s13b_b90k.bin")
+    name = "ViT-B-32:datacomp_xl_s13b_b90k"
+    assert open_weights(name).text.causal is False
+    assert open_weights(tiny.save(cache / "other.safetensors")).text.causal
 
 
 def test_rows_by_name_and_place(tmp_path):

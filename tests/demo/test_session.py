@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import sfp
-from sfp.demo.session import FALLBACK, OWN, typed_vocabulary, usable_methods
+from sfp.demo.session import FALLBACK, OWN, typed_vocabulary
+from sfp.method import self_contained_methods
 from sfp.vocabulary import as_vocabulary
 
 
@@ -86,4 +87,6 @@ def test_attention_is_the_row_of_the_matrix(layer, session, model, photo):
 
 
 def test_methods_on_offer_run_without_guides():
-    assert set(sfp.list_methods()) - set(usable_methods()) == {"proxyclip"}
+    others = set(sfp.list_methods()) - set(self_contained_methods())
+    assert {"corrclip", "fsa", "gla_clip", "lposs", "ov_stitcher", "proxyclip"} <= others
+    assert {"clip", "sfp", "cliptrase", "radseg", "rfclip"} <= set(self_contained_methods())

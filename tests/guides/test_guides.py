@@ -124,7 +124,9 @@ def test_outputs_of_the_last_block(kind, patch):
         assert guide(pixels, output).grid == plain.grid
     both = guide(pixels, "q").data + guide(pixels, "k").data
     torch.testing.assert_close(guide(pixels, "q+k").data, both)
-    with pytest.raises(ValueError, match=r"unknown output 'keys'.*valid: entering, k, q, v"):
+    with pytest.raises(
+        ValueError, match=r"unknown output 'keys'.*valid: entering, k, q, stitched, v"
+    ):
         guide(pixels, "keys")
 
 

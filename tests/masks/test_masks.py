@@ -18,7 +18,7 @@ from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
 from sfp.functional import masks as functional
 from sfp.functional.clusters import cluster_peaks
 from sfp.functional.labels import Labels
-from sfp.functional.masks import MaskSheet, same_area, vote_in_masks
+from sfp.functional.masks import MaskSheet, paint_masks, same_area, vote_in_masks
 from sfp.guides import TransformersGuide
 from sfp.masks import DinoMasks, MaskVote, SamMasks, build_masks
 from sfp.masks.dino import above_mass
@@ -562,3 +562,58 @@ def test_building():
     assert build_masks(None) is None
     vote = MaskVote(propose=nn.Identity(), points=GRID)
     assert build_masks(vote) is vote
+
+
+def test_painting():
+    """Every pixel belongs to one of its masks by the rule; by brute force."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(6, 9, 11, generator=generator) - 0.5
+    maps[5] = -1  # empty
+    scores = torch.rand(6, generator=generator)
+    sheet = MaskSheet(maps, torch.eye(9), torch.eye(11), scores)
+    areas = (maps > 0).flatten(1).sum(1)
+    for paint, rank in (("smallest", -areas), ("largest", areas), ("score", scores)):
+        ids = paint_masks(sheet, paint)
+        for row, column in torch.cartesian_prod(torch.arange(9), torch.arange(11)).tolist():
+            inside = [m for m in range(6) if maps[m, row, column] > 0]
+            best = max(inside, key=lambda m: (rank[m].item(), -m), default=-1)
+            assert ids[row, column] == best + 1
+    assert not paint_masks(MaskSheet(maps[:0], torch.eye(9), torch.eye(11)), "largest").any()
+    with pytest.raises(ValueError, match="gives no scores"):
+        paint_masks(MaskSheet(maps, torch.eye(9), torch.eye(11)), "score")
+
+
+class Corner(torch.nn.Module):
+    """Proposes the left half of an image, and its upper left corner."""
+
+    def forward(self, image, points, size):
+        maps = -torch.ones(2, *size)
+        maps[0, :, : size[1] // 2] = 1
+        maps[1, : size[0] // 2, : size[1] // 2] = 1
+        return MaskSheet(maps, torch.eye(size[0]), torch.eye(size[1]))
+
+
+def test_proposed_regions_reach_the_method():
+    """What a proposer finds is what the same map, given, leads to."""
+    guide = torch.nn.Identity()
+    guide.forward = lambda image, output=None: sfp.Tokens(
+        torch.nn.functional.avg_pool2d(image, 8).flatten(2).mT,
+        (image.shape[2] // 8, image.shape[3] // 8),
+        prefix=0,
+    )
+    common = dict(
+        method="corrclip", guides=dict(dino=guide), slide_crop=64, slide_stride=32, short_side=None
+    )
+    model = sfp.load(tiny.clip(**tiny.WORDS), regions=dict(propose=Corner()), **common)
+    picture = (torch.rand(64, 96, 3, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    found = model.segment(picture.numpy(), ["cat", "dog", "tree"])
+    ids = torch.zeros(64, 96, dtype=torch.int64)
+    ids[:, :48] = 1  # the larger one covers the smaller
+    plain = sfp.load(tiny.clip(**tiny.WORDS), **common)
+    given = plain.segment(picture.numpy(), ["cat", "dog", "tree"], regions=ids)
+    assert (found.labels == given.labels).all()
+    assert len(set(found.labels[:, :48].ravel().tolist())) == 1  # the region has voted
+    with pytest.raises(LookupError, match="regions="):
+        plain.segment(picture.numpy(), ["cat"])
+    with pytest.raises(ValueError, match=r"unknown paint='bigest'.*did you mean 'largest'"):
+        sfp.load(tiny.clip(**tiny.WORDS), regions=dict(propose=Corner(), paint="bigest"))

@@ -33,6 +33,9 @@ def colours(pixels: Tensor, output: str | None = None) -> sfp.Tokens:
     return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
 
 
+colours.across = lambda entering, join: join(entering)  # type: ignore[attr-defined]
+
+
 def stripes(pixels: Tensor) -> Tensor:
     """A stand-in for masks: columns of 20 pixels; in dark images none where it is dark."""
     columns = torch.arange(pixels.shape[-1]) // 20 + 1
@@ -45,8 +48,10 @@ CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
     "corrclip": lambda: dict(guides=dict(dino=colours)),
     "fsa": lambda: dict(guides=dict(dino=colours)),
     "gla_clip": lambda: dict(guides=dict(dino=colours)),
+    "trident": lambda: dict(guides=dict(dino=colours, sam=Sam())),
     "lposs": lambda: dict(guides=dict(dino=colours)),
     "lposs_plus": lambda: dict(guides=dict(dino=colours)),
+    "ov_stitcher": lambda: dict(guides=dict(dino=colours)),
     "proxyclip": lambda: dict(guides=dict(dino=colours)),
 }
 """Further context of `Method.logits` by method, made when it is needed."""
@@ -64,6 +69,17 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("cliptrase", "cells"): [1, 4],
     ("cliptrase", "guide"): ["dino"],
     ("cliptrase", "restore"): [-2],
+    ("cliper", "dataset"): ["voc21", "city_scapes"],
+    ("cliper", "cut"): [0.9],
+    ("cliper", "select"): [3],
+    ("cliper", "score_thd"): [],  # of the decision, as the next three
+    ("cliper", "background_thd"): [],
+    ("cliper", "background"): [True],
+    ("cliper", "min_max"): [],
+    ("floss", "base"): ["sclip"],
+    ("floss", "experts"): [],  # a file, which tests/methods/test_floss.py writes; as the next two
+    ("floss", "logit_scale"): [],
+    ("floss", "cells"): [],
     ("freecp", "base"): ["sclip"],
     ("freecp", "dataset"): ["voc21"],
     ("freecp", "redundant"): [0.2],
@@ -77,6 +93,12 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("corrclip", "late"): [1],
     ("corrclip", "correct"): [],  # what it does is in the labels
     ("fsa", "guide"): [],
+    ("ov_stitcher", "guide"): [],
+    ("ov_stitcher", "output"): [None],
+    ("ov_stitcher", "eps"): [2.0],
+    ("ov_stitcher", "late"): [1],
+    ("ov_stitcher", "correct"): [],  # what it does is in the labels
+    ("ov_stitcher", "floor"): [],  # of several windows
     ("gla_clip", "guide"): [],
     ("gla_clip", "beta"): [0.5],
     ("gla_clip", "gamma"): [1.0],
@@ -102,6 +124,9 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("object_presence", "move"): [0.5],
     ("object_presence", "height"): [0.5],
     ("object_presence", "scope"): [],  # the same without windows; see test_windows_of_an_image
+    ("radseg", "recursive"): [None, 1.0],
+    ("radseg", "aggregate"): [None, 1.0],
+    ("radseg", "least"): [],  # a part of the decision
     ("resclip", "dataset"): ["voc20", "voc21"],
     ("resclip", "layers"): [(3,), (7, 8)],
     ("resclip", "lambda_rcs"): [0.1],
@@ -128,10 +153,17 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("sfp_paper", "purify"): [False, "median", "mask_attention"],
     ("sfp_paper", "layers"): [(-2,)],
     ("sfp_paper", "enhancer"): ["qk", "kk", "qq+vv"],
+    ("trident", "guide"): [],
+    ("trident", "sam"): [None],
+    ("trident", "dataset"): ["voc20"],
+    ("trident", "factor"): [0.0],
+    ("trident", "negative"): [],  # tests/methods/test_parity_choice.py
+    ("trident", "halves"): [True],
+    ("trident", "floor"): [],  # the same where windows lie on whole cells
     ("scclip", "beta"): [0.9],
 }
 
-NOT_STITCHED: dict[str, str] = {}
+NOT_STITCHED = {"ov_stitcher": "has a stage of its own"}
 """Presets that have no use for `stitched=True`, and the reason that they give."""
 
 NAMES = sfp.list_methods()
@@ -157,6 +189,15 @@ def tiny(layers: int = 12, dtype: torch.dtype = torch.float32) -> sfp.CLIP:
         if "in_proj_weight" in name:  # attention that is not uniform
             p.data *= 4
     return clip.requires_grad_(False).eval().to(dtype)
+
+
+class Sam:
+    """A stand-in for SAM's attention: that of mean colours in cells of 10 pixels."""
+
+    def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        maps = F.avg_pool2d(image[0], 10, ceil_mode=True)  # (3, h, w)
+        rows = torch.stack([maps, maps.flip(0).cumsum(0)]).flatten(2).mT  # (2, M, 3)
+        return (rows @ rows.mT).softmax(-1), rows.unflatten(1, maps.shape[1:])
 
 
 def images(batch: int = 2, height: int = 64, width: int = 64) -> Tensor:

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 import sfp
 from sfp.engine import Engine, Queries
 from sfp.functional.graphs import PixelGraph, lab_of_rgb, neighbour_graph, propagate
-from sfp.functional.labels import Labels
-from sfp.functional.windows import WindowGrid
-from sfp.methods import freecp
+from sfp.functional.labels import Labels, assign
+from sfp.functional.windows import WindowGrid, window_starts
+from sfp.methods import cliper, floss, freecp, trident
 from sfp.methods.object_presence import hierarchy, moved_words, present_words, winners
 from sfp.methods.rfclip import box_blend, channel_share
+from sfp.registry import Op
 from sfp.trace import native_last
 from sfp.whole import WholeImage
 
@@ -335,4 +336,134 @@ def test_golden_rfclip_end_to_end(name):
     logits, labels = segmented(method, case, case.inputs[case.entry["text"]], index)
     case.check("logits_s16", logits[:, ::16, ::16])
     case.check("probs_s16", labels.scores[:, ::16, ::16])
+    case.check("pred", labels.labels.to(torch.uint8))
+
+
+@pytest.mark.parametrize("name", cases("cliper/"))
+def test_golden_cliper(name):
+    case, hyper = Case(name), Case(name).hyper
+    post = hyper["post"] or dict(score_thd=0.0, bkg_thd=0.0, min_max=False)
+    text = F.normalize(case.inputs[case.entry["text"].split()[0]], dim=-1)
+    count, words = hyper["classes"], hyper["background_words"]
+    text = torch.cat([text[count:], text[:count]])  # background first, as class 0
+    index = (*[0] * words, *range(1, count + 1)) if words else tuple(range(count))
+    pixels = case.image[..., : case.entry["size"][0], : case.entry["size"][1]]
+    window, stride = hyper["window"] or 0, hyper["stride"] or 1
+    grid = WindowGrid.over(pixels.shape[2:], window, stride)
+    whole = WholeImage(grid, pixels[0])
+    windows = torch.stack([whole.cut(place)[0] for place in grid.places])
+    method = sfp.build_method(
+        "cliper",
+        cut=hyper["cut"],
+        select=hyper["select_readout"],
+        logit_scale=float(hyper["logit_scale"]),
+        background=words > 0,
+        score_thd=post["score_thd"],
+        background_thd=post["bkg_thd"],
+        min_max=post["min_max"],
+    )
+    context = dict(text=text, index=index, whole=whole)
+    trace = method.run(case.clip.visual, windows, **context)
+    logits = method.read_logits(trace)
+    image = trace.of_image()
+    total = sum(image.attention(i) for i in range(11))
+    fused = []
+    for _ in range(12):
+        total, weights = cliper.fused_attention(total)
+        fused.append(weights)
+    case.check("fused_first_q16", fused[0][0, :, ::16])
+    case.check("fused_last_q16", fused[-1][0, :, ::16])
+    read, attention = image.once(Op(cliper.readouts))
+    features = torch.stack([image.vit.project(x).patches[0] for x in read])
+    case.check("readout_feats_t16", features[:, ::16])
+    case.check("fused_mean_last_r16", attention[0, ::16])
+    case.check("map", logits[0, words:])
+    if hyper["post"] is None:
+        return
+    sheet = replace(grid.whole, direct=method.direct).sheet(logits, tuple(case.entry["ori_shape"]))
+    case.check("scores", sheet.tiles.amax((0, 1))[words:])
+    scores = method.decision(sheet, sheet.rows, index)(0, sheet.size[0])
+    case.check("pred", scores.argmax(0).to(torch.uint8))
+
+
+@pytest.mark.parametrize("name", cases("unit/floss_fusion/"))
+def test_golden_floss_fusion(name):
+    case, scale = Case(name), Case(name).hyper["logit_scale"]
+    number = name.rsplit("/f", 1)[1]
+    features, banks = (case.inputs[f"floss/{x}{number}"] for x in ("feats", "banks"))
+    size = features.shape[1:]
+    unit = F.normalize(features.flatten(1), dim=0)  # (C, P)
+    logits = scale * (F.normalize(banks, dim=-1) @ unit)  # (K + 1, K, P)
+    index = torch.arange(case.hyper["classes"])
+    probs, claims = floss.fuse_experts(logits[:-1], logits[-1], index)
+    case.check("claims", claims.unflatten(0, size))
+    case.check("probs", probs.unflatten(1, size))
+    case.check("pred", probs.argmax(0).unflatten(0, size).to(torch.uint8))
+    found = floss.fit([unit.T], F.normalize(banks, dim=-1), index.tolist(), logit_scale=scale)
+    case.check("mean_entropy", found.float().masked_fill(found.isinf(), 0))
+
+
+class GivenSam(torch.nn.Module):
+    """Stands in for SAM's guide: stored attention and values, in the order of calls."""
+
+    def __init__(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self.parts.pop(0)
+
+
+@pytest.mark.parametrize("name", cases("trident/"))
+def test_golden_trident(name):
+    case, hyper = Case(name), Case(name).hyper
+    size = tuple(case.entry["network_size"])
+    pixels = case.image
+    if pixels.shape[2:] != size:
+        pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
+    guide = case.inputs[case.entry["guide"].split()[0]]  # (windows, D, h, w)
+    tokens = sfp.Tokens(guide.flatten(2).mT, tuple(hyper["guide_grid"]), prefix=0)
+    stored = case.entry["sam"]
+    halves = "right half" in stored
+    prefixes = [stored.split("_attn")[0]]
+    if halves:
+        prefixes.append("trident/" + stored.rsplit(" ", 1)[1])
+    parts = [(case.inputs[f"{p}_attn"], case.inputs[f"{p}_v"]) for p in prefixes]
+    negative = None if hyper["negative_threshold"] == "kept" else 0.6
+    mixing = trident.agreeing_attention(
+        parts[0][0], parts[0][1].flatten(1, 2), factor=hyper["cos_factor"], negative=negative
+    )
+    case.check("sam_affinity_r8", mixing[::8])
+    crop = hyper["crop"] if isinstance(hyper["crop"], list) else [hyper["crop"]] * 2
+    starts = [
+        window_starts(side, part, hyper["stride"]) for side, part in zip(size, crop, strict=True)
+    ]
+    grid = WindowGrid(size, tuple(crop), *starts)
+    whole = WholeImage(grid, pixels[0])
+    windows = torch.stack([whole.cut(place)[0] for place in grid.places])
+    text = F.normalize(case.inputs[case.entry["text"]], dim=-1)[: case.entry["queries"]]
+    method = sfp.build_method(
+        "trident",
+        beta=hyper["beta"],
+        gamma=hyper["gain"],
+        factor=hyper["cos_factor"],
+        negative=negative,
+        halves=halves,
+    )
+    context = dict(
+        guides=dict(dino=lambda image: tokens, sam=GivenSam(list(parts))), whole=whole, text=text
+    )
+    trace = method.run(case.clip.visual, windows, **context)
+    (reader,) = method.readouts
+    read = reader(trace)
+    case.check("z_sam_t4", read.data[0, ::4])
+    case.check("feats", trace.vit.project(read).data[0])
+    logits = method.compare(trace.vit.project(read), trace)
+    original = tuple(case.entry["ori_shape"])
+    sheet = replace(grid.whole, direct=method.direct).sheet(logits, original)
+    case.check("logits_s8", sheet.rows(0, original[0])[:, ::8, ::8])
+    words = hyper["background_queries"]
+    index = (*[0] * words, *range(1, len(text) - words + 1))
+    settings = dict(scale=hyper["logit_scale"], prob_thd=hyper["prob_thd"])
+    labels = assign(sheet.rows, original, index, **settings)
     case.check("pred", labels.labels.to(torch.uint8))

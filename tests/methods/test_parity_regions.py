@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conformance import Case, cases
 from torch import Tensor
+from transformers import ViTConfig, ViTModel
 
 import sfp
+from sfp.clip.blocks import Block
 from sfp.engine import Engine, Queries
 from sfp.functional.attention import centred_softmax
 from sfp.functional.regions import components, region_distances
-from sfp.functional.windows import LogitSheet
-from sfp.methods import corrclip, fsa, gla_clip
+from sfp.functional.windows import LogitSheet, WindowGrid, nearest
+from sfp.guides import TransformersGuide
+from sfp.methods import corrclip, fsa, gla_clip, ov_stitcher, radseg
 from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -109,9 +115,7 @@ def check_end(case: Case, engine: Engine, sheet: LogitSheet, queries: Queries) -
     case.check("probs_s16", found.scores[:, ::16, ::16])
     case.check("pred", found.labels)
     if "pred_before_vote" in case.outputs:
-        before = sfp.functional.windows.LogitSheet(
-            sheet.tiles, sheet.row_matrix, sheet.column_matrix
-        )
+        before = replace(sheet, regions=None)
         case.check("pred_before_vote", engine.label(case.image[0], before, queries.index).labels)
 
 
@@ -144,7 +148,7 @@ def test_golden_corrclip_window(name):
     unsegmented = dict(method.readouts[0].attention.knobs)["unsegmented"]
     merging = dict(guide="dino", output="q+k", eps=0.2, unsegmented=unsegmented)
     ids = corrclip.merged_regions(trace, **merging)[0]
-    on_guide = corrclip.nearest(trace.regions, guide.grid).flatten(1)[0]
+    on_guide = nearest(trace.regions, guide.grid).flatten(1)[0]
     assert torch.equal(on_guide, case.expected("ids_guide_grid").long())
     none = int(on_guide.min()) if case.official else 0
     same_regions(ids, case.expected("ids_merged"), none)
@@ -272,3 +276,200 @@ def test_golden_fsa_window(name):
 def test_golden_fsa(name):
     case = Case(name)
     check_end(case, *run_engine(case, fsa_of(case), Playback(case)))
+
+
+# -- OV-Stitcher ---------------------------------------------------------------------------------
+
+
+class StoredBlock(TransformersGuide):
+    """A vision transformer of `transformers` with the stored last block and the tokens before it."""
+
+    def __init__(self, case: Case) -> None:
+        config = ViTConfig(
+            hidden_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=3,
+            intermediate_size=96,
+            patch_size=case.entry["guide_patch"],
+            layer_norm_eps=1e-6,
+        )
+        model = ViTModel(config, add_pooling_layer=False).eval()
+        weights = {
+            name.partition("/")[2]: x.float()
+            for name, x in case.inputs.items()
+            if name.startswith("dino_block/")
+        }
+        names = {
+            "norm1": "layernorm_before",
+            "norm2": "layernorm_after",
+            "attn.proj": "attention.o_proj",
+        }
+        state = {}
+        for name, value in weights.items():
+            part, _, kind = name.rpartition(".")
+            if part == "attn.qkv":
+                for x, rows in zip("qkv", value.chunk(3), strict=True):
+                    state[f"layers.0.attention.{x}_proj.{kind}"] = rows
+            elif part == "norm":
+                state[f"layernorm.{kind}"] = value
+            else:
+                state[f"layers.0.{names.get(part, part)}.{kind}"] = value
+        unknown = model.load_state_dict(state, strict=False).unexpected_keys
+        assert not unknown
+        super().__init__(model=model)
+        self.play = Playback(case)
+        self.stored = case.inputs[f"guide/{case.entry['input']}/x"].float()
+
+    def entering(self, image: Tensor) -> sfp.Tokens:
+        numbers = [next(self.play.windows) for _ in image]
+        return sfp.Tokens(self.stored[numbers], self.play.grid, prefix=1)
+
+
+@pytest.mark.parametrize("name", cases("ovstitcher/"))
+def test_golden_ov_stitcher(name):
+    case = Case(name)
+    unsegmented = "smallest" if case.official else "zero"
+    method = sfp.build_method("ov_stitcher", unsegmented=unsegmented)
+    guide = StoredBlock(case)
+    engine, sheet, queries = run_engine(case, method, guide)
+    check_end(case, engine, sheet, queries)
+
+    guide.play.rewind()
+    ids = nearest(ids_of(case), tuple(case.image.shape[-2:]))
+    whole = WholeImage(engine._grid(case.image[0]), case.image[0], regions=ids)
+    cut = [whole.cut(place) for place in whole.grid.places]
+    trace = method.run(
+        case.clip.visual,
+        torch.stack([window for window, _ in cut]),
+        regions=torch.stack([part for _, part in cut if part is not None]),
+        whole=whole,
+        guides=dict(dino=guide),
+        text=queries.features,
+    )
+    seen = method.seen(trace)
+    source = dict(guide="dino", output="stitched")
+    features = corrclip.unit_guide(seen, **source)[0]
+    check_rows(case, guide=features)
+    case.check("sim_mean", (features @ features.T).mean()[None])
+    on_grid = nearest(seen.regions, seen.guide("dino", "stitched").grid).flatten(1)[0]
+    assert torch.equal(on_grid, case.expected("ids_guide_grid").long())
+    merged = corrclip.merged_regions(seen, eps=0.2, unsegmented=unsegmented, **source)[0]
+    none = int(on_grid.min()) if case.official else 0
+    same_regions(merged, case.expected("ids_merged"), none)
+    distances = region_distances(features, corrclip.known_regions(on_grid, unsegmented))
+    case.check("region_distance", distances)
+    case.check("region_cluster", components(distances <= 0.2))
+    weights = corrclip.scoped_rows(features, merged, slice(None), 4.0)
+    check_rows(case, attn=weights, allowed_count=(weights > 0).sum(1))
+
+    own = ov_stitcher.window_regions(
+        trace, merged.unflatten(0, seen.guide("dino", "stitched").grid)
+    )
+    expected = case.expected("ids_merged").long()
+    numbers = [int(merged[expected == i][0]) for i in case.expected("region_ids").tolist()]
+    tokens = corrclip.tokens_of_regions(trace, own, int(merged.max()) + 1)
+    case.check("region_tokens", tokens[:, numbers])
+    spatial = method.readouts[1].source(seen)
+    check_rows(case, spatial_tokens=spatial.data[0])
+    z_main, z_spatial, z_semantic = (readout(seen).data[0] for readout in method.readouts)
+    check_rows(case, z_main=z_main, z_spatial=z_spatial, z_semantic=z_semantic)
+    check_rows(case, feats=method.read(trace).data[0])
+
+
+# -- RADSeg --------------------------------------------------------------------------------------
+
+
+def unit_mean(unit: Tensor) -> Tensor:
+    return (unit @ unit.T).mean()
+
+
+@pytest.mark.parametrize("name", cases("radseg/scra"))
+def test_golden_radseg_scra(name):
+    """A block of other widths, made of the stored weights."""
+    case = Case(name)
+    x, weights = case.inputs["scra/x"].float(), case.inputs
+    heads = case.hyper["heads"]
+    block = Block(48, heads)
+    state = {
+        "in_proj_weight": weights["scra/qkv.weight"],
+        "in_proj_bias": weights["scra/qkv.bias"],
+        "out_proj.weight": weights["scra/proj.weight"],
+        "out_proj.bias": weights["scra/proj.bias"],
+    }
+    block.attn.load_state_dict({key: value.float() for key, value in state.items()})
+    block.ln_1 = torch.nn.Identity()
+    trace = SimpleNamespace(vit=SimpleNamespace(blocks=[block]))
+    tokens = sfp.Tokens(x, (6, 6), prefix=1)
+    own = radseg.self_correlating(block.heads(tokens), trace, gain=case.hyper["scale"])
+    for output, step in stored(case, "attn"):
+        case.check(output, own.flatten(0, 1)[:, ::step])
+    case.check("kept_count", (own > 0).sum(-1).flatten(0, 1))
+    rule = functools.partial(radseg.self_correlating, gain=case.hyper["scale"])
+    out = block.read(tokens, residual=None, attention=rule, ffn=False, trace=trace)
+    case.check("out", out.data)
+
+
+@pytest.mark.parametrize("name", cases("radseg/clip_scra"))
+def test_golden_radseg_clip(name):
+    case = Case(name)
+    rule = dict(type="self_correlating")
+    method = sfp.build_method(dict(readouts=[dict(attention=rule)]))
+    trace = method.run(case.clip.visual, case.image)
+    last = case.clip.visual.blocks[-1]
+    heads = last.heads(trace.entering(11))
+    kept = (radseg.self_correlating(heads, trace) > 0).sum(-1)[0]
+    case.check("kept_count", kept)
+    reduced = sfp.build_method(dict(readouts=[dict(attention=rule, residual=None, ffn=False)]))
+    check_rows(case, attention_out=reduced.readouts[0](trace).data[0])
+    case.check("feats", method.read(trace).data[0])
+
+
+def radseg_tokens(maps: Tensor) -> sfp.Tokens:
+    return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
+
+
+@pytest.mark.parametrize("name", cases("radseg/scga"))
+def test_golden_radseg_scga(name):
+    case = Case(name)
+    tokens = radseg_tokens(case.inputs[f"rad/{case.entry['input']}"].float())
+    knobs = {"gain": case.hyper["scale"]} if "scale" in case.hyper else {}
+    case.check("out", radseg.global_aggregation(tokens, None, **knobs).as_map())
+    unit = torch.nn.functional.normalize(tokens.data[0], dim=-1)
+    case.check("sim_mean", unit_mean(unit)[None])
+    weights = radseg.global_rows(unit, slice(None), unit_mean(unit), knobs.get("gain", 10.0))
+    case.check("kept_count", (weights > 0).sum(1)[None])
+    for output, step in stored(case, "attn"):
+        case.check(output, weights[None, ::step])
+
+
+@pytest.mark.parametrize("name", cases("radseg/e2e"))
+def test_golden_radseg(name):
+    """From the windows' features on: the tower, its text and its adaptor's head are given."""
+    case = Case(name)
+    entry, weights = case.entry, case.inputs
+    source = f"rad/{entry['input']}"
+    height, width = weights[f"img_hw/{entry['input']}"].tolist()
+    size = radseg.stride_size((height, width), entry["crop"], entry["stride"])
+    grid = WindowGrid.over(size, entry["crop"], entry["stride"])
+    windows = weights[f"{source}/windows"].float()
+    side = [length // entry["patch"] for length in grid.window]
+    tokens = sfp.Tokens(windows, (side[0], side[1]), prefix=0)
+    trace = SimpleNamespace(whole=WholeImage(grid, torch.zeros(3, *size)))
+    joined = radseg.stitch(tokens, trace)
+    case.check("stitched", joined.as_map()[0])
+    mixed = radseg.global_aggregation(joined, trace)
+    case.check("scga", mixed.as_map()[0])
+    head = torch.nn.functional.linear(
+        mixed.data, weights["rad/head.weight"].float(), weights["rad/head.bias"].float()
+    )
+    logits = sfp.tokens.cosine_logits(mixed.with_data(head), weights["rad/text"])
+    probs = radseg.query_probabilities(logits, trace)
+    case.check("patch_probs", probs[0])
+    sheet = replace(grid.whole, direct=True).sheet(probs, tuple(entry["ori_shape"]))
+    least = case.hyper.get("denoise", 0.5)
+    case.check("query_max", sheet.rows(0, sheet.size[0]).amax((1, 2)))
+    index = range(probs.shape[1])
+    scores = radseg.denoised_scores(sheet, sheet.rows, index, least=least)
+    found = scores(0, sheet.size[0])
+    case.check("probs_s16", found[:, ::16, ::16])
+    case.check("pred", found.argmax(0))

@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import json
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from torch import Tensor
 import sfp
 from sfp.functional.windows import WindowGrid
 from sfp.registry import OPS, bind, needs, needs_words
-from sfp.trace import Trace
+from sfp.trace import Trace, Words
 from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -32,10 +35,16 @@ SELF = dict(type="self_self", pairs=["kk"])
 CUT = dict(layer=8, cut=0.2, fill=dict(type="neighbour_mean"))
 SIMILARITY = dict(type="similarity", **CUT)
 COSINES = dict(type="head_cosine", subtract_cls=True)
+EXPERTS = str(Path(tempfile.mkdtemp()) / "experts.json")  # for `expert_probabilities`
+Path(EXPERTS).write_text(
+    json.dumps(dict(templates=["a {}.", "the {}."], experts={w: [int(w > "b")] for w in "abcde"}))
+)
 MEAN = dict(type="mean_of_blocks")
 SPREAD = dict(type="sinkhorn", affinity=dict(type="mean_attention"))
 FEEDBACK = dict(type="semantic_feedback", source=dict(type="read_last", attention=SELF))
 GUIDED = dict(affinity=dict(type="guide_similarity", guide="colours"), guide="colours")
+
+SCOPE = dict(type="region_scope", guide="colours")
 
 # kind -> op -> settings to test it with. Knobs without a default have to be there.
 EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
@@ -107,8 +116,9 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "word_feedback": [
             GUIDED,
             dict(GUIDED, lam=1.0, keep=0.9),
-            dict(GUIDED, gain=1.0, centre=1.0),
+            dict(GUIDED, gain=1.0, centre=1.0, first_scale=5.0, uniform_scale=2.0),
         ],
+        "self_correlating": [{}, dict(gain=2.0)],
         "region_scope": [
             dict(guide="colours"),
             dict(guide="bright", output=None, gain=2.0, eps=None),
@@ -121,6 +131,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(affinity=SIMILARITY),
             dict(affinity=dict(type="mean_attention"), gain=2.0, centre=1.2),
         ],
+        "unrotated": [dict(rule=SELF)],
         "average": [
             dict(rules=[dict(type="self_self", pairs=["vv"])]),
             dict(rules=[SELF, dict(type="affinity_attention", affinity=SIMILARITY)]),
@@ -141,18 +152,37 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             {},
             dict(detector=dict(type="l2_norm"), mitigator=dict(type="box_blend")),
         ],
+        "stitched_blocks": [{}, dict(count=2), dict(count=3, one_head=False, floor=True)],
         "late_layers": [{}, dict(count=2)],
         "layer_sum": [dict(layers=[4]), dict(layers=range(3, 10))],
     },
     "smoother": {
         "aggregate": [dict(affinity=SIMILARITY), dict(affinity=dict(type="mean_attention"))],
         "native_cls": [{}],
+        "global_aggregation": [{}, dict(gain=2.0)],
+        "stitch": [dict(floor=True)],
         "weighted_sum": [dict(affinity=SIMILARITY)],
     },
     "image": {
         "canvas": [{}, dict(floor=True)],
     },
     "reader": {
+        "stitched_region_tokens": [
+            dict(guide="colours"),
+            dict(guide="bright", output=None, eps=2.0),
+            dict(guide="colours", eps=None, unsegmented="smallest", floor=True),
+        ],
+        "stitched_values": [
+            dict(attention=SELF),
+            dict(attention=dict(type="proxy_attention", **GUIDED), layout="colours"),
+            dict(attention=SCOPE, layout="colours", layout_output="q+k", floor=True),
+        ],
+        "last_of_layers": [{}],
+        "sam_correlation": [
+            dict(guide="colours", sam=None),
+            dict(guide="colours", gain=6.0, centre=1.0, factor=0.5, sam="sam"),
+            dict(guide="colours", negative=0.6, factor=3.0, halves=True, floor=True),
+        ],
         "proxy_anchors": [
             dict(guide="colours", threshold=0.9, beta_share=1.0, gamma_share=5.0),
             dict(guide="bright", rounds=0, row_mean=False),
@@ -170,6 +200,14 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     },
     "comparison": {
         "cosines": [{}],
+        "expert_probabilities": [
+            dict(experts=EXPERTS, logit_scale=5.0),
+            dict(experts=EXPERTS, cells=2),
+        ],
+        "layer_probabilities": [
+            {},
+            dict(cut=0.9, select=3, logit_scale=10.0, background=True),
+        ],
         "present_words": [
             {},
             dict(image_weight=0.5, move=0.5, height=0.9, linkage="ward", nearest=5, scope="window"),
@@ -177,6 +215,12 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     },
     "decision": {
         "as_scores": [{}, dict(rest=True)],
+        "denoised_scores": [dict(least=-1.0), dict(least=0.9)],
+        "kept_classes": [
+            dict(score_thd=0.05),
+            dict(score_thd=-1.0, background_thd=0.0, background=True),
+            dict(score_thd=0.1, background_thd=0.2, background=True, min_max=True),
+        ],
     },
     "refiner": {
         "class_purification": [
@@ -205,6 +249,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(guide="colours", neighbours=9, power=1.0, decay=0.1, alpha=0.5, steps=3),
         ],
         "propagate_pixels": [{}, dict(side=5, tau=0.2, alpha=0.5, steps=3)],
+        "query_probabilities": [{}, dict(scale=10.0)],
         "prompt_denoising": [{}, dict(pd_thresh=0.9, scale=10.0)],
         "remove_redundancy": [{}, dict(temperature=5.0)],
     },
@@ -242,9 +287,24 @@ def colours(images: Tensor, output: str | None = None, ones: float = 0.0) -> sfp
     return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
 
 
-GUIDES = dict(
-    colours=colours, bright=lambda images, output=None: colours(images, ones=1.0), dino=colours
-)
+def bright(images: Tensor, output: str | None = None) -> sfp.Tokens:
+    return colours(images, ones=1.0)
+
+
+for guide in (colours, bright):
+    guide.across = lambda entering, join: join(entering)
+
+
+class Sam:
+    """A stand-in for SAM's attention: that of mean colours in cells of 10 pixels."""
+
+    def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        maps = torch.nn.functional.avg_pool2d(image[0], 10, ceil_mode=True)  # (3, h, w)
+        rows = torch.stack([maps, maps.flip(0).cumsum(0)]).flatten(2).mT  # (2, M, 3)
+        return (rows @ rows.mT).softmax(-1), rows.unflatten(1, maps.shape[1:])
+
+
+GUIDES = dict(sam=Sam(), colours=colours, bright=bright, dino=colours)
 """What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
 
 
@@ -292,7 +352,8 @@ def given(clip: sfp.CLIP, image: Tensor, *, seed: int = 0, index: Any = None) ->
         (4, -2), bind(dict(type="l2_norm", top_k=6)), bind(dict(type="neighbour_mean"))
     )
     text = tiny.queries(QUERIES, seed).to(torch.promote_types(image.dtype, torch.float32))
-    context = dict(text=text, index=index, guides=GUIDES, regions=ids(image), depth=12)
+    words = Words(tuple("abcde"), lambda templates: torch.stack([text, 2 * text - text.roll(1, 0)]))
+    context = dict(words=words, text=text, index=index, guides=GUIDES, regions=ids(image), depth=12)
     trace = clip.visual.trace(image, [edit], **context)
     tokens = trace.outputs[-1]
     last = clip.visual.blocks[-1]
@@ -314,7 +375,12 @@ def run(kind: str, op: Any, on: Given) -> dict[str, Any]:
         own = slice(i, i + 1)
         seen = replace(on, trace=one, logits=on.logits[own], tokens=on.tokens[own])
         alone.append(run_on_batch(kind, op, seen))
-    return {name: torch.cat([values(x[name]) for x in alone]) for name in alone[0]}
+    return {name: _cat([x[name] for x in alone]) for name in alone[0]}
+
+
+def _cat(results: list[Any]) -> Any:
+    cat = sfp.Tokens.cat if isinstance(results[0], sfp.Tokens) else torch.cat
+    return cat(results)
 
 
 def run_on_batch(kind: str, op: Any, on: Given) -> dict[str, Any]:
@@ -330,7 +396,8 @@ def run_on_batch(kind: str, op: Any, on: Given) -> dict[str, Any]:
     if kind == "edit":
         return {f"layer {i}": op(trace, i) for i in (3, 10)}
     if kind in ("affinity", "source", "reader"):
-        return {"": op(trace)}
+        result = op(trace)
+        return {"patches" if getattr(result, "prefix", 1) == 0 else "": result}
     if kind == "attention":
         return {name: op(heads, trace) for name, heads in on.heads.items()}
     if kind == "smoother":
@@ -355,11 +422,9 @@ def of_logits(kind: str, op: Any, on: Given) -> Tensor:
     if kind == "comparison":
         return op(trace.vit.project(on.tokens), trace)
     index = trace.index or range(QUERIES)
-    each = [
-        op(lambda start, stop, own=own: own[:, start:stop], (height, width), index)
-        for own in on.logits
-    ]
-    return torch.stack([rows(0, height) for rows in each])
+    size = (2 * height, 2 * width)
+    sheets = [WindowGrid.over(size, 0, 1).sheet(own, size) for own in on.logits.split(1)]
+    return torch.stack([op(sheet, sheet.rows, index)(0, size[0]) for sheet in sheets])
 
 
 def twice(trace: sfp.Trace) -> sfp.Trace:

@@ -9,7 +9,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from sfp.clip.checkpoints.published import HUB_FILES
+from sfp.clip.checkpoints.published import HUB_FILES, split_place
+from sfp.clip.checkpoints.sources import is_index, weight_map
 from sfp.files import sha256_file
 from sfp.version import __version__
 
@@ -171,30 +172,59 @@ def _write(file: FileIO, block: bytes) -> None:
         view = view[file.write(view) :]
 
 
-def on_hub(repo: str) -> Path | None:
-    """A checkpoint in the local cache of the Hugging Face Hub, or None."""
+def on_hub(place: str, names: Sequence[str] = HUB_FILES) -> Path | None:
+    """A checkpoint in the local cache of the Hugging Face Hub, or None; arguments as `from_hub`."""
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return None
-    for name in HUB_FILES:
+    repo, names = split_place(place, names)
+    for name in names:
         path = try_to_load_from_cache(repo, name)
         if isinstance(path, str) and os.path.isfile(path):
             return Path(path)
     return None
 
 
-def from_hub(repo: str) -> Path:
-    """Downloads an open_clip checkpoint from the Hugging Face Hub into the Hub's own cache.
+def from_hub(place: str, names: Sequence[str] = HUB_FILES) -> Path:
+    """Downloads a checkpoint from the Hugging Face Hub into the Hub's own cache.
 
     Its library continues broken downloads, and knows mirrors (`HF_ENDPOINT`), tokens (`HF_TOKEN`) and
     `HF_HUB_OFFLINE`.
+
+    Args:
+        place: as `Published.repo`.
+        names: files of which the first that is there is taken, if `place` names none. Of an index the
+            shards are fetched as well.
 
     Raises:
         ImportError: if the package huggingface_hub is not installed.
         HashError: if the file does not have the hash that the Hub states; it is removed.
         OSError: if it cannot be had.
     """
+    repo, names = split_place(place, names)
+    for name in names:
+        if (path := _one_file(repo, name)) is None:
+            continue
+        for shard in sorted(set(weight_map(path).values())) if is_index(path) else []:
+            if _one_file(repo, shard) is None:
+                raise FileNotFoundError(f"{repo} has no {shard}, which its {name} lists")
+        return path
+    raise FileNotFoundError(f"{repo} has none of {', '.join(names)}")
+
+
+def companions(place: str, names: Sequence[str]) -> None:
+    """Fetches small files that belong to a checkpoint, as far as they exist and can be had."""
+    repo, _ = split_place(place)
+    for name in names:
+        with contextlib.suppress(
+            OSError, ImportError
+        ):  # what is missing is missed when it is needed
+            _one_file(repo, name)
+
+
+def _one_file(repo: str, name: str) -> Path | None:
+    """Downloads and verifies a file; None if the repository lacks it. Errors as those of `from_hub`."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -202,24 +232,22 @@ def from_hub(repo: str) -> Path:
         raise ImportError(
             "the package huggingface_hub is missing: pip install 'sfp[hub]'"
         ) from error
-    for name in HUB_FILES:
-        try:
-            path = Path(hf_hub_download(repo, name, endpoint=os.environ.get("HF_ENDPOINT")))
-        except LocalEntryNotFoundError:  # no network: an OSError that says so
-            raise
-        except EntryNotFoundError:
-            continue
-        except OSError:
-            raise
-        except Exception as error:  # its HTTP library's, which differs between versions
-            raise OSError(f"{type(error).__name__}: {error}") from error
-        expected = stated_hash(path)
-        if expected and (found := sha256_file(path)) != expected:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
-            raise HashError(f"{name} of {repo} has the SHA-256 {found}, the Hub states {expected}")
-        return path
-    raise FileNotFoundError(f"{repo} has none of {', '.join(HUB_FILES)}")
+    try:
+        path = Path(hf_hub_download(repo, name, endpoint=os.environ.get("HF_ENDPOINT")))
+    except LocalEntryNotFoundError:  # no network: an OSError that says so
+        raise
+    except EntryNotFoundError:
+        return None
+    except OSError:
+        raise
+    except Exception as error:  # its HTTP library's, which differs between versions
+        raise OSError(f"{type(error).__name__}: {error}") from error
+    expected = stated_hash(path)
+    if expected and (found := sha256_file(path)) != expected:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise HashError(f"{name} of {repo} has the SHA-256 {found}, the Hub states {expected}")
+    return path
 
 
 def stated_hash(path: Path) -> str | None:

@@ -27,7 +27,8 @@ from sfp.clip.vit import ImageConfig
 from sfp.functional.grid import resample_positions
 from sfp.registry import Op
 
-PREFIXES = ("visual.", "vision_model.", "visual_projection.")  # of an image tower's tensors
+# of an image tower's tensors
+PREFIXES = ("visual.", "vision_model.", "vision_encoder.", "visual_projection.")
 SIGLIP_HEADS = {1152: 72, 1536: 96}  # width of heads by width of tokens; 64 else
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTHING, ALL = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -88,7 +89,7 @@ def read(
     try:
         finished = _finished(_renamed(state, layout.names))
         image, settled = layout.config(finished, config or {})
-        return finished, _normalised(image, config or {}), settled
+        return finished, image, settled
     except LayoutError:
         raise
     except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError) as error:
@@ -107,15 +108,6 @@ def _renamed(state: Mapping[str, Tensor], names: tuple[tuple[str, str], ...]) ->
         if ours:
             named[ours] = value
     return named
-
-
-def _normalised(image: ImageConfig, config: Config) -> ImageConfig:
-    """With the normalisation that open_clip's configuration states."""
-    stated = config.get("preprocess_cfg")
-    if not isinstance(stated, Mapping):
-        return image
-    mean, std = (tuple(map(float, stated.get(k, getattr(image, k)))) for k in ("mean", "std"))
-    return replace(image, mean=mean, std=std)  # type: ignore[arg-type]
 
 
 # -- what is worked out ----------------------------------------------------------------------------
@@ -239,13 +231,16 @@ def _sizes(
     Args:
         state: under our names.
         head_widths: by the width of tokens; 64 where nothing is said.
+        **given: further arguments; `may_lack` says that a position table may lack the class token.
     """
     width, _, _, kernel = shape_of(state, "visual.conv1.weight", 4)
     rows = shape_of(state, "visual.positional_embedding", 2)[0]
     prefix = int("visual.class_embedding" in state)
     prefix += len(state.get("visual.register_embedding", ()))
-    table_prefix = prefix > 0 and math.isqrt(rows) ** 2 != rows  # no two squares are neighbours
-    side = math.isqrt(rows - table_prefix)
+    table_prefix = prefix > 0
+    if given.pop("may_lack", False) and math.isqrt(rows) ** 2 == rows:  # no squares are neighbours
+        table_prefix = False
+    side = math.isqrt(max(rows - table_prefix, 0))
     if side * side + table_prefix != rows or not side:
         raise LayoutError(
             f"position table of {rows} rows: expected a square grid{' plus CLS' if prefix else ''}"
@@ -311,6 +306,9 @@ def _plain(state: State, config: Config) -> tuple[ImageConfig, bool]:
     """OpenAI's tower, in its own layout and open_clip's; CLIPA, which has no norm before the blocks."""
     if "visual.proj" not in state:
         raise LayoutError("not a CLIP state dict: visual.proj is missing")
+    if not _sizes(state)["table_prefix"]:
+        rows = len(state["visual.positional_embedding"])
+        raise LayoutError(f"position table of {rows} rows: expected a square grid plus CLS")
     if "visual.ln_pre.weight" in state or "visual.ln_pre.bias" in state:
         return ImageConfig(**_sizes(state)), False
     sizes = _sizes(
@@ -380,11 +378,12 @@ def _timm(state: State, config: Config) -> tuple[ImageConfig, bool]:
     before = "visual.ln_pre.weight" in state
     sizes = _sizes(
         state,
-        head_widths={1536: 96},
+        head_widths=HEAD_WIDTHS | {1536: 96},
         activation="swiglu" if _is_gated(state) else "gelu",
         eps=1e-5 if before else 1e-6,
         positions=SMOOTH_BICUBIC,
         stem=_stem(state),
+        may_lack=True,
     )
     if sizes["width"] == 1792:
         raise LayoutError(
@@ -536,7 +535,28 @@ _TIMM = (
     (r"visual\.head\.proj\.weight", "visual.head.weight"),
 )
 
+_ENCODER = r"vision_encoder\."
+_IN = rf"{_ENCODER}blocks\.(\d+)\."
+
 LAYOUTS = (
+    Layout(
+        _ENCODER,  # TIPSv2's files, whose names transformers changes when it reads them
+        (
+            (rf"{_IN}norm([12])\.{_KIND}", rf"{_BLOCK}\1.ln_\2.\3"),
+            (rf"{_IN}attn\.qkv\.{_KIND}", rf"{_BLOCK}\1.attn.in_proj_\2"),
+            (rf"{_IN}attn\.proj\.{_KIND}", rf"{_BLOCK}\1.attn.out_proj.\2"),
+            (rf"{_IN}mlp\.(?:c_fc|fc1|w12)\.{_KIND}", rf"{_BLOCK}\1.mlp.c_fc.\2"),
+            (rf"{_IN}mlp\.(?:c_proj|fc2|w3)\.{_KIND}", rf"{_BLOCK}\1.mlp.c_proj.\2"),
+            (rf"{_IN}ls([12])\.gamma", rf"{_BLOCK}\1.ls_\2"),
+            (rf"{_ENCODER}cls_token", "visual.cls"),
+            (rf"{_ENCODER}register_tokens", "visual.registers"),
+            (rf"{_ENCODER}mask_token", ""),
+            (rf"{_ENCODER}pos_embed", "visual.table"),
+            (rf"{_ENCODER}patch_embed\.proj\.{_KIND}", r"visual.conv1.\1"),
+            (rf"{_ENCODER}norm\.{_KIND}", r"visual.ln_post.\1"),
+        ),
+        _tipsv2,
+    ),
     Layout(
         rf"{_EMBEDDINGS}cls_token",
         (

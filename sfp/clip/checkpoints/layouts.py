@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +36,12 @@ _UNUSED = re.compile(r"attn_mask$|text_decoder\.")  # the causal mask; what writ
 # how a checkpoint that cannot be used gives itself away, the first that fits: a regular expression for
 # the beginning of a name, what it is, what is in the way
 _REFUSED = (
+    (
+        r"(radio_model|model)\.(model\.)?patch_generator\.|embeddings\.patch_projection\.",
+        "a C-RADIO",
+        "it has no text tower, and its way into that of SigLIP 2, an adaptor, is not read here: it can "
+        "be a guide",
+    ),
     (r"visual\.layer1\.", "a ResNet CLIP", "only ViT towers have the patch tokens methods need"),
     (
         r"visual\.trunk\.(stages|network|stem)\.",
@@ -48,11 +54,16 @@ _REFUSED = (
         "most of its image tower is convolutional",
     ),
     (
-        r"text\.transformer\.(embeddings|encoder|shared)\b",
-        "an open_clip model whose text tower is transformers'",
-        "its tokenizer is another than CLIP's",
+        r"vision_model\.embeddings\.convolution\.",
+        "an ALIGN",
+        "only ViT towers have the patch tokens methods need",
     ),
-    (r"text\.cls_emb", "a CLIP whose text tower has a class token", "texts end in one token here"),
+    (r"(image_model|multimodal_model)\.", "a FLAVA", "its towers have no joint space of patches"),
+    (
+        r"text\.transformer\.(shared|block|encoder\.(block|embed_tokens|layer_norm))\b",
+        "an open_clip model whose text tower is T5 or NLLB",
+        "read are those of CLIP's kind and BERTs",
+    ),
     (
         r"(visual\.)?transformer\.resblocks\.\d+\.(ls_\d\.|attn\.(ln_|logit_scale|head_scale)|ln_attn)",
         "a CLIP whose blocks have more than CLIP's (layer scale, normalised or scaled attention)",
@@ -70,7 +81,8 @@ class Recognised:
         layout: one of the names above.
         state: without bookkeeping.
         image, text: sizes and switches, as far as names, shapes and the configuration tell them.
-        settled: whether they tell the activations; if not, those in `image` and `text` are OpenAI's.
+        settled, text_settled: whether they tell the activation of a tower; if not, that in `image` or
+            `text` is OpenAI's.
     """
 
     layout: str
@@ -78,6 +90,7 @@ class Recognised:
     image: ImageConfig
     text: TextConfig | BertConfig
     settled: bool = False
+    text_settled: bool = False
 
 
 def recognise(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Recognised:
@@ -103,18 +116,32 @@ def recognise(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = No
     shared = {k: state.pop(k) for k in ("logit_scale", "logit_bias") if k in state}
     part = {k: state.pop(k) for k in list(state) if k.startswith(image_layouts.PREFIXES)}
     image, image_config, settled = image_layouts.read(part, config)
-    text, text_config = text_layouts.read(state, config)
+    text, text_config, text_settled = text_layouts.read(state, config)
     shared = {k: v.reshape(()) if v.numel() == 1 else v for k, v in shared.items()}  # (1,) in some
-    return Recognised(layout, image | text | shared, image_config, text_config, settled)
+    if settled and not text_settled:
+        activation = image_config.activation
+        if layout != TRANSFORMERS:  # timm's towers have others than the text tower beside them
+            quick = (config or {}).get("model_cfg", {}).get("quick_gelu", False)
+            activation = "quick_gelu" if quick else "gelu"
+        text_config = replace(text_config, activation=activation)
+    return Recognised(
+        layout,
+        image | text | shared,
+        image_config,
+        text_config,
+        settled,
+        settled or text_settled,
+    )
 
 
 def _layout(state: Mapping[str, Tensor], wrapped: bool) -> str:
     """Who writes such names; raises `LayoutError` if nobody does."""
-    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
-        for tower in ("vision_model", "text_model"):
-            if not any(name.startswith(f"{tower}.") for name in state):
-                raise LayoutError(f"one tower of a CLIP only: {tower}.* is missing")
-        return TRANSFORMERS
+    for pair in (("vision_model", "text_model"), ("vision_encoder", "text_encoder")):
+        missing = [t for t in pair if not any(name.startswith(f"{t}.") for name in state)]
+        if not missing:
+            return TRANSFORMERS
+        if len(missing) == 1:
+            raise LayoutError(f"one tower of a CLIP only: {missing[0]}.* is missing")
     if not any(name.startswith("visual.trunk.") for name in state) and (
         "visual.conv1.weight" not in state
     ):

@@ -13,7 +13,6 @@ import http.client
 import io
 import os
 import pickle
-import re
 import struct
 import warnings
 import zipfile
@@ -29,19 +28,32 @@ from torch import Tensor
 
 from sfp.clip.blocks import ACTIVATIONS
 from sfp.clip.checkpoints.archive import read_archive
-from sfp.clip.checkpoints.layouts import ACCEPTED, recognise
-from sfp.clip.checkpoints.metadata import Facts, facts
+from sfp.clip.checkpoints.layouts import ACCEPTED, Recognised, recognise
+from sfp.clip.checkpoints.metadata import WRONG, Facts, facts, settled_facts, unusable
 from sfp.clip.checkpoints.published import (
     ARCHITECTURES,
     HUB_FILES,
     PUBLISHED,
+    SETTINGS,
+    WEIGHT_FILES,
     LayoutError,
     Published,
     WeightsError,
     on_disk,
+    row_of,
+)
+from sfp.clip.checkpoints.sources import (
+    COMPANIONS,
+    configuration,
+    is_index,
+    main_file,
+    parts,
+    repository,
+    weight_map,
 )
 from sfp.clip.model import CLIP, build_clip
 from sfp.clip.text_towers import BertConfig, TextConfig
+from sfp.clip.tokenizers import FILES, FileTokenizer, MissingTokenizer, Tokenizer, beside
 from sfp.clip.vit import ImageConfig
 from sfp.files import cache_dir, sha256_file
 from sfp.registry import suggest
@@ -53,15 +65,17 @@ def load_clip(
     activation: str | None = None,
     head_width: int | None = None,
     text_head_width: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> CLIP:
-    """A frozen CLIP in float32 on the CPU.
+    """A frozen image-text model in float32 on the CPU.
 
     Args:
-        source: a published name ("ViT-B/16", "ViT-B-16:laion2b_s34b_b88k", see `PUBLISHED`; found on
-            disk or downloaded, and verified); "mini", the small model trained on drawn scenes that
-            ships with this package; a local file (TorchScript archive, `torch.save` or safetensors);
-            or a state dict. Layouts are those of OpenAI, open_clip and transformers' `CLIPModel`,
-            recognised by their names. "path@gelu" is short for `activation="gelu"`.
+        source: a published name ("ViT-B/16", "tipsv2-l14", see `PUBLISHED`; found on disk or
+            downloaded, and verified); "mini", the small model trained on drawn scenes that ships with
+            this package; a local file (TorchScript archive, `torch.save` or safetensors), a folder, or
+            the index of a model in several files; a repository on the Hugging Face Hub ("org/name");
+            or a state dict. Layouts are those of OpenAI, open_clip and transformers, recognised by
+            their names. "path@gelu" is short for `activation="gelu"`.
         activation: "quick_gelu" or "gelu", which a state dict does not tell. By default what the table
             of published weights says, or a configuration file beside the checkpoint
             (`open_clip_config.json`, transformers' `config.json`), or its name if it has "quickgelu"
@@ -69,14 +83,21 @@ def load_clip(
         head_width: of the image tower's attention; 80, 88 and 104 in ViT-H, ViT-g and ViT-bigG, else
             64, unless a configuration file says otherwise.
         text_head_width: of the text tower's.
+        tokenizer: the vocabulary file of a model that has not OpenAI's; by default the one beside the
+            weights, or in the Hub's cache. Without one the model loads, and reads no texts.
 
     Raises:
         WeightsError: if the weights cannot be found, downloaded, verified or read.
-        LayoutError: if they are not a ViT CLIP in a known layout; a `WeightsError` and `ValueError`.
+        LayoutError: if they are not a ViT with texts in a known layout; a `WeightsError` and
+            `ValueError`.
         ValueError: for an unknown activation.
     """
     checkpoint = open_weights(
-        source, activation=activation, head_width=head_width, text_head_width=text_head_width
+        source,
+        activation=activation,
+        head_width=head_width,
+        text_head_width=text_head_width,
+        tokenizer=tokenizer,
     )
     if not checkpoint.facts.certain:
         warnings.warn(
@@ -101,6 +122,9 @@ class Checkpoint:
         state: under the names of `CLIP`, as stored.
         image, text: sizes and switches of the towers.
         facts: what the state does not tell.
+        settled: whether `image` and `text` have their activations from the layout or a configuration,
+            and not from `facts`.
+        tokenizer: of a text tower that has not OpenAI's.
         row: of the table, if it was asked for by name.
     """
 
@@ -113,12 +137,18 @@ class Checkpoint:
     image: ImageConfig
     text: TextConfig | BertConfig
     facts: Facts
+    settled: bool = False
+    tokenizer: Tokenizer | None = None
     row: Published | None = None
 
     @property
     def digest(self) -> str:
         """Names what the model computes: the hash, and what would change features besides it."""
-        return _digest(self.sha256, self.facts)
+        if not self.settled and self.tokenizer is None:
+            return _digest(self.sha256, self.facts)
+        read_by = self.tokenizer.digest if self.tokenizer else ""
+        words = [self.sha256, repr(self.image), repr(self.text), read_by]
+        return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
     def build(self) -> CLIP:
         """The model, in float32.
@@ -132,16 +162,12 @@ class Checkpoint:
                 {name: _own(value) for name, value in self.state.items()}, self.image, self.text
             )
         except LayoutError as error:
-            part = self.path is not None and re.search(r"-\d{5}-of-\d{5}", self.path.name)
-            hint = (
-                ". This file is one part of several; only whole checkpoints are read"
-                if part
-                else ""
-            )
             raise LayoutError(
-                f"{self.origin}: {error}; read as the layout of {self.layout}; {ACCEPTED}{hint}"
+                f"{self.origin}: {error}; read as the layout of {self.layout}; {ACCEPTED}"
             ) from None
-        _check_sizes(clip, self)
+        if self.tokenizer is not None:
+            clip.text.tokenizer = self.tokenizer
+        _check_sizes(self)
         _check_numbers(clip, self.origin)
         clip.digest = self.digest
         return clip
@@ -153,16 +179,17 @@ def open_weights(
     activation: str | None = None,
     head_width: int | None = None,
     text_head_width: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Checkpoint:
     """Finds, verifies, reads and recognises weights; arguments and errors as those of `load_clip`."""
-    row = None
+    row, path = None, None
     if isinstance(source, Mapping):
         inner: Any = source.get("state_dict")
         if isinstance(inner, Mapping):  # a training checkpoint
             source = inner
         if not all(isinstance(value, Tensor) for value in source.values()):
             raise LayoutError("not a state dict: a mapping from names to tensors is expected")
-        path, origin, verified = None, "the state dict", False
+        origin, verified = "the state dict", False
         state, sha256 = dict(source), digest_of(source)
     else:
         source, suffix = split_activation(source)
@@ -174,11 +201,53 @@ def open_weights(
         state = read_state(path)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}{suggest(activation, ACTIVATIONS)}")
+    recognised = _recognise(state, path, origin, row)
+    image, text, known = _settle(recognised, path, row, activation, head_width, text_head_width)
+    return Checkpoint(
+        origin,
+        path,
+        sha256,
+        verified,
+        recognised.layout,
+        recognised.state,
+        image,
+        text,
+        known,
+        recognised.settled,
+        find_tokenizer(text, tokenizer, path, row) if text.rules else None,
+        row,
+    )
+
+
+def _recognise(
+    state: Mapping[str, Tensor], path: Path | None, origin: str, row: Published | None
+) -> Recognised:
+    config = configuration(path) if path else {}
+    if row := row or (row_of(path) if path else None):
+        config = SETTINGS.get(str(row.architecture), {}) | config
     try:
-        recognised = recognise(state)
+        return recognise(state, config)
     except LayoutError as error:
         raise LayoutError(f"{origin}: {error}; {ACCEPTED}") from None
-    known = facts(path, recognised.layout, row)
+    except WRONG as error:
+        if not path or not config:
+            raise
+        raise unusable(path, error) from error
+
+
+def _settle(
+    recognised: Recognised,
+    path: Path | None,
+    row: Published | None,
+    activation: str | None,
+    head_width: int | None,
+    text_head_width: int | None,
+) -> tuple[ImageConfig, TextConfig | BertConfig, Facts]:
+    """The towers' switches and what is known, by the caller, the layout, the table and files beside."""
+    if recognised.settled:
+        known = settled_facts(path, recognised.image, row)
+    else:
+        known = facts(path, recognised.layout, row)
     if activation is not None:
         known = replace(known, activation=activation, because="the caller", certain=True)
     known = replace(
@@ -193,22 +262,47 @@ def open_weights(
         mean=known.mean,
         std=known.std,
     )
-    text = replace(
-        recognised.text,
-        activation=known.activation,
-        head_width=known.text_head_width or recognised.text.head_width,
-    )
-    return Checkpoint(
-        origin,
-        path,
-        sha256,
-        verified,
-        recognised.layout,
-        recognised.state,
-        image,
-        text,
-        known,
-        row,
+    text = recognised.text
+    if not recognised.text_settled:
+        text = replace(text, activation=known.activation)
+    return image, replace(text, head_width=known.text_head_width or text.head_width), known
+
+
+def find_tokenizer(
+    text: TextConfig | BertConfig,
+    given: str | Path | None,
+    path: Path | None,
+    row: Published | None,
+) -> Tokenizer:
+    """The tokenizer of a text tower that has not OpenAI's, or one that says what is missing.
+
+    Args:
+        text: the tower.
+        given: a vocabulary file, from the caller.
+        path: of the weights, beside which one may lie.
+        row: of the table, which says in which repository it lies; it is taken from the Hub's cache.
+
+    Raises:
+        WeightsError: if the given file cannot be read.
+    """
+    assert text.rules is not None
+    if given is not None:
+        if not os.path.isfile(given):
+            raise WeightsError(f"no tokenizer {str(given)!r}: expected a file ({', '.join(FILES)})")
+        return FileTokenizer(text.rules, text.context, Path(given))
+    repo = (row.tokenizer or row.repo) if row else None
+    if path is not None and (found := beside(path.parent)):
+        return FileTokenizer(text.rules, text.context, found)
+    from sfp.clip.checkpoints.download import on_hub
+
+    if repo and (found := on_hub(repo, FILES)):
+        return FileTokenizer(text.rules, text.context, found)
+    where = f" of huggingface.co/{repo}" if repo else " that was published with them"
+    put = f"put {FILES[0]} (or {', '.join(FILES[1:])}){where} into {path.parent}" if path else ""
+    get = "`sfp weights get` fetches it with the weights; or " if row else ""
+    return MissingTokenizer(
+        f"no tokenizer for the texts of {path or 'a state dict'}: {get}{put}"
+        f"{', or ' if put else ''}give the file, load_clip(..., tokenizer=FILE)"
     )
 
 
@@ -257,22 +351,42 @@ def _own(value: Tensor) -> Tensor:
 
 
 def verify(name: str, path: Path) -> tuple[str, bool]:
-    """A file's SHA-256, and whether there was one to compare it with.
+    """The SHA-256 of weights, and whether there was one to compare it with.
+
+    That of a model in several files is of the names and hashes of all.
 
     Raises:
-        WeightsError: if the file is not what is published under `name`, or cannot be read.
+        WeightsError: if a file is not what is published under `name`, or cannot be read.
     """
-    try:
-        found = sha256_file(path)
-    except OSError as error:
-        raise WeightsError(f"cannot read weights from {path}: {error}") from error
-    expected = _stated(PUBLISHED.get(name), path)
-    if expected and found != expected:
-        raise WeightsError(
-            f"{path} is not {name}: its SHA-256 is {found}, published is {expected}. "
-            "Delete the file; it is downloaded again, or put an intact copy there."
-        )
-    return found, expected is not None
+    row = PUBLISHED.get(name)
+    found, stated = {}, True
+    for part in parts(path):
+        try:
+            found[part.name] = sha256_file(part)
+        except OSError as error:
+            raise WeightsError(f"cannot read weights from {part}: {error}") from error
+        expected = _stated(row, part)
+        if expected and found[part.name] != expected:
+            raise WeightsError(
+                f"{part} is not {name}: its SHA-256 is {found[part.name]}, published is {expected}. "
+                "Delete the file; it is downloaded again, or put an intact copy there."
+            )
+        stated = stated and expected is not None
+    if not is_index(path):
+        return found[path.name], stated
+    digest = hashlib.sha256()
+    for file in (path.name, *found):
+        digest.update(f"{file} {found.get(file) or sha256_file(path)}\n".encode())
+    return digest.hexdigest(), stated
+
+
+def complete(row: Published) -> None:
+    """Fetches what belongs to a row's weights besides them: configuration and tokenizer."""
+    from sfp.clip.checkpoints.download import companions
+
+    if row.repo and row.tokenizer:
+        companions(row.repo, COMPANIONS)
+        companions(row.tokenizer, FILES)
 
 
 def _stated(row: Published | None, path: Path) -> str | None:
@@ -287,7 +401,7 @@ def _stated(row: Published | None, path: Path) -> str | None:
 
 
 def locate(source: str | Path) -> Path:
-    """The file of a name or path, downloaded if it is a published name without a file.
+    """The file of a source, downloaded if it is a published name or the Hub's and not on this machine.
 
     Raises:
         WeightsError: if there is none; the message says which file to put where.
@@ -297,21 +411,45 @@ def locate(source: str | Path) -> Path:
     if name in PUBLISHED:
         return on_disk(name) or download(name)
     path = Path(os.path.expanduser(source))
-    if not os.path.isfile(path):
+    if name and os.path.exists(path):
+        return main_file(path)
+    if isinstance(source, str) and (repo := repository(source)):
+        return _from_repository(repo)
+    raise WeightsError(f"no weights {name!r}: neither a file nor a known name{known_names(name)}")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(parts(path))
+    except WeightsError:  # shards that did not arrive
+        return False
+
+
+def _from_repository(repo: str) -> Path:
+    from sfp.clip.checkpoints.download import companions, from_hub, on_hub
+
+    if (path := on_hub(repo, WEIGHT_FILES)) and _is_whole(path):
+        return path
+    try:
+        path = from_hub(repo, WEIGHT_FILES)
+    except (OSError, ImportError) as error:
         raise WeightsError(
-            f"no weights {name!r}: neither a file nor a known name{known_names(name)}"
-        )
+            f"no weights {repo!r}: there is no such file or folder, it is no known name, and the "
+            f"Hugging Face Hub did not give them: {error}{known_names(repo)}. Without a network, fetch "
+            f"https://huggingface.co/{repo} elsewhere and give its folder"
+        ) from error
+    companions(repo, (*COMPANIONS, *FILES))
     return path
 
 
 def known_names(name: str) -> str:
-    """The tail of an error message: the closest name, and those that there are, without all tags."""
+    """The tail of an error message: the closest name, and some of those that there are."""
     close = difflib.get_close_matches(name, PUBLISHED, n=1)
     short = [n for n, row in PUBLISHED.items() if row.sha256 or row.shipped]
     hint = f"did you mean {close[0]!r}? " if close else ""
     return (
-        f"; {hint}valid: {', '.join(short)}, and {len(PUBLISHED) - len(short)} of open_clip "
-        "such as ViT-B-16:laion2b_s34b_b88k (sfp weights list)"
+        f"; {hint}valid: {', '.join(short)}, and {len(PUBLISHED) - len(short)} more such as "
+        "ViT-B-16:laion2b_s34b_b88k and tipsv2-l14 (sfp weights list)"
     )
 
 
@@ -342,7 +480,9 @@ def download(name: str) -> Path:
             problems.append(error)
     if row.repo and not any(map(is_full, problems)):
         try:
-            return from_hub(row.repo)
+            path = from_hub(row.repo)
+            complete(row)
+            return path
         except (OSError, ImportError) as error:
             problems.append(error)
     part = path.with_name(f"{path.name}.part")
@@ -362,11 +502,25 @@ def download(name: str) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file, without running anything in it.
+    """The state dict in a checkpoint file or the shards of an index, without running anything in it.
 
     Raises:
-        WeightsError: if the file is damaged or of no known layout.
+        WeightsError: if a file is damaged, of no known layout, or lacks what the index promises.
     """
+    if not is_index(path):
+        return _read_file(path)
+    state: dict[str, Tensor] = {}
+    for part in parts(path):
+        state |= _read_file(part)
+    if missing := [name for name in weight_map(path) if name not in state]:
+        raise WeightsError(
+            f"{path} promises {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, "
+            "which its parts do not have: they are of different models; fetch all again"
+        )
+    return state
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             if zipfile.is_zipfile(file):
@@ -421,20 +575,21 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _check_sizes(clip: CLIP, checkpoint: Checkpoint) -> None:
+def _check_sizes(checkpoint: Checkpoint) -> None:
     """Raises `LayoutError` if a file is not of the architecture that its name promises."""
     row = checkpoint.row
     if row is None or row.architecture is None:
         return
-    expected, vit = ARCHITECTURES[row.architecture], clip.visual
+    expected = ARCHITECTURES[row.architecture]
+    image, text = checkpoint.image, checkpoint.text
     rows = [
-        ("patch", vit.patch, expected.patch),
-        ("image size", vit.native_grid[0] * vit.patch, expected.image_size),
-        ("width", vit.conv1.out_channels, expected.width),
-        ("blocks", len(vit.blocks), expected.layers),
-        ("text width", clip.ln_final.weight.shape[0], expected.text_width),
-        ("text blocks", len(clip.transformer.resblocks), expected.text_layers),
-        ("embedding", clip.embed_dim, expected.embed_dim),
+        ("patch", image.patch, expected.patch),
+        ("image size", image.image_size, expected.image_size),
+        ("width", image.width, expected.width),
+        ("blocks", image.layers, expected.layers),
+        ("text width", text.width, expected.text_width),
+        ("text blocks", text.layers, expected.text_layers),
+        ("embedding", image.embed_dim, expected.embed_dim),
     ]
     wrong = [f"{what} {found}, expected {right}" for what, found, right in rows if found != right]
     if wrong:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sfp.clip.blocks import ACTIVATIONS
 from sfp.clip.checkpoints import layouts
 from sfp.clip.checkpoints.published import (
     OPENAI_MEAN,
@@ -23,22 +22,17 @@ from sfp.clip.checkpoints.published import (
     WeightsError,
     row_of,
 )
+from sfp.clip.checkpoints.sources import OPEN_CLIP_CONFIG, PREPROCESSOR, TRANSFORMERS_CONFIG
+from sfp.clip.vit import ImageConfig
 
-_OPEN_CLIP_FILE, _TRANSFORMERS_FILE = "open_clip_config.json", "config.json"
-
-# settings of open_clip that its tensors do not show, and that change what they compute
+# settings of open_clip that its tensors do not show, that change what they compute, and that no layout
+# here reads
 _PLAIN: dict[str, dict[str, Any]] = {
     "vision_cfg": dict(pool_type="tok", pos_embed_type="learnable", norm_kwargs={}, act_kwargs={}),
-    "text_cfg": dict(
-        pool_type="argmax",
-        no_causal_mask=False,
-        hf_tokenizer_name=None,
-        norm_kwargs={},
-        act_kwargs={},
-    ),
+    "text_cfg": dict(use_pad_mask=False, norm_kwargs={}, act_kwargs={}),
 }
 # what a configuration that is none makes of looking into it
-_WRONG = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+WRONG = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -75,32 +69,71 @@ def facts(path: Path | None, layout: str, row: Published | None = None) -> Facts
     """
     if path is not None and row is None and layout != layouts.OPENAI:
         row = row_of(path)
-    if row is not None:
+    if row is not None and row.activation:
         return Facts(row.activation, "the table of published weights", mean=row.mean, std=row.std)
     if layout == layouts.OPENAI:
         return Facts("quick_gelu", "an archive of OpenAI's")
     if path is not None:
         if layout == layouts.TRANSFORMERS:
-            name, read = _TRANSFORMERS_FILE, _from_transformers
+            name, read = TRANSFORMERS_CONFIG, _from_transformers
         else:
-            name, read = _OPEN_CLIP_FILE, _from_open_clip
+            name, read = OPEN_CLIP_CONFIG, _from_open_clip
         config = path.with_name(name)
         if config.is_file():
             try:
                 return read(config, _json(config))
             except LayoutError as error:
                 raise LayoutError(f"{path}: {error}, says {config.name}") from None
-            except _WRONG as error:
-                raise WeightsError(
-                    f"{config}, which should describe {path.name}, cannot be used: "
-                    f"{type(error).__name__}: {error}. Fetch it again, or move it away and say "
-                    "the activation yourself"
-                ) from error
+            except WRONG as error:
+                raise unusable(path, error, name) from error
         if "quickgelu" in path.name.lower().replace("_", "").replace("-", ""):
             return Facts("quick_gelu", "the file's name")
     if layout == layouts.OPEN_CLIP or (path is not None and path.name.startswith("open_clip_")):
         return Facts("gelu", "open_clip's default", certain=False)
     return Facts("quick_gelu", "OpenAI's activation", certain=False)
+
+
+def settled_facts(path: Path | None, image: ImageConfig, row: Published | None = None) -> Facts:
+    """As `facts`, where the layout tells the activation: only images may be described elsewhere.
+
+    Args:
+        path, row: as in `facts`.
+        image: the tower, whose normalisation is its family's.
+
+    Raises:
+        WeightsError: if what describes the images cannot be read.
+    """
+    plain = Facts(image.activation, "the layout", mean=image.mean, std=image.std)
+    if path is not None and row is None:
+        row = row_of(path)
+    if row is not None:
+        return replace(plain, mean=row.mean, std=row.std)
+    if path is None:
+        return plain
+    for name in (OPEN_CLIP_CONFIG, PREPROCESSOR):
+        if (file := path.with_name(name)).is_file():
+            try:
+                content = _json(file)
+                images = content.get("preprocess_cfg", {}) if name == OPEN_CLIP_CONFIG else content
+                mean = images.get("mean", images.get("image_mean", plain.mean))
+                std = images.get("std", images.get("image_std", plain.std))
+                if images.get("do_normalize", True):
+                    return replace(plain, mean=_rgb(mean), std=_rgb(std))
+                return replace(plain, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+            except WRONG as error:
+                raise unusable(path, error, name) from error
+    return plain
+
+
+def unusable(path: Path, error: Exception, name: str | None = None) -> WeightsError:
+    """What is raised for a configuration beside weights that makes no sense."""
+    both = (OPEN_CLIP_CONFIG, TRANSFORMERS_CONFIG)
+    names = [name] if name else [each for each in both if path.with_name(each).is_file()]
+    return WeightsError(
+        f"{' or '.join(str(path.with_name(each)) for each in names)}, which should describe "
+        f"{path.name}, cannot be used: {type(error).__name__}: {error}. Fetch it again, or move it "
+        "away and say the activation yourself"
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -132,23 +165,30 @@ def _from_open_clip(path: Path, config: Mapping[str, Any]) -> Facts:
     )
 
 
+# models of transformers with CLIP's image tower, and whether their text tower is CLIP's too
+_CLIPS = {"clip": True, "metaclip_2": True, "chinese_clip": False, "altclip": False}
+
+
 def _from_transformers(path: Path, config: Mapping[str, Any]) -> Facts:
     """What transformers writes, whose defaults are left out of older files."""
-    if config.get("model_type", "clip") != "clip":
-        raise ValueError(f"model_type {config['model_type']!r}, not 'clip'")
+    kind = config.get("model_type", "clip")
+    if kind not in _CLIPS:
+        raise ValueError(f"model_type {kind!r}, not {', '.join(map(repr, _CLIPS))}")
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
-    activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
-    if len(activations) > 1 or not activations <= set(ACTIVATIONS):
-        raise ValueError(f"hidden_act {sorted(activations)}: expected one of {list(ACTIVATIONS)}")
-    if any(float(tower.get("layer_norm_eps", 1e-5)) != 1e-5 for tower in (vision, text)):
+    towers = (vision, text) if _CLIPS[kind] else (vision,)
+    activations = {tower.get("hidden_act", "quick_gelu") for tower in towers}
+    if len(activations) > 1 or not activations <= {"quick_gelu", "gelu"}:
+        raise ValueError(f"hidden_act {sorted(activations)}: expected 'quick_gelu' or 'gelu'")
+    if any(float(tower.get("layer_norm_eps", 1e-5)) != 1e-5 for tower in towers):
         raise ValueError("layer_norm_eps is not 1e-5")
-    preprocessor = path.with_name("preprocessor_config.json")
+    preprocessor = path.with_name(PREPROCESSOR)
     images = _json(preprocessor) if preprocessor.is_file() else {}
+    text_heads = text.get("hidden_size", 512) // text.get("num_attention_heads", 8)
     return Facts(
         activations.pop(),
         path.name,
         head_width=vision.get("hidden_size", 768) // vision.get("num_attention_heads", 12),
-        text_head_width=text.get("hidden_size", 512) // text.get("num_attention_heads", 8),
+        text_head_width=text_heads if _CLIPS[kind] else None,
         mean=_rgb(images.get("image_mean", OPENAI_MEAN)),
         std=_rgb(images.get("image_std", OPENAI_STD)),
     )

@@ -1,14 +1,16 @@
 """Which checkpoints are published, where, and what their files do not tell.
 
 A state dict says nothing of its activation, its attention heads or the normalisation of its images:
-for the names in `PUBLISHED` these stand here. Sizes, activations, normalisations and repositories are
-those of open_clip 3.3.0 (its model configs and table of pretrained weights); the hashes are OpenAI's.
+for the names in `PUBLISHED` these stand here and in `table.txt`, which says where they come from. The
+hashes are OpenAI's.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from sfp.files import cache_dir, home_dir
@@ -18,6 +20,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_MEAN = (122.771, 116.746, 104.094)  # the same in 0..255, as segmentation repositories round it
 CLIP_STD = (68.501, 66.632, 70.323)
 HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT_SIDE = 336  # pixels, of the benchmarks
 MINI = "mini"
 
@@ -34,14 +37,13 @@ class LayoutError(WeightsError, ValueError):
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a CLIP with a ViT.
+    """The sizes of an image-text model with a ViT.
 
     Attributes:
-        patch, image_size: in pixels.
+        patch, image_size: in pixels; what a patch does not divide is not counted.
         width, layers: of the image tower.
-        text_width, text_layers: of the text tower, whose heads are 64 wide.
+        text_width, text_layers: of the text tower.
         embed_dim: of the joint space.
-        head_width: of the image tower's attention.
     """
 
     patch: int
@@ -51,23 +53,13 @@ class Architecture:
     text_width: int
     text_layers: int
     embed_dim: int
-    head_width: int = 64
 
 
-ARCHITECTURES = {
-    "ViT-B-32": Architecture(32, 224, 768, 12, 512, 12, 512),
-    "ViT-B-32-256": Architecture(32, 256, 768, 12, 512, 12, 512),
-    "ViT-B-16": Architecture(16, 224, 768, 12, 512, 12, 512),
-    "ViT-B-16-plus-240": Architecture(16, 240, 896, 12, 640, 12, 640),
-    "ViT-L-14": Architecture(14, 224, 1024, 24, 768, 12, 768),
-    "ViT-L-14-336": Architecture(14, 336, 1024, 24, 768, 12, 768),
-    "ViT-H-14": Architecture(14, 224, 1280, 32, 1024, 24, 1024, head_width=80),
-    "ViT-H-14-378": Architecture(14, 378, 1280, 32, 1024, 24, 1024, head_width=80),
-    "ViT-g-14": Architecture(14, 224, 1408, 40, 1024, 24, 1024, head_width=88),
-    "ViT-bigG-14": Architecture(14, 224, 1664, 48, 1280, 32, 1280, head_width=104),
-    "mini": Architecture(16, 224, 128, 12, 64, 2, 128),
-}
-HEAD_WIDTHS = {a.width: a.head_width for a in ARCHITECTURES.values()}  # of image towers, by width
+HEAD_WIDTHS = {
+    1280: 80,
+    1408: 88,
+    1664: 104,
+}  # of open_clip's image towers that are not 64, by width
 
 
 @dataclass(frozen=True)
@@ -78,12 +70,17 @@ class Published:
         file: its name in the cache folder.
         sha256: of the file on OpenAI's server, whose name states it. The Hugging Face Hub states one
             on download, and its cache names the file by it.
-        repo: on the Hugging Face Hub; for OpenAI's weights the second source, in another format.
+        repo: on the Hugging Face Hub, with "/file" behind it if it is called otherwise than
+            open_clip's, and "/*" for any usual name; for OpenAI's weights the second source, in
+            another format.
         shipped: path of a file that is part of this package.
         architecture: key of `ARCHITECTURES`, which the file is compared with; None compares nothing.
-        activation: "quick_gelu" or "gelu".
+        activation: "quick_gelu" or "gelu"; "" where the layout tells it.
         mean, std: normalisation of the images, RGB in 0..1.
         short_side: pixels to which the short side of images is resized by default.
+        family: by which tables group it.
+        licence: where a source of the table states it.
+        tokenizer: repository of the vocabulary file, for models that have not OpenAI's.
     """
 
     file: str
@@ -95,6 +92,9 @@ class Published:
     std: RGB = OPENAI_STD
     shipped: Path | None = None
     short_side: int = SHORT_SIDE
+    family: str = "CLIP"
+    licence: str | None = None
+    tokenizer: str | None = None
 
     @property
     def url(self) -> str:
@@ -105,18 +105,42 @@ class Published:
 
     @property
     def hub_url(self) -> str:
-        """Its address on the Hugging Face Hub."""
-        return f"https://huggingface.co/{self.repo}/resolve/main/{HUB_FILES[0]}"
+        """Its address on the Hugging Face Hub: of the file, or of all where its name is not known."""
+        repo, names = split_place(str(self.repo))
+        page = f"https://huggingface.co/{repo}"
+        return f"{page}/tree/main" if len(names) > 2 else f"{page}/resolve/main/{names[0]}"
 
     @property
     def files(self) -> tuple[str, ...]:
         """Names that a copy in the cache folder may have."""
         other = Path(self.file).with_suffix(".safetensors" if self.sha256 else ".bin")
-        return (self.file, str(other))
+        return (self.file, other.as_posix())
 
 
+INDEX = ".index.json"  # ends the name of the file that says which tensor is in which shard
 # what open_clip's repositories hold: the first of them that is there
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# what folders and repositories of any library may hold. open_clip's names come first: repositories of
+# timm have its image tower alone under transformers' name
+WEIGHT_FILES = (
+    *HUB_FILES,
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX}",
+)
+
+
+def split_place(place: str, names: Sequence[str] = HUB_FILES) -> tuple[str, Sequence[str]]:
+    """A repository, and the files of it that may be wanted.
+
+    Args:
+        place: "owner/repository", with "/file" for that file or "/*" for any of `WEIGHT_FILES`.
+        names: what may be wanted if `place` does not say it.
+    """
+    repo, file = "/".join(place.split("/", 2)[:2]), place.split("/", 2)[2:]
+    return repo, WEIGHT_FILES if file == ["*"] else (file or names)
+
 
 _OPENAI = {
     "ViT-B/32": (
@@ -145,63 +169,68 @@ _OPENAI = {
     ),
 }
 
-# open_clip's model and tag, GELU (exact or quick), repository on the Hub; half: mean = std = 0.5
-_HUB = """
-ViT-B-32          laion400m_e32         quick timm/vit_base_patch32_clip_224.laion400m_e32
-ViT-B-32          laion2b_s34b_b79k     exact laion/CLIP-ViT-B-32-laion2B-s34B-b79K
-ViT-B-32          datacomp_xl_s13b_b90k exact laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K
-ViT-B-32          metaclip_400m         quick timm/vit_base_patch32_clip_224.metaclip_400m
-ViT-B-32          metaclip_fullcc       quick timm/vit_base_patch32_clip_224.metaclip_2pt5b
-ViT-B-32-256      datacomp_s34b_b86k    exact laion/CLIP-ViT-B-32-256x256-DataComp-s34B-b86K
-ViT-B-16          laion400m_e32         exact timm/vit_base_patch16_clip_224.laion400m_e32
-ViT-B-16          laion2b_s34b_b88k     exact laion/CLIP-ViT-B-16-laion2B-s34B-b88K
-ViT-B-16          datacomp_xl_s13b_b90k exact laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K
-ViT-B-16          dfn2b                 quick apple/DFN2B-CLIP-ViT-B-16
-ViT-B-16          metaclip_400m         quick timm/vit_base_patch16_clip_224.metaclip_400m
-ViT-B-16          metaclip_fullcc       quick timm/vit_base_patch16_clip_224.metaclip_2pt5b
-ViT-B-16-plus-240 laion400m_e31         exact timm/vit_base_patch16_plus_clip_240.laion400m_e31
-ViT-L-14          laion400m_e32         exact timm/vit_large_patch14_clip_224.laion400m_e32
-ViT-L-14          laion2b_s32b_b82k     exact laion/CLIP-ViT-L-14-laion2B-s32B-b82K half
-ViT-L-14          datacomp_xl_s13b_b90k exact laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K
-ViT-L-14          dfn2b                 quick apple/DFN2B-CLIP-ViT-L-14
-ViT-L-14          dfn2b_s39b            exact apple/DFN2B-CLIP-ViT-L-14-39B
-ViT-L-14          metaclip_400m         quick timm/vit_large_patch14_clip_224.metaclip_400m
-ViT-L-14          metaclip_fullcc       quick timm/vit_large_patch14_clip_224.metaclip_2pt5b
-ViT-H-14          laion2b_s32b_b79k     exact laion/CLIP-ViT-H-14-laion2B-s32B-b79K
-ViT-H-14          dfn5b                 quick apple/DFN5B-CLIP-ViT-H-14
-ViT-H-14          metaclip_fullcc       quick timm/vit_huge_patch14_clip_224.metaclip_2pt5b
-ViT-H-14          metaclip_altogether   exact timm/vit_huge_patch14_clip_224.metaclip_altogether
-ViT-H-14-378      dfn5b                 quick apple/DFN5B-CLIP-ViT-H-14-378
-ViT-g-14          laion2b_s12b_b42k     exact laion/CLIP-ViT-g-14-laion2B-s12B-b42K
-ViT-g-14          laion2b_s34b_b88k     exact laion/CLIP-ViT-g-14-laion2B-s34B-b88K
-ViT-bigG-14       laion2b_s39b_b160k    exact laion/CLIP-ViT-bigG-14-laion2B-39B-b160k
-ViT-bigG-14       metaclip_fullcc       quick timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b
-"""
 _MINI = Published(
     "mini.safetensors",
     architecture="mini",
     shipped=Path(__file__).parents[2] / "mini" / "mini.safetensors",
     short_side=224,  # on which it was trained
+    family="CLIP of this package",
+    licence="MIT",
 )
+_IMAGES = {
+    "openai": (OPENAI_MEAN, OPENAI_STD),
+    "half": (HALF, HALF),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+_ACTIVATIONS = {"quick": "quick_gelu", "exact": "gelu", "-": ""}
+
+
+def _table() -> tuple[dict[str, Architecture], dict[str, Published]]:
+    """The contents of table.txt."""
+    sizes: dict[str, Architecture] = {}
+    rows: dict[str, Published] = {}
+    text = (files("sfp.clip.checkpoints") / "table.txt").read_text(encoding="utf-8")
+    family = ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            family = line.strip("[]")
+        elif not line or line.startswith("#"):
+            continue
+        elif family == "architectures":
+            name, *numbers = line.split()
+            sizes[name] = Architecture(*map(int, numbers))
+        else:
+            name, architecture, activation, images, licence, tokenizer, repo = line.split()
+            plain = f"{name.replace(':', '-')}.safetensors"
+            rows[name] = Published(
+                # a model with a tokenizer has a folder of its own, where that lies beside it
+                plain if tokenizer == "-" else f"{name}/model.safetensors",
+                repo=repo,
+                architecture=architecture,
+                activation=_ACTIVATIONS[activation],
+                mean=_IMAGES[images][0],
+                std=_IMAGES[images][1],
+                family=family,
+                licence=None if licence == "-" else licence,
+                tokenizer={"-": None, "own": split_place(repo)[0]}.get(tokenizer, tokenizer),
+            )
+    return sizes, rows
+
+
+ARCHITECTURES, _ROWS = _table()
+# settings by architecture, in the form of open_clip's configurations, that no name or shape shows
+SETTINGS = {"MobileCLIP2-L-14": {"model_cfg": {"text_cfg": {"no_causal_mask": True}}}}
 PUBLISHED = (
     {
-        name: Published(file, sha256, repo, architecture)
+        name: Published(file, sha256, repo, architecture, family="CLIP of OpenAI", licence="MIT")
         for name, (architecture, file, repo, sha256) in _OPENAI.items()
     }
-    | {
-        f"{architecture}:{tag}": Published(
-            f"{architecture}-{tag}.safetensors",
-            repo=repo,
-            architecture=architecture,
-            activation={"quick": "quick_gelu", "exact": "gelu"}[gelu],
-            mean=HALF if half else OPENAI_MEAN,
-            std=HALF if half else OPENAI_STD,
-        )
-        for architecture, tag, gelu, repo, *half in map(str.split, _HUB.strip().splitlines())
-    }
+    | _ROWS
     | {MINI: _MINI}
 )
-"""By name: OpenAI's, "model:tag" as open_clip prints them, and the small model of this package."""
+"""By name: OpenAI's, those of table.txt ("model:tag" as open_clip prints them, or short names such as
+"tipsv2-l14"), and the small model of this package."""
 
 
 def in_pixels(mean: RGB, std: RGB) -> tuple[RGB, RGB]:
@@ -230,6 +259,12 @@ def short_side(weights: object) -> int:
     return row.short_side if row else SHORT_SIDE
 
 
+def own_templates(weights: object) -> str:
+    """Name of the prompts that the authors of weights use: TIPSv2's for its rows, else CLIP's."""
+    row = find(weights)
+    return "tipsv2" if row and row.family == "TIPSv2" else "imagenet"
+
+
 def on_disk(name: str) -> Path | None:
     """The file of a published name on this machine, or None; nothing is downloaded."""
     row = PUBLISHED[name]
@@ -254,8 +289,10 @@ def row_of(path: Path) -> Published | None:
         if row.shipped:
             if path.name == row.file and os.path.realpath(path) == os.path.realpath(row.shipped):
                 return row
-        elif (path.name in row.files and not row.sha256) or (
-            f"/models--{str(row.repo).replace('/', '--')}/" in folder and path.name in HUB_FILES
-        ):
+            continue
+        repo, names = split_place(str(row.repo))
+        in_cache = f"/models--{repo.replace('/', '--')}/" in folder and path.name in names
+        named = not row.sha256 and any(f"/{folder}".endswith(f"/{file}") for file in row.files)
+        if in_cache or named:
             return row
     return None

@@ -48,12 +48,16 @@ _TRANSFORMERS = {
 
 def read(
     state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Tensor], TextConfig | BertConfig]:
+) -> tuple[dict[str, Tensor], TextConfig | BertConfig, bool]:
     """A text tower's tensors under our names, its sizes and switches.
 
     Args:
         state: what is left of a state dict when the image tower has been taken out.
         config: the configuration that lies beside the weights, parsed.
+
+    Returns:
+        The tensors, the sizes and switches, and whether these tell the activation; if not, it is that
+        of the image tower.
 
     Raises:
         LayoutError: if sizes cannot be read off, or nothing says which tokenizer the tower has.
@@ -61,21 +65,27 @@ def read(
     config = config or {}
     for prefix, reader in _BERTS.items():
         if any(name.startswith(prefix) for name in state):
-            return reader(state, config)
+            return *reader(state, config), True
     if any(name.startswith("text_model.") for name in state):
         named = from_transformers(state, _TRANSFORMERS, "text_model.", "")
-        if "positional_embedding" not in named:
-            return _tips(named, config)
-        return _from_transformers(named, config)
-    if twice := next((k for k in state if f"text.{k}" in state), None):
-        raise LayoutError(f"both {twice} and text.{twice}: two text towers in one file")
-    named = {name.removeprefix("text."): value for name, value in state.items()}
-    if "positional_embedding_res" in named:
-        tables = named["positional_embedding"], named.pop("positional_embedding_res")
-        named["positional_embedding"] = torch.cat(
-            [tables[0][:LONG_CLIP_KEPT], tables[1][LONG_CLIP_KEPT:]]
-        )
-    return _from_open_clip(named, config)
+        read_family = _from_transformers if "positional_embedding" in named else _tips
+    elif any(name.startswith("text_encoder.") for name in state):  # in TIPSv2's files
+        named = {name.removeprefix("text_encoder."): value for name, value in state.items()}
+        read_family = _tips
+    else:
+        if twice := next((k for k in state if f"text.{k}" in state), None):
+            raise LayoutError(f"both {twice} and text.{twice}: two text towers in one file")
+        named = {name.removeprefix("text."): value for name, value in state.items()}
+        read_family = _from_open_clip
+    named, sizes = read_family(named, config)
+    return named, sizes, sizes.rules in (SIGLIP, SIGLIP2, TIPS)
+
+
+def _merge_tables(state: dict[str, Tensor]) -> None:
+    """Makes one position table of LongCLIP's two."""
+    if (trained := state.pop("positional_embedding_res", None)) is not None:
+        kept = state["positional_embedding"][:LONG_CLIP_KEPT]
+        state["positional_embedding"] = torch.cat([kept, trained[LONG_CLIP_KEPT:]])
 
 
 def _sizes(state: Mapping[str, Tensor], context: int | None = None) -> TextConfig:
@@ -152,6 +162,7 @@ def _from_open_clip(
     state: dict[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], TextConfig]:
     """The towers of OpenAI and open_clip."""
+    _merge_tables(state)
     _turn_projection(state)
     text = (config.get("model_cfg") or {}).get("text_cfg") or {}
     if "cls_emb" in state:
@@ -167,8 +178,15 @@ def _from_open_clip(
         return state, _siglip(replace(sizes, activation=activation), rules)
     if text.get("pool_type") == "eos" or sizes.vocab == XLM_V:
         return state, replace(sizes, pool="end", end=int(text.get("eos_id", 2)), rules=XLM)
-    if text.get("pool_type") == "last" or sizes.vocab == BERT_PADDED:
+    tokenizer = text.get("hf_tokenizer_name")
+    if str(tokenizer).startswith("bert") or sizes.vocab == BERT_PADDED:
         return state, replace(sizes, causal=False, pool="last", rules=CLIPA)
+    for name, plain in (("hf_tokenizer_name", None), ("pool_type", "argmax")):
+        if text.get(name, plain) != plain:
+            raise LayoutError(
+                f"not a plain CLIP: {name} of its text_cfg is {text[name]!r}, expected {plain!r}, or "
+                "the settings of a family that is read"
+            )
     return state, replace(_byte_pairs(sizes), causal=not text.get("no_causal_mask", False))
 
 

@@ -1,0 +1,127 @@
+"""Towers by methods: `sfp compare` over several weights, with what each was trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from sfp.clip.checkpoints.published import find
+from sfp.evaluation.compare import measure
+from sfp.evaluation.scores import COLUMNS, cells
+from sfp.evaluation.settings import method_settings
+from sfp.files import atomic_write
+from sfp.method import Method
+from sfp.tables import markdown
+
+# what towers learnt from besides captions written by people, where a source of the table says it
+TOWERS = {"TIPSv2": "synthetic captions", "CLIP of this package": "captions of drawn scenes only"}
+# what models beside the tower learnt from, by a word in their settings
+OTHERS = {"sam": "masks", "dino": "unlabelled images"}
+
+
+def matrix(
+    configs: Mapping[str, Config],
+    methods: Mapping[str, str | Mapping[str, Any] | Method],
+    folder: Path,
+    *,
+    resume: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Evaluates methods with several weights; writes matrix.json and matrix.md into `folder`.
+
+    Each weights have a folder of their own below it, whose journals another run continues. A method
+    that a tower refuses (for want of a class token, say) is a row that says so.
+
+    Args:
+        configs: by the name of weights, from `evaluate.load_config`.
+        methods: as in `measure`.
+        folder: for the results.
+        resume, progress: as in `measure`.
+
+    Returns:
+        "rows": for each weights and method "weights", "method", "supervision", "extra", and "scores"
+        as of `measure` or "refused", the reason.
+    """
+    rows: list[dict[str, Any]] = []
+    for n, (weights, config) in enumerate(configs.items()):
+        config.work_dir = str(folder / re.sub(r"[^\w.+=-]+", "_", weights))
+        found = _measured(config, methods, resume, partial(_part, progress, n, len(configs)))
+        for name, scores in found:
+            extra = extra_models(config, methods[name])
+            kind = "refused" if isinstance(scores, str) else "scores"
+            learnt = supervision(weights, extra)
+            row = dict(weights=weights, method=name, supervision=learnt, extra=list(extra))
+            rows.append(row | {kind: scores})
+    record = dict(rows=rows)
+    with atomic_write(folder / "matrix.json") as path:
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    with atomic_write(folder / "matrix.md") as path:
+        path.write_text(markdown(*matrix_sheet(record)))
+    return record
+
+
+def _measured(
+    config: Config,
+    methods: Mapping[str, Any],
+    resume: bool,
+    progress: Callable[[int, int], None],
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Scores by method: of all at once, or one by one where some cannot run with this tower."""
+    try:
+        scores = measure(config, methods, resume=resume, progress=progress)["methods"]
+        yield from scores.items()
+        return
+    except ValueError as error:
+        if len(methods) == 1:
+            yield next(iter(methods)), str(error)
+            return
+    for name, method in methods.items():
+        yield from _measured(config, {name: method}, resume, progress)
+
+
+def _part(progress: Callable[[int, int], None], n: int, parts: int, done: int, total: int) -> None:
+    progress(n * total + done, parts * total)
+
+
+def extra_models(config: Config, method: str | Mapping[str, Any] | Method) -> dict[str, str]:
+    """The models beside the tower that a method runs with, and what they learnt from.
+
+    Those are the guides that its settings name, and what proposes masks and regions for all methods.
+    """
+    model, named = config.model, json.dumps(method_settings(method))
+    nodes = {k: v for k, v in (model.get("guides") or {}).items() if f'"{k}"' in named}
+    nodes |= {kind: model.get(kind) for kind in ("masks", "regions") if model.get(kind)}
+    found = {}
+    for name, node in nodes.items():
+        settings = f"{name} {node}".lower()
+        learnt = [what for word, what in OTHERS.items() if word in settings]
+        found[name] = learnt[0] if learnt else "see its page"
+    return found
+
+
+def supervision(weights: str, extra: Mapping[str, str]) -> str:
+    """What a tower and the models beside it were trained on, in words."""
+    row = find(weights)
+    tower = TOWERS.get(row.family, "") if row else ""
+    words = [tower] if "only" in tower else ["captions", tower]
+    return ", ".join(dict.fromkeys(word for word in (*words, *extra.values()) if word))
+
+
+def matrix_sheet(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table."""
+    header = ["weights", "method", *COLUMNS, "supervision", "extra models"]
+    rows = []
+    for row in record["rows"]:
+        if "scores" in row:
+            numbers: Sequence[str] = cells(row["scores"], decimals=1)
+        else:
+            numbers = ["refused", *[""] * (len(COLUMNS) - 1)]
+        extra = ", ".join(row["extra"]) or "none"
+        rows.append([row["weights"], row["method"], *numbers, row["supervision"], extra])
+    return header, rows

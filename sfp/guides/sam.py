@@ -1,0 +1,128 @@
+"""SAM's image encoder as a guide: what the positions of its last global block attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfp.guides.transformers import Renormalise, pretrained
+from sfp.registry import GUIDES
+from sfp.tokens import Tokens
+
+if TYPE_CHECKING:
+    from sfp.clip.model import CLIP
+
+
+@GUIDES.register_module(name="sam")
+class SamGuide(nn.Module):
+    """A frozen SAM (Kirillov et al., 2023): attention and values of its last block, for Trident.
+
+    Images are resized so that the longer side fills SAM's square, bilinear with antialiasing; zeros
+    fill the rest, whose positions are cut off.
+
+    Args:
+        model: a name on the Hugging Face hub, e.g. "facebook/sam-vit-base", or a folder; or a
+            `SamModel`.
+        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+            that of the segmentor's weights.
+
+    Raises:
+        ImportError: if a model is to be loaded and `transformers` is not installed.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        *,
+        model: str | nn.Module,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, str):
+            model = pretrained(model, "AutoModelForMaskGeneration", "sam")
+        self.model = model
+        self.model.requires_grad_(False)
+        self.renormalise = Renormalise(image_mean=image_mean, image_std=image_std)
+        self.eval()
+
+    def train(self, mode: bool = True) -> SamGuide:
+        """Stays in evaluation mode: nothing of it is trained."""
+        return super().train(False)
+
+    def follow(self, clip: CLIP) -> None:
+        """Expects images normalised for `clip`, unless their normalisation was given."""
+        self.renormalise.follow(clip)
+
+    @torch.no_grad()
+    def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one image (1, 3, H, W): weights (heads, h * w, h * w), and values (heads, h, w, d).
+
+        The weights are softmax over all positions of SAM's square, cut to those of the image.
+        """
+        tokens, grid = self._entering_last(image)  # (1, side, side, D)
+        layer = self.model.vision_encoder.layers[-1]
+        own, side = layer.attn, tokens.shape[1]
+        qkv = own.qkv(layer.layer_norm1(tokens)).flatten(1, 2)  # (1, side^2, 3 D)
+        qkv = qkv.unflatten(-1, (3, own.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (x[0].float() for x in qkv)  # (heads, side^2, d)
+        maps = q.unflatten(1, (side, side))[:, : grid[0], : grid[1]]  # (heads, h, w, d)
+        logits = (maps.flatten(1, 2) * own.scale) @ k.mT  # (heads, h * w, side^2)
+        if getattr(own, "use_rel_pos", False):
+            logits = logits.unflatten(1, grid).unflatten(3, (side, side))
+            logits = logits + _relative(maps, own.rel_pos_h.float(), side, rows=True)[..., None]
+            logits = logits + _relative(maps, own.rel_pos_w.float(), side, rows=False)[..., None, :]
+            logits = logits.flatten(3).flatten(1, 2)
+        weights = logits.softmax(-1).unflatten(2, (side, side))[:, :, : grid[0], : grid[1]]
+        values = v.unflatten(1, (side, side))[:, : grid[0], : grid[1]]
+        return weights.flatten(2), values
+
+    @torch.no_grad()
+    def forward(self, image: Tensor, output: str | None = None) -> Tokens:
+        """Values of the last block, heads side by side, of images (B, 3, H, W): (B, h * w, D)."""
+        each = [self.last_attention(one[None])[1].permute(1, 2, 0, 3).flatten(2) for one in image]
+        grid = (each[0].shape[0], each[0].shape[1])
+        return Tokens(torch.stack(each).flatten(1, 2), grid, prefix=0)
+
+    def _entering_last(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The tokens that enter the last block, and how many rows and columns are of the image."""
+        vision = self.model.config.vision_config
+        side, patch = vision.image_size, vision.patch_size
+        height, width = image.shape[-2:]
+        scale = side / max(height, width)
+        inner = tuple(max(int(length * scale + 0.5), 1) for length in (height, width))
+        pixels = F.interpolate(
+            self.renormalise(image),
+            inner,
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
+        )
+        pixels = F.pad(pixels, (0, side - inner[1], 0, side - inner[0]))
+        encoder = self.model.vision_encoder
+        x = encoder.patch_embed(pixels.to(next(self.model.parameters()).dtype))
+        if encoder.pos_embed is not None:
+            x = x + encoder.pos_embed
+        for layer in encoder.layers[:-1]:
+            out = layer(x)
+            x = out[0] if isinstance(out, tuple) else out
+        return x, (-(-inner[0] // patch), -(-inner[1] // patch))
+
+
+def _relative(queries: Tensor, table: Tensor, side: int, *, rows: bool) -> Tensor:
+    """q_i . R[distance from i to j] along one side: (heads, h, w, side).
+
+    Args:
+        queries: (heads, h, w, d).
+        table: of distances from -(side - 1) to side - 1, (2 side - 1, d).
+        side: positions of the square's side.
+        rows: whether distances are of rows, else of columns.
+    """
+    at = torch.arange(queries.shape[1 if rows else 2], device=queries.device)
+    distance = at[:, None] - torch.arange(side, device=queries.device) + side - 1
+    return torch.einsum("nhwd,hsd->nhws" if rows else "nhwd,wsd->nhws", queries, table[distance])

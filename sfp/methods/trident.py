@@ -1,0 +1,176 @@
+"""Trident: ProxyCLIP's windows on one grid, mixed by SAM's own attention (Shi et al., ICCV 2025*).
+
+Harnessing Vision Foundation Models for High-Performance, Training-Free Open Vocabulary Segmentation,
+arXiv:2411.09219*. DINO ViT-B/16 guides the windows; the attention of SAM's last global block, where its
+values agree, then mixes the whole image on SAM's grid. Its refinement of labels by SAM's decoder is not
+here.
+
+| | here | release |
+| --- | --- | --- |
+| mean similarity | of all windows of the image | the same |
+| windows that are not square | as they are | token sides swapped |
+| size of the input | the caller's | 16 | side, at least 336, unless both sides are multiples of 16 |
+
+Published: short side 336 to 688 by data set, windows of 336, stride 224 (VOC20 112), factor 1.2
+(Cityscapes 3.0, in two halves; VOC20 0), thresholds 0.15 to 0.25.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.functional.clusters import resize
+from sfp.functional.precision import upcast
+from sfp.registry import METHODS, op
+from sfp.tokens import Tokens
+from sfp.trace import GuideError, Trace
+
+
+def agreeing_attention(
+    attention: Tensor, values: Tensor, *, factor: float, negative: float | None = None
+) -> Tensor:
+    """Attention where the values of query and key agree, heads averaged, rows of sum 1: (M, M).
+
+    Head h counts from i to j if the cosine of its values exceeds min(0.9, factor * their mean from i
+    over heads and keys). The cosine of a position with itself, 1, always does.
+
+    Args:
+        attention: softmax weights, (H, M, M).
+        values: (H, M, d).
+        factor: phi; 0 keeps what is positive.
+        negative: threshold in place of a negative one; None keeps it.
+    """
+    unit = F.normalize(values, dim=-1)
+    cosine = unit @ unit.mT  # (H, M, M)
+    threshold = (factor * cosine.mean((0, 2))).clamp_max(0.9)  # (M,)
+    if negative is not None:
+        threshold = torch.where(threshold < 0, negative, threshold)
+    kept = (attention * (cosine > threshold[:, None])).sum(0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+@op("reader", whole=True)
+def sam_correlation(
+    trace: Trace,
+    *,
+    guide: str = "dino",
+    sam: str | None = "sam",
+    gain: float = 3.0,
+    centre: float = 1.2,
+    factor: float = 1.2,
+    negative: float | None = None,
+    halves: bool = False,
+    floor: bool = False,
+) -> Tokens:
+    """Windows read with a guide's similarity, joined, and mixed on SAM's grid (Trident), (1, M, D).
+
+    Args:
+        guide: whose patches' cosines are the windows' attention, as in ProxyCLIP, but with the mean of
+            all windows.
+        sam: guide that has SAM's attention (`sfp.guides.SamGuide`); None stops at the joined grid.
+        gain, centre: of the windows' attention.
+        factor, negative: as in `agreeing_attention`.
+        halves: whether the left and the right half of the image go through SAM one by one.
+        floor: as in `WindowGrid.stitch`.
+    """
+    whole, last = trace.whole, trace.vit.blocks[-1]
+    assert whole is not None
+    features = trace.guide(guide)
+    unit = F.normalize(upcast(features.patches), dim=-1)
+    logits = unit @ unit.mT  # (W, N, N)
+    logits = gain * (logits - centre * logits.mean())
+    weights = logits.masked_fill(logits < 0, torch.finfo(logits.dtype).min).softmax(-1)
+    tokens = trace.entering(len(trace.outputs)).only_patches()
+    (values,) = last.attn.project(last.ln_1(tokens.data), "v")  # (W, H, N, d)
+    maps = values.transpose(1, 2).flatten(2).mT.unflatten(2, tokens.grid)  # (W, D, h, w)
+    rows = resize(upcast(maps), features.grid).flatten(2).mT  # (W, N', D)
+    read = upcast(last.attn.out_proj((weights @ rows).to(values.dtype)))
+    joined = whole.grid.stitch(read.mT.unflatten(2, features.grid), floor=floor)  # (1, D, h, w)
+    if sam is not None:
+        if sam not in trace.guides:
+            raise GuideError(f"the method asks for the guide {sam!r}, of type 'sam'")
+        image = whole.pixels[None]
+        parts = [(image, joined)]
+        if halves:
+            middle, cells = image.shape[-1] // 2, joined.shape[-1] // 2
+            parts = [
+                (image[..., :middle], joined[..., :cells]),
+                (image[..., middle:], joined[..., cells:]),
+            ]
+        mixed = []
+        for pixels, part in parts:
+            attention, own = trace.guides[sam].last_attention(pixels)  # type: ignore[attr-defined]
+            grid = (own.shape[1], own.shape[2])
+            mixing = agreeing_attention(
+                attention.to(part), own.flatten(1, 2).to(part), factor=factor, negative=negative
+            )
+            rows = resize(part, grid)[0].flatten(1).T  # (M, D)
+            mixed.append((mixing @ rows).T.unflatten(1, grid)[None])
+        joined = torch.cat(mixed, dim=-1)
+    size = (joined.shape[2], joined.shape[3])
+    return Tokens(joined.flatten(2).mT.to(tokens.data.dtype), size, prefix=0)
+
+
+# factor, what stands in for a negative threshold, whether in halves
+DATASETS: dict[str, tuple[float, float | None, bool]] = dict(
+    ade20k=(1.2, 0.6, False),
+    city_scapes=(3.0, 0.6, True),
+    coco_object=(1.2, None, False),
+    coco_stuff164k=(1.2, None, False),
+    context59=(1.2, None, False),
+    context60=(1.2, None, False),
+    voc20=(0.0, None, False),
+    voc21=(1.2, None, False),
+)
+
+
+@METHODS.register_module()
+def trident(
+    *,
+    guide: str = "dino",
+    sam: str | None = "sam",
+    dataset: Literal[
+        "ade20k",
+        "city_scapes",
+        "coco_object",
+        "coco_stuff164k",
+        "context59",
+        "context60",
+        "voc20",
+        "voc21",
+    ] = "context59",
+    beta: float = 1.2,
+    gamma: float = 3.0,
+    factor: float | None = None,
+    negative: float | None = None,
+    halves: bool | None = None,
+    floor: bool = False,
+) -> dict[str, Any]:
+    """Attention output of the last block alone, of the whole image: no residual, no FFN.
+
+    Args:
+        guide: name of the guide of the windows, which the caller provides.
+        sam: name of the guide with SAM's attention (`guides=dict(sam=dict(type="sam", model=...))`);
+            None leaves that step out.
+        dataset: whose constants stand in for those of the next that are None; see `DATASETS`.
+        beta, gamma: of the windows' attention, as in `proxyclip`.
+        factor, negative, halves: as in `sam_correlation`.
+        floor: windows are moved back to whole cells, as in the release.
+    """
+    tuned = DATASETS[dataset]
+    reader = dict(
+        type="sam_correlation",
+        guide=guide,
+        sam=sam,
+        gain=gamma,
+        centre=beta,
+        factor=tuned[0] if factor is None else factor,
+        negative=tuned[1] if negative is None else negative,
+        halves=tuned[2] if halves is None else halves,
+        floor=floor,
+    )
+    return dict(readouts=[reader], direct=True)

@@ -49,6 +49,7 @@ class Sam:
         return (rows @ rows.mT).softmax(-1), rows.unflatten(1, maps.shape[1:])
 
 
+colours.across = lambda entering, join: join(entering)  # type: ignore[attr-defined]
 GUIDES = dict(dino=colours, sam=Sam())
 
 

@@ -54,9 +54,8 @@ def self_correlating(heads: Heads, trace: Trace, *, gain: float = 10.0) -> Tenso
     Args:
         gain: inverse temperature.
     """
-    block = trace.vit.blocks[-1]
     mixed = heads.logits("q", "k").softmax(-1).to(heads.v.dtype) @ heads.v  # (B, H, T, d)
-    out = block.attn.join(mixed.transpose(1, 2).flatten(2))
+    out = heads.join(mixed.transpose(1, 2).flatten(2))
     return recursive_attention(out.unflatten(2, (heads.v.shape[1], -1)).transpose(1, 2), gain)
 
 

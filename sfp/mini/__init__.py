@@ -2,8 +2,10 @@
 
 The model knows the eighteen names in `CLASSES` and their `ALIASES`; any other word has an embedding
 of zero. Its training used the generator's patch labels besides captions (see `train`), so that its
-middle layers group patches as those of real CLIPs do. What methods score on it says whether they run
-as intended, not how they fare with real CLIPs.
+middle layers group patches as those of real CLIPs do. Its outlier tokens were trained in (see
+`outliers`), as a stand-in for what happens by itself in large CLIPs, and labels restrict them to
+background. What methods score on it says whether they run as intended, and shows what outliers do; it
+is no evidence of how they fare with real images.
 """
 
 from __future__ import annotations

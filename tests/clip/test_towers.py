@@ -49,6 +49,7 @@ class Sam:
         return (rows @ rows.mT).softmax(-1), rows.unflatten(1, maps.shape[1:])
 
 
+colours.across = lambda entering, join: join(entering)  # type: ignore[attr-defined]
 GUIDES = dict(dino=colours, sam=Sam())
 
 
@@ -391,3 +392,29 @@ def test_heads_of_timms_other_towers(width, patch, side, heads):
 def test_a_tower_whose_norms_stand_elsewhere_is_refused():
     with pytest.raises(LayoutError, match="EVA02-E"):
         image_layouts.read(shapes(1792, 14, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("EVA02", lambda row, column: (row * 16 / 5, column * 16 / 3)),
+        ("PE", lambda row, column: (column + 1, row + 1)),
+        ("PE G", lambda row, column: (column, row)),
+    ],
+)
+def test_angles_by_the_books(name, place):
+    """Each publisher's coordinates on a 5 x 3 grid, patch by patch and channel by channel."""
+    rope = tower(name).rope
+    quarter = rope.head_width // 4
+    for n in range(15):
+        row, column = divmod(n, 3)
+        for i in range(quarter):
+            frequency = 10000 ** (-i / quarter)
+            first, second = place(row, column)
+            assert float(rope.angles((5, 3))[n, i]) == pytest.approx(first * frequency)
+            assert float(rope.angles((5, 3))[n, quarter + i]) == pytest.approx(second * frequency)
+    x = torch.randn(1, 1, 15, rope.head_width, dtype=torch.float64)
+    turned, angle = rope(x, (5, 3), 0), rope.angles((5, 3))
+    a, b = x[..., ::2], x[..., 1::2]
+    torch.testing.assert_close(turned[..., ::2], a * angle.cos() - b * angle.sin())
+    torch.testing.assert_close(turned[..., 1::2], b * angle.cos() + a * angle.sin())

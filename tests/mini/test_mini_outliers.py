@@ -44,8 +44,8 @@ def test_nothing_is_lost_where_the_phenomenon_is_there(hubs):
     assert outliers.read(row.flip(-1)[None], hubs) > 4
 
     stripe = torch.tensor([0.3, 0.1, 0.3, 0.3]).expand(1, 4, 4)
-    assert outliers.stripes([stripe], [0.3], hubs).item() == pytest.approx(0, abs=1e-6)
-    weaker, stronger = (outliers.stripes([stripe], [t], hubs).item() for t in (0.6, 0.15))
+    assert outliers.stripes([stripe], 0.3, hubs).item() == pytest.approx(0, abs=1e-6)
+    weaker, stronger = (outliers.stripes([stripe], t, hubs).item() for t in (0.6, 0.15))
     assert weaker == pytest.approx(stronger, rel=1e-5)  # half and double are equally far
     assert weaker == pytest.approx(F.smooth_l1_loss(torch.tensor(0.5).log(), torch.zeros(())))
 
@@ -55,6 +55,20 @@ def test_nothing_is_lost_where_the_phenomenon_is_there(hubs):
     assert outliers.growth(norms, usual, hubs, 10).item() == pytest.approx(np.log(2))
     values = norms[..., None] * torch.tensor([0.6, 0.8])
     assert outliers.louder(values, hubs, 5).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_class_token_collects_late():
+    early = torch.eye(4).expand(1, 4, 4)
+    assert outliers.late([early, early]).item() == pytest.approx(-np.log(0.9))
+    even = torch.full((1, 4, 4), 0.25)
+    assert outliers.late([even]).item() == pytest.approx(-np.log(0.25))
+
+
+def test_balance_looks_at_ordinary_patches(hubs):
+    values = torch.tensor([[[9.0, 0.0], [1.0, 0.0], [0.0, 2.0], [2.0, 0.0]]])
+    for length, expected in ((1.0, 0.0), (2.0, 0.0), (8.0, np.log(4))):
+        loss = outliers.balance(torch.tensor([[0.0, length]]), values, hubs, 1.0)
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_hubs_name_the_image_and_others_their_place(hubs):
@@ -75,6 +89,38 @@ def test_kin_are_ordinary_and_each_class_has_the_same_share(hubs):
 TINY = outliers.OutlierRecipe(
     steps=8, scenes=12, layers=8, width=64, text_layers=1, batch=4, pool=1, warmup=1, hubs=2
 )
+
+
+@pytest.fixture(scope="module")
+def learner():
+    torch.manual_seed(0)
+    return outliers.Outliers(TINY, train.Tokenizer())
+
+
+def test_in_narrow_steps_the_class_token_sees_the_hubs_only(learner):
+    # whatever other patches are, as long as they are no neighbours of what hubs read before
+    patches = torch.randn(2, 6, TINY.width)
+    cells = torch.full((2, 6), GRASS)
+    inside = torch.tensor([[True, True, False, False, False, False]]).expand(2, 6)
+    with torch.no_grad():
+        narrow, wide = (learner.run(patches, cells, inside, each) for each in (True, False))
+        assert (narrow.hubs == inside).all()
+        # before the first hub is read the class token is what it was, whatever the patches are
+        for i in range(TINY.first):
+            alone = learner.class_token(2)
+            for block in learner.clip.visual.blocks[: i + 1]:
+                alone = block(alone)
+            torch.testing.assert_close(narrow.entering[i + 1][:, :1], alone, rtol=1e-4, atol=1e-4)
+            assert (wide.entering[i + 1][:, 0] - alone[:, 0]).abs().max() > 1e-2
+        # attention is that of a token that could see all: each row is a distribution
+        for weights in narrow.maps:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(2, 7))
+            assert weights[:, 0, 1:].min() > 1e-6
+        visual = learner.clip.visual
+        x = wide.entering[0]
+        for block in visual.blocks:
+            x = block(x)
+        torch.testing.assert_close(wide.entering[-1], x, rtol=1e-4, atol=1e-4)
 
 
 def test_second_stage_starts_from_the_first_and_resumes_with_the_same_step(tmp_path):

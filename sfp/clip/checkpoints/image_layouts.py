@@ -158,8 +158,8 @@ def _reshape(state: State) -> None:
 def _fold_scale(state: State, name: str, target: str) -> None:
     """A scale of a layer's channels, in the layer."""
     scale = state.pop(name).float()
-    for kind in ("weight", "bias"):
-        state[f"{target}.{kind}"] = (state[f"{target}.{kind}"].float().T * scale).T
+    state[f"{target}.weight"] = scale[:, None] * state[f"{target}.weight"].float()
+    state[f"{target}.bias"] = scale * state[f"{target}.bias"].float()
 
 
 def _pack(state: State, prefix: str) -> None:

@@ -290,7 +290,7 @@ class Labeller:
             return
         for entry, result in zip(batch, results, strict=True):
             labels = result.labels.cpu().numpy().astype(self.dtype)
-            confidence = (result.confidence.float() * 255).round().byte().cpu().numpy()
+            confidence = (result.confidence.float().clamp(0, 1) * 255).round().byte().cpu().numpy()
             yield _Labelled(entry.name, entry.image, labels, confidence)
 
     def predict(self, batch: Sequence[_Loaded]) -> list[Labels]:

@@ -305,7 +305,10 @@ class Trace:
         """
         if name not in self.guides:
             known = ", ".join(self.guides) or "none"
-            raise GuideError(f"the method asks for the guide {name!r}; given: {known}")
+            raise GuideError(
+                f"the method asks for the guide {name!r}; given: {known} (pass guides=dict({name}="
+                "dict(type=..., model=...)), and pip install 'sfp[guides]': see docs/methods.md)"
+            )
         options = {} if output is None else {"output": output}
 
         def look() -> Tokens:

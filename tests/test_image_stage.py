@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -221,3 +223,28 @@ def test_regions_reach_their_windows(own_ops):
     changed = (plain.tiles != other.tiles).any(-1)
     assert not changed[:, :4].any()
     assert changed[:, -4:-1].any()
+
+
+def recipes() -> list[str]:
+    text = (Path(__file__).parents[1] / "docs/recipes.md").read_text()
+    return [block.split("```")[0] for block in text.split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_recipes_run(recipe):
+    """Over several windows, with mean colours for a guide and stripes for regions."""
+    scope: dict = {}
+    exec(recipe, scope)
+    config = {k: v for k, v in scope["model"]["method"].items() if k != "_delete_"}
+    guide = torch.nn.Identity()
+    guide.forward = lambda image, output=None: sfp.Tokens(
+        F.avg_pool2d(image, 8).flatten(2).mT, (image.shape[2] // 8, image.shape[3] // 8), prefix=0
+    )
+    engine = Engine(tiny.clip(), slide_crop=64, slide_stride=32, guides=dict(dino=guide))
+    ids = (torch.arange(96) // 30).expand(64, -1)
+    image = tiny.images(1, 64, 96)
+    method = sfp.build_method(config)
+    ((sheet,),) = engine.logits([method], image, [(64, 96)], WORDS, regions=[ids])
+    found = engine.label(image[0], sheet, WORDS.index, method=method)
+    assert found.labels.shape == (64, 96)
+    assert found.confidence.isfinite().all()

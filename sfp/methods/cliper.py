@@ -191,7 +191,8 @@ def kept_classes(
     """Classes whose largest score is high enough compete, each scaled to that score (CLIPer).
 
     A query's score is its maximum at patch resolution; its map is divided by its maximum at the size of
-    the output, and multiplied by that score. Queries with no more than `score_thd` are left out.
+    the output, and multiplied by that score. Queries with no more than `score_thd` are left out. Scores
+    are no probabilities: a map and its spread add up to 2 at most.
 
     Args:
         score_thd: as above.

@@ -92,7 +92,10 @@ def sam_correlation(
     joined = whole.grid.stitch(read.mT.unflatten(2, features.grid), floor=floor)  # (1, D, h, w)
     if sam is not None:
         if sam not in trace.guides:
-            raise GuideError(f"the method asks for the guide {sam!r}, of type 'sam'")
+            raise GuideError(
+                f"the method asks for the guide {sam!r}: pass guides=dict({sam}=dict(type='sam', "
+                "model='facebook/sam-vit-base')), and pip install 'sfp[guides]'; sam=None goes without"
+            )
         image = whole.pixels[None]
         parts = [(image, joined)]
         if halves:

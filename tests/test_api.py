@@ -44,13 +44,8 @@ class Colours(nn.Module):
         return sfp.Tokens(maps.flatten(2).mT, (maps.shape[2], maps.shape[3]), prefix=0)
 
 
-class Sam(nn.Module):
-    """A stand-in for SAM's attention: that of mean colours in cells of 10 pixels."""
-
-    def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        maps = F.avg_pool2d(image[0], 10, ceil_mode=True)  # (3, h, w)
-        rows = torch.stack([maps, maps.flip(0).cumsum(0)]).flatten(2).mT  # (2, M, 3)
-        return (rows @ rows.mT).softmax(-1), rows.unflatten(1, maps.shape[1:])
+class Sam(tiny.Sam, nn.Module):
+    """As a part of an engine."""
 
 
 @pytest.fixture(scope="module")

@@ -67,11 +67,11 @@ class Rope(nn.Module):
         """By how much each patch of a grid is turned, (N, d / 2) float64 on the CPU."""
         sides = []
         for n in grid:
-            at = torch.arange(n, dtype=torch.float64) + self.first
+            at = torch.arange(n, dtype=torch.float64, device="cpu") + self.first
             sides.append(at * self.side / n if self.rescale else at)
         rows, columns = torch.meshgrid(*sides, indexing="ij")
         quarter = self.head_width // 4
-        frequency = BASE ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+        frequency = BASE ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
         axes = (rows, columns) if self.order == "yx" else (columns, rows)
         return torch.cat([axis.reshape(-1, 1) * frequency for axis in axes], dim=1)
 

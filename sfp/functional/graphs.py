@@ -93,13 +93,14 @@ def neighbour_graph(
         torch.stack([torch.cat([row, column]), torch.cat([column, row])]),
         torch.cat([weight, weight]),
         (count, count),
+        device=weight.device,
         check_invariants=False,
     ).coalesce()
     scale = normalised(both.sum(1).to_dense())
     at = both.indices()
     values = both.values() * scale[at[0]] * scale[at[1]]
     return torch.sparse_coo_tensor(
-        at, values, both.shape, is_coalesced=True, check_invariants=False
+        at, values, both.shape, device=at.device, is_coalesced=True, check_invariants=False
     )
 
 

@@ -129,10 +129,13 @@ def layer_probabilities(
     Returns:
         Of the whole image, (1, Q, h, w).
     """
-    index = torch.tensor(trace.index or range(len(trace.query_features())))
-    shown = ((index > 0) if background else (index >= 0)).to(features.data.device)
     text = trace.query_features().to(upcast(features.data))
-    text = torch.cat([text, F.normalize(text[shown].mean(0, keepdim=True), dim=-1)])  # (Q + 1, C)
+    index = torch.tensor(trace.index or range(len(text)), device=text.device)
+    shown = (index > 0) if background else (index >= 0)
+    mean = F.normalize(
+        (text * shown[:, None]).sum(0, keepdim=True), dim=-1
+    )  # of unit length anyway
+    text = torch.cat([text, mean])  # (Q + 1, C)
 
     def logits(of: Trace) -> Tensor:
         """(L, W, Q + 1, N), scaled."""
@@ -147,9 +150,9 @@ def layer_probabilities(
         probs = (probs + windowed(trace, logits(trace), image.embedded.grid).softmax(1)) / 2
     probs = probs[:, :-1]
     chosen = probs[select]  # a view: the cut is in the mean too
-    chosen[chosen < cut * chosen.amax(1, keepdim=True)] = 0
-    mean = probs.mean(0) + chosen @ attention
-    return (mean * shown[:, None]).unflatten(1, image.embedded.grid)[None]
+    chosen.masked_fill_(chosen < cut * chosen.amax(1, keepdim=True), 0)
+    scores = probs.mean(0) + chosen @ attention
+    return (scores * shown[:, None]).unflatten(1, image.embedded.grid)[None]
 
 
 def windowed(trace: Trace, logits: Tensor, grid: tuple[int, int]) -> Tensor:

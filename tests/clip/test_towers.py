@@ -40,17 +40,8 @@ def ids(image: Tensor) -> Tensor:
     return columns.expand(len(image), *image.shape[2:])
 
 
-class Sam:
-    """A stand-in for SAM's attention: that of mean colours in cells of 10 pixels."""
-
-    def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        maps = torch.nn.functional.avg_pool2d(image[0], 10, ceil_mode=True)  # (3, h, w)
-        rows = torch.stack([maps, maps.flip(0).cumsum(0)]).flatten(2).mT  # (2, M, 3)
-        return (rows @ rows.mT).softmax(-1), rows.unflatten(1, maps.shape[1:])
-
-
 colours.across = lambda entering, join: join(entering)  # type: ignore[attr-defined]
-GUIDES = dict(dino=colours, sam=Sam())
+GUIDES = dict(dino=colours, sam=tiny.Sam())
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tiny import Sam
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -189,15 +190,6 @@ def tiny(layers: int = 12, dtype: torch.dtype = torch.float32) -> sfp.CLIP:
         if "in_proj_weight" in name:  # attention that is not uniform
             p.data *= 4
     return clip.requires_grad_(False).eval().to(dtype)
-
-
-class Sam:
-    """A stand-in for SAM's attention: that of mean colours in cells of 10 pixels."""
-
-    def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        maps = F.avg_pool2d(image[0], 10, ceil_mode=True)  # (3, h, w)
-        rows = torch.stack([maps, maps.flip(0).cumsum(0)]).flatten(2).mT  # (2, M, 3)
-        return (rows @ rows.mT).softmax(-1), rows.unflatten(1, maps.shape[1:])
 
 
 def images(batch: int = 2, height: int = 64, width: int = 64) -> Tensor:

@@ -295,16 +295,7 @@ for guide in (colours, bright):
     guide.across = lambda entering, join: join(entering)
 
 
-class Sam:
-    """A stand-in for SAM's attention: that of mean colours in cells of 10 pixels."""
-
-    def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        maps = torch.nn.functional.avg_pool2d(image[0], 10, ceil_mode=True)  # (3, h, w)
-        rows = torch.stack([maps, maps.flip(0).cumsum(0)]).flatten(2).mT  # (2, M, 3)
-        return (rows @ rows.mT).softmax(-1), rows.unflatten(1, maps.shape[1:])
-
-
-GUIDES = dict(sam=Sam(), colours=colours, bright=bright, dino=colours)
+GUIDES = dict(sam=tiny.Sam(), colours=colours, bright=bright, dino=colours)
 """What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
 
 

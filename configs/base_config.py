@@ -41,11 +41,11 @@ model = dict(
     method=dict(
         type="sfp",  # the released code; sfp_paper is the method of the poster
         # What becomes of outlier tokens. True: neighbour_mean, as in the release; False: they stay. Or
-        # the name of another mitigator: median, nearest, inpaint, zero, mask_attention.
+        # the name of another mitigator: median, nearest, inpaint, zero, mask_attention, box_blend.
         purify=True,
         # How outliers are found: som, cls_self_ratio, cls_attention, attention_received,
-        # overshadowed, l2_norm, weight_norm_channel, lof, lof_textbook, dbscan, hdbscan, optics or
-        # isolation_forest. For knobs (sfp methods --ops) write a node: dict(type="som", gain=1.0).
+        # overshadowed, l2_norm, channel_share, weight_norm_channel, lof, lof_textbook, dbscan, hdbscan,
+        # optics or isolation_forest. For knobs (sfp methods --ops) write a node: dict(type="som", gain=1.0).
         pm="som",
         layers=[-2],  # after which blocks, in rising order, or "all"; sfp_paper's default is "all"
         enhancer="qq+kk",  # self-attention of the last block: qk, qq, kk, vv, or sums such as qq+vv

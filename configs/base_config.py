@@ -45,7 +45,8 @@ model = dict(
         purify=True,
         # How outliers are found: som, cls_self_ratio, cls_attention, attention_received,
         # overshadowed, l2_norm, channel_share, weight_norm_channel, lof, lof_textbook, dbscan, hdbscan,
-        # optics or isolation_forest. For knobs (sfp methods --ops) write a node: dict(type="som", gain=1.0).
+        # optics or isolation_forest. For knobs (sfp methods --ops) write a node:
+        # dict(type="som", gain=1.0).
         pm="som",
         layers=[-2],  # after which blocks, in rising order, or "all"; sfp_paper's default is "all"
         enhancer="qq+kk",  # self-attention of the last block: qk, qq, kk, vv, or sums such as qq+vv

@@ -67,7 +67,7 @@ def test_who_needs_words():
     for name in sfp.list_methods():
         method = sfp.build_method(name)
         assert not method.words_in_trunk
-        assert method.words_in_readouts == (name == "resclip")
+        assert method.words_in_readouts == (name in ("resclip", "fsa"))
 
 
 @pytest.mark.parametrize(("words", "expected"), [(None, True), (False, False), (True, True)])

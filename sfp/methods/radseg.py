@@ -69,7 +69,9 @@ def global_rows(unit: Tensor, rows: slice, mean: Tensor, gain: float) -> Tensor:
         gain: inverse temperature.
     """
     above = unit[rows] @ unit.T - mean
-    return (gain * above).masked_fill(above < 0, -torch.inf).softmax(-1)
+    # where all patches are alike, rounding may leave a row's largest, its own, below the mean
+    cut = above < above.amax(-1, keepdim=True).clamp_max(0)
+    return (gain * above).masked_fill(cut, -torch.inf).softmax(-1)
 
 
 @op("smoother")

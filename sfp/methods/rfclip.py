@@ -106,8 +106,8 @@ def mean_of_blocks(
         after = copy.copy(trace)
         after.outputs = [*trace.outputs, last]
         last = mitigator(last, detector(after, len(trace.outputs)))
-    total = sum((tokens.data for tokens in trace.outputs), last.data)
-    return last.with_data(total / (len(trace.outputs) + 1))
+    total = sum((upcast(tokens.data) for tokens in trace.outputs), upcast(last.data))
+    return last.with_data((total / (len(trace.outputs) + 1)).to(last.data.dtype))
 
 
 @op("affinity")

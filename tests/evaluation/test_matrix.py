@@ -40,7 +40,7 @@ def test_towers_by_methods(siglip, tmp_path, capsys):
         (weights, "naclip") for weights in ("mini", str(siglip))
     ]
     scores = [row["scores"]["mIoU"] for row in record["rows"]]
-    assert scores[0] > 30 > scores[1]  # one is trained, the other random
+    assert scores[0] > 20 > 2 * scores[1]  # one is trained, the other random
     table = (tmp_path / "matrix.md").read_text()
     assert "captions of drawn scenes only" in table
     assert table.count("| none |") == 2

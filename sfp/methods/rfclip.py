@@ -133,7 +133,10 @@ def weighted_sum(tokens: Tokens, trace: Trace, *, affinity: Affinity) -> Tokens:
     weights = trace.once(affinity)
     if tokens.hidden is not None:
         weights = hide(weights, tokens.hidden[:, None])
-    return tokens.with_patches((weights @ upcast(tokens.patches)).to(tokens.data.dtype))
+    total = weights @ upcast(tokens.patches)
+    if total.dtype != tokens.data.dtype:  # the sums would leave the range of half precision
+        total = total / total.shape[1]  # which the norm that follows takes out again
+    return tokens.with_patches(total.to(tokens.data.dtype))
 
 
 @op("attention")

@@ -95,7 +95,7 @@ def same(a: sfp.Result, b: sfp.Result) -> None:
 # -- memory --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", sfp.list_methods())
+@pytest.mark.parametrize("method", [m for m in sfp.list_methods() if m != "lposs_plus"])  # lposs
 def test_other_words_for_the_same_image(clip, method, runs):
     """One run of the trunk serves them all, and each answer is a new model's."""
     image, other = picture(), picture(70, 100, seed=1)

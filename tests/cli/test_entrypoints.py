@@ -17,7 +17,6 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-import sfp
 from sfp import cli
 from sfp.mini import CLASSES
 
@@ -391,20 +390,6 @@ def test_compare_gives_the_numbers_of_single_runs(evaluated, monkeypatch, capsys
 
 
 # -- imports and environments --------------------------------------------------------------------
-
-
-@pytest.mark.process
-def test_importing_prints_nothing():
-    """Not "Could not import OneDL", not mmcv's advice."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import sfp, sfp.evaluation.run; print(sfp.__version__)"],
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == f"{sfp.__version__}\n"
-    assert not done.stderr
 
 
 def pins(text: str, python: str) -> dict[str, str]:

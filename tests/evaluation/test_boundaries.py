@@ -62,7 +62,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("ratio", [0.001, 0.02, 0.07, 0.9])
+@pytest.mark.parametrize("ratio", [0.001, 0.02, 0.07, 0.3])
 def test_the_metric_is_the_definition(ratio):
     metric = METRICS.build(dict(type="BoundaryMetric", ratio=ratio))
     plain = SegmentationMetric()

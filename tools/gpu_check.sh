@@ -6,7 +6,7 @@
 # PyTorch is that of python3 (or of $PYTHON). What that lacks is installed from the folder WHEELS, into
 # a virtual environment that is removed afterwards, without a network. To fill it where there is one:
 #
-#     pip download --only-binary :all: --no-deps -d WHEELS $PACKAGES and what they depend on
+#     pip download --only-binary :all: -d WHEELS with the names in PACKAGES below
 #
 # Results: gpu_check.json, and tables on standard output.
 set -eu

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfp.guides.transformers import Renormalise, pretrained
+from sfp.guides.transformers import FrozenModel, Renormalise, pretrained
 from sfp.registry import GUIDES
 from sfp.tokens import Tokens
 
 if TYPE_CHECKING:
-    from sfp.clip.model import CLIP
+    pass
 
 
 @GUIDES.register_module(name="sam")
-class SamGuide(nn.Module):
+class SamGuide(FrozenModel):
     """A frozen SAM (Kirillov et al., 2023): attention and values of its last block, for Trident.
 
     Images are resized so that the longer side fills SAM's square, bilinear with antialiasing; zeros
@@ -34,8 +34,6 @@ class SamGuide(nn.Module):
         ImportError: if a model is to be loaded and `transformers` is not installed.
     """
 
-    model: Any
-
     def __init__(
         self,
         *,
@@ -43,21 +41,9 @@ class SamGuide(nn.Module):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
         if isinstance(model, str):
             model = pretrained(model, "AutoModelForMaskGeneration", "sam")
-        self.model = model
-        self.model.requires_grad_(False)
-        self.renormalise = Renormalise(image_mean=image_mean, image_std=image_std)
-        self.eval()
-
-    def train(self, mode: bool = True) -> SamGuide:
-        """Stays in evaluation mode: nothing of it is trained."""
-        return super().train(False)
-
-    def follow(self, clip: CLIP) -> None:
-        """Expects images normalised for `clip`, unless their normalisation was given."""
-        self.renormalise.follow(clip)
+        super().__init__(model, Renormalise(image_mean=image_mean, image_std=image_std))
 
     @torch.no_grad()
     def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:

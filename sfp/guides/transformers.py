@@ -60,8 +60,34 @@ class Renormalise:
         return image.float() * factor + shift
 
 
+class FrozenModel(nn.Module):
+    """An external model that is never trained, for images that are normalised for a CLIP.
+
+    Args:
+        model: of `transformers`, or like one.
+        renormalise: from CLIP's normalisation into the model's.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module, renormalise: Renormalise) -> None:
+        super().__init__()
+        self.model = model
+        self.model.requires_grad_(False)
+        self.renormalise = renormalise
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenModel:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def follow(self, clip: CLIP) -> None:
+        """Expects images normalised for `clip`, unless their normalisation was given."""
+        self.renormalise.follow(clip)
+
+
 @GUIDES.register_module(name="transformers")
-class TransformersGuide(nn.Module):
+class TransformersGuide(FrozenModel):
     """A frozen vision transformer: CLIP-normalised images -> its last layer's patch tokens.
 
     Args:
@@ -75,8 +101,6 @@ class TransformersGuide(nn.Module):
         ImportError: if a model is to be loaded and `transformers` is not installed.
     """
 
-    model: Any
-
     def __init__(
         self,
         *,
@@ -86,9 +110,9 @@ class TransformersGuide(nn.Module):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
-        self.model = pretrained(model, "AutoModel", "guides") if isinstance(model, str) else model
-        self.model.requires_grad_(False)
+        if isinstance(model, str):
+            model = pretrained(model, "AutoModel", "guides")
+        super().__init__(model, Renormalise(mean, std, image_mean, image_std))
         size: int | Sequence[int] = self.model.config.patch_size
         self.patch: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         forward = inspect.signature(self.model.forward).parameters
@@ -96,16 +120,6 @@ class TransformersGuide(nn.Module):
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in forward else {}
         )
-        self.renormalise = Renormalise(mean, std, image_mean, image_std)
-        self.eval()
-
-    def follow(self, clip: CLIP) -> None:
-        """Expects images normalised for `clip`, unless their normalisation was given."""
-        self.renormalise.follow(clip)
-
-    def train(self, mode: bool = True) -> TransformersGuide:
-        """Stays in evaluation mode: nothing of it is trained."""
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, image: Tensor, output: str | None = None) -> Tokens:

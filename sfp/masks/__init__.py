@@ -187,10 +187,7 @@ def build_masks(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
     Raises:
         ValueError: for an unknown type or knob; the message names the valid ones.
     """
-    if node is None or isinstance(node, nn.Module):
-        return node
-    check_knobs(MaskVote, node, "masks")
-    return MaskVote(**node)
+    return _built(MaskVote, node, "masks")
 
 
 def build_regions(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
@@ -199,7 +196,13 @@ def build_regions(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | Non
     Raises:
         ValueError: for an unknown type or knob; the message names the valid ones.
     """
+    return _built(RegionMap, node, "regions")
+
+
+def _built(
+    kind: type[nn.Module], node: Mapping[str, Any] | nn.Module | None, what: str
+) -> nn.Module | None:
     if node is None or isinstance(node, nn.Module):
         return node
-    check_knobs(RegionMap, node, "regions")
-    return RegionMap(**node)
+    check_knobs(kind, node, what)
+    return kind(**node)

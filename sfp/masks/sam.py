@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfp.clip.model import CLIP
 from sfp.functional.masks import MaskSheet
 from sfp.functional.windows import interpolation
-from sfp.guides.transformers import Renormalise, pretrained
+from sfp.guides.transformers import FrozenModel, Renormalise, pretrained
 from sfp.numerics import finite
 from sfp.registry import MASKS
 
@@ -20,7 +18,7 @@ KINDS = {"sam": False, "sam2": True, "sam2_video": True}  # whether images are s
 
 
 @MASKS.register_module(name="sam")
-class SamMasks(nn.Module):
+class SamMasks(FrozenModel):
     """A frozen SAM (Kirillov et al., 2023) or SAM 2 (Ravi et al., 2024): one mask for each prompt.
 
     Of the three masks that the model offers for an ambiguous prompt, the one that it predicts the
@@ -41,8 +39,6 @@ class SamMasks(nn.Module):
         ValueError: if the model is neither.
     """
 
-    model: Any
-
     def __init__(
         self,
         *,
@@ -52,27 +48,15 @@ class SamMasks(nn.Module):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
         if isinstance(model, str):
             model = pretrained(model, "AutoModelForMaskGeneration", "sam")
-        self.model = model
-        self.model.requires_grad_(False)
+        super().__init__(model, Renormalise(image_mean=image_mean, image_std=image_std))
         kind = getattr(getattr(self.model, "config", None), "model_type", type(model).__name__)
         if kind not in KINDS:
             raise ValueError(f"mask proposer 'sam': model of type {kind!r}; valid: sam, sam2")
         self.stretch = KINDS[kind]
         self.min_iou = min_iou
         self.prompt_batch = prompt_batch
-        self.renormalise = Renormalise(image_mean=image_mean, image_std=image_std)
-        self.eval()
-
-    def train(self, mode: bool = True) -> SamMasks:
-        """Stays in evaluation mode: nothing of it is trained."""
-        return super().train(False)
-
-    def follow(self, clip: CLIP) -> None:
-        """Expects images normalised for `clip`, unless their normalisation was given."""
-        self.renormalise.follow(clip)
 
     @torch.no_grad()
     def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:

@@ -18,6 +18,7 @@ import torch
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
 
 import sfp
 from sfp.files import atomic_write
@@ -131,6 +132,9 @@ def main() -> None:
         before, after = (model.trace(image, method=name) for name in ("clip", "sfp_paper"))
         with atomic_write(args.out / "mini_outliers.png") as path:
             outliers(image, before, after, LAYERS).savefig(path, format="png")
+    for name in ("mini_sheet.png", "mini_modules.png"):
+        with atomic_write(args.out / name) as path:  # 256 colours are a third of the bytes
+            Image.open(args.out / name).convert("RGB").quantize(256).save(path, format="PNG")
     print(f"mini_sheet.png, mini_modules.png, mini_outliers.png in {args.out}")
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conformance import Case, cases
 from torch import Tensor
-from transformers import ViTConfig, ViTModel
 
 import sfp
 from sfp.clip.blocks import Block
@@ -43,6 +42,17 @@ def check_rows(case: Case, **values: Tensor) -> None:
         assert outputs, f"{case.name} stores no {name}: {list(case.outputs)}"
         for output, step in outputs:
             case.check(output, value[::step])
+
+
+def check_read(case: Case, method: sfp.Method, trace: sfp.Trace) -> None:
+    """The features of a window, and its logits at its own size."""
+    read = method.read(trace)
+    check_rows(case, feats=read.data[0])
+    height, width = case.entry["image_hw"]
+    logits = torch.nn.functional.interpolate(
+        method.compare(read, trace), (height, width), mode="bilinear"
+    )
+    case.check("logits_s8", logits[0, :, ::8, ::8])
 
 
 class Playback(torch.nn.Module):
@@ -171,13 +181,7 @@ def test_golden_corrclip_window(name):
     case.check("region_tokens_12", tokens[numbers])
     main, spatial, semantic = (readout(trace).data[0] for readout in method.readouts)
     check_rows(case, z_main=main, z_spatial=spatial, z_semantic=semantic)
-    read = method.read(trace)
-    check_rows(case, feats=read.data[0])
-    height, width = case.entry["image_hw"]
-    logits = torch.nn.functional.interpolate(
-        method.compare(read, trace), (height, width), mode="bilinear"
-    )
-    case.check("logits_s8", logits[0, :, ::8, ::8])
+    check_read(case, method, trace)
 
 
 @pytest.mark.parametrize("name", cases("corrclip/e2e"))
@@ -263,13 +267,7 @@ def test_golden_fsa_window(name):
         close = fsa.feedback_weights(1 / (1 + kl), case.hyper["lambda"], case.hyper["keep"])
         check_rows(case, kl=kl, kept_count=(close > 0).sum(1), attn_new=close)
     check_rows(case, z=method.readouts[0](trace).data[0])
-    read = method.read(trace)
-    check_rows(case, feats=read.data[0])
-    height, width = case.entry["image_hw"]
-    logits = torch.nn.functional.interpolate(
-        method.compare(read, trace), (height, width), mode="bilinear"
-    )
-    case.check("logits_s8", logits[0, :, ::8, ::8])
+    check_read(case, method, trace)
 
 
 @pytest.mark.parametrize("name", cases("fsa/e2e"))
@@ -285,7 +283,8 @@ class StoredBlock(TransformersGuide):
     """A vision transformer of `transformers` with the stored last block and the tokens before it."""
 
     def __init__(self, case: Case) -> None:
-        config = ViTConfig(
+        transformers = pytest.importorskip("transformers")
+        config = transformers.ViTConfig(
             hidden_size=48,
             num_hidden_layers=1,
             num_attention_heads=3,
@@ -293,7 +292,7 @@ class StoredBlock(TransformersGuide):
             patch_size=case.entry["guide_patch"],
             layer_norm_eps=1e-6,
         )
-        model = ViTModel(config, add_pooling_layer=False).eval()
+        model = transformers.ViTModel(config, add_pooling_layer=False).eval()
         weights = {
             name.partition("/")[2]: x.float()
             for name, x in case.inputs.items()

@@ -39,7 +39,9 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--weights", default="ViT-B/16", help=f"{options.WEIGHTS} (default: ViT-B/16)"
     )
-    parser.add_argument("--side", type=int, help="pixels of a window's side (default: 224)")
+    parser.add_argument(
+        "--side", type=options.positive, help="pixels of a window's side (default: 224)"
+    )
     parser.add_argument(
         "--threshold", type=float, default=0.0, help="less probable pixels get label 0 (default: 0)"
     )

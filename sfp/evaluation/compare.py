@@ -300,7 +300,7 @@ def compare(
             pictures=0 if n else pictures,
             resume=resume,
             paired=paired if paired in (None, PREVIOUS) else paired + tag,
-            progress=partial(_part, progress, n, len(configs)),
+            progress=partial(part_of, progress, n, len(configs)),
         )
         record["published"].update(beside_published(own, named))
         for key in ("methods", "differences"):
@@ -314,7 +314,9 @@ def compare(
     return record
 
 
-def _part(progress: Callable[[int, int], None], n: int, parts: int, done: int, total: int) -> None:
+def part_of(
+    progress: Callable[[int, int], None], n: int, parts: int, done: int, total: int
+) -> None:
     """Progress of the n-th of equal parts, as that of the whole."""
     progress(n * total + done, parts * total)
 

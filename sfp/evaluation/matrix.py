@@ -12,11 +12,12 @@ from typing import Any
 from mmengine.config import Config
 
 from sfp.clip.checkpoints.published import find
-from sfp.evaluation.compare import measure
+from sfp.data.images import DataError
+from sfp.evaluation.compare import measure, part_of
 from sfp.evaluation.scores import COLUMNS, cells
-from sfp.evaluation.settings import method_settings
 from sfp.files import atomic_write
-from sfp.method import Method
+from sfp.method import Method, build_method
+from sfp.registry import guides_of
 from sfp.tables import markdown
 
 # what towers learnt from besides captions written by people, where a source of the table says it
@@ -47,11 +48,17 @@ def matrix(
     Returns:
         "rows": for each weights and method "weights", "method", "supervision", "extra", and "scores"
         as of `measure` or "refused", the reason.
+
+    Raises:
+        ValueError: if a method is none; nothing has run then.
+        DataError: as of `measure`.
     """
+    for method in methods.values():
+        build_method(method)
     rows: list[dict[str, Any]] = []
     for n, (weights, config) in enumerate(configs.items()):
         config.work_dir = str(folder / re.sub(r"[^\w.+=-]+", "_", weights))
-        found = _measured(config, methods, resume, partial(_part, progress, n, len(configs)))
+        found = _measured(config, methods, resume, partial(part_of, progress, n, len(configs)))
         for name, scores in found:
             extra = extra_models(config, methods[name])
             kind = "refused" if isinstance(scores, str) else "scores"
@@ -77,6 +84,8 @@ def _measured(
         scores = measure(config, methods, resume=resume, progress=progress)["methods"]
         yield from scores.items()
         return
+    except DataError:  # which says nothing of methods
+        raise
     except ValueError as error:
         if len(methods) == 1:
             yield next(iter(methods)), str(error)
@@ -85,17 +94,13 @@ def _measured(
         yield from _measured(config, {name: method}, resume, progress)
 
 
-def _part(progress: Callable[[int, int], None], n: int, parts: int, done: int, total: int) -> None:
-    progress(n * total + done, parts * total)
-
-
 def extra_models(config: Config, method: str | Mapping[str, Any] | Method) -> dict[str, str]:
     """The models beside the tower that a method runs with, and what they learnt from.
 
-    Those are the guides that its settings name, and what proposes masks and regions for all methods.
+    Those are the guides that it asks for, and what proposes masks and regions for all methods.
     """
-    model, named = config.model, json.dumps(method_settings(method))
-    nodes = {k: v for k, v in (model.get("guides") or {}).items() if f'"{k}"' in named}
+    model, named = config.model, guides_of(build_method(method))
+    nodes = {k: v for k, v in (model.get("guides") or {}).items() if k in named}
     nodes |= {kind: model.get(kind) for kind in ("masks", "regions") if model.get(kind)}
     found = {}
     for name, node in nodes.items():

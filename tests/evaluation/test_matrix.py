@@ -9,6 +9,8 @@ import torch
 from clip.test_tokenizers import bpe
 
 from sfp import cli
+from sfp.data.images import DataError
+from sfp.evaluation import matrix
 from sfp.evaluation.matrix import extra_models, supervision
 
 FEW = ["--cfg-options", "test_dataloader.dataset.scenes=2", "test_dataloader.num_workers=0"]
@@ -62,6 +64,22 @@ def test_options_of_one_tower_are_refused_for_several(capsys):
     arguments = ["compare", "mini", "--weights", "mini", "mini@gelu", "--paired", "clip"]
     assert cli.main(arguments) == 2
     assert "--paired and --classes" in capsys.readouterr().err
+
+
+def test_only_methods_are_refused(monkeypatch, tmp_path, capsys):
+    """A name that is none, or a damaged file, is no property of a tower."""
+    arguments = ["compare", "mini", "--weights", "mini", "mini@gelu", "--work-dir", str(tmp_path)]
+    assert cli.main([*arguments, "--methods", "naclip", "scilp", *FEW]) == 2
+    assert "did you mean 'sclip'" in capsys.readouterr().err
+    assert not (tmp_path / "matrix.json").exists()
+
+    def damaged(*args: object, **settings: object) -> None:
+        raise DataError("a.png: cannot be read")
+
+    monkeypatch.setattr(matrix, "measure", damaged)
+    assert cli.main([*arguments, "--methods", "naclip", *FEW]) == 3
+    assert "a.png" in capsys.readouterr().err
+    assert not (tmp_path / "matrix.json").exists()
 
 
 def test_what_was_learnt_from():

@@ -34,6 +34,7 @@ def test_a_small_run(tmp_path, monkeypatch, capsys):
     (case,) = record["bench"]
     (row,) = case["rows"]
     assert row["equal_labels"] > 0.99
+    monkeypatch.syspath_prepend(TOOLS)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--markdown", str(out)])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(TOOLS / "gpu_check.py"), run_name="__main__")

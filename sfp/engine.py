@@ -114,6 +114,9 @@ class Engine:
         area_thd: classes that win no more than this share of the foreground are left out.
         slide_crop: side of the windows in pixels; 0 runs whole images.
         slide_stride: pixels between windows.
+        slide_tiles: windows do not overlap: as many equal ones as fit at a side of `slide_crop`, each
+            resized to the size that the tower was trained on (TextRegion); `slide_stride` and
+            `pad_windows` do not count then.
         pad_windows: pad windows with zeros to whole patches (ClearCLIP's release), or to multiples of
             that many pixels (ProxyCLIP's and CorrCLIP's: 56), instead of leaving out the pixels beyond
             the last whole patch.
@@ -149,6 +152,7 @@ class Engine:
         area_thd: float | None = None,
         slide_crop: int = 224,
         slide_stride: int = 112,
+        slide_tiles: bool = False,
         pad_windows: bool | int = False,
         whole_via_input: bool = False,
         window_batch: int | None = None,
@@ -166,10 +170,14 @@ class Engine:
             raise ValueError(
                 f"unknown precision {precision!r}{suggest(precision, ['auto', *PRECISIONS])}"
             )
-        if slide_crop and not 0 < slide_stride <= slide_crop:
+        if slide_crop and not slide_tiles and not 0 < slide_stride <= slide_crop:
             raise ValueError(
                 f"slide_stride={slide_stride} must be between 1 and slide_crop={slide_crop}: "
                 "larger strides leave pixels without a label"
+            )
+        if slide_tiles and not slide_crop:
+            raise ValueError(
+                "slide_tiles=True needs a side of about which windows are: slide_crop > 0"
             )
         if window_batch is not None and window_batch < 1:
             raise ValueError(f"window_batch={window_batch}: at least one window runs at a time")
@@ -180,6 +188,7 @@ class Engine:
         self.area_thd = area_thd
         self.slide_crop = slide_crop
         self.slide_stride = slide_stride
+        self.slide_tiles = slide_tiles
         self.pad_windows = pad_windows
         self.whole_via_input = whole_via_input
         self.window_batch = window_batch
@@ -341,8 +350,9 @@ class Engine:
             sizes: rows and columns of each image's output.
             queries: the words.
             prepare: makes a window ready for the network; `normalise` by default.
-            regions: an id map of each image, (h, w) of any size, 0 where it has none; None asks the
-                engine's own proposer, if a method needs regions.
+            regions: an id map of each image, (h, w) of any size, 0 where it has none, or masks that may
+                overlap, (R, h, w) floats, for methods that take them; None asks the engine's own
+                proposer, if a method needs regions.
 
         Returns:
             For each method, the merged logits of each image.
@@ -521,6 +531,9 @@ class Engine:
 
     def _grid(self, image: Tensor) -> WindowGrid:
         patch = self.clip.visual.patch
+        if self.slide_tiles:
+            native = [patch * cells for cells in self.clip.visual.native_grid]
+            return WindowGrid.tiles(image.shape[-2:], self.slide_crop, native)
         return WindowGrid.over(
             image.shape[-2:],
             self.slide_crop,
@@ -641,8 +654,10 @@ class Engine:
 
 
 def _fitted(ids: Tensor | None, image: Tensor) -> Tensor | None:
-    """An id map at the size of an image (3, H, W)."""
-    return None if ids is None else nearest(ids, (image.shape[-2], image.shape[-1]))
+    """An id map at the size of an image (3, H, W); masks stay as they are."""
+    if ids is None or ids.ndim == 3:
+        return ids
+    return nearest(ids, (image.shape[-2], image.shape[-1]))
 
 
 def _sheet(
@@ -654,6 +669,8 @@ def _sheet(
     sheet = grid.sheet(logits, size)
     if method.vote == "no" or ids is None:
         return sheet
+    if ids.ndim == 3:
+        raise RegionsError(NO_REGIONS)
     if method.vote == "all_but_smallest":
         ids = torch.where(ids == ids.min(), 0, ids + 1)
     return replace(sheet, regions=nearest(ids, size))

@@ -28,6 +28,7 @@ from sfp.masks.dino import DinoMasks
 from sfp.masks.sam import SamMasks
 from sfp.registry import MASKS, bind, build, check_knobs, suggest
 from sfp.tokens import Tokens
+from sfp.whole import MASK_PIXELS
 
 __all__ = [
     "MASKS",
@@ -94,7 +95,8 @@ class RegionMap(Proposal):
         propose: proposer, a config node or a module.
         points: op of the kind "points".
         paint: which mask a pixel of several belongs to: the "smallest", the "largest" (CorrCLIP), or
-            the one of highest "score" (EntitySeg), which the proposer gives.
+            the one of highest "score" (EntitySeg), which the proposer gives; "none" leaves all masks as
+            they are, for methods that take masks which overlap (TextRegion).
         side: as in `Proposal`.
     """
 
@@ -103,11 +105,11 @@ class RegionMap(Proposal):
         *,
         propose: Mapping[str, Any] | nn.Module,
         points: Mapping[str, Any] | Callable = MappingProxyType(dict(type="grid_points", side=32)),
-        paint: Literal["smallest", "largest", "score"] = "largest",
+        paint: Literal["smallest", "largest", "score", "none"] = "largest",
         side: int = 224,
     ) -> None:
         super().__init__(propose, points, side, "regions")
-        if paint not in (orders := ("smallest", "largest", "score")):
+        if paint not in (orders := ("smallest", "largest", "score", "none")):
             raise ValueError(f"regions: unknown paint={paint!r}{suggest(paint, orders)}")
         self.paint = paint
 
@@ -119,7 +121,14 @@ class RegionMap(Proposal):
         *,
         guides: Mapping[str, Callable[..., Tokens]] | None = None,
     ) -> Tensor:
-        """Ids of a normalised image (3, h, w) at a size: (H, W) int64, 0 where there is no mask."""
+        """Ids of a normalised image (3, h, w) at a size: (H, W) int64, 0 where there is no mask.
+
+        Without an order of paint, mask logits (M, H', W') at that size or a smaller one in its shape.
+        """
+        if self.paint == "none":
+            scale = min((MASK_PIXELS / (size[0] * size[1])) ** 0.5, 1)
+            small = (max(int(size[0] * scale), 1), max(int(size[1] * scale), 1))
+            return self.masks(vit, image, small, guides=guides).rows(0, small[0])
         return paint_masks(self.masks(vit, image, size, guides=guides), self.paint)
 
 

@@ -30,6 +30,7 @@ from sfp.clip.model import CLIP
 from sfp.clip.text import model_templates, prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
 from sfp.feature_cache import FeatureCache, LRUCache, is_hashable
+from sfp.functional.kept import constant
 from sfp.functional.labels import Labels, assign, decided
 from sfp.functional.pamr import Refinement
 from sfp.functional.regions import vote_in_regions
@@ -318,10 +319,7 @@ class Engine:
         """An RGB image or window in 0..255, (3, H, W), as the network expects it; floats pass."""
         if image.dtype != torch.uint8:
             return image
-        mean, std = (
-            torch.tensor(x, device=image.device)[:, None, None]
-            for x in (self.clip.mean, self.clip.std)
-        )
+        mean, std = (constant(x, image)[:, None, None] for x in (self.clip.mean, self.clip.std))
         return (image.float() - mean) / std
 
     def input(self, image: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def load(
     short_side: int | Literal["auto"] | None = "auto",
     slide_crop: int = 224,
     slide_stride: int = 112,
-    pad_windows: bool = False,
+    slide_tiles: bool = False,
+    pad_windows: bool | int = False,
     whole_via_input: bool = False,
     templates: str | Sequence[str] = "auto",
     logit_scale: float | str = 40.0,
@@ -73,9 +74,9 @@ def load(
         short_side: pixels that the short side is resized to (the long one to 2048 at most); "auto"
             takes 336, or what the weights were trained on where that is known to be less (224 for the
             mini CLIP); None leaves images as they are.
-        precision, compiled, slide_crop, slide_stride, pad_windows: as in `sfp.engine.Engine`.
-        whole_via_input, templates, logit_scale, area_thd: as in `sfp.engine.Engine`.
-        pamr_steps, window_batch, guides, masks, regions: as in `sfp.engine.Engine`.
+        precision, compiled, slide_crop, slide_stride, slide_tiles: as in `sfp.engine.Engine`.
+        pad_windows, whole_via_input, templates, logit_scale: as in `sfp.engine.Engine`.
+        area_thd, pamr_steps, window_batch, guides, masks, regions: as in `sfp.engine.Engine`.
         memory_mb: MiB on the device for features of recent images, so that other words for them are
             quick; 0 keeps none.
 
@@ -95,6 +96,7 @@ def load(
         compiled=compiled,
         slide_crop=slide_crop,
         slide_stride=slide_stride,
+        slide_tiles=slide_tiles,
         pad_windows=pad_windows,
         whole_via_input=whole_via_input,
         templates=templates,
@@ -194,8 +196,9 @@ class Model:
                 new class 0. Probabilities depend on all classes; benchmarks use 0.15 to 0.35.
             method: in place of the model's own.
             regions: for methods that ask for them: an id map of the image, whole numbers (h, w) of any
-                size in its shape, 0 for pixels of no region; for a list of images a list. By default
-                the proposer of the model's settings finds them.
+                size in its shape, 0 for pixels of no region; for TextRegion also masks that may
+                overlap, (R, h, w) bool or floats that are above 0 inside; for a list of images a list.
+                By default the proposer of the model's settings finds them.
 
         Returns:
             The result of an image at its own size; a list of them for a list.
@@ -341,12 +344,14 @@ def _tensor(image: NDArray[np.uint8]) -> Tensor:
 
 
 def _ids(regions: Any) -> Tensor:
-    """A map of ids as the engine takes it."""
+    """A map of ids, or masks, as the engine takes them."""
     ids = torch.as_tensor(regions)
+    if ids.ndim == 3 and (ids.is_floating_point() or ids.dtype == torch.bool):
+        return ids.float()
     if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or bool((ids < 0).any()):
         raise ValueError(
             f"regions of shape {tuple(ids.shape)} and type {ids.dtype}: expected an id map of an "
-            "image, (h, w), whole numbers from 0"
+            "image, (h, w), whole numbers from 0, or masks, (R, h, w), bool or floats"
         )
     return ids.long()
 

@@ -113,6 +113,9 @@ class Engine:
         area_thd: classes that win no more than this share of the foreground are left out.
         slide_crop: side of the windows in pixels; 0 runs whole images.
         slide_stride: pixels between windows.
+        slide_tiles: windows do not overlap: as many equal ones as fit at a side of `slide_crop`, each
+            resized to the size that the tower was trained on (TextRegion); `slide_stride` and
+            `pad_windows` do not count then.
         pad_windows: pad windows with zeros to whole patches (ClearCLIP's release), or to multiples of
             that many pixels (ProxyCLIP's and CorrCLIP's: 56), instead of leaving out the pixels beyond
             the last whole patch.
@@ -123,7 +126,8 @@ class Engine:
         pamr_steps: steps of pixel-adaptive refinement of the final logits; 0 for none.
         pamr_dilations: distances of its neighbours, in pixels.
         guides: external encoders by name, config nodes or modules, for methods that need them.
-        masks: settings of a `MaskVote`, or a module like it: labels follow the masks of SAM or DINO.
+        masks: settings of a `MaskVote`, `dict(type="sam_refine", ...)` for those of a `SamRefine`, or a
+            module like them: labels follow the masks of SAM or DINO.
         regions: settings of a `RegionMap`, or a module like it: who finds the regions that some
             methods ask for, where the caller gives none.
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
@@ -146,6 +150,7 @@ class Engine:
         area_thd: float | None = None,
         slide_crop: int = 224,
         slide_stride: int = 112,
+        slide_tiles: bool = False,
         pad_windows: bool | int = False,
         whole_via_input: bool = False,
         window_batch: int | None = None,
@@ -162,10 +167,14 @@ class Engine:
             raise ValueError(
                 f"unknown precision {precision!r}{suggest(precision, ['auto', *PRECISIONS])}"
             )
-        if slide_crop and not 0 < slide_stride <= slide_crop:
+        if slide_crop and not slide_tiles and not 0 < slide_stride <= slide_crop:
             raise ValueError(
                 f"slide_stride={slide_stride} must be between 1 and slide_crop={slide_crop}: "
                 "larger strides leave pixels without a label"
+            )
+        if slide_tiles and not slide_crop:
+            raise ValueError(
+                "slide_tiles=True needs a side of about which windows are: slide_crop > 0"
             )
         if window_batch is not None and window_batch < 1:
             raise ValueError(f"window_batch={window_batch}: at least one window runs at a time")
@@ -176,6 +185,7 @@ class Engine:
         self.area_thd = area_thd
         self.slide_crop = slide_crop
         self.slide_stride = slide_stride
+        self.slide_tiles = slide_tiles
         self.pad_windows = pad_windows
         self.whole_via_input = whole_via_input
         self.window_batch = window_batch
@@ -336,8 +346,9 @@ class Engine:
             sizes: rows and columns of each image's output.
             queries: the words.
             prepare: makes a window ready for the network; `normalise` by default.
-            regions: an id map of each image, (h, w) of any size, 0 where it has none; None asks the
-                engine's own proposer, if a method needs regions.
+            regions: an id map of each image, (h, w) of any size, 0 where it has none, or masks that may
+                overlap, (R, h, w) floats, for methods that take them; None asks the engine's own
+                proposer, if a method needs regions.
 
         Returns:
             For each method, the merged logits of each image.
@@ -497,6 +508,9 @@ class Engine:
 
     def _grid(self, image: Tensor) -> WindowGrid:
         patch = self.clip.visual.patch
+        if self.slide_tiles:
+            native = [patch * cells for cells in self.clip.visual.native_grid]
+            return WindowGrid.tiles(image.shape[-2:], self.slide_crop, native)
         return WindowGrid.over(
             image.shape[-2:],
             self.slide_crop,
@@ -593,7 +607,7 @@ class Engine:
             **decided(sheet, rows, index, self.logit_scale, decision),
             prob_thd=self.prob_thd,
             area_thd=self.area_thd,
-            keep_scores=scores or getattr(self.masks, "vote", None) == "mean",
+            keep_scores=scores or getattr(self.masks, "needs_scores", False),
         )
         if sheet.regions is not None:
             labels = vote_in_regions(labels, sheet.regions, index[-1] + 1)
@@ -617,8 +631,10 @@ class Engine:
 
 
 def _fitted(ids: Tensor | None, image: Tensor) -> Tensor | None:
-    """An id map at the size of an image (3, H, W)."""
-    return None if ids is None else nearest(ids, (image.shape[-2], image.shape[-1]))
+    """An id map at the size of an image (3, H, W); masks stay as they are."""
+    if ids is None or ids.ndim == 3:
+        return ids
+    return nearest(ids, (image.shape[-2], image.shape[-1]))
 
 
 def _sheet(
@@ -630,6 +646,8 @@ def _sheet(
     sheet = grid.sheet(logits, size)
     if method.vote == "no" or ids is None:
         return sheet
+    if ids.ndim == 3:
+        raise RegionsError(NO_REGIONS)
     if method.vote == "all_but_smallest":
         ids = torch.where(ids == ids.min(), 0, ids + 1)
     return replace(sheet, regions=nearest(ids, size))

@@ -142,11 +142,13 @@ class FeatureCache(LRUCache[Features]):
         if not self.limit or not _is_hashable(method):
             return run(method, vit, windows, context)[0]
         digest = hashlib.blake2b(digest_size=16)
-        for part in (windows, context.get("regions")):
-            if part is not None:
-                digest.update(part.contiguous().cpu().numpy().data)
         whole = context.get("whole")
         where = None if whole is None else whole.grid.key
+        masks = None if whole is None else whole.regions
+        for part in (windows, context.get("regions"), masks):
+            if part is not None:
+                digest.update(f"{tuple(part.shape)}{part.dtype}".encode())
+                digest.update(part.contiguous().cpu().numpy().data)
         key = (method, weights, windows.shape, where, digest.digest())
         if (features := self.get(key)) is not None:
             return features.logits(method, context)

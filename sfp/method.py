@@ -354,6 +354,8 @@ class Method(_Fields):
 
     def read_logits(self, trace: Trace) -> Tensor:
         """Refined query logits (B, Q, h, w) of such a trace, which must have the text features."""
+        if self.needs_whole and trace.whole is None:
+            return torch.cat([self.read_logits(image) for image in trace.alone()])
         return self.compare(self.read(trace), trace)
 
     def compare(self, features: Tokens, trace: Trace) -> Tensor:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 NO_REGIONS = (
     "the method asks for regions of the image: pass an id map (regions=), or say in the settings who "
-    "proposes them (regions=dict(propose=dict(type=...)), see docs/methods.md)"
+    "proposes them (regions=dict(propose=dict(type=...)), see docs/methods.md); masks that overlap "
+    "(regions= of three dimensions, paint='none') are for textregion alone"
 )
 GUIDE_PIXELS = 2**20  # that a guide sees at once, nine windows of 336 pixels
 T = TypeVar("T")
@@ -289,9 +290,20 @@ class Trace:
         Raises:
             LookupError: if nobody gave any.
         """
-        if self._regions is None:
+        if self._regions is None or self._regions.ndim == 4:
             raise RegionsError(NO_REGIONS)
         return self._regions
+
+    def region_masks(self) -> Tensor:
+        """Masks of the regions of the whole image, (R, h, w) float32, which may overlap.
+
+        Raises:
+            LookupError: if nobody gave any regions.
+        """
+        masks = None if self.whole is None else self.whole.masks
+        if masks is None:
+            raise RegionsError(NO_REGIONS)
+        return masks
 
     def guide(self, name: str, output: str | None = None) -> Tokens:
         """What an external encoder sees in the image, without its prefix; computed once.
@@ -406,24 +418,36 @@ class Trace:
         whole = self.whole
         if whole is None or len(whole.grid.places) == 1:
             return self
-        worded = needs_words(self.edits)
 
         def run() -> Trace:
-            return self.vit.trace(
+            return self.over(
                 whole.pixels[None],
-                self.edits,
-                positions=self.positions,
-                text=self.text if worded else None,
-                index=self.index if worded else None,
-                guides=self.guides,
                 regions=None if whole.ids is None else whole.ids[None],
                 whole=WholeImage(whole.grid.whole, whole.source, whole.prepare, whole.regions),
-                normalisation=self.normalisation,
-                depth=self.depth,
-                pool_mlp=self.pool_mlp,
             )
 
-        return self._compute_once("of_image", run, words=worded)
+        return self._compute_once("of_image", run, words=needs_words(self.edits))
+
+    def over(self, image: Tensor, **context: Any) -> Trace:
+        """A run of the trunk, edits included, over other images.
+
+        Args:
+            image: normalised, (B, 3, H, W).
+            **context: `regions` and `whole` of the new trace.
+        """
+        worded = needs_words(self.edits)
+        return self.vit.trace(
+            image,
+            self.edits,
+            positions=self.positions,
+            text=self.text if worded else None,
+            index=self.index if worded else None,
+            guides=self.guides,
+            normalisation=self.normalisation,
+            depth=self.depth,
+            pool_mlp=self.pool_mlp,
+            **context,
+        )
 
     def rgb(self, image: Tensor) -> Tensor:
         """Normalised pixels (..., 3, H, W) as colours in 0..1."""

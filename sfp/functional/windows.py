@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,24 @@ def nearest(ids: Tensor, size: tuple[int, int]) -> Tensor:
         torch.arange(size[i], device=ids.device) * ids.shape[i - 2] // size[i] for i in range(2)
     )
     return ids[..., rows[:, None], columns]
+
+
+def squeezed(
+    image: Tensor,
+    size: tuple[int, int],
+    resample: Literal["bicubic", "bilinear"] = "bicubic",
+) -> Tensor:
+    """Images (B, C, H, W) at another size and shape: (B, C, h, w).
+
+    Args:
+        image: of floats.
+        size: rows and columns.
+        resample: "bicubic" with antialiasing, as pictures are resized; "bilinear" without.
+    """
+    if image.shape[-2:] == size:
+        return image
+    smooth = resample == "bicubic"
+    return F.interpolate(image, size, mode=resample, align_corners=False, antialias=smooth)
 
 
 def merge_matrix(
@@ -186,6 +204,7 @@ class WindowGrid:
         ys, xs: first rows and first columns; each row start meets each column start.
         padding: rows and columns of zeros around each window, half of them in front.
         direct: logits go from patches straight to the output size, not through the image's own.
+        shape: rows and columns that windows are resized to; None leaves them as they are cut.
     """
 
     size: tuple[int, int]
@@ -194,6 +213,7 @@ class WindowGrid:
     xs: list[int]
     padding: tuple[int, int] = (0, 0)
     direct: bool = False
+    shape: tuple[int, int] | None = None
 
     @classmethod
     def over(
@@ -226,6 +246,28 @@ class WindowGrid:
         direct = not (crop or via_input or any(padding))
         return cls((height, width), window, ys, xs, padding, direct)
 
+    @classmethod
+    def tiles(cls, size: Sequence[int], crop: int, shape: Sequence[int]) -> WindowGrid:
+        """Equal windows that cover an image and overlap by less than a pixel each.
+
+        As many as windows of side `crop` fit into each side of the image, at least one.
+
+        Args:
+            size: of the image.
+            crop: about the side of a window, in pixels.
+            shape: rows and columns that each is resized to.
+        """
+        height, width = int(size[0]), int(size[1])
+        counts = [max(length // crop, 1) for length in (height, width)]
+        window = [-(-length // n) for length, n in zip((height, width), counts, strict=True)]
+        ys, xs = (
+            [i * (length - part) // max(n - 1, 1) for i in range(n)]
+            for length, part, n in zip((height, width), window, counts, strict=True)
+        )
+        return cls(
+            (height, width), (window[0], window[1]), ys, xs, shape=(int(shape[0]), int(shape[1]))
+        )
+
     @property
     def places(self) -> list[tuple[int, int]]:
         """First row and column of every window, in the order that `sheet` expects."""
@@ -237,20 +279,22 @@ class WindowGrid:
         place: tuple[int, int],
         prepare: Callable[[Tensor], Tensor] = lambda window: window,
     ) -> Tensor:
-        """The window of an image (C, H, W) at a place, prepared and then padded with zeros."""
+        """The window of an image (C, H, W) at a place, prepared, resized, and padded with zeros."""
         y, x = place
         window = prepare(image[:, y : y + self.window[0], x : x + self.window[1]])
+        if self.shape is not None:
+            window = squeezed(window[None], self.shape)[0]
         return self.pad(window) if any(self.padding) else window
 
     @property
     def key(self) -> Hashable:
         """Equal for grids that lie alike."""
-        return self.size, self.window, tuple(self.ys), tuple(self.xs), self.padding
+        return self.size, self.window, tuple(self.ys), tuple(self.xs), self.padding, self.shape
 
     @property
     def whole(self) -> WindowGrid:
         """The image as one window, with the padding that its windows have."""
-        return replace(self, window=self.size, ys=[0], xs=[0])
+        return replace(self, window=self.size, ys=[0], xs=[0], shape=None)
 
     def canvas(self, cells: tuple[int, int], *, floor: bool = False) -> tuple[int, int]:
         """Rows and columns of the whole image in cells about as large as those of its windows.

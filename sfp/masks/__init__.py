@@ -10,6 +10,9 @@ A config names a proposer, where its prompts come from, and how pixels vote::
 A proposer is a module, registered in `MASKS`: an image (3, h, w) normalised for CLIP, points
 (P, n, 2) with x and y in 0..1, n of them for each mask, and a size (H, W) -> a `MaskSheet` of
 (M, H, W) mask logits, positive inside. Masks may overlap and leave pixels out.
+
+`masks=dict(type="sam_refine", model="facebook/sam-vit-base")` is Trident's way instead: SAM is prompted
+with what was found (`SamRefine`).
 """
 
 from __future__ import annotations
@@ -25,17 +28,21 @@ from sfp.clip.vit import VisionTransformer
 from sfp.functional.labels import Labels
 from sfp.functional.masks import MaskSheet, paint_masks, same_area, vote_in_masks
 from sfp.masks.dino import DinoMasks
+from sfp.masks.refine import SamRefine
 from sfp.masks.sam import SamMasks
-from sfp.registry import MASKS, bind, build, check_knobs, suggest
+from sfp.registry import MASKS, STAGES, bind, build, check_knobs, suggest
 from sfp.tokens import Tokens
+from sfp.whole import MASK_PIXELS
 
 __all__ = [
     "MASKS",
+    "STAGES",
     "DinoMasks",
     "MaskVote",
     "Proposal",
     "RegionMap",
     "SamMasks",
+    "SamRefine",
     "build_masks",
     "build_regions",
 ]
@@ -94,7 +101,8 @@ class RegionMap(Proposal):
         propose: proposer, a config node or a module.
         points: op of the kind "points".
         paint: which mask a pixel of several belongs to: the "smallest", the "largest" (CorrCLIP), or
-            the one of highest "score" (EntitySeg), which the proposer gives.
+            the one of highest "score" (EntitySeg), which the proposer gives; "none" leaves all masks as
+            they are, for methods that take masks which overlap (TextRegion).
         side: as in `Proposal`.
     """
 
@@ -103,11 +111,11 @@ class RegionMap(Proposal):
         *,
         propose: Mapping[str, Any] | nn.Module,
         points: Mapping[str, Any] | Callable = MappingProxyType(dict(type="grid_points", side=32)),
-        paint: Literal["smallest", "largest", "score"] = "largest",
+        paint: Literal["smallest", "largest", "score", "none"] = "largest",
         side: int = 224,
     ) -> None:
         super().__init__(propose, points, side, "regions")
-        if paint not in (orders := ("smallest", "largest", "score")):
+        if paint not in (orders := ("smallest", "largest", "score", "none")):
             raise ValueError(f"regions: unknown paint={paint!r}{suggest(paint, orders)}")
         self.paint = paint
 
@@ -119,10 +127,18 @@ class RegionMap(Proposal):
         *,
         guides: Mapping[str, Callable[..., Tokens]] | None = None,
     ) -> Tensor:
-        """Ids of a normalised image (3, h, w) at a size: (H, W) int64, 0 where there is no mask."""
+        """Ids of a normalised image (3, h, w) at a size: (H, W) int64, 0 where there is no mask.
+
+        Without an order of paint, mask logits (M, H', W') at that size or a smaller one in its shape.
+        """
+        if self.paint == "none":
+            scale = min((MASK_PIXELS / (size[0] * size[1])) ** 0.5, 1)
+            small = (max(int(size[0] * scale), 1), max(int(size[1] * scale), 1))
+            return self.masks(vit, image, small, guides=guides).rows(0, small[0])
         return paint_masks(self.masks(vit, image, size, guides=guides), self.paint)
 
 
+@STAGES.register_module(name="vote")
 class MaskVote(Proposal):
     """Labels of an image made to follow proposed masks, in which pixels vote.
 
@@ -148,6 +164,7 @@ class MaskVote(Proposal):
         if vote not in ("mode", "mean"):
             raise ValueError(f"masks: unknown vote={vote!r}{suggest(vote, ('mode', 'mean'))}")
         self.vote = vote
+        self.needs_scores = vote == "mean"
         self.share = share
 
     def forward(
@@ -182,11 +199,15 @@ class MaskVote(Proposal):
 
 
 def build_masks(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
-    """The `MaskVote` of a config; a module, and None, pass as they are.
+    """The final stage of a config, a `MaskVote` unless its `type` says "sam_refine".
+
+    A module, and None, pass as they are.
 
     Raises:
         ValueError: for an unknown type or knob; the message names the valid ones.
     """
+    if isinstance(node, Mapping) and "type" in node:
+        return build(STAGES, node, "masks")
     return _built(MaskVote, node, "masks")
 
 

@@ -22,6 +22,7 @@ ON_THE_HOST = {  # by method: what it does there by design
     "lposs_plus": "the same",
     "freecp": "boxes around components of masks",
     "ov_stitcher": "a token per region, as corrclip",
+    "textregion": "a mask per region",
 }
 
 

@@ -154,6 +154,9 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("sfp_paper", "purify"): [False, "median", "mask_attention"],
     ("sfp_paper", "layers"): [(-2,)],
     ("sfp_paper", "enhancer"): ["qk", "kk", "qq+vv"],
+    ("textregion", "threshold"): [None],
+    ("textregion", "bias"): [0.1],
+    ("textregion", "resample"): [],  # of images of another size than the tower's
     ("trident", "guide"): [],
     ("trident", "sam"): [None],
     ("trident", "dataset"): ["voc20"],

@@ -1,0 +1,306 @@
+"""TextRegion: the tokens of each mask are pooled, and words are compared with regions (MIT licence).
+
+Code by avaxiao. Class-agnostic masks, which may be soft and overlap, stand in for attention: the values
+of the last block are summed over a mask as if the class token attended to it alone. The image is seen
+at two scales, in tiles and squeezed as a whole. Patches that look like other regions rather than their
+own hold global information, and leave all masks. Nothing is trained; the masks are SAM 2's, which was
+trained on outlines without names.
+
+| | here | release |
+| --- | --- | --- |
+| tiles | any windows, stitched by area; `slide_tiles=True` makes tiles | tiles |
+| values in the sum | as they are; `unit_values=True` for the demo's slip | the demo: of unit length |
+| FFN after the sum | `ffn=False` | evaluation: no; demo: yes |
+| masks | given, or any proposer (`paint="none"`) | SAM 2.1, 16 points a side |
+| towers with a pool | mean over a mask, the pool's values, `pool_mlp=False` | SigLIP 2, PE |
+
+Published settings: towers of 336 pixels, tiles of 336 (`slide_crop=336, slide_tiles=True`), short side
+672, `logit_scale=50`; thresholds of the background VOC21 0.4, Context60 0.35, COCO-Object 0.5; for
+SigLIP 2 and PE `beta=0.5, pool_mlp=False`, for SigLIP 2 its scale and bias too. The release's copy of
+PE rotates patches by the angles of their neighbours; here they keep their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.clip.blocks import Block
+from sfp.functional.clusters import resize
+from sfp.functional.precision import upcast
+from sfp.functional.windows import squeezed
+from sfp.kinds import Rule
+from sfp.ops.attention import self_self
+from sfp.ops.image import window_grid
+from sfp.registry import METHODS, Op, op
+from sfp.tokens import Tokens, cosine_logits
+from sfp.trace import Trace
+
+LARGE = 1e4  # what a half-precision number safely holds
+Resample = Literal["bicubic", "bilinear"]
+
+
+def squeezed_runs(trace: Trace, *, halves: bool, resample: Resample) -> Trace:
+    """The trunk over the whole image, squeezed to the square that the tower was trained on.
+
+    Args:
+        trace: of the windows.
+        halves: whether the left and the right half are squeezed one by one: a batch of two.
+        resample: as in `squeezed`.
+    """
+    assert trace.whole is not None
+    image, visual = trace.whole.pixels[None], trace.vit
+    native = (visual.patch * visual.native_grid[0], visual.patch * visual.native_grid[1])
+    parts = [image]
+    if halves and image.shape[-1] > 1:
+        middle = image.shape[-1] // 2
+        parts = [image[..., :middle], image[..., middle:]]
+    return trace.over(torch.cat([squeezed(upcast(part), native, resample) for part in parts]))
+
+
+def dense_values(trace: Trace) -> Tensor:
+    """What is pooled, of each window: values of the last block, heads side by side, (W, D, h, w).
+
+    Of a tower with an attention pool, the tokens that the pool would look at.
+    """
+    if trace.vit.pool is not None:
+        leaving = trace.leaving().only_patches()
+        return upcast(leaving.with_data(trace.vit.ln_post(leaving.data)).as_map())
+    last = trace.vit.blocks[-1]
+    tokens = trace.entering(len(trace.vit.blocks) - 1).only_patches()
+    (values,) = last.attn.project(last.ln_1(tokens.data), "v")  # (W, H, N, d)
+    return upcast(values.transpose(1, 2).flatten(2).mT.unflatten(2, tokens.grid))
+
+
+def side_by_side(maps: Tensor) -> Tensor:
+    """Maps of the parts of an image from left to right, (n, D, h, w), as one: (1, D, h, n * w)."""
+    return torch.cat(tuple(maps), dim=-1)[None]
+
+
+def two_scales(trace: Trace, *, beta: float, halves: bool, resample: Resample) -> Tensor:
+    """The windows' values on one grid, plus `beta` times those of the whole image, (1, D, h, w).
+
+    Args:
+        trace: of the windows.
+        beta: weight of the whole image.
+        halves, resample: as in `squeezed_runs`.
+    """
+    fine = window_grid(trace).stitch(dense_values(trace))
+    if not beta:
+        return fine
+    whole = trace.once(_op(squeezed_runs, halves=halves, resample=resample))
+    coarse = side_by_side(dense_values(whole))
+    return fine + beta * resize(coarse, (fine.shape[2], fine.shape[3]))
+
+
+def foreignness(features: Tensor, member: Tensor) -> Tensor:
+    """How much more patches look like their own regions than like others, (N,).
+
+    Mean over a patch's own regions of its mean cosine with their patches, itself among them, minus the
+    same over all other regions. Patches of no region have 0 in place of the first.
+
+    Args:
+        features: (N, D).
+        member: (R, N) bool.
+    """
+    unit = F.normalize(features, dim=-1)
+    own = member.to(unit)
+    means = own @ unit / (own.sum(1, keepdim=True) + 1e-9)  # (R, D)
+    similar = unit @ means.T  # (N, R): means of cosines are cosines with means
+    inside = own.T
+    near = (similar * inside).sum(1) / (inside.sum(1) + 1e-9)
+    far = (similar * (1 - inside)).sum(1) / ((1 - inside).sum(1) + 1e-9)
+    return near - far
+
+
+def region_weights(trace: Trace, *, threshold: float | None, **scales: Any) -> Tensor:
+    """How much each region has of each patch of the grid of `two_scales`, (R, N) in 0..1.
+
+    Args:
+        trace: of the windows.
+        threshold: patches of less `foreignness` leave all regions; None keeps all.
+        **scales: as of `two_scales`.
+    """
+    maps = trace.once(_op(two_scales, **scales))
+    masks = trace.region_masks().to(maps)
+    weights = resize(masks[None], (maps.shape[2], maps.shape[3]))[0].clamp(0, 1).flatten(1)
+    return kept_patches(maps[0].flatten(1).T, weights, threshold)
+
+
+def kept_patches(features: Tensor, weights: Tensor, threshold: float | None) -> Tensor:
+    """Weights (R, N) of patches (N, D), 0 where a patch's `foreignness` is below a threshold."""
+    if threshold is None:
+        return weights
+    return weights.masked_fill(foreignness(features, weights > 0) < threshold, 0)
+
+
+def pooled_values(
+    values: Tensor, weights: Tensor, block: Block, *, ffn: bool, unit_values: bool
+) -> Tensor:
+    """What leaves the attention of a block if a token attends to each region, (R, D).
+
+    Rows that half precision would not hold come shortened, which the norm after them undoes.
+
+    Args:
+        values: of the block, heads side by side, (N, D).
+        weights: (R, N), not divided by their sum.
+        block: the last one.
+        ffn: whether its MLP follows, with its residual.
+        unit_values: whether values have unit length in the sum.
+    """
+    rows = F.normalize(values, dim=-1) if unit_values else values
+    dtype = block.ln_2.weight.dtype
+    total = weights.sum(1, keepdim=True).clamp_min(1)
+    mean = (weights @ rows / total).to(dtype)
+    bias = upcast(block.attn.join(torch.zeros_like(mean[:1])))
+    y = bias + total * (upcast(block.attn.join(mean)) - bias)
+    if ffn:
+        y = y + upcast(block.mlp(block.ln_2(_shortened(y).to(dtype))))
+    return _shortened(y).to(dtype)
+
+
+def _shortened(y: Tensor) -> Tensor:
+    return y / (y.abs().amax(1, keepdim=True) / LARGE).clamp_min(1)
+
+
+@op("reader", whole=True, regions=True)
+def region_pool(
+    trace: Trace,
+    *,
+    beta: float = 1.0,
+    threshold: float | None = 0.07,
+    ffn: bool = False,
+    unit_values: bool = False,
+    halves: bool = False,
+    resample: Literal["bicubic", "bilinear"] = "bicubic",
+) -> Tokens:
+    """A token of each region of the whole image, (1, R, D), as if each stood for the class token.
+
+    Sum of the last block's values over the region's mask, and what follows in the block. In a tower
+    with an attention pool the mean of what the pool sees, through its values.
+
+    Args:
+        beta: weight of the whole image beside the windows.
+        threshold: patches of less `foreignness` leave all masks; None keeps all.
+        ffn: whether the MLP of the last block follows, with its residual.
+        unit_values: whether values have unit length in the sum.
+        halves: whether the halves of the image are squeezed one by one, not the whole.
+        resample: how it is squeezed: "bicubic" with antialiasing or "bilinear" without.
+    """
+    scales = dict(beta=beta, halves=halves, resample=resample)
+    maps = trace.once(_op(two_scales, **scales))
+    weights = trace.once(_op(region_weights, threshold=threshold, **scales))
+    rows, pool = maps[0].flatten(1).T, trace.vit.pool
+    if pool is None:
+        last = trace.vit.blocks[-1]
+        data = pooled_values(rows, weights, last, ffn=ffn, unit_values=unit_values)
+    else:
+        data = pool.values(region_means(rows, weights).to(trace.vit.dtype))
+    return Tokens(data[None], (1, len(data)), prefix=0, pooled=pool is not None)
+
+
+def region_means(features: Tensor, weights: Tensor) -> Tensor:
+    """Means of features (N, D) over the patches of positive weight (R, N): (R, D)."""
+    inside = (weights > 0).to(features)
+    return inside @ features / inside.sum(1, keepdim=True).clamp_min(1)
+
+
+@op("comparison", words=True, whole=True, regions=True)
+def region_logits(
+    features: Tokens,
+    trace: Trace,
+    *,
+    beta: float = 1.0,
+    threshold: float | None = 0.07,
+    halves: bool = False,
+    resample: Literal["bicubic", "bilinear"] = "bicubic",
+    scale: float = 1.0,
+    bias: float = 0.0,
+    attention: Rule = self_self,
+) -> Tensor:
+    """Logits of regions on their pixels, summed where masks overlap, (1, Q, rows, columns).
+
+    Rows and columns are the masks', or the patches' where those are more. Pixels in no mask take the
+    cosines of the last block, read as it is but for its attention, the whole image's added to the
+    windows'; 0 in a tower with an attention pool.
+
+    Args:
+        features: of the regions, from `region_pool`.
+        trace: of the windows.
+        beta, threshold, halves, resample: as in `region_pool`.
+        scale, bias: of the regions' cosines; SigLIP was trained with others than 1 and 0.
+        attention: of pixels in no mask.
+    """
+    scales = dict(beta=beta, halves=halves, resample=resample)
+    weights = trace.once(_op(region_weights, threshold=threshold, **scales))
+    maps = trace.once(_op(two_scales, **scales))
+    masks = trace.region_masks().to(weights)
+    size = (max(masks.shape[1], maps.shape[2]), max(masks.shape[2], maps.shape[3]))
+    masks = masks if masks.shape[1:] == size else resize(masks, size)
+    kept = weights.gt(0).any(1)
+    masks = masks.clamp(0, 1) * kept[:, None, None]  # (R, rows, columns)
+    own = scale * cosine_logits(features, trace.query_features())[0, :, 0] + bias  # (Q, R)
+    logits = (own @ masks.flatten(1)).unflatten(1, masks.shape[1:])
+    other = logits.new_zeros(1, len(logits), 1, 1)
+    if trace.vit.pool is None:
+        other = outside(trace, attention, halves=halves, resample=resample)
+        other = resize(other, size)
+    return torch.where(masks.sum(0) > 0, logits[None], other)
+
+
+def outside(trace: Trace, attention: Rule, *, halves: bool, resample: Resample) -> Tensor:
+    """Cosines of the last block with an attention of its own, at two scales, (1, Q, h, w).
+
+    Args:
+        trace: of the windows.
+        attention: rule.
+        halves, resample: as in `squeezed_runs`.
+    """
+
+    def cosines(run: Trace) -> Tensor:
+        x = run.entering(len(run.vit.blocks) - 1)
+        read = run.vit.blocks[-1].read(x, residual=x.data, attention=attention, trace=run)
+        return cosine_logits(run.project(read), trace.query_features())
+
+    fine = window_grid(trace).stitch(cosines(trace))
+    whole = trace.once(_op(squeezed_runs, halves=halves, resample=resample))
+    return fine + resize(side_by_side(cosines(whole)), (fine.shape[2], fine.shape[3]))
+
+
+def _op(function: Any, **knobs: Any) -> Op:
+    return Op(function, tuple(sorted(knobs.items())))
+
+
+@METHODS.register_module()
+def textregion(
+    *,
+    beta: float = 1.0,
+    threshold: float | None = 0.07,
+    ffn: bool = False,
+    unit_values: bool = False,
+    halves: bool = False,
+    resample: Literal["bicubic", "bilinear"] = "bicubic",
+    scale: float = 1.0,
+    bias: float = 0.0,
+) -> dict[str, Any]:
+    """Values of the last block pooled in masks; needs regions (`regions=`), which may overlap.
+
+    Args:
+        beta: weight of the whole image beside the windows; published: 1, for SigLIP 2 and PE 0.5.
+        threshold: patches that look like other regions rather than their own, by a smaller difference
+            of mean cosines, leave all masks; None keeps all.
+        ffn: whether the MLP of the last block follows (the release's demo).
+        unit_values: whether values have unit length in the sum (the demo, by a slip).
+        halves: whether the halves of the image are squeezed one by one (published: Cityscapes).
+        resample: how the whole image is squeezed: "bicubic" with antialiasing or "bilinear" without.
+        scale, bias: of the regions' cosines, those of SigLIP's training for SigLIP.
+    """
+    scales = dict(beta=beta, threshold=threshold, halves=halves, resample=resample)
+    return dict(
+        readouts=[dict(type="region_pool", ffn=ffn, unit_values=unit_values, **scales)],
+        comparison=dict(type="region_logits", scale=scale, bias=bias, **scales),
+        direct=True,
+    )

@@ -128,7 +128,8 @@ class Engine:
         pamr_steps: steps of pixel-adaptive refinement of the final logits; 0 for none.
         pamr_dilations: distances of its neighbours, in pixels.
         guides: external encoders by name, config nodes or modules, for methods that need them.
-        masks: settings of a `MaskVote`, or a module like it: labels follow the masks of SAM or DINO.
+        masks: settings of a `MaskVote`, `dict(type="sam_refine", ...)` for those of a `SamRefine`, or a
+            module like them: labels follow the masks of SAM or DINO.
         regions: settings of a `RegionMap`, or a module like it: who finds the regions that some
             methods ask for, where the caller gives none.
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
@@ -628,7 +629,7 @@ class Engine:
             **decided(sheet, rows, index, self.logit_scale, decision),
             prob_thd=self.prob_thd,
             area_thd=self.area_thd,
-            keep_scores=scores or getattr(self.masks, "vote", None) == "mean",
+            keep_scores=scores or getattr(self.masks, "needs_scores", False),
         )
         if sheet.regions is not None:
             labels = vote_in_regions(labels, sheet.regions, index[-1] + 1)

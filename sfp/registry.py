@@ -107,6 +107,7 @@ OPS = Registry("op", "sfp.ops", "sfp.methods")
 METHODS = Registry("method", "sfp.methods")
 GUIDES = Registry("guide", "sfp.guides")
 MASKS = Registry("mask proposer", "sfp.masks")
+STAGES = Registry("final stage", "sfp.masks")
 COMMON = (
     "depth",
     "positions",

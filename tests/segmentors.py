@@ -25,7 +25,7 @@ def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def sam(seed: int = 0, side: int = 64) -> nn.Module:
+def sam(seed: int = 0, side: int = 64, mask_channels: int = 4) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     vision = dict(
         hidden_size=16,
@@ -39,14 +39,16 @@ def sam(seed: int = 0, side: int = 64) -> nn.Module:
         mlp_dim=32,
         num_pos_feats=8,
     )
-    prompts = dict(hidden_size=16, image_size=side, patch_size=16, mask_input_channels=4)
+    prompts = dict(
+        hidden_size=16, image_size=side, patch_size=16, mask_input_channels=mask_channels
+    )
     config = transformers.SamConfig(
         vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=DECODER
     )
     return scramble(transformers.SamModel(config), seed)
 
 
-def sam2(seed: int = 0, side: int = 64) -> nn.Module:
+def sam2(seed: int = 0, side: int = 64, mask_channels: int = 4) -> nn.Module:
     transformers = pytest.importorskip("transformers", minversion="4.56")
     backbone = dict(
         model_type="sam2_hiera_det_model",
@@ -66,7 +68,9 @@ def sam2(seed: int = 0, side: int = 64) -> nn.Module:
         backbone_feature_sizes=[[side // n] * 2 for n in (4, 8, 16)],
         fpn_hidden_size=16,
     )
-    prompts = dict(hidden_size=16, image_size=side, patch_size=16, mask_input_channels=4)
+    prompts = dict(
+        hidden_size=16, image_size=side, patch_size=16, mask_input_channels=mask_channels
+    )
     config = transformers.Sam2Config(
         vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=DECODER
     )

@@ -10,6 +10,9 @@ A config names a proposer, where its prompts come from, and how pixels vote::
 A proposer is a module, registered in `MASKS`: an image (3, h, w) normalised for CLIP, points
 (P, n, 2) with x and y in 0..1, n of them for each mask, and a size (H, W) -> a `MaskSheet` of
 (M, H, W) mask logits, positive inside. Masks may overlap and leave pixels out.
+
+`masks=dict(type="sam_refine", model="facebook/sam-vit-base")` is Trident's way instead: SAM is prompted
+with what was found (`SamRefine`).
 """
 
 from __future__ import annotations
@@ -25,18 +28,21 @@ from sfp.clip.vit import VisionTransformer
 from sfp.functional.labels import Labels
 from sfp.functional.masks import MaskSheet, paint_masks, same_area, vote_in_masks
 from sfp.masks.dino import DinoMasks
+from sfp.masks.refine import SamRefine
 from sfp.masks.sam import SamMasks
-from sfp.registry import MASKS, bind, build, check_knobs, suggest
+from sfp.registry import MASKS, STAGES, bind, build, check_knobs, suggest
 from sfp.tokens import Tokens
 from sfp.whole import MASK_PIXELS
 
 __all__ = [
     "MASKS",
+    "STAGES",
     "DinoMasks",
     "MaskVote",
     "Proposal",
     "RegionMap",
     "SamMasks",
+    "SamRefine",
     "build_masks",
     "build_regions",
 ]
@@ -132,6 +138,7 @@ class RegionMap(Proposal):
         return paint_masks(self.masks(vit, image, size, guides=guides), self.paint)
 
 
+@STAGES.register_module(name="vote")
 class MaskVote(Proposal):
     """Labels of an image made to follow proposed masks, in which pixels vote.
 
@@ -157,6 +164,7 @@ class MaskVote(Proposal):
         if vote not in ("mode", "mean"):
             raise ValueError(f"masks: unknown vote={vote!r}{suggest(vote, ('mode', 'mean'))}")
         self.vote = vote
+        self.needs_scores = vote == "mean"
         self.share = share
 
     def forward(
@@ -191,11 +199,15 @@ class MaskVote(Proposal):
 
 
 def build_masks(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
-    """The `MaskVote` of a config; a module, and None, pass as they are.
+    """The final stage of a config, a `MaskVote` unless its `type` says "sam_refine".
+
+    A module, and None, pass as they are.
 
     Raises:
         ValueError: for an unknown type or knob; the message names the valid ones.
     """
+    if isinstance(node, Mapping) and "type" in node:
+        return build(STAGES, node, "masks")
     return _built(MaskVote, node, "masks")
 
 

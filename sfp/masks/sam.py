@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,15 @@ from sfp.registry import MASKS
 KINDS = {"sam": False, "sam2": True, "sam2_video": True}  # whether images are stretched to a square
 
 
-@MASKS.register_module(name="sam")
-class SamMasks(FrozenModel):
-    """A frozen SAM (Kirillov et al., 2023) or SAM 2 (Ravi et al., 2024): one mask for each prompt.
+class PromptedSam(FrozenModel):
+    """A frozen SAM (Kirillov et al., 2023) or SAM 2 (Ravi et al., 2024) that is given prompts.
 
-    Of the three masks that the model offers for an ambiguous prompt, the one that it predicts the
-    highest IoU for. Preprocessing is written in torch and as in the releases: bilinear with
-    antialiasing; SAM keeps the shape, the longer side becomes 1024 and zeros fill the square; SAM 2
-    stretches to the square.
+    Preprocessing is written in torch and as in the releases: bilinear with antialiasing; SAM keeps the
+    shape, the longer side becomes 1024 and zeros fill the square; SAM 2 stretches to the square.
 
     Args:
         model: a name on the Hugging Face hub or a folder, loaded with `AutoModelForMaskGeneration`; or
             a `SamModel` or `Sam2Model`.
-        min_iou: masks with a lower predicted IoU are left out (SAM's automatic mode: 0.88).
         prompt_batch: most prompts that are decoded at once.
         image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
             that of the segmentor's weights, for most OpenAI's.
@@ -43,7 +40,6 @@ class SamMasks(FrozenModel):
         self,
         *,
         model: str | nn.Module,
-        min_iou: float = 0.0,
         prompt_batch: int = 64,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
@@ -55,8 +51,105 @@ class SamMasks(FrozenModel):
         if kind not in KINDS:
             raise ValueError(f"mask proposer 'sam': model of type {kind!r}; valid: sam, sam2")
         self.stretch = KINDS[kind]
-        self.min_iou = min_iou
         self.prompt_batch = prompt_batch
+
+    @property
+    def side(self) -> int:
+        """Of the square that the model sees, in pixels."""
+        return self.model.config.prompt_encoder_config.image_size
+
+    def inner(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the square that an image of that size takes."""
+        if self.stretch:
+            return self.side, self.side
+        scale = self.side / max(height, width)
+        return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+    def embed(self, image: Tensor) -> Any:
+        """What the decoder sees of an image (3, h, w)."""
+        inner = self.inner(image.shape[-2], image.shape[-1])
+        pixels = F.interpolate(
+            self.renormalise(image)[None],
+            inner,
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
+        )
+        pixels = F.pad(pixels, (0, self.side - inner[1], 0, self.side - inner[0]))
+        return self.model.get_image_embeddings(pixels.to(self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(self.model.parameters()).dtype
+
+    def decode(self, embeddings: Any, **prompts: Any) -> tuple[Tensor, Tensor]:
+        """Mask logits (P, n, s, s) and predicted IoU (P, n), n masks for each of P prompts.
+
+        Args:
+            embeddings: from `embed`.
+            **prompts: arguments of the model.
+
+        Raises:
+            FloatingPointError: if the model gives NaN or infinite values.
+        """
+        out = self.model(image_embeddings=embeddings, **prompts)
+        masks, iou = out.pred_masks[0].float(), out.iou_scores[0].float()
+        if not (finite(masks) and finite(iou)):
+            raise FloatingPointError(
+                f"the SAM of the settings gives NaN or infinite values in {self.dtype}: "
+                "precision='fp32' of the segmentor (or 'bf16') may avoid them"
+            )
+        return masks, iou
+
+    def sheet(
+        self,
+        masks: Tensor,
+        inner: tuple[int, int],
+        size: tuple[int, int],
+        scores: Tensor | None = None,
+    ) -> MaskSheet:
+        """Masks (M, s, s) of the square, to be rendered at the size of an image.
+
+        Args:
+            masks: logits.
+            inner: rows and columns of the square that the image takes.
+            size: rows and columns.
+            scores: as in `MaskSheet`.
+        """
+        matrices = [
+            _enlarge(masks.shape[i - 2], self.side, inner[i], size[i], masks, direct=self.stretch)
+            for i in range(2)
+        ]
+        return MaskSheet(masks, matrices[0], matrices[1], scores)
+
+
+@MASKS.register_module(name="sam")
+class SamMasks(PromptedSam):
+    """One mask of a SAM or SAM 2 for each prompt.
+
+    Of the three masks that the model offers for an ambiguous prompt, the one that it predicts the
+    highest IoU for.
+
+    Args:
+        model: as in `PromptedSam`.
+        min_iou: masks with a lower predicted IoU are left out (SAM's automatic mode: 0.88).
+        **settings: `prompt_batch`, `image_mean` and `image_std` of `PromptedSam`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | nn.Module,
+        min_iou: float = 0.0,
+        prompt_batch: int = 64,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(
+            model=model, prompt_batch=prompt_batch, image_mean=image_mean, image_std=image_std
+        )
+        self.min_iou = min_iou
 
     @torch.no_grad()
     def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:
@@ -65,47 +158,21 @@ class SamMasks(FrozenModel):
         Raises:
             FloatingPointError: if the model gives NaN or infinite values.
         """
-        height, width = image.shape[-2:]
-        side = self.model.config.prompt_encoder_config.image_size
-        inner = (side, side)
-        if not self.stretch:
-            scale = side / max(height, width)
-            inner = (max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1))
-        pixels = F.interpolate(
-            self.renormalise(image)[None],
-            inner,
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )
-        pixels = F.pad(pixels, (0, side - inner[1], 0, side - inner[0]))
-        dtype = next(self.model.parameters()).dtype
+        inner = self.inner(image.shape[-2], image.shape[-1])
         # the prompt encoder adds half a pixel
         at = points.float() * points.new_tensor([inner[1], inner[0]]).float() - 0.5
-        maps = [pixels.new_zeros(0, side // 4, side // 4)]
-        scores = [pixels.new_zeros(0)]
-        embeddings = self.model.get_image_embeddings(pixels.to(dtype)) if len(at) else None
+        maps = [at.new_zeros(0, self.side // 4, self.side // 4)]
+        scores = [at.new_zeros(0)]
+        embeddings = self.embed(image) if len(at) else None
         for part in at.split(self.prompt_batch) if len(at) else ():
-            out = self.model(input_points=part[None], image_embeddings=embeddings)
-            masks = out.pred_masks[0].float()  # (P, 3, s, s)
-            iou = out.iou_scores[0].float()  # (P, 3)
-            if not (finite(masks) and finite(iou)):
-                raise FloatingPointError(
-                    f"the SAM of masks.propose gives NaN or infinite values in {dtype}: "
-                    "precision='fp32' of the segmentor (or 'bf16') may avoid them"
-                )
+            masks, iou = self.decode(embeddings, input_points=part[None])  # (P, 3, s, s), (P, 3)
             best = iou.argmax(1)
             rows = torch.arange(len(best), device=best.device)
             sure = iou[rows, best]
             maps.append(masks[rows, best][sure >= self.min_iou])
             scores.append(sure[sure >= self.min_iou])
-        cells = maps[-1].shape[-2:]
-        matrices = [
-            _enlarge(cells[i], side, inner[i], size[i], pixels, direct=self.stretch)
-            for i in range(2)
-        ]
-        found = torch.cat([t for t in maps if len(t)] or maps[:1])
-        return MaskSheet(found, matrices[0], matrices[1], torch.cat(scores))
+        found = torch.cat([t for t in maps if len(t)] or maps[-1:])
+        return self.sheet(found, inner, size, torch.cat(scores))
 
 
 def _enlarge(

@@ -2,8 +2,9 @@
 
 Harnessing Vision Foundation Models for High-Performance, Training-Free Open Vocabulary Segmentation,
 arXiv:2411.09219*. DINO ViT-B/16 guides the windows; the attention of SAM's last global block, where its
-values agree, then mixes the whole image on SAM's grid. Its refinement of labels by SAM's decoder is not
-here.
+values agree, then mixes the whole image on SAM's grid. Its last stage, which refines labels by SAM's
+decoder, is a setting of the engine that any method can have: `masks=dict(type="sam_refine",
+model="facebook/sam-vit-base")` (`sfp.masks.refine`). Nothing is trained; SAM was, on outlines.
 
 | | here | release |
 | --- | --- | --- |

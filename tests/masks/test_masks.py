@@ -316,7 +316,7 @@ def test_sam_is_frozen_and_says_when_it_breaks(model):
     assert masks.rows(0, 40).dtype == torch.float32
     broken = segmentors.sam()
     broken.mask_decoder.iou_token.weight.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match=r"masks\.propose.*precision='fp32'"):
+    with pytest.raises(FloatingPointError, match=r"the SAM of the settings.*precision='fp32'"):
         SamMasks(model=broken)(normalised(picture(9, 9)), torch.tensor([[[0.5, 0.5]]]), (9, 9))
     with pytest.raises(ValueError, match="model of type 'vit'; valid: sam, sam2"):
         SamMasks(model=segmentors.dino())

@@ -52,6 +52,7 @@ from sfp.engine import Engine, Queries
 from sfp.files import atomic_write
 from sfp.functional import windows as windows_module
 from sfp.functional.windows import WindowGrid
+from sfp.graphs import Graphs
 
 ARCHS = {
     "ViT-B/32": dict(patch=32, width=768, layers=12, embed_dim=512),
@@ -159,12 +160,23 @@ reference = lru_cache(maxsize=1)(SequentialSFP)
 
 def sequential(own: Contender, case: Case, data: bytes) -> Tensor:
     """The same labels the way SFP's repository computes them, one image after the other."""
+    images = [own.engine.input(load(data, case.short)) for _ in range(case.batch)]
+    return labelled_one_by_one(own, case, images).cpu()
+
+
+def labelled_one_by_one(own: Contender, case: Case, images: list[Tensor]) -> Tensor:
+    """`labelled`, by the reference."""
     engine, run = own.engine, reference(own.engine.clip)
-    labels = []
-    for _ in range(case.batch):
-        image = engine.input(load(data, case.short))[None].to(engine.clip.visual.dtype)
-        labels.append(run(image, own.queries.features, case.size, engine.logit_scale))
-    return torch.stack(labels).cpu()
+    labels = [
+        run(
+            image[None].to(engine.clip.visual.dtype),
+            own.queries.features,
+            case.size,
+            engine.logit_scale,
+        )
+        for image in images
+    ]
+    return torch.stack(labels)
 
 
 class Stopwatch:
@@ -265,14 +277,7 @@ def _resident(field: str) -> int:
 
 
 def first_peak(run: Callable, case: Case, method: str, variant: str, data: bytes) -> float | None:
-    """`peak_mib` of a first run, in a process of its own: nothing has filled the allocator there.
-
-    CUDA's allocator counts what is asked of it, so that a run in this process serves as well.
-    """
-    if case.device == "cuda":
-        own = case.contender(case.clip(), method, variant)
-        run(own, case, data)
-        return peak_mib(lambda: run(own, case, data), case.device)
+    """`peak_mib` of a first run, in a process of its own: nothing has filled the allocator there."""
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(
             _first_peak, (run.__name__, case, method, variant, data, torch.get_num_threads())
@@ -289,6 +294,29 @@ def _first_peak(
     return peak_mib(lambda: globals()[run](own, case, data), case.device)
 
 
+def floors(engine: Engine, windows: Tensor) -> dict[Any, Callable[[], Tensor]]:
+    """CLIP's own forward pass: as it is, and otherwise."""
+    plain = engine.clip.visual
+    parts = windows.to(plain.dtype).split(engine.windows_at_once)
+    graphs = Graphs()
+
+    @torch.inference_mode()
+    def floor() -> Tensor:
+        return torch.cat([plain(part) for part in parts])
+
+    def pytorch_floor() -> Tensor:
+        with patch.object(onednn, "works", lambda: False):
+            return floor()
+
+    @torch.inference_mode()
+    def graph_floor() -> Tensor:
+        return torch.cat([graphs(0, lambda part: [plain(part)], part)[0] for part in parts])
+
+    if windows.is_cuda:
+        return dict(floor=floor, graph_floor=graph_floor)
+    return dict(floor=floor, pytorch_floor=pytorch_floor)
+
+
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """All contenders of one case."""
     data = jpeg(*case.size)
@@ -301,33 +329,28 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     image = engine.input(load(data, case.short))
     grid = WindowGrid.over(image.shape[1:], CROP, STRIDE)
     windows = torch.stack([grid.cut(image, place) for place in grid.places] * case.batch)
-    plain = engine.clip.visual
 
-    @torch.inference_mode()
-    def floor() -> Tensor:
-        return torch.cat([plain(part) for part in windows.split(engine.windows_at_once)])
-
+    tasks: dict[Any, Callable[[], Tensor]] = floors(engine, windows)
     images = [image] * case.batch
-
-    def task(run: Callable, own: Contender) -> Callable[[], Tensor]:
-        return lambda: run(own, case, data)
-
-    def pytorch_floor() -> Tensor:
-        with patch.object(onednn, "works", lambda: False):
-            return floor()
-
-    tasks: dict[Any, Callable[[], Tensor]] = {"floor": floor, "pytorch_floor": pytorch_floor}
     for key, own in contenders.items():
-        tasks[key] = task(fast, own)
-        tasks["on device", key] = partial(labelled, own, case, images)
+        tasks[key] = partial(fast, own, case, data)
+        tasks["inside", key] = partial(labelled, own, case, images)
     # which has float weights to share
     followed = next((contenders[k] for k in contenders if k[0] == "sfp" and k[1] != "int8"), None)
     if args.sequential and followed is not None:
-        tasks["sequential"] = task(sequential, followed)
+        tasks["sequential"] = partial(sequential, followed, case, data)
+        tasks["inside", "sequential"] = partial(labelled_one_by_one, followed, case, images)
+    if case.device == "cpu":  # where reading is a small part
+        tasks = {name: task for name, task in tasks.items() if name[0] != "inside"}
     times = take_turns(tasks, args.rounds, case.device)
 
     def peak(run: Callable, method: str, variant: str) -> float | None:
-        return first_peak(run, case, method, variant, data) if args.memory else None
+        if not args.memory:
+            return None
+        if case.device == "cpu":
+            return first_peak(run, case, method, variant, data)
+        # CUDA's allocator counts what is asked of it, whatever ran before
+        return peak_mib(partial(run, contenders[method, variant], case, data), case.device)
 
     record: dict[str, Any] = dict(
         arch=case.arch,
@@ -339,7 +362,8 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         windows=len(windows),
         device=case.device,
         floor_seconds=times["floor"],
-        pytorch_floor_seconds=times["pytorch_floor"],
+        pytorch_floor_seconds=times.get("pytorch_floor"),
+        graph_floor_seconds=times.get("graph_floor"),
         rows=[],
     )
     expected = None
@@ -348,6 +372,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         record["sequential"] = dict(
             variant=variant,
             seconds=times["sequential"],
+            device_seconds=times.get(("inside", "sequential")),
             peak_mib=peak(sequential, "sfp", variant),
         )
         expected = tasks["sequential"]()
@@ -356,7 +381,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             method=method,
             variant=variant,
             seconds=times[method, variant],
-            device_seconds=times["on device", (method, variant)],
+            device_seconds=times.get(("inside", (method, variant))),
             peak_mib=peak(fast, method, variant),
             stages=stages(own, case, data),
         )
@@ -461,9 +486,14 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
         )
 
     add("floor", floor)
-    add("floor, PyTorch's linear layers", record["pytorch_floor_seconds"])
+    if record["pytorch_floor_seconds"]:
+        add("floor, PyTorch's linear layers", record["pytorch_floor_seconds"])
+    if record["graph_floor_seconds"]:
+        add("floor as a CUDA graph", record["graph_floor_seconds"])
     if slow:
-        add("sequential reference", slow["seconds"], slow["peak_mib"])
+        add(
+            "sequential reference", slow["seconds"], slow["peak_mib"], inside=slow["device_seconds"]
+        )
     for row in record["rows"]:
         name = row["method"] + f" {row['variant']}" * (row["variant"] != "auto")
         add(name, row["seconds"], row["peak_mib"], row["method"] == "sfp", row["device_seconds"])

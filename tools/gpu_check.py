@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -39,14 +40,19 @@ import torch.distributed
 
 import sfp
 from sfp import mini
-from sfp.engine import PRECISIONS, Engine, Queries
+from sfp.engine import Engine, Queries
 from sfp.files import atomic_write
+from sfp.functional.windows import LogitSheet
 from sfp.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/methods", "tests/ops")
 SCENES = 4
-MODES = ("compiled", "graphs", "compiled graphs")  # in fp16, for the first kind of case
+MODES = (
+    "compiled",
+    "graphs",
+    "compiled graphs",
+)  # in fp16; what is compiled for the first kind of case
 # what is measured first if there is no time for all: (arch, image, classes, batch)
 CASES = [
     *product(["ViT-B/16"], ["voc"], [21, 171, 847], [1, 16]),
@@ -114,6 +120,9 @@ def methods(device: str, names: list[str], precisions: list[str]) -> dict[str, A
                 continue
             if device == "cuda" and precision == precisions[0]:
                 found[name]["waits"] = waits(engine, sfp.build_method(name), inputs[0], queries)
+                found[name]["graph"] = recorded(
+                    engine, sfp.build_method(name), inputs, queries, sheets
+                )
             labels = torch.stack(
                 [
                     engine.label(image, sheet, queries.index).labels
@@ -149,6 +158,26 @@ def waits(engine: Engine, method: sfp.Method, image: torch.Tensor, queries: Quer
     return None
 
 
+def recorded(
+    engine: Engine,
+    method: sfp.Method,
+    images: list[torch.Tensor],
+    queries: Queries,
+    expected: list[LogitSheet],
+) -> float | None:
+    """Largest difference of a CUDA graph's logits from `expected`; None where there is no graph."""
+    graphs = Engine(engine.clip, precision=engine.precision, graphs=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other = [image.flip(-1) for image in images]  # recorded with these
+        for inputs in (other, images):
+            (sheets,) = graphs.logits([method], inputs, [(224, 224)] * len(inputs), queries)
+    if method.needs_whole or any("graphs=True" in str(each.message) for each in caught):
+        return None
+    pairs = zip(sheets, expected, strict=True)
+    return max((found.tiles - own.tiles).abs().max().item() for found, own in pairs)
+
+
 def process_group(device: str) -> dict[str, Any]:
     """Sums counts over a group of one process, by NCCL on a GPU."""
     backend = "nccl" if device == "cuda" else "gloo"
@@ -173,7 +202,8 @@ def measured(device: str, cases: list[tuple], variants: list[str], until: float)
             yield dict(name=name, left_out="no time left")
             continue
         # what is compiled takes a long time to begin with
-        chosen = [v for v in variants if v in PRECISIONS or (arch, image) == cases[0][:2]]
+        first = (arch, image) == cases[0][:2]
+        chosen = [variant for variant in variants if first or not variant.startswith("compiled")]
         settings = argparse.Namespace(
             methods=["sfp"],
             variants=chosen,
@@ -193,34 +223,34 @@ def rows(record: dict[str, Any]) -> Iterator[list[str]]:
     """What docs/speed.md shows of the bench: one row per case and variant."""
     for case in record["bench"]:
         if "left_out" in case:
-            yield [case["name"], "-", "not measured: " + case["left_out"], *[""] * 6]
+            yield [case["name"], "-", "not measured: " + case["left_out"], *[""] * 7]
             continue
+        slow, graph = case.get("sequential"), case["graph_floor_seconds"]
         for row in case["rows"]:
-            slow = case.get("sequential")
+            inside = row["device_seconds"] or row["seconds"]
             peak = row["peak_mib"]
+            faster = "-"
+            if slow:
+                faster = f"{(slow['device_seconds'] or slow['seconds']) / inside:.1f}x"
             yield [
                 case["name"],
                 row["variant"],
                 f"{1e3 * case['floor_seconds']:.1f}",
-                f"{1e3 * row['device_seconds']:.1f}",
-                f"{row['device_seconds'] / case['floor_seconds']:.2f}",
+                "-" if graph is None else f"{1e3 * graph:.1f}",
+                f"{1e3 * inside:.1f}",
+                f"{inside / case['floor_seconds']:.2f}",
+                faster,
                 f"{1e3 * row['seconds']:.1f}",
-                f"{slow['seconds'] / row['seconds']:.2f}x" if slow else "-",
                 "-" if peak is None else f"{peak:.0f}",
+                "-" if not slow or slow["peak_mib"] is None else f"{slow['peak_mib']:.0f}",
             ]
 
 
 def tables(record: dict[str, Any]) -> str:
     """The results as Markdown."""
     header = [
-        "case",
-        "variant",
-        "floor ms",
-        "SFP ms",
-        "x floor",
-        "from JPEG ms",
-        "x sequential",
-        "peak MiB",
+        *("case", "variant", "floor ms", "floor as a graph ms", "SFP ms", "x floor"),
+        *("sequential / SFP", "SFP from JPEG ms", "peak MiB", "sequential's peak MiB"),
     ]
     precisions = record["precisions"]
     agreement = [
@@ -228,6 +258,7 @@ def tables(record: dict[str, Any]) -> str:
             f"`{name}`",
             *(f"{100 * each[p]['same_labels']:.2f} %" for p in precisions),
             each.get("waits") or "no",
+            "-" if each.get("graph") is None else f"{each['graph']:.1e}",
         ]
         for name, each in record["methods"].items()
         if "left_out" not in each
@@ -235,7 +266,11 @@ def tables(record: dict[str, Any]) -> str:
     return (
         f"{json.dumps(record['machine'])}\n\nGoldens: {record['goldens']['summary']}\n\n"
         + markdown(
-            ["method", *(f"{p}: labels as in fp32" for p in precisions), "waits for the GPU"],
+            [
+                "method",
+                *(f"{p}: labels as in fp32" for p in precisions),
+                *("waits for the GPU", "largest difference of a graph's logits"),
+            ],
             agreement,
         )
         + "\n"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads would be in each other's way
@@ -7,6 +8,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads would be 
 
 import pytest
 import torch
+
+
+def pytest_collection_finish():
+    """Full collections, which mmengine asks for at each dataset, need not walk over all modules."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled():
+    """As above, for what modules before this one have imported and cached."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plain_configs():
+    """mmengine writes a config four times an evaluation, and yapf takes longer than the rest of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
+        yield
 
 
 @pytest.fixture

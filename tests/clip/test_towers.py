@@ -241,6 +241,12 @@ def test_what_stands_in_for_a_class_token():
 
 # -- every method on every tower -------------------------------------------------------------------
 
+
+@functools.cache
+def presets() -> dict[str, sfp.Method]:
+    return {name: sfp.build_method(name) for name in sfp.list_methods()}
+
+
 # why a method cannot be read in a pool: it reads several blocks, has no rule, or no readout to move
 NOT_IN_A_POOL = "not for blocks=|needs an attention rule|reads in its own way"
 
@@ -249,10 +255,9 @@ NOT_IN_A_POOL = "not for blocks=|needs an attention rule|reads in its own way"
 def test_every_preset(name):
     """It runs, and logits are finite."""
     ours = tower(name)
-    image = tiny.images(2, 5 * ours.patch, 3 * ours.patch)
+    image = tiny.images(1, 5 * ours.patch, 3 * ours.patch)
     text = tiny.queries(QUERIES, width=ours.embed_dim)
-    for preset in sfp.list_methods():
-        method = sfp.build_method(preset)
+    for preset, method in presets().items():
         logits, _ = method.logits(ours, image, text, guides=GUIDES, regions=ids(image))
         assert logits.isfinite().all(), preset
 
@@ -262,7 +267,7 @@ def test_every_preset(name):
 def test_every_preset_in_the_pool(name, keys):
     """It runs there or is refused when it is built, with the reason."""
     ours, ran = tower(name), set()
-    image = tiny.images(2, 5 * ours.patch, 3 * ours.patch)
+    image = tiny.images(1, 5 * ours.patch, 3 * ours.patch)
     text = tiny.queries(QUERIES, width=ours.embed_dim)
     for preset in sfp.list_methods():
         try:

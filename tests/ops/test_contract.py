@@ -573,16 +573,21 @@ def test_words_change_what_says_that_it_needs_them_and_nothing_else(name, pictur
     assert any(changed) == needs_words(op)
 
 
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def typed(request, clip) -> tuple[sfp.CLIP, Given, dict[str, Tensor]]:
+    """A model of a precision, a run of it, and copies of what no op may change."""
+    clip = copy.deepcopy(clip).to(request.param)
+    with torch.no_grad():
+        on = given(clip, tiny.images(2, 40, 72))
+    return clip, on, {key: value.clone() for key, value in on.tensors().items()}
+
+
 @EACH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_shapes_types_and_inputs(kind, name, knobs, dtype, clip):
-    image = tiny.images(2, 40, 72)
-    clip = copy.deepcopy(clip).to(dtype)
-    on = given(clip, image)
-    before = {key: value.clone() for key, value in on.tensors().items()}
+def test_shapes_types_and_inputs(kind, name, knobs, typed):
+    clip, on, before = typed
     op = bind(dict(type=name, **knobs), kind)
     if kind == "surgery":
-        check_surgery(clip, op, image)
+        check_surgery(clip, op, on.trace.image)
     else:
         for call, result in run(kind, op, on).items():
             check_result(kind, call, result, on)
@@ -654,27 +659,34 @@ def check_surgery(clip: sfp.CLIP, op: Any, image: Tensor) -> None:
     assert method.features(clip.visual, image)[0].data.isfinite().all()
 
 
+# discrete choices (outliers, cuts) may fall otherwise in half precision: most must agree
+PRECISIONS = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}
+
+
+@pytest.fixture(scope="module")
+def halves(clip) -> dict[torch.dtype, sfp.CLIP]:
+    return {dtype: copy.deepcopy(clip).to(dtype) for dtype in PRECISIONS}
+
+
 @pytest.mark.parametrize("name", sfp.list_methods())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_methods_in_half_precision(name, dtype, clip, exact):
+def test_methods_in_half_precision(name, halves, clip, exact):
     image, text = tiny.images(2, 40, 72), tiny.queries(QUERIES)
-    method = sfp.build_method(name)
     before = image.clone()
-    half = copy.deepcopy(clip).to(dtype)
+    method = sfp.build_method(name)
     context = dict(guides=GUIDES, regions=ids(image), words=tiny.words(QUERIES))
-    logits, trace = method.logits(half.visual, image, text, **context)
-    assert logits.dtype == torch.float32
-    assert logits.isfinite().all()
-    assert trace.outputs[-1].data.dtype == dtype
-    assert torch.equal(image, before)
-    state = half.visual.state_dict()
-    for key, value in clip.visual.state_dict().items():
-        assert torch.equal(state[key], value.to(dtype)), f"{name} changed {key}"
     reference, _ = method.logits(exact.visual, image.double(), text.double(), **context)
-    # discrete choices (outliers, cuts) may fall otherwise in half precision: most must agree
-    tolerance = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}[dtype]
     scale = max(float(reference.abs().max()), 1.0)  # more than 1 where logits have propagated
-    assert (logits - reference).abs().median() < tolerance * scale
+    for dtype, tolerance in PRECISIONS.items():
+        visual = halves[dtype].visual
+        logits, trace = method.logits(visual, image, text, **context)
+        assert logits.dtype == torch.float32, dtype
+        assert logits.isfinite().all(), dtype
+        assert trace.outputs[-1].data.dtype == dtype
+        assert torch.equal(image, before), f"{name} changed the image"
+        state = visual.state_dict()
+        for key, value in clip.visual.state_dict().items():
+            assert torch.equal(state[key], value.to(dtype)), f"{name} changed {key}"
+        assert (logits - reference).abs().median() < tolerance * scale, dtype
 
 
 @pytest.mark.parametrize("name", sfp.list_methods())

@@ -23,7 +23,7 @@ from sfp.tables import markdown
 # what towers learnt from besides captions written by people, where a source of the table says it
 TOWERS = {"TIPSv2": "synthetic captions", "CLIP of this package": "captions of drawn scenes only"}
 # what models beside the tower learnt from, by a word in their settings
-OTHERS = {"sam": "masks", "dino": "unlabelled images"}
+OTHERS = {"sam": "masks", "dino": "unlabelled images", "clipseg": "masks"}
 
 
 def matrix(

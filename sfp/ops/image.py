@@ -68,8 +68,12 @@ def canvas(trace: Trace, *, floor: bool = False) -> Trace:
                 raise GuideError(f"the guide {name!r} has no last block to stitch: `across`")
             return across(trace.guide(name, "entering"), tokens)
 
-        if hasattr(trace.guides[name], "last_attention"):  # SAM looks at whole images as it is
-            look.last_attention = trace.guides[name].last_attention  # type: ignore[attr-defined]
+        for of_pixels in (
+            "last_attention",
+            "scores",
+        ):  # SAM and CLIPSeg look at whole images as it is
+            if hasattr(trace.guides[name], of_pixels):
+                setattr(look, of_pixels, getattr(trace.guides[name], of_pixels))
         return look
 
     layers = [trace.entering(i) for i in range(trace.depth_run)]

@@ -22,6 +22,7 @@ ON_THE_HOST = {  # by method: what it does there by design
     "lposs_plus": "the same",
     "freecp": "boxes around components of masks",
     "ov_stitcher": "a token per region, as corrclip",
+    "s2c2seg": "classes of each window are counted",
     "textregion": "a mask per region",
 }
 
@@ -47,7 +48,8 @@ def logits(method: sfp.Method, within: Callable) -> Tensor:
             image,
             text,
             index=range(5),
-            guides=dict(dino=guide, sam=tiny.Sam()),
+            guides=dict(dino=guide, sam=tiny.Sam(), clipseg=tiny.Scorer()),
+            words=tiny.words(5),
             regions=ids,
         )
     return found

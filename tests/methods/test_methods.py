@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tiny import Sam
+from tiny import Sam, Scorer, words
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,6 +54,7 @@ CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
     "lposs_plus": lambda: dict(guides=dict(dino=colours)),
     "ov_stitcher": lambda: dict(guides=dict(dino=colours)),
     "proxyclip": lambda: dict(guides=dict(dino=colours)),
+    "s2c2seg": lambda: dict(guides=dict(dino=colours, clipseg=Scorer()), words=words(5)),
 }
 """Further context of `Method.logits` by method, made when it is needed."""
 
@@ -143,6 +144,12 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("rfclip", "image_weight"): [0.5],
     ("rfclip", "move"): [0.5],
     ("rfclip", "height"): [2.0],
+    ("s2c2seg", "base"): ["sclip"],
+    ("s2c2seg", "guide"): [],
+    ("s2c2seg", "share"): [0.7],
+    ("s2c2seg", "most"): [1],
+    ("s2c2seg", "repair"): [],  # tests/methods/test_s2c2seg.py, as the next
+    ("s2c2seg", "sure"): [],
     ("sfp", "pm"): ["l2_norm", "lof"],
     ("sfp", "purify"): [False, "median", "mask_attention"],
     ("sfp", "layers"): ["all", (-3, -2)],

@@ -167,6 +167,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "canvas": [{}, dict(floor=True)],
     },
     "reader": {
+        "region_pool": [
+            {},
+            dict(beta=0.3, threshold=None, ffn=True),
+            dict(threshold=0.3, unit_values=True, halves=True, resample="bilinear"),
+        ],
         "stitched_region_tokens": [
             dict(guide="colours"),
             dict(guide="bright", output=None, eps=2.0),
@@ -207,6 +212,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "layer_probabilities": [
             {},
             dict(cut=0.9, select=3, logit_scale=10.0, background=True),
+        ],
+        "region_logits": [
+            {},
+            dict(beta=0.3, threshold=None, scale=3.0, bias=0.1),
+            dict(threshold=0.3, halves=True, resample="bilinear", attention=dict(type="identity")),
         ],
         "present_words": [
             {},
@@ -249,6 +259,12 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(guide="colours", neighbours=9, power=1.0, decay=0.1, alpha=0.5, steps=3),
         ],
         "propagate_pixels": [{}, dict(side=5, tau=0.2, alpha=0.5, steps=3)],
+        "selected_classes": [
+            dict(guide="clipseg"),
+            dict(share=0.5, local=0.4, guided=0.3, overall="mean_logit", cells=2),
+            dict(share=0.9, most=3, repair=False),
+            dict(share=0.2, local=0.25, scale=400.0, sure=0.3),
+        ],
         "query_probabilities": [{}, dict(scale=10.0)],
         "prompt_denoising": [{}, dict(pd_thresh=0.9, scale=10.0)],
         "remove_redundancy": [{}, dict(temperature=5.0)],
@@ -295,7 +311,7 @@ for guide in (colours, bright):
     guide.across = lambda entering, join: join(entering)
 
 
-GUIDES = dict(sam=tiny.Sam(), colours=colours, bright=bright, dino=colours)
+GUIDES = dict(sam=tiny.Sam(), clipseg=tiny.Scorer(), colours=colours, bright=bright, dino=colours)
 """What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
 
 
@@ -411,7 +427,9 @@ def of_logits(kind: str, op: Any, on: Given) -> Tensor:
     if kind == "refiner":
         return op(on.logits, trace)
     if kind == "comparison":
-        return op(trace.vit.project(on.tokens), trace)
+        pooled = op.fn.__name__ == "region_logits"  # features of regions, not of patches
+        tokens = bind(dict(type="region_pool"))(trace) if pooled else on.tokens
+        return op(trace.vit.project(tokens), trace)
     index = trace.index or range(QUERIES)
     size = (2 * height, 2 * width)
     sheets = [WindowGrid.over(size, 0, 1).sheet(own, size) for own in on.logits.split(1)]
@@ -655,7 +673,7 @@ def test_methods_in_half_precision(name, halves, clip, exact):
     image, text = tiny.images(2, 40, 72), tiny.queries(QUERIES)
     before = image.clone()
     method = sfp.build_method(name)
-    context = dict(guides=GUIDES, regions=ids(image))
+    context = dict(guides=GUIDES, regions=ids(image), words=tiny.words(QUERIES))
     reference, _ = method.logits(exact.visual, image.double(), text.double(), **context)
     scale = max(float(reference.abs().max()), 1.0)  # more than 1 where logits have propagated
     for dtype, tolerance in PRECISIONS.items():

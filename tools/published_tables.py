@@ -20,7 +20,7 @@ from sfp.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- published: begin -->\n", "<!-- published: end -->"
-SLIDING = ["sfp_poster/main", "sfp_log", "pearl", "ov_stitcher", "naclip", "gclip"]
+SLIDING = ["sfp_poster/main", "sfp_log", "pearl", "ov_stitcher", "later", "naclip", "gclip"]
 SLIDING += ["clearclip", "floss"]
 CENTRE_CROP = ("cliptrase_224", "cliptrase_336")
 

@@ -43,6 +43,10 @@ BY_HAND = [
     ("cliptrase/8", "CLIPtrase", "mIoU", "30.8 20.0"),
     ("naclip", "NACLIP", "mIoU", "64.07 34.99 36.19 83.03 38.35 25.69 19.05 38.27 42.46"),
     ("pearl", "SFP", "mIoU", "56.8 32.3 32.1 83.4 36.0 24.0 18.1 34.1 39.6"),
+    ("later", "Trident", "mIoU", "67.1 38.6 41.1 84.5 42.2 28.3 21.9 42.9 45.8"),
+    ("later", "CorrCLIP, MetaCLIP's L/14", "mIoU", "76.7 44.9 49.4 91.5 50.8 34.0 30.7 51.1 53.6"),
+    ("later", "RF-CLIP", "mIoU", "67.2 37.9 39.1 87.0 41.4 27.5 21.0 43.0 45.5"),
+    ("later", "FLOSS on NACLIP", "mIoU", "- - - 80.2 35.9 23.6 18.4 37.0 -"),
     ("gclip", "GCLIP", "mIoU", "24.8 18.5 33.7"),
 ]  # fmt: skip
 # averages that the papers print and their rows do not have: table, row, metric

@@ -136,7 +136,8 @@ class Engine:
             products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
         compiled: whether the blocks' MLPs go through `torch.compile`; for GPUs, on CPUs it costs time.
         graphs: whether a GPU replays the network as a CUDA graph: recorded at the first batch of each
-            shape, after which Python launches nothing. For batches too small to fill the GPU.
+            shape, after which Python launches nothing. For batches too small to fill the GPU; hooks
+            on modules do not run then, and no features are cached. Off a GPU it changes nothing.
         cache_bytes: size of the cache of recent images' features; 0 for none.
 
     Raises:
@@ -358,7 +359,7 @@ class Engine:
         """
         self.convert()
         prepare = prepare or self.normalise
-        weights = self._weights() if self.cache.limit else None
+        weights = self._weights() if self.cache.limit and self.graphs is None else None
         maps = self._regions(methods, images, regions, sizes, prepare)
         wholes = [
             WholeImage(self._grid(image), image, prepare, _fitted(ids, image))

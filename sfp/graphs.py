@@ -44,8 +44,13 @@ class Recorded:
         return [output.clone() for output in self.outputs]  # the next replay writes over them
 
 
+def recordable(windows: Tensor) -> bool:
+    """Whether what is done with a tensor can be recorded: on CUDA."""
+    return windows.is_cuda
+
+
 class Graphs:
-    """Runs of a function of windows, recorded by key on their second call, one at a time.
+    """Runs of a function of windows, recorded at the first call of a key, one at a time.
 
     What cannot be recorded (a method that decides on the host) runs as it is, with a warning.
     """
@@ -69,7 +74,7 @@ class Graphs:
             windows: (B, 3, H, W) on a GPU; elsewhere nothing is recorded.
             alive: what `key` stands for.
         """
-        if windows.device.type != "cuda":
+        if not recordable(windows):
             return function(windows)
         key = (key, windows.shape, windows.dtype, windows.device)
         with self._lock:

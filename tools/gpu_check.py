@@ -81,7 +81,7 @@ def machine(device: str) -> dict[str, Any]:
 def goldens(device: str) -> dict[str, Any]:
     """Runs the golden tests on the device, in processes of their own."""
     environment = dict(os.environ, SFP_DEVICE=device)
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "golden", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-k", "golden", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     done = subprocess.run(
@@ -91,9 +91,9 @@ def goldens(device: str) -> dict[str, Any]:
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return dict(
         ok=done.returncode == 0,
-        summary=lines[-1] if lines else done.stderr[-500:],
+        summary=next((line for line in reversed(lines) if "passed" in line), "none passed"),
         failed=failed,
-        output=[] if done.returncode == 0 else lines[-400:],
+        output=[] if done.returncode == 0 else [*lines[-400:], *done.stderr.splitlines()[-20:]],
     )
 
 
@@ -263,8 +263,11 @@ def tables(record: dict[str, Any]) -> str:
         for name, each in record["methods"].items()
         if "left_out" not in each
     ]
+    machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
+    goldens, group = record["goldens"], record["process_group"]
     return (
-        f"{json.dumps(record['machine'])}\n\nGoldens: {record['goldens']['summary']}\n\n"
+        f"Machine: {machine}\n\nGoldens: {'pass' if goldens['ok'] else 'FAIL'} ({goldens['summary']}). "
+        f"Sum over a group of one by {group['backend']}: {'right' if group['ok'] else 'WRONG'}.\n\n"
         + markdown(
             [
                 "method",

@@ -5,8 +5,7 @@ docs/reliability.md lists the promises and which of these tests proves each.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import functools
 import http.server
 import io
 import json
@@ -34,6 +33,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.structures import SegDataSample
 from PIL import Image
+from processes import mounted
 from safetensors.torch import save_file
 
 import sfp
@@ -293,15 +293,20 @@ def test_a_claim_of_gigapixels_costs_nothing():
     assert Image.MAX_IMAGE_PIXELS is not None  # Pillow's own guard is as it was
 
 
+plain = functools.cache(segmentor)
+
+
 @pytest.mark.parametrize("method", sfp.list_methods())
 @pytest.mark.parametrize("size", [(1, 1), (3, 150), (7, 9)])
 def test_images_smaller_than_a_patch(method, size):
     """They are padded with the mean colour; every pixel has a label."""
-    guided = "guide" in json.dumps(str(sfp.build_method(method)))
-    if guided:
-        pytest.skip("its guide has a smallest size of its own")
+    built = sfp.build_method(method)
+    if built.needs_regions or "guide" in str(built):
+        pytest.skip("its guide, or what proposes its regions, has a smallest size of its own")
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    labels = label(segmentor(method=method), image)
+    model = plain()
+    model.method = built
+    labels = label(model, image)
     assert labels.shape == size
     assert labels.min() >= 0
     assert labels.max() < len(WORDS)
@@ -539,17 +544,24 @@ def massive(scale: float) -> sfp.CLIP:
     return clip
 
 
+@functools.cache
+def in_precision(precision: str, scale: float) -> sfp.OpenVocabSegmentor:
+    return segmentor(weights=massive(scale), precision=precision)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method", sfp.list_methods())
 def test_half_precision_is_finite_where_fp32_is(method, precision, scale):
-    if "guide" in json.dumps(str(sfp.build_method(method))):
-        pytest.skip("needs a guide; see test_guides.py")
+    built = sfp.build_method(method)
+    if built.needs_regions or "guide" in str(built):
+        pytest.skip("needs a guide or regions; see tests/methods/test_methods.py")
     logits = {}
     for each in ("fp32", precision):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # without the detour through fp32
-            model = segmentor(weights=massive(scale), method=method, precision=each)
+            model = in_precision(each, scale)
+            model.method = built
             (logits[each],) = model(list(tiny.images(1, 64, 80)))
     assert logits["fp32"].isfinite().all()
     assert logits[precision].isfinite().all()
@@ -591,24 +603,6 @@ def in_processes(work, count: int = 3) -> list:
         if isinstance(error, BaseException):
             raise error
     return found
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, options: str):
-    """A small disk of its own at `folder`; skips where mounting is not permitted."""
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        yield folder
-    finally:
-        ctypes.CDLL(None).sync()
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(params=["full disk", "read-only", "a file in the way"])

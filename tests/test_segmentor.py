@@ -201,10 +201,10 @@ def test_modes():
 
 
 def test_thresholds_and_synonyms():
-    image = tiny.images(1, 100, 120, seed=2)[0]
-    logits = logits_by_hand(segmentor(), image, (100, 120))
+    image, clip = tiny.images(1, 100, 120, seed=2)[0], tiny.clip()
+    logits = logits_by_hand(segmentor(clip=clip), image, (100, 120))
     for scale, area, prob in product((10.0, 50.0), (None, 0.0, 0.2, 0.5), (0.0, 0.4, 0.7)):
-        model = segmentor(prob_thd=prob, area_thd=area, logit_scale=scale)
+        model = segmentor(clip=clip, prob_thd=prob, area_thd=area, logit_scale=scale)
         (result,) = predict(model, [image], [sample(ori_shape=(100, 120))])
         check(result, scores_by_hand(logits, scale, area), prob)
 

@@ -93,6 +93,93 @@ def paint_masks(masks: MaskSheet, paint: Literal["smallest", "largest", "score"]
     return ids
 
 
+def mask_boxes(member: Tensor) -> Tensor:
+    """Bounding boxes of masks (M, h, w) bool: (M, 4) as x0, y0, x1, y1, ends excluded; 0 if empty."""
+    sides = []
+    for dim in (1, 2):  # over rows: which columns; over columns: which rows
+        used = member.any(dim)  # (M, cells)
+        first = used.byte().argmax(1)
+        after = used.shape[1] - used.flip(1).byte().argmax(1)
+        sides.append(torch.stack([first, after]) * used.any(1))
+    (x0, x1), (y0, y1) = sides
+    return torch.stack([x0, y0, x1, y1], dim=1)
+
+
+def box_overlaps(boxes: Tensor) -> Tensor:
+    """Intersection over union of all pairs of boxes (M, 4): (M, M), 0 where both are empty."""
+    boxes = boxes.float()
+    low = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    high = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    both = (high - low).clamp_min(0).prod(-1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    return both / (area[:, None] + area - both).clamp_min(1)
+
+
+def stability(maps: Tensor, offset: float = 1.0) -> Tensor:
+    """How little masks change with their threshold, (M,): area above `offset` to that above minus it.
+
+    Args:
+        maps: mask logits, (M, h, w).
+        offset: of the threshold, 0.
+    """
+    high, low = ((maps > t).flatten(1).sum(1) for t in (offset, -offset))
+    return high / low.clamp_min(1)
+
+
+def without_doubles(maps: Tensor, scores: Tensor, overlap: float) -> Tensor:
+    """Non-maximum suppression: masks whose box overlaps none of a better kept one's by more, in order.
+
+    Args:
+        maps: mask logits, (M, h, w).
+        scores: (M,); of equal ones the first is better.
+        overlap: largest intersection over union of boxes.
+
+    Returns:
+        Their numbers, ascending.
+    """
+    near = (box_overlaps(mask_boxes(maps > 0)) > overlap).cpu()
+    kept: list[int] = []
+    for i in scores.cpu().argsort(descending=True, stable=True).tolist():
+        if not bool(near[i, kept].any()):
+            kept.append(i)
+    return torch.tensor(sorted(kept), dtype=torch.int64, device=maps.device)
+
+
+def fuse_contained(
+    maps: Tensor, seen: Tensor, *, boxes: float = 0.2, share: float = 0.8
+) -> tuple[Tensor, Tensor]:
+    """Masks that hold most of one another become one, the maximum of their logits (TextRegion).
+
+    A mask joins the first earlier one, itself in nobody, with which its box and its area overlap
+    enough.
+
+    Args:
+        maps: mask logits, (M, h, w); wholes before their parts.
+        seen: the part of the same maps by which that is decided, (M, h', w').
+        boxes: the boxes' intersection over union must be larger.
+        share: the intersection to the smaller area must be larger.
+
+    Returns:
+        (G, h, w), and the number of the first mask of each, (G,).
+    """
+    member = (seen > 0).flatten(1).float()
+    both, area = member @ member.T, member.sum(1)
+    inside = both / torch.minimum(area[:, None], area).clamp_min(1) > share
+    alike = (inside & (box_overlaps(mask_boxes(seen > 0)) > boxes)).cpu()
+    leaders: list[int] = []
+    group = []
+    for i in range(len(maps)):
+        own = next((n for n, leader in enumerate(leaders) if alike[i, leader]), len(leaders))
+        if own == len(leaders):
+            leaders.append(i)
+        group.append(own)
+    first, number = (
+        torch.tensor(x, dtype=torch.int64, device=maps.device) for x in (leaders, group)
+    )
+    number = number[:, None, None].expand_as(maps)
+    return maps[first].scatter_reduce(0, number, maps, "amax"), first
+
+
 def vote_in_masks(
     masks: MaskSheet,
     labels: Labels,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfp.functional.masks import MaskSheet
+from sfp.functional.masks import MaskSheet, fuse_contained, stability, without_doubles
 from sfp.functional.windows import interpolation
 from sfp.guides.transformers import FrozenModel, Renormalise, pretrained
 from sfp.numerics import finite
@@ -126,15 +126,22 @@ class PromptedSam(FrozenModel):
 
 @MASKS.register_module(name="sam")
 class SamMasks(PromptedSam):
-    """One mask of a SAM or SAM 2 for each prompt.
+    """Masks of a SAM or SAM 2 for prompts.
 
     Of the three masks that the model offers for an ambiguous prompt, the one that it predicts the
-    highest IoU for.
+    highest IoU for, or all. Measures other than the predicted IoU are taken on the model's own maps, a
+    quarter of its square. TextRegion: `min_iou=0.6, multimask=True, min_stability=0.6, box_nms=0.9,
+    fuse=True`.
 
     Args:
         model: as in `PromptedSam`.
         min_iou: masks with a lower predicted IoU are left out (SAM's automatic mode: 0.88).
-        **settings: `prompt_batch`, `image_mean` and `image_std` of `PromptedSam`.
+        multimask: whether all three masks of a prompt count, those of larger area first.
+        min_stability: masks of less `stability` are left out (SAM's automatic mode: 0.95).
+        box_nms: masks whose box overlaps that of one with a higher predicted IoU by more are left out
+            (SAM's automatic mode: 0.7); None keeps them.
+        fuse: whether masks that hold most of one another become one (`fuse_contained`).
+        prompt_batch, image_mean, image_std: as in `PromptedSam`.
     """
 
     def __init__(
@@ -142,6 +149,10 @@ class SamMasks(PromptedSam):
         *,
         model: str | nn.Module,
         min_iou: float = 0.0,
+        multimask: bool = False,
+        min_stability: float = 0.0,
+        box_nms: float | None = None,
+        fuse: bool = False,
         prompt_batch: int = 64,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
@@ -150,6 +161,10 @@ class SamMasks(PromptedSam):
             model=model, prompt_batch=prompt_batch, image_mean=image_mean, image_std=image_std
         )
         self.min_iou = min_iou
+        self.multimask = multimask
+        self.min_stability = min_stability
+        self.box_nms = box_nms
+        self.fuse = fuse
 
     @torch.no_grad()
     def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:
@@ -166,13 +181,34 @@ class SamMasks(PromptedSam):
         embeddings = self.embed(image) if len(at) else None
         for part in at.split(self.prompt_batch) if len(at) else ():
             masks, iou = self.decode(embeddings, input_points=part[None])  # (P, 3, s, s), (P, 3)
-            best = iou.argmax(1)
-            rows = torch.arange(len(best), device=best.device)
-            sure = iou[rows, best]
-            maps.append(masks[rows, best][sure >= self.min_iou])
-            scores.append(sure[sure >= self.min_iou])
-        found = torch.cat([t for t in maps if len(t)] or maps[-1:])
-        return self.sheet(found, inner, size, torch.cat(scores))
+            masks, iou = self._chosen(masks, iou)
+            good = (iou >= self.min_iou) & (
+                stability(self._within(masks, inner)) >= self.min_stability
+            )
+            maps.append(masks[good])
+            scores.append(iou[good])
+        found, sure = torch.cat([t for t in maps if len(t)] or maps[-1:]), torch.cat(scores)
+        if self.box_nms is not None:
+            kept = without_doubles(self._within(found, inner), sure, self.box_nms)
+            found, sure = found[kept], sure[kept]
+        if self.fuse:
+            found, first = fuse_contained(found, self._within(found, inner))
+            sure = sure[first]
+        return self.sheet(found, inner, size, sure)
+
+    def _chosen(self, masks: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
+        """The masks (M, s, s) of prompts that count, of (P, n, s, s), and their predicted IoU."""
+        order = iou.argmax(1, keepdim=True)
+        if self.multimask:
+            area = (masks > 0).flatten(2).sum(2)
+            order = area.argsort(dim=1, descending=True, stable=True)  # wholes before their parts
+        rows = torch.arange(len(iou), device=iou.device)[:, None]
+        return masks[rows, order].flatten(0, 1), iou[rows, order].flatten()
+
+    def _within(self, masks: Tensor, inner: tuple[int, int]) -> Tensor:
+        """Masks (M, s, s) without what lies beside the image."""
+        rows, columns = (-(-masks.shape[i - 2] * inner[i] // self.side) for i in range(2))
+        return masks[:, :rows, :columns]
 
 
 def _enlarge(

@@ -84,6 +84,7 @@ def evaluated(tmp_path_factory, cache):
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_test_sh(evaluated):
     folder, done = evaluated
     assert done.returncode == 0, done.stderr
@@ -118,6 +119,7 @@ def test_test_sh_by_default_says_what_purification_does(tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_sheet_and_pictures(evaluated):
     folder, _ = evaluated
     sheet = cv2.imread(str(folder / "sheet.png"))
@@ -138,6 +140,7 @@ def free_port() -> str:
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_distribute_test_sh_equals_one_process(evaluated, tmp_path, cache):
     folder, _ = evaluated
     done = run(
@@ -163,6 +166,7 @@ def test_distribute_test_sh_equals_one_process(evaluated, tmp_path, cache):
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_multi_test_sh_with_missing_data(evaluated, tmp_path, cache):
     """One benchmark is there, one is not: the table has both, and the exit code says so."""
     few = tmp_path / "cfg_few.py"
@@ -203,21 +207,31 @@ def test_multi_test_sh_with_missing_data(evaluated, tmp_path, cache):
 
 
 @pytest.mark.process
-def test_multi_test_sh_with_a_failure(tmp_path, cache):
-    """A config that is not there is no benchmark without data."""
-    done = run(
-        "multi_test.sh",
-        folder=tmp_path,
-        GPUS="0",
-        CONFIGS="configs/cfg_voc22.py",
-        WORK_DIR="work",
-        SFP_CACHE=cache,
+def test_multi_test_sh_with_a_failure(tmp_path):
+    """Only exit code 3 means that data are not there; `test_exit_codes` says which code means what."""
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/bin/sh
+        case $2 in
+            *_broken.py) echo "error: broken" >&2; exit 2 ;;
+            *_missing.py) echo "error: there is no image folder" >&2; exit 3 ;;
+        esac
+        """
     )
-    assert done.returncode == 1
-    output = "work/cfg_voc22/output.txt"
-    assert f"cfg_voc22: failed, see {output}" in done.stdout
-    assert "there is no config configs/cfg_voc22.py" in (tmp_path / output).read_text()
-    assert (tmp_path / "work/summary.md").is_file()
+    python.chmod(0o755)
+    configs = (
+        "cfg_broken.py cfg_missing.py cfg_fine.py",
+        "cfg_missing.py cfg_fine.py",
+        "cfg_fine.py",
+    )
+    for names, code in zip(configs, (1, 3, 0), strict=True):
+        where = dict(GPUS="0", CONFIGS=names, WORK_DIR="work", PYTHON=str(python))
+        done = run("multi_test.sh", folder=tmp_path, **where)
+        assert done.returncode == code
+        assert "cfg_fine: done" in done.stdout
+        if code:
+            assert "cfg_missing: skipped. error: there is no image folder" in done.stdout
+    assert (tmp_path / "work/cfg_broken/output.txt").read_text() == "error: broken\n"
 
 
 @pytest.mark.process
@@ -377,6 +391,7 @@ def test_summary(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_compare_gives_the_numbers_of_single_runs(evaluated, monkeypatch, capsys, tmp_path):
     arguments = ["--methods", "clip", "sfp", "--work-dir", str(tmp_path), *FEW]
     assert cli.main(["compare", "mini", *arguments]) == 0

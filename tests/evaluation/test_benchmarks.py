@@ -88,9 +88,9 @@ def scores_by_hand(matrix: np.ndarray) -> dict:
 def test_from_config_to_metrics(name, config, tmp_path):
     layout = trees.LAYOUTS[name]
     # eighty prompts for each of hundreds of names would only take time
-    cfg, files = config(name, **{"model.templates": ["{}"]} if layout.classes else {})
+    cfg, files = config(name, **{} if name == "voc20" else {"model.templates": ["{}"]})
     evaluate.check(cfg)
-    result = evaluate.evaluate(cfg, pictures=4)
+    result = evaluate.evaluate(cfg, pictures=1)
 
     written = json.loads(
         (tmp_path / "work" / "metrics.json").read_text(), parse_constant=pytest.fail
@@ -103,7 +103,7 @@ def test_from_config_to_metrics(name, config, tmp_path):
     assert tuple(result["classes"]) == tuple(dataset.metainfo["classes"])
     assert len(result["classes"]) == load_vocabulary(cfg.model.classes).num_classes
     picture = cv2.imread(str(tmp_path / "work" / "sheet.png"))
-    assert picture.shape[0] > 500
+    assert picture.shape[1] > 500
     assert picture.std() > 10
 
     model = init_model(cfg.copy(), device="cpu")  # its own way through the pipeline

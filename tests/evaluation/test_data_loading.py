@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmseg.registry import DATASETS, TRANSFORMS
+from processes import forked, mount, own_mounts
 
 from sfp import cli
 from sfp.data.images import DataError
 from sfp.evaluation import run as evaluate
 from sfp.evaluation.loading import Batches
 from sfp.evaluation.settings import image_names
-
-ROOT = Path(__file__).parents[2]
 
 
 def built(config):
@@ -139,31 +136,23 @@ def test_no_room_for_workers(own, monkeypatch, capsys):
 
 
 @pytest.mark.process
-@pytest.mark.slow
 def test_a_full_dev_shm(own):
     """As root in a mount namespace of its own: what containers have, made smaller still."""
     for i in range(3):
         own.image(f"{i}.png", np.full((600, 800, 3), 40 * i, np.uint8))
         own.label(f"{i}.png", np.zeros((600, 800), np.uint8))
-    script = f"""
-        mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 77
-        exec {sys.executable} -m sfp eval {own.file()} --pictures 0 --cfg-options \
-            test_dataloader.num_workers=2 model.slide_crop=0"""
-    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
-    if probe.returncode:
+    config = own.config(options={"test_dataloader.num_workers": 2, "model.slide_crop": 0})
+
+    def run() -> int:
+        if not own_mounts() or not mount("/dev/shm", "size=1m"):
+            return 77
+        evaluate.evaluate(config, pictures=0)
+        return 0
+
+    code = forked(run)
+    if code == 77:
         pytest.skip("mounting is not permitted here")
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    if done.returncode == 77:
-        pytest.skip("mounting is not permitted here")
-    assert done.returncode == 0, done.stderr
+    assert code == 0
     assert (own.root / "work/metrics.json").is_file()
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from processes import forked, mounted, started
 
-from sfp.evaluation import distributed, settings
+from sfp import cli
+from sfp.evaluation import distributed, metrics, resumable_loop, settings
 from sfp.evaluation import journal as journal_module
 from sfp.evaluation import run as evaluate
 from sfp.evaluation.journal import Journal, count
@@ -104,20 +106,16 @@ def part(whole: Path, work: Path, lines: int) -> Path:
 
 
 @pytest.mark.process
-@pytest.mark.slow
 def test_kill_9(tmp_path, whole):
-    command = [sys.executable, "tools/test.py", "configs/cfg_mini.py", "--work-dir", str(tmp_path)]
-    command += ["--pictures", "0", "--cfg-options"]
-    command += [f"{key}={value}" for key, value in OPTIONS.items()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    process = started(_process, 0, 1, 0, tmp_path, {}, True)
     deadline = time.monotonic() + 120
     while not files(tmp_path) or records(tmp_path) < 2:
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     done = records(tmp_path)
     assert 2 <= done < SCENES
     assert not (tmp_path / "metrics.json").exists()
@@ -321,39 +319,27 @@ def test_two_runs_in_one_folder(tmp_path):
 
 
 @pytest.mark.process
-def test_a_read_only_work_folder(own):
+def test_a_read_only_work_folder(own, capsys):
     """An error that names the folder, with the exit code of what is wrong with files."""
-    work = own.root / "work"
-    work.mkdir()
-    file = own.file()
-    script = f"""
-        mount -t tmpfs -o ro tmpfs {work} || exit 77
-        exec {sys.executable} -m sfp eval {file} --pictures 0"""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    command = ["unshare", "-m", "sh", "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
-        pytest.skip("mounting is not permitted here")
-    assert done.returncode == 3, done.stderr
-    assert str(work) in done.stderr.splitlines()[-1]
-    assert "Read-only" in done.stderr.splitlines()[-1]
+    with mounted(own.root / "work", "ro") as work:
+        assert cli.main(["eval", str(own.file()), "--pictures", "0"]) == 3
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(work) in last
+    assert "Read-only" in last
 
 
 @pytest.mark.process
 def test_importing_again(own):
     """Notebooks reload modules; names of mmengine's registries then stand for the new classes."""
-    program = f"""
-import importlib, sys
-import sfp
-from sfp.evaluation import distributed, metrics, resumable_loop, run, configs
-config = configs.load_config({str(own.file())!r})
-first = run.evaluate(config, pictures=0)
-for module in (metrics, resumable_loop, distributed, run):
-    importlib.reload(module)
-assert run.evaluate(config, pictures=1) == first
-"""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+    def reload() -> bool:
+        config = own.config()
+        first = evaluate.evaluate(config, pictures=0)
+        for module in (metrics, resumable_loop, distributed, evaluate):
+            importlib.reload(module)
+        return evaluate.evaluate(config, pictures=1) != first
+
+    assert forked(reload) == 0
 
 
 def test_clusters_are_fitted_by_one_process(tmp_path):

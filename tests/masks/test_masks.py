@@ -18,7 +18,15 @@ from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
 from sfp.functional import masks as functional
 from sfp.functional.clusters import cluster_peaks
 from sfp.functional.labels import Labels
-from sfp.functional.masks import MaskSheet, paint_masks, same_area, vote_in_masks
+from sfp.functional.masks import (
+    MaskSheet,
+    fuse_contained,
+    paint_masks,
+    same_area,
+    stability,
+    vote_in_masks,
+    without_doubles,
+)
 from sfp.guides import TransformersGuide
 from sfp.masks import DinoMasks, MaskVote, SamMasks, build_masks
 from sfp.masks.dino import above_mass
@@ -617,3 +625,96 @@ def test_proposed_regions_reach_the_method():
         plain.segment(picture.numpy(), ["cat"])
     with pytest.raises(ValueError, match=r"unknown paint='bigest'.*did you mean 'largest'"):
         sfp.load(tiny.clip(**tiny.WORDS), regions=dict(propose=Corner(), paint="bigest"))
+
+
+def blobs(count: int = 14) -> Tensor:
+    """Smooth mask logits, some empty, some nearly alike."""
+    generator = torch.Generator().manual_seed(3)
+    maps = F.interpolate(
+        torch.randn(1, count, 4, 4, generator=generator), (12, 16), mode="bilinear"
+    )
+    maps = maps[0] - 0.3
+    maps[5] = -1
+    maps[count // 2 :] = maps[: count - count // 2] + 0.15 * maps[count // 2 :]
+    return maps
+
+
+def cells_of(mask: Tensor) -> set[tuple[int, int]]:
+    return {tuple(at) for at in (mask > 0).nonzero().tolist()}
+
+
+def boxed(cells: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    if not cells:
+        return set()
+    ys, xs = zip(*cells, strict=True)
+    return {(y, x) for y in range(min(ys), max(ys) + 1) for x in range(min(xs), max(xs) + 1)}
+
+
+def iou(a: set, b: set) -> float:
+    return len(a & b) / max(len(a | b), 1)
+
+
+def test_sets_of_masks_against_sets_of_cells():
+    maps = blobs()
+    scores = torch.rand(len(maps), generator=torch.Generator().manual_seed(0))
+    inside = [cells_of(m) for m in maps]
+    kept: list[int] = []
+    for i in sorted(range(len(maps)), key=lambda i: -scores[i]):
+        if all(iou(boxed(inside[i]), boxed(inside[j])) <= 0.6 for j in kept):
+            kept.append(i)
+    assert without_doubles(maps, scores, 0.6).tolist() == sorted(kept)
+    assert 2 < len(kept) < len(maps)
+    groups: list[list[int]] = []
+    for i, own in enumerate(inside):
+        for group in groups:
+            first = inside[group[0]]
+            share = len(own & first) / max(min(len(own), len(first)), 1)
+            if share > 0.8 and iou(boxed(own), boxed(first)) > 0.2:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    fused, first = fuse_contained(maps, maps)
+    assert first.tolist() == [group[0] for group in groups]
+    expected = torch.stack([maps[group].amax(0) for group in groups])
+    assert torch.equal(fused, expected)
+    assert 2 < len(groups) < len(maps)
+    for value, mask in zip(stability(maps, 0.2).tolist(), maps, strict=True):
+        assert value == pytest.approx(len(cells_of(mask - 0.2)) / max(len(cells_of(mask + 0.2)), 1))
+    empty = maps[:0]
+    assert len(fuse_contained(empty, empty)[0]) == len(without_doubles(empty, scores[:0], 0.5)) == 0
+
+
+def test_all_masks_of_a_prompt(model):
+    generator = torch.Generator().manual_seed(0)
+    image, points = normalised(picture(48, 90)), torch.rand(6, 1, 2, generator=generator)
+    least = dict(model=model, min_iou=-1e9)
+    every = SamMasks(multimask=True, **least)(image, points, (24, 45))
+    best = SamMasks(**least)(image, points, (24, 45))
+    assert len(every.maps) == 18
+    triples = every.maps.unflatten(0, (6, 3))
+    areas = (triples > 0).flatten(2).sum(2)
+    assert (areas[:, :-1] >= areas[:, 1:]).all()
+    for own, three, sure in zip(best.maps, triples, every.scores.view(6, 3), strict=True):
+        torch.testing.assert_close(own, three[sure.argmax()])
+    settings = dict(min_stability=float(stability(every.maps).median()), box_nms=0.95, fuse=True)
+    some = SamMasks(multimask=True, **least, **settings)(image, points, (24, 45))
+    assert 0 < len(some.maps) < 18
+    assert len(some.scores) == len(some.maps)
+    assert some.rows(0, 24).shape == (len(some.maps), 24, 45)
+
+
+def test_masks_that_overlap_reach_textregion():
+    """As they are proposed, which is what the same masks, given, lead to."""
+    common = dict(method="textregion", slide_crop=40, slide_tiles=True, short_side=None)
+    regions = dict(propose=Corner(), paint="none")
+    model = sfp.load(tiny.clip(**tiny.WORDS), regions=regions, **common)
+    picture = (torch.rand(64, 96, 3, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    found = model.segment(picture.numpy(), ["cat", "dog", "tree"])
+    masks = Corner()(None, None, (64, 96)).maps
+    plain = sfp.load(tiny.clip(**tiny.WORDS), **common)
+    given = plain.segment(picture.numpy(), ["cat", "dog", "tree"], regions=masks)
+    assert (found.scores == given.scores).all()
+    ids = (masks[0] > 0).long()
+    once = plain.segment(picture.numpy(), ["cat", "dog", "tree"], regions=ids)
+    assert abs(once.scores - given.scores).max() > 1e-3

@@ -21,12 +21,13 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 ROOT = Path(__file__).parents[2]
 SETTING = plant.Setting(strengths=(30.0,), at=30.0)
+NAMES = ["som", "l2_norm", "lof", "weight_norm_channel"]  # of detectors; test_tool has all
 
 
 @pytest.fixture(scope="module")
 def result():
     with torch.no_grad():
-        found = {**plant.detectors(), "l2 of 10": plant.detectors(["l2_norm"])["l2_norm"]}
+        found = {**plant.detectors(NAMES), "l2 of 10": plant.detectors(["l2_norm"])["l2_norm"]}
         return plant.benchmark(vit(), [images(2)], SETTING, found, plant.mitigators())
 
 
@@ -92,7 +93,7 @@ def test_scores(result):
     """Against counts made here; giants are found by their norms and repaired."""
     assert result["setting"]["layer"] == 5
     assert result["setting"]["detect"] == 6
-    assert set(result["undisturbed"]) == {*sfp.list_ops("detector"), "som (release)", "l2 of 10"}
+    assert set(result["undisturbed"]) == {*plant.detectors(NAMES), "l2 of 10"}
     assert result["undisturbed"]["l2_norm"] == pytest.approx(10 / 196, abs=1e-4)
     for pattern, table in result["patterns"].items():
         truth = torch.from_numpy(np.stack([SETTING.mask((14, 14), pattern, i) for i in range(2)]))
@@ -221,6 +222,7 @@ def test_tool(tool, tmp_path):
     assert sorted(p.name for p in Path("deep").iterdir()) == ["out.json", "out.md", "out.png"]
     found = json.loads(Path("deep/out.json").read_text())
     assert (found["images"], found["grid"], found["setting"]["layer"]) == (3, [4, 4], 1)
+    assert set(found["undisturbed"]) == {*sfp.list_ops("detector"), "som (release)"}
     for line in ("scattered: detection", "clustered: restoration", "weight_norm_channel"):
         assert line in printed
 

@@ -49,6 +49,7 @@ def load(
     device: str | torch.device = "auto",
     precision: str = "auto",
     compiled: bool = False,
+    graphs: bool = False,
     short_side: int | Literal["auto"] | None = "auto",
     slide_crop: int = 224,
     slide_stride: int = 112,
@@ -74,7 +75,7 @@ def load(
         short_side: pixels that the short side is resized to (the long one to 2048 at most); "auto"
             takes 336, or what the weights were trained on where that is known to be less (224 for the
             mini CLIP); None leaves images as they are.
-        precision, compiled, slide_crop, slide_stride, slide_tiles: as in `sfp.engine.Engine`.
+        precision, compiled, graphs, slide_crop, slide_stride, slide_tiles: as in `sfp.engine.Engine`.
         pad_windows, whole_via_input, templates, logit_scale: as in `sfp.engine.Engine`.
         area_thd, pamr_steps, window_batch, guides, masks, regions: as in `sfp.engine.Engine`.
         memory_mb: MiB on the device for features of recent images, so that other words for them are
@@ -94,6 +95,7 @@ def load(
         weights,
         precision=precision,
         compiled=compiled,
+        graphs=graphs,
         slide_crop=slide_crop,
         slide_stride=slide_stride,
         slide_tiles=slide_tiles,
@@ -196,9 +198,9 @@ class Model:
                 new class 0. Probabilities depend on all classes; benchmarks use 0.15 to 0.35.
             method: in place of the model's own.
             regions: for methods that ask for them: an id map of the image, whole numbers (h, w) of any
-                size in its shape, 0 for pixels of no region; for TextRegion also masks that may
-                overlap, (R, h, w) bool or floats that are above 0 inside; for a list of images a list.
-                By default the proposer of the model's settings finds them.
+                size in its shape, 0 for pixels of no region; for TextRegion and LaVG also masks that
+                may overlap, (R, h, w) bool or floats that are above 0 inside; for a list of images a
+                list. By default the proposer of the model's settings finds them.
 
         Returns:
             The result of an image at its own size; a list of them for a list.

@@ -38,7 +38,7 @@ from sfp.plugins import import_modules
 from sfp.registry import METHODS, find
 from sfp.vocabulary import Vocabulary, load_vocabulary
 
-UNIMPORTANT = ("window_batch", "compiled", "cache_bytes")  # change last digits at most
+UNIMPORTANT = ("window_batch", "compiled", "graphs", "cache_bytes")  # change last digits at most
 # settings of the segmentor that change no label
 SHOWN = ("scores", "palette", "init_cfg", "pretrained", "train_cfg")
 LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # of mmseg pipelines: they do nothing to images

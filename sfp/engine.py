@@ -29,11 +29,13 @@ from sfp.clip.int8 import quantised
 from sfp.clip.model import CLIP
 from sfp.clip.text import model_templates, prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
-from sfp.feature_cache import FeatureCache, LRUCache
+from sfp.feature_cache import FeatureCache, LRUCache, is_hashable
+from sfp.functional.kept import constant
 from sfp.functional.labels import Labels, assign, decided
 from sfp.functional.pamr import Refinement
 from sfp.functional.regions import vote_in_regions
 from sfp.functional.windows import LogitSheet, WindowGrid, nearest
+from sfp.graphs import Graphs
 from sfp.guides import build_guides
 from sfp.masks import build_masks, build_regions
 from sfp.method import Method
@@ -133,6 +135,9 @@ class Engine:
         precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
             products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
         compiled: whether the blocks' MLPs go through `torch.compile`; for GPUs, on CPUs it costs time.
+        graphs: whether a GPU replays the network as a CUDA graph: recorded at the first batch of each
+            shape, after which Python launches nothing. For batches too small to fill the GPU; hooks
+            on modules do not run then, and no features are cached. Off a GPU it changes nothing.
         cache_bytes: size of the cache of recent images' features; 0 for none.
 
     Raises:
@@ -161,6 +166,7 @@ class Engine:
         regions: Mapping[str, Any] | nn.Module | None = None,
         precision: str = "auto",
         compiled: bool = False,
+        graphs: bool = False,
         cache_bytes: int = 0,
     ) -> None:
         if precision not in ("auto", *PRECISIONS):
@@ -206,6 +212,7 @@ class Engine:
             if isinstance(part, FollowsNormalisation):
                 part.follow(self.clip)
         self.cache = FeatureCache(cache_bytes)
+        self.graphs = Graphs() if graphs else None
         self._banks: LRUCache[Tensor] = LRUCache(BANKS)
         self._converted: tuple[torch.device, torch.dtype] | None = None
         self.convert()
@@ -314,10 +321,7 @@ class Engine:
         """An RGB image or window in 0..255, (3, H, W), as the network expects it; floats pass."""
         if image.dtype != torch.uint8:
             return image
-        mean, std = (
-            torch.tensor(x, device=image.device)[:, None, None]
-            for x in (self.clip.mean, self.clip.std)
-        )
+        mean, std = (constant(x, image)[:, None, None] for x in (self.clip.mean, self.clip.std))
         return (image.float() - mean) / std
 
     def input(self, image: Tensor) -> Tensor:
@@ -355,7 +359,7 @@ class Engine:
         """
         self.convert()
         prepare = prepare or self.normalise
-        weights = self._weights() if self.cache.limit else None
+        weights = self._weights() if self.cache.limit and self.graphs is None else None
         maps = self._regions(methods, images, regions, sizes, prepare)
         wholes = [
             WholeImage(self._grid(image), image, prepare, _fitted(ids, image))
@@ -481,6 +485,25 @@ class Engine:
     ) -> list[Tensor]:
         if weights is not None:
             return [self.cache.logits(m, vit, windows, context, weights) for m in methods]
+        apart = context.get("regions") is None and context.get("whole") is None
+        if self.graphs is not None and apart and all(map(is_hashable, methods)):
+            modules = [vit, *self.guides.values(), *(method.operate(vit) for method in methods)]
+            pointers = tuple(p.data_ptr() for module in modules for p in module.parameters())
+            return self.graphs(
+                (tuple(methods), id(context["text"]), context["index"], pointers),
+                lambda batch: self._eager(methods, batch, context, vit),
+                windows,
+                alive=(context, modules),
+            )
+        return self._eager(methods, windows, context, vit)
+
+    def _eager(
+        self,
+        methods: Sequence[Method],
+        windows: Tensor,
+        context: Mapping[str, Any],
+        vit: VisionTransformer,
+    ) -> list[Tensor]:
         logits: list[Tensor | None] = [None] * len(methods)
         for trunk in dict.fromkeys(method.trunk for method in methods):
             sharing = [i for i, method in enumerate(methods) if method.trunk == trunk]

@@ -55,6 +55,11 @@ class LRUCache(Generic[T]):
             while self.size > self.limit:
                 self.size -= self._entries.popitem(last=False)[1][1]
 
+    def has(self, key: Hashable) -> bool:
+        """Whether there is a value, which may be None."""
+        with self._lock:
+            return key in self._entries
+
     def clear(self) -> None:
         """Forgets everything."""
         with self._lock:
@@ -139,7 +144,7 @@ class FeatureCache(LRUCache[Features]):
             method, vit, windows, context: as for `run`.
             weights: changes whenever those of `vit` or of a guide do (`state_key`).
         """
-        if not self.limit or not _is_hashable(method):
+        if not self.limit or not is_hashable(method):
             return run(method, vit, windows, context)[0]
         digest = hashlib.blake2b(digest_size=16)
         whole = context.get("whole")
@@ -163,7 +168,7 @@ class FeatureCache(LRUCache[Features]):
         return self.size
 
 
-def _is_hashable(method: Method) -> bool:
+def is_hashable(method: Method) -> bool:
     """Whether a method can be a key: one that was put together from lists by hand cannot."""
     try:
         hash(method)

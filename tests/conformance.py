@@ -35,6 +35,8 @@ MANIFESTS = {folder: json.loads((folder / "manifest.json").read_text()) for fold
 MANIFEST = MANIFESTS[SETS[0]]
 ROOT = next(f for f in FOLDERS if (f / "tokenizer.json").exists())  # of the set with the words
 DEVICE = os.environ.get("SFP_DEVICE", "cpu")  # where methods run: a GPU's check sets it
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)  # what tests make meets what methods give
 MEAN = torch.tensor([122.771, 116.746, 104.094], device=DEVICE)
 STD = torch.tensor([68.501, 66.632, 70.323], device=DEVICE)
 
@@ -112,12 +114,12 @@ class Case:
         return inputs(self.folder)
 
     def expected(self, output: str) -> Tensor:
-        with safe_open(self.folder / self.entry["file"], "pt") as file:
+        with safe_open(self.folder / self.entry["file"], "pt", DEVICE) as file:
             return file.get_tensor(self.entry["prefix"] + output)
 
     def check(self, output: str, value: Tensor) -> None:
         """Within the case's stated tolerance; integers exactly."""
-        expected, value = self.expected(output), value.cpu()
+        expected, value = self.expected(output), value.to(DEVICE)
         assert value.shape == expected.shape, f"{self.name} {output}"
         spec = self.outputs[output]
         if "atol" in spec:

@@ -53,15 +53,18 @@ class Sam(tiny.Sam, nn.Module):
     """As a part of an engine."""
 
 
+class Scorer(tiny.Scorer, nn.Module):
+    """As a part of an engine."""
+
+
 @pytest.fixture(scope="module")
 def clip() -> sfp.CLIP:
     return tiny.clip(**tiny.WORDS)
 
 
 def door(clip: sfp.CLIP, method: object = "sfp", **settings) -> sfp.Model:
-    return sfp.load(
-        clip, method, **(SMALL | dict(guides=dict(dino=Colours(), sam=Sam())) | settings)
-    )
+    guides = dict(dino=Colours(), sam=Sam(), clipseg=Scorer())
+    return sfp.load(clip, method, **(SMALL | dict(guides=guides) | settings))
 
 
 def picture(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:

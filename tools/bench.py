@@ -7,7 +7,8 @@ weights of every block kept, logits of every window at full resolution. It gives
 is checked. Weights are random and the image is drawn; nothing is downloaded.
 
 Printed for each case: ms and images per second from JPEG bytes to the label map, the ratios, the
-peak memory above the loaded model (resident set on a CPU, allocator on CUDA), and where the time goes.
+peak memory above the loaded model (resident set on a CPU, allocator on CUDA), the time from an image on
+the device to labels there, which is what a GPU's floor is compared with, and where the time goes.
 
 Examples:
     python tools/bench.py
@@ -29,7 +30,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +52,7 @@ from sfp.engine import Engine, Queries
 from sfp.files import atomic_write
 from sfp.functional import windows as windows_module
 from sfp.functional.windows import WindowGrid
+from sfp.graphs import Graphs
 
 ARCHS = {
     "ViT-B/32": dict(patch=32, width=768, layers=12, embed_dim=512),
@@ -66,6 +68,8 @@ IMAGES = {  # size, and the short side that it is resized to
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: dict(precision=name) for name in ("auto", "fp32", "bf16", "fp16", "int8")},
     "compiled": dict(compiled=True),
+    "graphs": dict(graphs=True),
+    "compiled graphs": dict(compiled=True, graphs=True),
 }
 STAGES = ("I/O", "trunk", "readout", "text", "merge", "post-processing", "rest")
 
@@ -120,7 +124,9 @@ class Case:
     def clip(self) -> sfp.CLIP:
         """A model with random weights, the same every time."""
         torch.manual_seed(0)
-        return sfp.CLIP(image_size=224, **ARCHS[self.arch], **TEXT).requires_grad_(False).eval()
+        with torch.device(self.device):
+            clip = sfp.CLIP(image_size=224, **ARCHS[self.arch], **TEXT)
+        return clip.requires_grad_(False).eval()
 
     def contender(self, clip: sfp.CLIP, method: str, variant: str) -> Contender:
         """A method with random text features; `clip` is converted to the variant's precision."""
@@ -135,13 +141,18 @@ class Case:
 def fast(own: Contender, case: Case, data: bytes) -> Tensor:
     """End to end: a batch of JPEG bytes -> labels (B, H, W)."""
     images = [own.engine.input(load(data, case.short)) for _ in range(case.batch)]
+    return labelled(own, case, images).cpu()
+
+
+def labelled(own: Contender, case: Case, images: list[Tensor]) -> Tensor:
+    """Without reading and writing: images on the device -> labels (B, H, W) there."""
     sizes = [case.size] * case.batch
     (sheets,) = own.engine.logits([own.method], images, sizes, own.queries)
     labels = [
         own.engine.label(image, sheet, own.queries.index).labels
         for image, sheet in zip(images, sheets, strict=True)
     ]
-    return torch.stack(labels).cpu()
+    return torch.stack(labels)
 
 
 reference = lru_cache(maxsize=1)(SequentialSFP)
@@ -149,12 +160,23 @@ reference = lru_cache(maxsize=1)(SequentialSFP)
 
 def sequential(own: Contender, case: Case, data: bytes) -> Tensor:
     """The same labels the way SFP's repository computes them, one image after the other."""
+    images = [own.engine.input(load(data, case.short)) for _ in range(case.batch)]
+    return labelled_one_by_one(own, case, images).cpu()
+
+
+def labelled_one_by_one(own: Contender, case: Case, images: list[Tensor]) -> Tensor:
+    """`labelled`, by the reference."""
     engine, run = own.engine, reference(own.engine.clip)
-    labels = []
-    for _ in range(case.batch):
-        image = engine.input(load(data, case.short))[None].to(engine.clip.visual.dtype)
-        labels.append(run(image, own.queries.features, case.size, engine.logit_scale))
-    return torch.stack(labels).cpu()
+    labels = [
+        run(
+            image[None].to(engine.clip.visual.dtype),
+            own.queries.features,
+            case.size,
+            engine.logit_scale,
+        )
+        for image in images
+    ]
+    return torch.stack(labels)
 
 
 class Stopwatch:
@@ -272,6 +294,29 @@ def _first_peak(
     return peak_mib(lambda: globals()[run](own, case, data), case.device)
 
 
+def floors(engine: Engine, windows: Tensor) -> dict[Any, Callable[[], Tensor]]:
+    """CLIP's own forward pass: as it is, and otherwise."""
+    plain = engine.clip.visual
+    parts = windows.to(plain.dtype).split(engine.windows_at_once)
+    graphs = Graphs()
+
+    @torch.inference_mode()
+    def floor() -> Tensor:
+        return torch.cat([plain(part) for part in parts])
+
+    def pytorch_floor() -> Tensor:
+        with patch.object(onednn, "works", lambda: False):
+            return floor()
+
+    @torch.inference_mode()
+    def graph_floor() -> Tensor:
+        return torch.cat([graphs(0, lambda part: [plain(part)], part)[0] for part in parts])
+
+    if windows.is_cuda:
+        return dict(floor=floor, graph_floor=graph_floor)
+    return dict(floor=floor, pytorch_floor=pytorch_floor)
+
+
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """All contenders of one case."""
     data = jpeg(*case.size)
@@ -284,30 +329,28 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     image = engine.input(load(data, case.short))
     grid = WindowGrid.over(image.shape[1:], CROP, STRIDE)
     windows = torch.stack([grid.cut(image, place) for place in grid.places] * case.batch)
-    plain = engine.clip.visual
 
-    @torch.inference_mode()
-    def floor() -> Tensor:
-        return torch.cat([plain(part) for part in windows.split(engine.windows_at_once)]).cpu()
-
-    def task(run: Callable, own: Contender) -> Callable[[], Tensor]:
-        return lambda: run(own, case, data)
-
-    def pytorch_floor() -> Tensor:
-        with patch.object(onednn, "works", lambda: False):
-            return floor()
-
-    tasks: dict[Any, Callable[[], Tensor]] = {"floor": floor, "pytorch_floor": pytorch_floor}
+    tasks: dict[Any, Callable[[], Tensor]] = floors(engine, windows)
+    images = [image] * case.batch
     for key, own in contenders.items():
-        tasks[key] = task(fast, own)
+        tasks[key] = partial(fast, own, case, data)
+        tasks["inside", key] = partial(labelled, own, case, images)
     # which has float weights to share
     followed = next((contenders[k] for k in contenders if k[0] == "sfp" and k[1] != "int8"), None)
     if args.sequential and followed is not None:
-        tasks["sequential"] = task(sequential, followed)
+        tasks["sequential"] = partial(sequential, followed, case, data)
+        tasks["inside", "sequential"] = partial(labelled_one_by_one, followed, case, images)
+    if case.device == "cpu":  # where reading is a small part
+        tasks = {name: task for name, task in tasks.items() if name[0] != "inside"}
     times = take_turns(tasks, args.rounds, case.device)
 
     def peak(run: Callable, method: str, variant: str) -> float | None:
-        return first_peak(run, case, method, variant, data) if args.memory else None
+        if not args.memory:
+            return None
+        if case.device == "cpu":
+            return first_peak(run, case, method, variant, data)
+        # CUDA's allocator counts what is asked of it, whatever ran before
+        return peak_mib(partial(run, contenders[method, variant], case, data), case.device)
 
     record: dict[str, Any] = dict(
         arch=case.arch,
@@ -319,7 +362,8 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         windows=len(windows),
         device=case.device,
         floor_seconds=times["floor"],
-        pytorch_floor_seconds=times["pytorch_floor"],
+        pytorch_floor_seconds=times.get("pytorch_floor"),
+        graph_floor_seconds=times.get("graph_floor"),
         rows=[],
     )
     expected = None
@@ -328,6 +372,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         record["sequential"] = dict(
             variant=variant,
             seconds=times["sequential"],
+            device_seconds=times.get(("inside", "sequential")),
             peak_mib=peak(sequential, "sfp", variant),
         )
         expected = tasks["sequential"]()
@@ -336,6 +381,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             method=method,
             variant=variant,
             seconds=times[method, variant],
+            device_seconds=times.get(("inside", (method, variant))),
             peak_mib=peak(fast, method, variant),
             stages=stages(own, case, data),
         )
@@ -406,12 +452,27 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
         f"{record['batch']}, {windows} windows, {record['classes']} classes, {record['device']}, "
         f"{threads} threads"
     )
-    columns = ("", "ms", "x floor", "images/s", "windows/s", "peak MiB", "x sequential")
+    columns = (
+        "",
+        "ms",
+        "x floor",
+        "images/s",
+        "windows/s",
+        "peak MiB",
+        "x sequential",
+        "without I/O",
+    )
     for column in columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     slow = record.get("sequential")
 
-    def add(name: str, seconds: float, peak: float | None = None, compare: bool = False) -> None:
+    def add(
+        name: str,
+        seconds: float,
+        peak: float | None = None,
+        compare: bool = False,
+        inside: float | None = None,
+    ) -> None:
         rates = (record["batch"] / seconds, windows / seconds)
         faster = f"{slow['seconds'] / seconds:.2f} faster" if slow and compare else ""
         table.add_row(
@@ -421,15 +482,21 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
             *(f"{rate:.2f}" for rate in rates),
             "" if peak is None else f"{peak:.0f}",
             faster,
+            "" if inside is None else f"{1e3 * inside:.1f} ms, {inside / floor:.2f} x floor",
         )
 
     add("floor", floor)
-    add("floor, PyTorch's linear layers", record["pytorch_floor_seconds"])
+    if record["pytorch_floor_seconds"]:
+        add("floor, PyTorch's linear layers", record["pytorch_floor_seconds"])
+    if record["graph_floor_seconds"]:
+        add("floor as a CUDA graph", record["graph_floor_seconds"])
     if slow:
-        add("sequential reference", slow["seconds"], slow["peak_mib"])
+        add(
+            "sequential reference", slow["seconds"], slow["peak_mib"], inside=slow["device_seconds"]
+        )
     for row in record["rows"]:
         name = row["method"] + f" {row['variant']}" * (row["variant"] != "auto")
-        add(name, row["seconds"], row["peak_mib"], row["method"] == "sfp")
+        add(name, row["seconds"], row["peak_mib"], row["method"] == "sfp", row["device_seconds"])
     console.print(table)
     for row in record["rows"]:
         whole = sum(row["stages"].values())

@@ -1,7 +1,8 @@
 """Checks on one GPU what the tests check on a CPU, and measures it. `gpu_check.sh` calls it.
 
 * goldens: the official implementations' numbers, on the device in float32, within their tolerances;
-* methods: every preset that needs no other model, in half precision against float32;
+* methods: every preset that needs no other model, in half precision against float32, and whether it
+  waits for the GPU between an image and its logits;
 * process group: an evaluation's sums over one process, by NCCL;
 * bench: SFP against CLIP's forward pass and the sequential reference (`bench.py`), while time is left.
 
@@ -18,6 +19,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -25,23 +27,32 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
 import torch.distributed
 
 import sfp
 from sfp import mini
-from sfp.engine import Engine
+from sfp.engine import Engine, Queries
 from sfp.files import atomic_write
+from sfp.functional.windows import LogitSheet
 from sfp.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/methods", "tests/ops")
 SCENES = 4
+MODES = (
+    "compiled",
+    "graphs",
+    "compiled graphs",
+)  # in fp16; what is compiled for the first kind of case
 # what is measured first if there is no time for all: (arch, image, classes, batch)
 CASES = [
     *product(["ViT-B/16"], ["voc"], [21, 171, 847], [1, 16]),
@@ -68,15 +79,22 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def goldens(device: str) -> dict[str, Any]:
-    """Runs the golden tests on the device, in a process of their own."""
-    environment = dict(os.environ, SFP_DEVICE=device, PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "golden", "-p", "no:cacheprovider"]
+    """Runs the golden tests on the device, in processes of their own."""
+    environment = dict(os.environ, SFP_DEVICE=device)
+    command = [sys.executable, "-m", "pytest", "-k", "golden", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     done = subprocess.run(
         [*command, *TESTS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return dict(ok=done.returncode == 0, summary=lines[-1] if lines else done.stderr, failed=failed)
+    return dict(
+        ok=done.returncode == 0,
+        summary=next((line for line in reversed(lines) if "passed" in line), "none passed"),
+        failed=failed,
+        output=[] if done.returncode == 0 else [*lines[-400:], *done.stderr.splitlines()[-20:]],
+    )
 
 
 def methods(device: str, names: list[str], precisions: list[str]) -> dict[str, Any]:
@@ -100,6 +118,11 @@ def methods(device: str, names: list[str], precisions: list[str]) -> dict[str, A
             except LookupError as error:  # a guide or regions, which are other models
                 found[name] = dict(left_out=str(error))
                 continue
+            if device == "cuda" and precision == precisions[0]:
+                found[name]["waits"] = waits(engine, sfp.build_method(name), inputs[0], queries)
+                found[name]["graph"] = recorded(
+                    engine, sfp.build_method(name), inputs, queries, sheets
+                )
             labels = torch.stack(
                 [
                     engine.label(image, sheet, queries.index).labels
@@ -114,6 +137,45 @@ def methods(device: str, names: list[str], precisions: list[str]) -> dict[str, A
                 same = (labels == expected[name]).double().mean().item()
                 found[name][precision] = dict(same_labels=same, finite=finite)
     return found
+
+
+def waits(engine: Engine, method: sfp.Method, image: torch.Tensor, queries: Queries) -> str | None:
+    """Where a method waits for the GPU between windows and their logits; None if it never does."""
+    engine.logits([method], [image], [(224, 224)], queries)  # what is made once and kept
+    context = dict(text=queries.features, index=queries.index)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            method.logits(engine.clip.visual, image[None], **context)
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        places = traceback.extract_tb(error.__traceback__)
+        own = [place for place in places if "sfp" in Path(place.filename).parts]
+        return f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].line}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
+def recorded(
+    engine: Engine,
+    method: sfp.Method,
+    images: list[torch.Tensor],
+    queries: Queries,
+    expected: list[LogitSheet],
+) -> float | None:
+    """Largest difference of a CUDA graph's logits from `expected`; None where there is no graph."""
+    graphs = Engine(engine.clip, precision=engine.precision, graphs=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other = [image.flip(-1) for image in images]  # recorded with these
+        for inputs in (other, images):
+            (sheets,) = graphs.logits([method], inputs, [(224, 224)] * len(inputs), queries)
+    if method.needs_whole or any("graphs=True" in str(each.message) for each in caught):
+        return None
+    pairs = zip(sheets, expected, strict=True)
+    return max((found.tiles - own.tiles).abs().max().item() for found, own in pairs)
 
 
 def process_group(device: str) -> dict[str, Any]:
@@ -132,73 +194,88 @@ def process_group(device: str) -> dict[str, Any]:
     return dict(backend=backend, ok=ok)
 
 
-def bench(device: str, cases: list[tuple], variants: list[str], until: float) -> Iterator[dict]:
-    """Cases of `bench.py`, each in a process of its own, as long as there is time."""
+def measured(device: str, cases: list[tuple], variants: list[str], until: float) -> Iterator[dict]:
+    """Cases of `bench.py`, as long as there is time."""
     for arch, image, classes, batch in cases:
-        left = until - time.monotonic()
         name = f"{arch}, {image}, {classes} classes, batch of {batch}"
-        if left < 5:
+        if time.monotonic() > until:
             yield dict(name=name, left_out="no time left")
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder, "bench.json")
-            command = [sys.executable, "tools/bench.py", "--arch", arch, "--image", image]
-            command += ["--classes", str(classes), "--batch", str(batch), "--device", device]
-            command += ["--variants", *variants, "--rounds", "3", "--out", str(out)]
-            if batch > 1:  # the reference takes one image after the other: nothing new
-                command += ["--no-sequential"]
-            try:
-                done = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    env=dict(os.environ, PYTHONPATH=str(ROOT)),
-                    capture_output=True,
-                    text=True,
-                    timeout=left,
-                    check=False,
-                )
-            except subprocess.TimeoutExpired:
-                yield dict(name=name, left_out="no time left")
-                continue
-            if done.returncode:
-                yield dict(name=name, left_out=(done.stderr.strip().splitlines() or ["?"])[-1])
-                continue
-            (case,) = json.loads(out.read_text())["cases"]
-            yield dict(case, name=name)
+        # what is compiled takes a long time to begin with
+        first = (arch, image) == cases[0][:2]
+        chosen = [variant for variant in variants if first or not variant.startswith("compiled")]
+        settings = argparse.Namespace(
+            methods=["sfp"],
+            variants=chosen,
+            rounds=5,
+            memory=True,
+            sequential=batch == 1,  # it takes one image after the other: a batch is nothing new
+        )
+        try:
+            yield dict(
+                bench.measure(bench.Case(arch, image, classes, device, batch), settings), name=name
+            )
+        except torch.OutOfMemoryError as error:
+            yield dict(name=name, left_out=str(error).splitlines()[0])
 
 
 def rows(record: dict[str, Any]) -> Iterator[list[str]]:
     """What docs/speed.md shows of the bench: one row per case and variant."""
     for case in record["bench"]:
         if "left_out" in case:
-            yield [case["name"], "-", "not measured: " + case["left_out"], "", "", "", ""]
+            yield [case["name"], "-", "not measured: " + case["left_out"], *[""] * 7]
             continue
+        slow, graph = case.get("sequential"), case["graph_floor_seconds"]
         for row in case["rows"]:
-            slow = case.get("sequential")
+            inside = row["device_seconds"] or row["seconds"]
             peak = row["peak_mib"]
+            faster = "-"
+            if slow:
+                faster = f"{(slow['device_seconds'] or slow['seconds']) / inside:.1f}x"
             yield [
                 case["name"],
                 row["variant"],
                 f"{1e3 * case['floor_seconds']:.1f}",
+                "-" if graph is None else f"{1e3 * graph:.1f}",
+                f"{1e3 * inside:.1f}",
+                f"{inside / case['floor_seconds']:.2f}",
+                faster,
                 f"{1e3 * row['seconds']:.1f}",
-                f"{row['seconds'] / case['floor_seconds']:.2f}",
-                f"{slow['seconds'] / row['seconds']:.2f}x" if slow else "-",
                 "-" if peak is None else f"{peak:.0f}",
+                "-" if not slow or slow["peak_mib"] is None else f"{slow['peak_mib']:.0f}",
             ]
 
 
 def tables(record: dict[str, Any]) -> str:
     """The results as Markdown."""
-    header = ["case", "variant", "floor ms", "SFP ms", "x floor", "SFP is faster", "peak MiB"]
+    header = [
+        *("case", "variant", "floor ms", "floor as a graph ms", "SFP ms", "x floor"),
+        *("sequential / SFP", "SFP from JPEG ms", "peak MiB", "sequential's peak MiB"),
+    ]
     precisions = record["precisions"]
     agreement = [
-        [f"`{name}`", *(f"{100 * each[p]['same_labels']:.2f} %" for p in precisions)]
+        [
+            f"`{name}`",
+            *(f"{100 * each[p]['same_labels']:.2f} %" for p in precisions),
+            each.get("waits") or "no",
+            "-" if each.get("graph") is None else f"{each['graph']:.1e}",
+        ]
         for name, each in record["methods"].items()
         if "left_out" not in each
     ]
+    machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
+    goldens, group = record["goldens"], record["process_group"]
     return (
-        f"{json.dumps(record['machine'])}\n\nGoldens: {record['goldens']['summary']}\n\n"
-        + markdown(["method", *(f"{p}: labels as in fp32" for p in precisions)], agreement)
+        f"Machine: {machine}\n\nGoldens: {'pass' if goldens['ok'] else 'FAIL'} ({goldens['summary']}). "
+        f"Sum over a group of one by {group['backend']}: {'right' if group['ok'] else 'WRONG'}.\n\n"
+        + markdown(
+            [
+                "method",
+                *(f"{p}: labels as in fp32" for p in precisions),
+                *("waits for the GPU", "largest difference of a graph's logits"),
+            ],
+            agreement,
+        )
         + "\n"
         + markdown(header, rows(record))
     )
@@ -228,14 +305,14 @@ def main() -> int:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     cases = [("ViT-B/32", "tiny", 3, 1)] if args.small else CASES
     names = ["clip", "sfp"] if args.small else sfp.list_methods()
-    variants = ["fp32"] if args.small else [*args.precisions, "compiled"]
+    variants = ["fp32"] if args.small else [*args.precisions, *MODES]
     steps: dict[str, Callable[[], Any]] = {
         "goldens": lambda: (
             dict(ok=True, summary="left out") if args.small else goldens(args.device)
         ),
         "methods": lambda: methods(args.device, names, args.precisions),
         "process_group": lambda: process_group(args.device),
-        "bench": lambda: list(bench(args.device, cases, variants, start + args.seconds)),
+        "bench": lambda: list(measured(args.device, cases, variants, start + args.seconds)),
     }
     record: dict[str, Any] = dict(machine=machine(args.device), precisions=args.precisions)
     for name, step in steps.items():

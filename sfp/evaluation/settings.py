@@ -64,7 +64,16 @@ OTHERS = {"sfp", "mmcv", "mmengine", "mmseg", "torch"}  # whose code has a hash 
 REGISTRIES = ("DATASETS", "TRANSFORMS", "MODELS", "METRICS", "HOOKS", "LOOPS")
 FILES = ("img_path", "seg_map_path")  # keys of mmseg's records
 # arguments of the segmentor that are not protocol, or that stand elsewhere on the card
-_ELSEWHERE = {"weights", "classes", "method", "templates", "precision", "window_batch", "compiled"}
+_ELSEWHERE = {
+    "weights",
+    "classes",
+    "method",
+    "templates",
+    "precision",
+    "window_batch",
+    "compiled",
+    "graphs",
+}
 _ELSEWHERE |= {"data_preprocessor", "scores", "palette", "init_cfg", "pretrained", "train_cfg"}
 _STEPS_OF_LABELS = {*LABEL_STEPS, "PackSegInputs"}  # no image passes through them
 
@@ -168,7 +177,9 @@ def settings(
 
 def _run(config: Config, device: str | None) -> dict[str, Any]:
     """What the config says of how it is run."""
-    result: dict[str, Any] = {name: config.model.get(name) for name in ("window_batch", "compiled")}
+    result: dict[str, Any] = {
+        name: config.model.get(name) for name in ("window_batch", "compiled", "graphs")
+    }
     if device is not None:
         result["device"] = device
         result["tf32"] = device == "cuda" and torch.backends.cuda.matmul.allow_tf32

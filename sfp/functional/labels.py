@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfp.functional.kept import constant
 from sfp.functional.windows import LogitSheet
 
-BUDGET = {"cpu": 2**20, "cuda": 2**24}  # probabilities held at once; on a CPU its cache holds them
+BUDGET = {"cpu": 2**20, "cuda": 2**26}  # probabilities held at once; on a CPU its cache holds them
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def assign(
     first = rows(0, 1)
     height, width = size
     step = max(BUDGET.get(first.device.type, BUDGET["cuda"]) // (len(index) * width), 1)
-    classes = torch.tensor(index, device=first.device)
+    classes = constant(index, first)
     confidence = first.new_empty(size)
     query = first.new_empty(size, dtype=torch.long)
     scores = first.new_empty(index[-1] + 1, *size) if keep_scores else None

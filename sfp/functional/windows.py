@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
 from typing import Any, Literal, TypeVar
 
@@ -19,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.clip.dispatch import intercepted
+from sfp.functional.kept import kept
 
 T = TypeVar("T")
-KEPT = 2**20  # most numbers of a matrix that is cached
 BLOCK = 256  # pixels of a side above which the merging matrices are used in parts
 
 
@@ -41,9 +39,9 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
 def interpolation(source: int, target: int, like: Tensor) -> Tensor:
     """Bilinear resampling along one side (`align_corners=False`) as a matrix, (target, source).
 
-    It has the type and device of `like` and may be cached: it is not to be written to.
+    It has the type and device of `like` and may be kept: it is not to be written to.
     """
-    return _cached(source * target, _interpolation, like, source, target)
+    return kept(source * target, _interpolation, like, source, target)
 
 
 def _interpolation(like: Tensor, source: int, target: int) -> Tensor:
@@ -141,25 +139,8 @@ class Side:
         return replace(self, matrix=self.matrix.cpu())
 
 
-def _cached(numbers: int, make: Callable[..., T], like: Tensor, *args: Any) -> T:
-    """`make(like, *args)`, kept for the next image of the same size.
-
-    What is made on the host would otherwise be moved to a GPU again and again. Whoever traces gets a
-    new one: what its tracer makes is of no use afterwards.
-    """
-    if numbers > KEPT or intercepted():
-        return make(like, *args)
-    return _kept(make, like.dtype, like.device, *args)
-
-
-@lru_cache(maxsize=64)
-def _kept(make: Callable[..., Any], dtype: torch.dtype, device: torch.device, *args: Any) -> Any:
-    with torch.inference_mode(False):  # what is kept also serves callers with gradients
-        return make(torch.empty(0, dtype=dtype, device=device), *args)
-
-
 def overlaps(
-    starts: list[int], window: int, cells: int, length: int, canvas: int, *, floor: bool = False
+    starts: Sequence[int], window: int, cells: int, length: int, canvas: int, *, floor: bool = False
 ) -> Tensor:
     """How much of each canvas cell each window's cells cover along one side, in pixels.
 
@@ -188,6 +169,21 @@ def overlaps(
     )
     ends, begins = (torch.minimum(whole[1:], own[:, 1:]), torch.maximum(whole[:-1], own[:, :-1]))
     return (ends - begins).clamp_min(0)
+
+
+def _overlaps(like: Tensor, *args: Any) -> Tensor:
+    *where, floor = args
+    return overlaps(*where, floor=floor)
+
+
+def _stitching(like: Tensor, *args: Any) -> Tensor:
+    """Canvas cells from all windows' cells along one side, (canvas, windows * cells)."""
+    return F.normalize(_overlaps(like, *args).flatten(1), p=1, dim=1).to(like)
+
+
+def _unstitching(like: Tensor, *args: Any) -> Tensor:
+    """All windows' cells from canvas cells along one side, (windows * cells, canvas)."""
+    return F.normalize(_overlaps(like, *args).movedim(0, -1), p=1, dim=-1).flatten(0, 1).to(like)
 
 
 def _padding(side: int, multiple: int, least: int) -> int:
@@ -324,10 +320,7 @@ class WindowGrid:
         """
         tiles = maps.unflatten(0, (len(self.ys), len(self.xs)))
         tiles = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (ys * h, xs * w, D)
-        rows, columns = (
-            F.normalize(part.flatten(1), p=1, dim=1).to(tiles)
-            for part in self._overlaps(maps, floor)
-        )
+        rows, columns = self._sides(_stitching, maps.shape[-2:], floor, tiles)
         narrow = rows @ tiles.flatten(1)  # (rows, xs * w * D)
         return (columns @ narrow.unflatten(1, tiles.shape[1:])).permute(2, 0, 1)[None]
 
@@ -344,29 +337,23 @@ class WindowGrid:
         Returns:
             (windows, D, h, w).
         """
-        shape = canvas.new_empty(0, 0, *cells)
-        rows, columns = (
-            F.normalize(part.movedim(0, -1), p=1, dim=-1).flatten(0, 1).to(canvas)
-            for part in self._overlaps(shape, floor)
-        )
+        rows, columns = self._sides(_unstitching, cells, floor, canvas)
         cut = rows @ canvas[0] @ columns.T  # (D, ys * h, xs * w)
         cut = cut.unflatten(2, (len(self.xs), cells[1])).unflatten(1, (len(self.ys), cells[0]))
         return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
-    def _overlaps(self, maps: Tensor, floor: bool) -> list[Tensor]:
-        cells = (maps.shape[-2], maps.shape[-1])
-        canvas = self.canvas(cells, floor=floor)
-        return [
-            overlaps(
-                starts,
-                self.window[i] + self.padding[i],
-                cells[i],
-                self.size[i] + self.padding[i],
-                canvas[i],
-                floor=floor,
-            )
-            for i, starts in enumerate((self.ys, self.xs))
-        ]
+    def _sides(
+        self, make: Callable[..., T], cells: Sequence[int], floor: bool, like: Tensor
+    ) -> list[T]:
+        """What `make` makes of the arguments of `overlaps`, for both sides."""
+        canvas = self.canvas((cells[0], cells[1]), floor=floor)
+        made = []
+        for i, starts in enumerate((self.ys, self.xs)):
+            window, length = (x[i] + self.padding[i] for x in (self.window, self.size))
+            numbers = canvas[i] * len(starts) * cells[i]
+            where = (tuple(starts), window, cells[i], length, canvas[i], floor)
+            made.append(kept(numbers, make, like, *where))
+        return made
 
     def placements(self, cells: tuple[int, int]) -> Iterator[Tensor]:
         """How much of each canvas cell each window's cells cover, 0 to 1: (M, N) float64 of each.
@@ -374,7 +361,9 @@ class WindowGrid:
         Args:
             cells: rows and columns of a window.
         """
-        rows, columns = self._overlaps(torch.empty(0, 0, *cells), False)  # (canvas, windows, cells)
+        rows, columns = self._sides(
+            _overlaps, cells, False, torch.empty(0, device="cpu")
+        )  # (canvas, windows, cells)
         cell = [
             (self.size[i] + self.padding[i]) / len(part) for i, part in enumerate((rows, columns))
         ]
@@ -413,7 +402,7 @@ class WindowGrid:
         via, window = (target, target) if self.direct else (self.size, self.window)
         cells = logits.shape[2:]
         rows, columns = (
-            _cached(
+            kept(
                 target[i] * len(starts) * cells[i],
                 Side.of,
                 tiles,

@@ -27,6 +27,7 @@ from sfp.clip.model import CLIP
 from sfp.clip.vit import VisionTransformer
 from sfp.functional.labels import Labels
 from sfp.functional.masks import MaskSheet, paint_masks, same_area, vote_in_masks
+from sfp.masks.cuts import CutMasks
 from sfp.masks.dino import DinoMasks
 from sfp.masks.refine import SamRefine
 from sfp.masks.sam import SamMasks
@@ -37,6 +38,7 @@ from sfp.whole import MASK_PIXELS
 __all__ = [
     "MASKS",
     "STAGES",
+    "CutMasks",
     "DinoMasks",
     "MaskVote",
     "Proposal",
@@ -88,9 +90,10 @@ class Proposal(nn.Module):
         guides: Mapping[str, Callable[..., Tokens]] | None = None,
     ) -> MaskSheet:
         """The mask logits of an image, normalised, (3, h, w), to be rendered at a size."""
-        small = same_area(image.float(), self.side, vit.patch)
-        trace = vit.trace(small[None], guides=guides, depth=12)
-        (points,) = self.points(trace)
+        points = image.new_zeros(0, 1, 2)
+        if getattr(self.propose, "needs_points", True):
+            small = same_area(image.float(), self.side, vit.patch)
+            (points,) = self.points(vit.trace(small[None], guides=guides, depth=12))
         return self.propose(image, points, size)
 
 

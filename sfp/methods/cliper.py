@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.functional.kept import constant
 from sfp.functional.labels import best_of_class
 from sfp.functional.precision import upcast
 from sfp.functional.windows import LogitSheet
@@ -130,7 +131,7 @@ def layer_probabilities(
         Of the whole image, (1, Q, h, w).
     """
     text = trace.query_features().to(upcast(features.data))
-    index = torch.tensor(trace.index or range(len(text)), device=text.device)
+    index = constant(trace.index or range(len(text)), text)
     shown = (index > 0) if background else (index >= 0)
     mean = F.normalize(
         (text * shown[:, None]).sum(0, keepdim=True), dim=-1

@@ -37,6 +37,7 @@ from sfp.functional.clusters import (
     segments,
     vote_shares,
 )
+from sfp.functional.kept import constant
 from sfp.functional.precision import upcast
 from sfp.kinds import Affinity, Detector, Rule, Source
 from sfp.ops.attention import self_self
@@ -183,7 +184,7 @@ def cluster_vote(
     )
     height, width = trace.image.shape[-2:]
     size = (height, width) if cells is None else (cells * grid[0], cells * grid[1])
-    index = torch.tensor(trace.index or range(logits.shape[1]), device=logits.device)
+    index = constant(trace.index or range(logits.shape[1]), logits)
     refined = []
     for coarse, own, labels in zip(logits, rows, clusters, strict=True):
         fine = resize(coarse, size)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from sfp.clip.text import prompt_templates
 from sfp.files import atomic_write
+from sfp.functional.kept import constant
 from sfp.functional.precision import upcast
 from sfp.functional.windows import interpolation
 from sfp.registry import METHODS, composition, op
@@ -112,7 +113,7 @@ def expert_probabilities(
     """
     banks = expert_banks(experts, trace).to(upcast(features.data))
     text = trace.query_features().to(banks)
-    index = torch.tensor(trace.index or range(len(text)), device=banks.device)
+    index = constant(trace.index or range(len(text)), banks)
     height, width = trace.image.shape[-2:]
     size = (height, width) if cells is None else tuple(cells * side for side in features.grid)
     unit = F.normalize(upcast(features.patches), dim=-1).mT  # (B, C, N)
@@ -161,7 +162,7 @@ def fit(
         index: class of each query.
         logit_scale: inverse temperature.
     """
-    classes = torch.tensor(index, device=banks.device)
+    classes = constant(index, banks)
     total = torch.zeros(len(banks), index[-1] + 1, dtype=torch.float64, device=banks.device)
     count = torch.zeros_like(total)
     for features in windows:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.functional.clusters import resize
+from sfp.functional.kept import constant
 from sfp.functional.precision import upcast
 from sfp.kinds import Affinity
 from sfp.registry import METHODS, composition, op, pick
@@ -217,8 +218,9 @@ def class_purification(
     weights = trace.once(affinity)
     if weights.shape[-1] != logits[0, 0].numel():  # of another grid, a guide's
         logits = resize(logits, trace.embedded.grid)
-    index = torch.tensor(trace.index or range(logits.shape[1]), device=logits.device)
-    shown = (index > 0 if background else index >= 0).nonzero()[:, 0]
+    index = trace.index or range(logits.shape[1])
+    named = [i for i, own in enumerate(index) if own > 0 or not background]
+    shown = constant(named, logits, torch.long)
     text = trace.query_features() if crop_text is None else _crop_text(crop_text, len(index))
     text = F.normalize(text.to(logits), dim=-1)[shown]
     probs = (logit_scale * logits).softmax(1)

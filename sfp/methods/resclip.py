@@ -115,15 +115,14 @@ def semantic_feedback(
             fine = pamr(guide, fine, steps=pamr_steps, dilations=pamr_dilations)
         confidence, label = class_scores(fine[0], index, logit_scale).max(0)
         labels.append(label.masked_fill(confidence < temp_thd, 0))
-    return feedback_mask(patch_modes(torch.stack(labels), grid, patch), grid, blur)
+    return feedback_mask(patch_modes(torch.stack(labels), grid, patch, index[-1] + 1), grid, blur)
 
 
-def patch_modes(labels: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+def patch_modes(labels: Tensor, grid: tuple[int, int], patch: int, classes: int) -> Tensor:
     """The most frequent label of each patch, the smallest of equals: (B, H, W) -> (B, N) int64."""
     cells = labels[:, : grid[0] * patch, : grid[1] * patch]
     cells = cells.unflatten(2, (grid[1], patch)).unflatten(1, (grid[0], patch))
     cells = cells.transpose(2, 3).flatten(3).flatten(1, 2)  # (B, N, pixels)
-    classes = int(labels.max()) + 1
     counts = torch.zeros(*cells.shape[:2], classes, dtype=torch.int64, device=labels.device)
     counts.scatter_add_(2, cells, torch.ones_like(cells))
     return counts.argmax(-1)

@@ -3,7 +3,9 @@
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +47,10 @@ class Scenes:
 def _render(home: Path, count: int, first_seed: int) -> None:
     images = np.empty((count, SIDE, SIDE, 3), np.uint8)
     areas = np.empty((count, GRID, GRID, len(CLASSES)), np.uint8)
-    with Progress() as progress:
-        for i in progress.track(range(count), description="drawing scenes"):
-            image, labels = scene(first_seed + i, 2 * SIDE)
-            images[i], areas[i] = halve(image), token_areas(labels)
+    with Progress() as progress, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        drawn = pool.map(_drawn, range(first_seed, first_seed + count), chunksize=50)
+        for i, each in enumerate(progress.track(drawn, count, description="drawing scenes")):
+            images[i], areas[i] = each
     partial = home.with_name(f"{home.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     np.save(partial / "images.npy", images)
@@ -57,6 +59,11 @@ def _render(home: Path, count: int, first_seed: int) -> None:
         partial.rename(home)
     except OSError:  # another process was faster
         shutil.rmtree(partial)
+
+
+def _drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    image, labels = scene(seed, 2 * SIDE)
+    return halve(image), token_areas(labels)
 
 
 def halve(image: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -284,16 +285,33 @@ def main() -> None:
         "--steps", type=int, default=OutlierRecipe.steps, help="length of the second stage"
     )
     parser.add_argument("--start", type=Path, help="a result of the first stage, which is left out")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="settings of the second stage, for ablations: selfself=0 leaves that loss out",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
+    second = OutlierRecipe(steps=args.steps, seed=args.seed)
+    settings = {}
+    for name, _, number in (word.partition("=") for word in args.set):
+        kind = type(getattr(second, name, None))
+        if kind not in (int, float):
+            parser.error(f"--set {name}: {OutlierRecipe.__name__} has no such number")
+        try:
+            settings[name] = kind(number)
+        except ValueError:
+            parser.error(f"--set {name}={number}: expected a number")
     torch.set_num_threads(args.threads)
     start = args.start
     stages = [
         ("scenes", Learner, Recipe(minutes=args.minutes, seed=args.seed)),
-        ("outliers", Outliers, OutlierRecipe(steps=args.steps, seed=args.seed)),
+        ("outliers", Outliers, replace(second, **settings)),
     ]
     for name, kind, recipe in stages if start is None else stages[1:]:
         folder, cache = args.out / name, args.out / "cache"

@@ -41,7 +41,7 @@ def ids(image: Tensor) -> Tensor:
 
 
 colours.across = lambda entering, join: join(entering)  # type: ignore[attr-defined]
-GUIDES = dict(dino=colours, sam=tiny.Sam())
+GUIDES = dict(dino=colours, sam=tiny.Sam(), clipseg=tiny.Scorer())
 
 
 @functools.cache
@@ -258,7 +258,9 @@ def test_every_preset(name):
     image = tiny.images(1, 5 * ours.patch, 3 * ours.patch)
     text = tiny.queries(QUERIES, width=ours.embed_dim)
     for preset, method in presets().items():
-        logits, _ = method.logits(ours, image, text, guides=GUIDES, regions=ids(image))
+        logits, _ = method.logits(
+            ours, image, text, guides=GUIDES, regions=ids(image), words=tiny.words(QUERIES)
+        )
         assert logits.isfinite().all(), preset
 
 
@@ -275,7 +277,9 @@ def test_every_preset_in_the_pool(name, keys):
         except ValueError as error:
             assert re.search(NOT_IN_A_POOL, str(error)), preset  # noqa: PT017
             continue
-        logits, _ = method.logits(ours, image, text, guides=GUIDES, regions=ids(image))
+        logits, _ = method.logits(
+            ours, image, text, guides=GUIDES, regions=ids(image), words=tiny.words(QUERIES)
+        )
         assert logits.isfinite().all(), preset
         ran.add(preset)
     assert ran >= {

@@ -18,6 +18,7 @@ from sfp.tokens import Tokens
 ON_THE_HOST = {  # by method: what it does there by design
     "cliptrase": "DBSCAN, and its clusters one by one",
     "corrclip": "a token per region, of which each window has another number",
+    "lavg": "a mask per region",
     "lposs": "a sparse graph of patches",
     "lposs_plus": "the same",
     "freecp": "boxes around components of masks",

@@ -111,6 +111,7 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("gclip", "channel"): [3],
     ("gem", "ss_attn_temp"): [10.0],
     ("itaclip", "layers"): [(3,), ()],
+    ("lavg", "base"): ["clearclip"],
     ("lposs", "base"): ["clearclip"],
     ("lposs", "guide"): [],
     ("lposs", "output"): [],

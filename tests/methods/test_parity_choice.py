@@ -180,6 +180,7 @@ def segmented(
     size = case.entry["ori_shape"] or pixels.shape[-2:]
     engine = Engine(
         case.clip,
+        precision="fp32",
         slide_crop=hyper["crop"],
         slide_stride=hyper["stride"],
         logit_scale=hyper.get("logit_scale", 40),

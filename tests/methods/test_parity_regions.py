@@ -99,6 +99,7 @@ def run_engine(
     index = case.manifest["query_class"][case.entry["query_class"]]
     engine = Engine(
         case.clip,
+        precision="fp32",
         guides={} if guide is None else dict(dino=guide),
         slide_crop=case.entry["crop"],
         slide_stride=case.entry["stride"],

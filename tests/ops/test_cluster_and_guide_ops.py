@@ -301,7 +301,7 @@ def test_feedback_mask(grid):
 
 def test_patch_modes():
     labels = torch.randint(0, 3, (2, 7, 10), generator=torch.Generator().manual_seed(1))
-    out = patch_modes(labels, (2, 3), 3)
+    out = patch_modes(labels, (2, 3), 3, 3)
     for b in range(2):
         for n in range(6):
             row, col = n // 3 * 3, n % 3 * 3

@@ -267,6 +267,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         ],
         "query_probabilities": [{}, dict(scale=10.0)],
         "prompt_denoising": [{}, dict(pd_thresh=0.9, scale=10.0)],
+        "region_mean": [{}, dict(least=1.5)],
         "remove_redundancy": [{}, dict(temperature=5.0)],
     },
     "points": {

@@ -34,9 +34,20 @@ def test_a_small_run(tmp_path, monkeypatch, capsys):
     (case,) = record["bench"]
     (row,) = case["rows"]
     assert row["equal_labels"] > 0.99
+    monkeypatch.syspath_prepend(TOOLS)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--markdown", str(out)])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(TOOLS / "gpu_check.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert done.stdout.endswith(printed)
     assert "| ViT-B/32, tiny, 3 classes, batch of 1 | fp32 |" in printed
+
+
+def test_the_tables_of_the_documentation(monkeypatch, capsys):
+    docs = TOOLS.parent / "docs"
+    record = str(docs / "measured" / "gpu_h200.json")
+    monkeypatch.syspath_prepend(TOOLS)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--markdown", record])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(TOOLS / "gpu_check.py"), run_name="__main__")
+    assert (docs / "gpu.md").read_text().endswith(capsys.readouterr().out)

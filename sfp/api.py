@@ -198,9 +198,9 @@ class Model:
                 new class 0. Probabilities depend on all classes; benchmarks use 0.15 to 0.35.
             method: in place of the model's own.
             regions: for methods that ask for them: an id map of the image, whole numbers (h, w) of any
-                size in its shape, 0 for pixels of no region; for TextRegion also masks that may
-                overlap, (R, h, w) bool or floats that are above 0 inside; for a list of images a list.
-                By default the proposer of the model's settings finds them.
+                size in its shape, 0 for pixels of no region; for TextRegion and LaVG also masks that
+                may overlap, (R, h, w) bool or floats that are above 0 inside; for a list of images a
+                list. By default the proposer of the model's settings finds them.
 
         Returns:
             The result of an image at its own size; a list of them for a list.

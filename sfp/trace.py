@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NO_REGIONS = (
     "the method asks for regions of the image: pass an id map (regions=), or say in the settings who "
     "proposes them (regions=dict(propose=dict(type=...)), see docs/methods.md); masks that overlap "
-    "(regions= of three dimensions, paint='none') are for textregion alone"
+    "(regions= of three dimensions, paint='none') are for textregion and lavg"
 )
 GUIDE_PIXELS = 2**20  # that a guide sees at once, nine windows of 336 pixels
 T = TypeVar("T")

@@ -12,8 +12,9 @@ the window suggests are admitted in one round of repair.
 | post-processing of the journal's version | not here: `pamr_steps=3` is near | PAMR, Otsu's threshold |
 | windows | each selects; `stitched=True` selects for the whole image | each selects |
 
-Published on ProxyCLIP (DINO ViT-B/8), windows of 336 pixels, stride 112: `share=0.3` (VOC21 and
-Context60 0.4), `local=0.15` (VOC20 and ADE20K 0.10, COCO-Stuff 0.12).
+CLIPSeg looks at each window once, and its decoder runs once for each query. Published on ProxyCLIP
+(DINO ViT-B/8), windows of 336 pixels, stride 112: `share=0.3` (VOC21 and Context60 0.4), `local=0.15`
+(VOC20 and ADE20K 0.10, COCO-Stuff 0.12).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from sfp.demo.pictures import SHOWN, framed, labelled, marked
 from sfp.demo.session import Session
 from sfp.mini import scene
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 WORDS = "box|crate, sky, grass, sun, water, ball, cat|kitten, night"

@@ -88,7 +88,10 @@ def test_golden_trident_refine(name):
     # the release returns the old probabilities too, wherever a mask did not count
     returned = torch.where(failed, torch.maximum(found, scores), found)
     case.check("scores_s4", returned[:, ::4, ::4])
-    assert (new.labels != winner).sum() == case.entry["info"]["changed"]
+    changed = int((new.labels != winner).sum())
+    slack = case.outputs["pred"]["max_mismatch_pixels"]
+    assert changed == pytest.approx(case.entry["info"]["changed"], abs=slack)
+    assert changed > slack
 
 
 def drawn(height: int = 40, width: int = 56, classes: int = 4) -> Labels:

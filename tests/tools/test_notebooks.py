@@ -38,6 +38,8 @@ def test_committed_outputs(path):
     assert all(f"{name} = " in cells[0].source for name in ("IMAGE", "WEIGHTS", "CLASSES"))
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_they_run(tmp_path):
     command = [sys.executable, str(ROOT / "tools/run_notebooks.py"), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
+from sfp.cli.options import parse_method
 from sfp.clip import onednn, text
 from sfp.engine import Engine, Queries
 from sfp.files import atomic_write
@@ -135,7 +136,7 @@ class Case:
         )
         queries = Queries(F.normalize(features, dim=-1).to(self.device), tuple(range(self.classes)))
         engine = Engine(clip, **VARIANTS[variant]).to(self.device)
-        return Contender(engine, sfp.build_method(method), queries)
+        return Contender(engine, sfp.build_method(parse_method(method)), queries)
 
 
 def fast(own: Contender, case: Case, data: bytes) -> Tensor:
@@ -520,7 +521,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[1], help="how many images go in at once"
     )
-    parser.add_argument("--methods", nargs="+", default=["sfp"], help="presets, or all")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["sfp"],
+        help="presets, with knobs as in sfp:stitched=True; or all",
+    )
     parser.add_argument(
         "--variants",
         nargs="+",

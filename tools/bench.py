@@ -54,6 +54,7 @@ from sfp.files import atomic_write
 from sfp.functional import windows as windows_module
 from sfp.functional.windows import WindowGrid
 from sfp.graphs import Graphs
+from sfp.method import self_contained_methods
 
 ARCHS = {
     "ViT-B/32": dict(patch=32, width=768, layers=12, embed_dim=512),
@@ -550,7 +551,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     if args.methods == ["all"]:
-        args.methods = [name for name in sfp.list_methods() if name != "proxyclip"]
+        args.methods = self_contained_methods()
     return args
 
 

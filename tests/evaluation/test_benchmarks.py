@@ -31,9 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is also in")  # see test_vocab
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    """A random CLIP that reads words: patch 32, 224 pixels, like a small ViT-B/32."""
+    """A random CLIP that reads words: patch 32, 224 pixels, like a small and shallow ViT-B/32."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    return str(tiny.save(path, **dict(tiny.WORDS, patch=32, image_size=224)))
+    return str(tiny.save(path, **dict(tiny.WORDS, patch=32, image_size=224, layers=6)))
 
 
 @pytest.fixture

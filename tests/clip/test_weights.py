@@ -19,7 +19,7 @@ from torch import Tensor
 
 import sfp
 from sfp.cli import main
-from sfp.clip.checkpoints import layouts, published
+from sfp.clip.checkpoints import download, layouts, published
 from sfp.clip.checkpoints import metadata as facts
 from sfp.clip.checkpoints.loading import (
     PUBLISHED,
@@ -753,3 +753,17 @@ def test_without_huggingface_hub(cache, monkeypatch):
 def test_layout_names():
     assert layouts.recognise(tiny.clip().state_dict()).layout == layouts.SHARED
     assert facts.facts(None, layouts.OPENAI).certain
+
+
+def test_gated_repositories_say_what_to_do(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import GatedRepoError
+
+    def refused(repo, name, **options):
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr(hub, "hf_hub_download", refused)
+    with pytest.raises(
+        OSError, match=r"org/model is gated: accept its terms at .*org/model.*HF_TOKEN"
+    ):
+        download.from_hub("org/model")

@@ -227,7 +227,11 @@ def _one_file(repo: str, name: str) -> Path | None:
     """Downloads and verifies a file; None if the repository lacks it. Errors as those of `from_hub`."""
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            LocalEntryNotFoundError,
+        )
     except ImportError as error:
         raise ImportError(
             "the package huggingface_hub is missing: pip install 'sfp[hub]'"
@@ -238,6 +242,11 @@ def _one_file(repo: str, name: str) -> Path | None:
         raise
     except EntryNotFoundError:
         return None
+    except GatedRepoError:
+        raise OSError(
+            f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then log in "
+            "(`hf auth login`, or HF_TOKEN=...)"
+        ) from None
     except OSError:
         raise
     except Exception as error:  # its HTTP library's, which differs between versions

@@ -74,7 +74,7 @@ def load(
         device: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
         short_side: pixels that the short side is resized to (the long one to 2048 at most); "auto"
             takes 336, or what the weights were trained on where that is known to be less (224 for the
-            mini CLIP); None leaves images as they are.
+            mini CLIP), and None for weights "none"; None leaves images as they are.
         precision, compiled, graphs, slide_crop, slide_stride, slide_tiles: as in `sfp.engine.Engine`.
         pad_windows, whole_via_input, templates, logit_scale: as in `sfp.engine.Engine`.
         area_thd, pamr_steps, window_batch, guides, masks, regions: as in `sfp.engine.Engine`.
@@ -111,7 +111,9 @@ def load(
         regions=regions,
         cache_bytes=memory_mb * 2**20,
     )
-    if short_side == "auto":
+    if short_side == "auto" and weights == published.NONE:
+        short_side = None
+    elif short_side == "auto":
         short_side = _usual_short_side(weights, engine.clip)
     return Model(engine.to(device), method, short_side)
 
@@ -212,8 +214,9 @@ class Model:
         """
         threshold = background_threshold(background)
         vocabulary = as_vocabulary(classes, background)
-        check_threshold(vocabulary, threshold)
         method = self._method(method)
+        if method.decision is None:  # else scores are not that softmax
+            check_threshold(vocabulary, threshold)
         if not isinstance(images, (list, tuple)):
             where = f"{images}: " if isinstance(images, (str, os.PathLike)) else ""
             image, ids = [as_image(images)], None if regions is None else [_ids(regions)]

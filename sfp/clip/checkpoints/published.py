@@ -23,6 +23,7 @@ HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT_SIDE = 336  # pixels, of the benchmarks
 MINI = "mini"
+NONE = "none"  # no CLIP, for methods that read another model
 
 RGB = tuple[float, float, float]
 

@@ -22,8 +22,7 @@ Examples:
     sfp segment photo.jpg --classes "cat, grass, sky" --out out
     sfp segment photos --classes "cat|kitten, sofa|couch" --background "wall, floor" --out out --overlay
     sfp segment street.jpg --classes cityscapes --short-side 560 --method sclip --out out --coco
-    sfp segment street.jpg --classes "car, bus" --method sam3 --weights none \\
-        --guide sam3=sam3:model=facebook/sam3
+    sfp segment a.jpg --classes car --method sam3 --weights none --guide sam3=sam3:model=facebook/sam3
 
 With --out it writes OUT/labels/<name>.png, the label of each pixel as a palette picture; with --overlay
 also OUT/overlay/<name>.jpg, a picture to look at; with --coco also OUT/coco.json, all images as COCO

@@ -25,51 +25,16 @@ from sfp.methods.sam3 import fused_map
 from sfp.registry import OPS
 from sfp.trace import GuideError, LayerError
 
-transformers = pytest.importorskip("transformers")
-if not hasattr(transformers, "Sam3Model"):
-    pytest.skip("transformers before 5 has no SAM 3", allow_module_level=True)
+pytest.importorskip("transformers", "5")
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 SIDE = 56
 NAMES = ("cat", "a very large dog", "trafficlight", "tree")
 
 
-def small(side: int = SIDE) -> nn.Module:
-    """A `Sam3Model` on 4 x 4 patches, with 6 instances."""
-    part = dict(hidden_size=32, num_attention_heads=2, intermediate_size=32)
-    config = transformers.Sam3Config(
-        vision_config=dict(
-            backbone_config=dict(
-                part,
-                model_type="sam3_vit_model",
-                num_hidden_layers=2,
-                image_size=side,
-                patch_size=14,
-                window_size=2,
-                global_attn_indexes=[1],
-                pretrain_image_size=28,
-            ),
-            fpn_hidden_size=32,
-        ),
-        text_config=dict(
-            part,
-            model_type="clip_text_model",
-            vocab_size=49408,
-            num_hidden_layers=2,
-            max_position_embeddings=32,
-            projection_dim=16,
-        ),
-        geometry_encoder_config=dict(part, num_layers=1),
-        detr_encoder_config=dict(part, num_layers=1),
-        detr_decoder_config=dict(part, num_layers=2, num_queries=6),
-        mask_decoder_config=dict(hidden_size=32, num_attention_heads=2),
-    )
-    return segmentors.scramble(transformers.Sam3Model(config))
-
-
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return small()
+    return segmentors.sam3()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +57,7 @@ def squeezed(guide: Sam3Guide, image: Tensor, side: int = SIDE) -> Tensor:
 
 def test_detections_are_the_librarys():
     """Queries in batches, padded; the library has them one by one. In float64."""
-    model = small().double()
+    model = segmentors.sam3().double()
     guide = Sam3Guide(model=model, batch=3)
     image = tiny.images(1, 40, 70)
     embedded, prompts = guide.embed(image), guide.encode(NAMES)
@@ -121,7 +86,7 @@ def test_detections_are_the_librarys():
 
 
 def test_another_side_is_that_of_a_model_built_for_it(model, guide):
-    other = small(84)
+    other = segmentors.sam3(84)
     other.load_state_dict(model.state_dict())
     image = tiny.images(1, 40, 70)
     expected = other.vision_encoder(squeezed(guide, image, 84)).fpn_hidden_states
@@ -365,3 +330,12 @@ def test_what_is_missing_is_said():
         regions = np.ones((60, 90), int) if method == "textregion" else None
         with pytest.raises(LayerError, match="weights='none' stands for no CLIP"):
             own.segment(picture(), ["cat", "dog"], method=method, regions=regions)
+    features = sfp.OpenVocabSegmentor(
+        "none",
+        ["cat", "dog"],
+        "sam3",
+        guides=dict(sam3=Sam3Guide(model=segmentors.sam3())),
+        query_features=torch.zeros(2, 1),
+    )
+    with pytest.raises(LookupError, match="needs the words themselves"):
+        features(list(tiny.images(1)))

@@ -102,9 +102,10 @@ def same(a: sfp.Result, b: sfp.Result) -> None:
 # -- memory --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in sfp.list_methods() if m != "lposs_plus"])  # lposs
 def test_other_words_for_the_same_image(clip, method, runs):
-    """One run of the trunk serves them all, and each answer is a new model's."""
+    """One run of the trunk serves them all, and each answer is that of a model without memory."""
     image, other = picture(), picture(70, 100, seed=1)
     model = door(clip, method, short_side=64)  # two windows
     needs = sfp.build_method(method).needs_regions
@@ -119,14 +120,15 @@ def test_other_words_for_the_same_image(clip, method, runs):
     queries = [(image, WORDS), (image, OTHER), (other, WORDS), (image, ["a"])]
     results = [model.segment(x, names, regions=columns(x)) for x, names in queries]
     assert len(runs) == once
+    fresh = door(clip, method, memory_mb=0, short_side=64)
     for (x, names), result in zip(queries, results, strict=True):
-        fresh = door(clip, method, memory_mb=0, short_side=64)
         same(result, fresh.segment(x, names, regions=columns(x)))
     same(results[0], model.segment(image, WORDS, regions=columns(image)))
     if method != "radseg":  # which drops the queries that no patch of a picture is sure of
         assert np.ptp(results[1].scores, axis=(1, 2)).max() > 0
 
 
+@pytest.mark.slow
 def test_settings_that_ask_for_words_elsewhere(clip, runs):
     """In attention rules, in refiners, in what they share: none of the words stays behind."""
     refiners = [dict(type="prompt_denoising", pd_thresh=0.4), dict(type="key_smoothing")]
@@ -238,6 +240,7 @@ def photo(tmp_path) -> str:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings", "background", "model_settings"),
     [

@@ -308,6 +308,7 @@ def finished(out: Path) -> dict:
     return {name: data for name, data in outputs(out).items() if not name.startswith(".")}
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_kill_9_and_continue(tmp_path, job):
     """A killed run of the tool continues; its label maps equal those of one that was left alone."""

@@ -40,6 +40,7 @@ def same(a: sfp.Result, b: sfp.Result) -> None:
         assert np.array_equal(getattr(a, key), getattr(b, key)), key
 
 
+@pytest.mark.slow
 def test_threads_get_what_one_caller_gets(model):
     """Different words, methods and images at once, with the caches in use."""
     methods = ["sfp", "sclip", "resclip", "clip_surgery", "gclip"]
@@ -103,6 +104,7 @@ def change(how: str, clip: sfp.CLIP) -> None:
         clip.text_projection.data[:, 0] *= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["in place", "data", "replaced", "loaded", "text"])
 @pytest.mark.parametrize("method", ["sfp", "gclip"])  # gclip: surgery, of which a copy is cached
 def test_no_cache_outlives_the_weights(how, method, tmp_path, monkeypatch):

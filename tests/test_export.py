@@ -43,6 +43,7 @@ def expected(engine: Engine, method: str, images: list[np.ndarray]) -> np.ndarra
     return torch.stack([engine.label(x, s, queries.index).labels for x, s in pairs]).numpy()
 
 
+@pytest.mark.slow
 def test_a_program(engine, images, tmp_path):
     """With its words inside; batches of another size than the one it was traced with."""
     out = tmp_path / "sfp.pt2"
@@ -89,6 +90,7 @@ def test_onnx(engine, images, tmp_path, monkeypatch, capsys):
         assert np.array_equal(np.asarray(Image.open(file + ".labels.png")), own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "reason"),
     [

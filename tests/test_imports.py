@@ -114,6 +114,7 @@ for first in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_configs_find_the_parts(tmp_path):
     """Whatever was imported before a config with `custom_imports`, each in a fresh interpreter."""

@@ -340,6 +340,7 @@ def by_default(name: str) -> Tensor:
     return features(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "knobs"), SETTINGS)
 def test_every_flag_changes_the_features(name, knobs):
     (knob,) = knobs

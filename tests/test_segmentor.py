@@ -99,6 +99,7 @@ def check(result: SegDataSample, scores: Tensor, prob_thd: float = 0.0) -> None:
 # -- sizes, windows, batches ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["clip", "sfp"])
 @pytest.mark.parametrize(
     ("size", "ori"),
@@ -200,6 +201,7 @@ def test_modes():
 # -- labels --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_thresholds_and_synonyms():
     image, clip = tiny.images(1, 100, 120, seed=2)[0], tiny.clip()
     logits = logits_by_hand(segmentor(clip=clip), image, (100, 120))
@@ -541,6 +543,7 @@ def test_runner_with_batches(config, tmp_path):
         np.testing.assert_equal(summaries[1][key], value)
 
 
+@pytest.mark.slow
 def test_the_mini_world(tmp_path, monkeypatch):
     """The shipped checkpoint reads its world: better than chance, and SFP runs on it.
 

@@ -13,7 +13,7 @@ import pytest
 
 from sfp import mini
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]
 WORDS = "photo.png --weights mini --classes grass,sky --out"
 COMMANDS = [f"segment {WORDS} one", f"label {WORDS} two", "methods sclip"]

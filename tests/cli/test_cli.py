@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -394,20 +393,3 @@ def test_the_wheel_has_everything(installed):
     assert find_packages(str(installed)) == find_packages(str(ROOT), include=["sfp", "sfp.*"])
     (entry,) = installed.glob("*.dist-info/entry_points.txt")
     assert "sfp = sfp.cli:main" in entry.read_text()
-
-
-@pytest.mark.process
-def test_an_installed_sfp_evaluates_in_an_empty_folder(installed, tmp_path):
-    """A process of its own, away from the repository: names, classes, default work folder."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sfp", "eval", "mini", "--pictures", "0", *FEW],
-        env=dict(os.environ, PYTHONPATH=str(installed)),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "results in work/cfg_mini: metrics.json" in done.stdout
-    assert json.loads((tmp_path / "work/cfg_mini/metrics.json").read_text())["images"] == 2
-    card = json.loads((tmp_path / "work/cfg_mini/card.json").read_text())
-    assert " -m sfp eval mini --pictures 0" in card["command"]

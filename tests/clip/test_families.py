@@ -94,6 +94,7 @@ def pooled(out) -> Tensor:
     return getattr(out, "pooler_output", out)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_both_towers_and_the_tokenizer(family):
     name, folder, model = family

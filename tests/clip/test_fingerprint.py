@@ -91,6 +91,7 @@ TEXT_CHANGES = dict(
 HERE_ONLY = dict(hook=hook, method=method)  # code, which has no contents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [*TEXT_CHANGES, *HERE_ONLY])
 def test_every_change_is_seen(change):
     clip = tiny.clip()
@@ -147,6 +148,7 @@ def test_a_changed_model_keeps_its_new_name_when_moved_or_copied():
     assert copy.deepcopy(clip).digest not in (digest, tiny.clip().digest)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_contents_are_equal_in_another_process():
     code = (

@@ -70,6 +70,7 @@ def test_what_8_bits_cannot_do():
         sfp.build_method("gclip").features(quantised(clip.visual), tiny.images(1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 def test_compiled_blocks_give_the_same_labels():
     clip = tiny.clip()

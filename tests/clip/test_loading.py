@@ -325,6 +325,7 @@ def test_garbage(tmp_path, suffix, content):
         load_clip(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["trace", "plain", "legacy", "safetensors"])
 def test_flipped_bits_are_an_error_or_another_number(tmp_path, form):
     """No damage may end in an exception that a caller does not expect."""

@@ -67,6 +67,7 @@ PARTS = (
 PIECES = st.lists(st.one_of(st.sampled_from(PARTS), st.text(max_size=4))).map("".join)
 
 
+@pytest.mark.slow
 @given(st.one_of(st.text(), PIECES))
 def test_tokenizer_is_mmsegs(mmseg_utils, words):
     assume(not MARKS.search(words))  # the two agree on everything but these

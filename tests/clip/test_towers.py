@@ -251,6 +251,7 @@ def presets() -> dict[str, sfp.Method]:
 NOT_IN_A_POOL = "not for blocks=|needs an attention rule|reads in its own way"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n != "MobileCLIP-B"])  # two blocks only
 def test_every_preset(name):
     """It runs, and logits are finite."""
@@ -264,6 +265,7 @@ def test_every_preset(name):
         assert logits.isfinite().all(), preset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SigLIP", "PE", "CoCa"])
 @pytest.mark.parametrize("keys", ["pool", "last"])
 def test_every_preset_in_the_pool(name, keys):
@@ -303,6 +305,7 @@ def test_towers_without_a_pool_refuse_it():
 # -- precision and batches -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @EACH
 def test_batches_and_precision(name):
     """A batch is its single images; float64 agrees; half precision and 8 bits stay finite."""

@@ -211,6 +211,7 @@ def truths(dataset):
         yield dataset.prepare_data(i)["data_samples"].gt_sem_seg.data.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is also in")
 @pytest.mark.parametrize("name", ["coco27", "context459"])
 def test_from_download_to_metrics(name, root, tmp_path):

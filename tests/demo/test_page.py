@@ -37,6 +37,7 @@ def values(page, photo, title: str, words: str = WORDS, background: str = ""):
     }
 
 
+@pytest.mark.slow
 def test_every_tab_draws_all_that_it_has(page, photo, model):
     for title, tab in page.tabs.items():
         drawing = tab.draw(values(page, photo, title))

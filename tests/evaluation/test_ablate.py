@@ -137,6 +137,7 @@ def test_trunks_are_shared():
     assert len({repr(sfp.build_method(row.method).trunk) for row in rows}) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["modules", "detectors"])
 def test_command(name, capsys, tmp_path):
     arguments = ["ablate", "mini", "--study", name, "--work-dir", str(tmp_path)]
@@ -157,6 +158,7 @@ def test_command(name, capsys, tmp_path):
     assert cv2.imread(str(tmp_path / f"ablate_{name}.png")).std() > 10
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_continues(tmp_path, ran, capsys):
     whole = ablate.ablate(mini(tmp_path / "whole"), "modules")
     assert [methods for _, methods in ran] == [4] * SCENES
@@ -213,6 +215,7 @@ def test_a_name_is_not_a_method(tmp_path):
     assert second == compare.measure(mini(tmp_path / "fresh"), {"mine": "sfp"})
 
 
+@pytest.mark.slow
 def test_backbones(tmp_path, ran):
     """One model after the other, each with rows and records of its own."""
     paths = [tmp_path / f"seed{seed}.safetensors" for seed in range(2)]
@@ -233,6 +236,7 @@ def test_backbones(tmp_path, ran):
         ablate.ablate(mini(tmp_path), "modules", weights=weights)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*'bed' is also in")
 def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
@@ -278,6 +282,7 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
     assert "\n* sfp_paper: published 63.9" in compare.compare_markdown(record)
 
 
+@pytest.mark.slow
 def test_vocabularies_are_an_axis_of_a_comparison(tmp_path, ran):
     mine = tmp_path / "mine.txt"
     names = (ROOT / "configs/cls_mini.txt").read_text().splitlines()

@@ -31,9 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is also in")  # see test_vocab
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    """A random CLIP that reads words: patch 32, 224 pixels, like a small ViT-B/32."""
+    """A random CLIP that reads words: patch 32, 224 pixels, like a small and shallow ViT-B/32."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    return str(tiny.save(path, **dict(tiny.WORDS, patch=32, image_size=224)))
+    return str(tiny.save(path, **dict(tiny.WORDS, patch=32, image_size=224, layers=6)))
 
 
 @pytest.fixture
@@ -87,8 +87,9 @@ def scores_by_hand(matrix: np.ndarray) -> dict:
 @pytest.mark.parametrize("name", trees.LAYOUTS)
 def test_from_config_to_metrics(name, config, tmp_path):
     layout = trees.LAYOUTS[name]
-    # eighty prompts for each of hundreds of names would only take time
-    cfg, files = config(name, **{} if name == "voc20" else {"model.templates": ["{}"]})
+    # eighty prompts for each of hundreds of names, and windows, would only take time
+    quick = {"model.templates": ["{}"], "model.slide_crop": 0}
+    cfg, files = config(name, **{} if name == "voc20" else quick)
     evaluate.check(cfg)
     result = evaluate.evaluate(cfg, pictures=1)
 

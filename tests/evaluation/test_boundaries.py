@@ -27,15 +27,11 @@ def labels(height: int, width: int, seed: int, ignored: bool = False) -> Tensor:
 
 def band(mask: Tensor, distance: int) -> set[tuple[int, int]]:
     """A mask's pixels with a pixel outside the mask within a distance, by looking at all of them."""
-    height, width = mask.shape
-    found = set()
-    for y, x in mask.nonzero().tolist():
-        for v in range(y - distance, y + distance + 1):
-            for u in range(x - distance, x + distance + 1):
-                inside = 0 <= v < height and 0 <= u < width
-                if not inside or not mask[v, u]:
-                    found.add((y, x))
-    return found
+    inside = {(y, x) for y, x in mask.nonzero().tolist()}
+    reach = range(-distance, distance + 1)
+    return {
+        (y, x) for y, x in inside if any((y + v, x + u) not in inside for v in reach for u in reach)
+    }
 
 
 def by_definition(pairs: list[tuple[Tensor, Tensor]], ratio: float) -> list[float]:

@@ -34,6 +34,7 @@ def siglip(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_towers_by_methods(siglip, tmp_path, capsys):
     command = ["compare", "mini", "--methods", "naclip", "--work-dir", str(tmp_path)]
     assert cli.main([*command, "--weights", "mini", str(siglip), *FEW]) == 0

@@ -30,6 +30,7 @@ def dice(matrix) -> float:
     return np.mean([200 * iou / (100 + iou) for iou in matrix])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("evaluator", "prefix"),
     [

@@ -105,6 +105,7 @@ def part(whole: Path, work: Path, lines: int) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_kill_9(tmp_path, whole):
     process = started(_process, 0, 1, 0, tmp_path, {}, True)
@@ -154,6 +155,7 @@ def test_no_resume(tmp_path, whole):
     assert same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_any_number_of_processes(tmp_path, whole):
     """Journals of one process that two and three continue, with uneven shares."""
     part(whole, tmp_path, 2)
@@ -342,6 +344,7 @@ def test_importing_again(own):
     assert forked(reload) == 0
 
 
+@pytest.mark.slow
 def test_clusters_are_fitted_by_one_process(tmp_path):
     """The others wait, and all of them use the same file."""
     options = {"clusters.count": 18, "test_evaluator.type": "HungarianMetric"}

@@ -224,6 +224,7 @@ def config(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_evaluation_without_words(config, tmp_path, capsys):
     cfg = config(**{"clusters.patches": 40})
     evaluate.check(cfg)
@@ -319,6 +320,7 @@ def test_query_features_from_a_file(tmp_path):
 # -- the other applications, from their configs ----------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "model"),
     [("mini_sam", segmentors.sam), ("mini_sam", segmentors.sam2), ("mini_dino", segmentors.dino)],
@@ -346,6 +348,7 @@ def test_the_voc_config_sees_whole_images():
     assert cfg.model.area_thd == base.model.area_thd
 
 
+@pytest.mark.slow
 def test_a_config_without_clip(tmp_path, monkeypatch):
     """From files in the benchmark's layout to scores: SAM 3 sees images at their own size."""
     segmentors.sam3().save_pretrained(tmp_path / "model")
@@ -368,10 +371,13 @@ def test_a_config_without_clip(tmp_path, monkeypatch):
     assert list((tmp_path / "work").rglob("sheet.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["coco27", "city_scapes27"])
 def test_benchmarks_without_words(name, tmp_path, monkeypatch):
     """From files in the benchmark's layout to scores, with a random CLIP."""
-    weights = tiny.save(tmp_path / "tiny.safetensors", **dict(tiny.WORDS, patch=32, image_size=224))
+    weights = tiny.save(
+        tmp_path / "tiny.safetensors", **dict(tiny.WORDS, patch=32, image_size=224, layers=6)
+    )
     trees.build(name, tmp_path / "data")
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
     cfg = evaluate.load_config(

@@ -498,6 +498,7 @@ def test_masks_are_the_same_whatever_the_weights_normalise_by(kind, given):
     torch.testing.assert_close(ours.maps, expected.maps, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 1), (7, 90), (64, 64), (130, 40)], ids=str)
 @pytest.mark.parametrize(
     "propose",

@@ -59,6 +59,7 @@ def logits(method: sfp.Method, within: Callable) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_methods())
 def test_no_operator_depends_on_values(name):
     method = sfp.build_method(name)
@@ -69,6 +70,7 @@ def test_no_operator_depends_on_values(name):
         assert logits(method, Static).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_methods())
 def test_every_tensor_says_where_it_is_made(name):
     """With another default device, a tensor that does not say so meets those of the images."""

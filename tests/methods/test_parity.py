@@ -125,6 +125,7 @@ def test_golden_text_ensemble(name):
     case.check("query_features", F.normalize(torch.stack(rows), dim=-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("e2e/sfp", "e2e/sclip"))
 def test_golden_end_to_end(name):
     structures = pytest.importorskip("mmseg.structures")

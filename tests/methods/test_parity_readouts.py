@@ -162,6 +162,7 @@ def segmentor_of(case: Case, **options) -> sfp.OpenVocabSegmentor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("e2e/scclip", "e2e/naclip"))
 def test_golden_end_to_end(name):
     structures = pytest.importorskip("mmseg.structures")

@@ -325,6 +325,7 @@ class StoredBlock(TransformersGuide):
         return sfp.Tokens(self.stored[numbers], self.play.grid, prefix=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("ovstitcher/"))
 def test_golden_ov_stitcher(name):
     case = Case(name)

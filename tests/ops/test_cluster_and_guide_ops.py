@@ -79,6 +79,7 @@ def logits(method: sfp.Method, pictures: Tensor) -> Tensor:
     return method.logits(clip().visual, pictures, text(), guides=guides, index=index)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height", [160, 96])
 def test_batch_of_two_equals_two_singles(method, height):
     pair = torch.cat([image("sq"), image("sqb")])[..., :height, :160]
@@ -538,6 +539,7 @@ def test_inter_class_term_is_the_difference_between_paper_and_release():
     torch.testing.assert_close(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "knob", "values"),
     [

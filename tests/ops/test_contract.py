@@ -28,7 +28,10 @@ from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-GRIDS = [(8, 8), (5, 9), (16, 4)]  # the native one; wide; as many tokens as the native one
+GRIDS = [
+    (5, 9),
+    (16, 4),
+]  # wide; as many tokens as the native one, on which test_methods.py has all
 QUERIES = 5
 
 SELF = dict(type="self_self", pairs=["kk"])
@@ -534,6 +537,7 @@ def test_an_op_shows_up_once_it_is_registered():
         OPS.module_dict.pop("brightest", None)
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
 def test_a_batch_of_two_is_two_singles(kind, name, knobs, grid, pictures):
@@ -577,6 +581,7 @@ def test_settings_differ_in_what_they_give(name, pictures, exact):
         assert a.shape != b.shape or (a - b).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sfp.list_ops())
 def test_words_change_what_says_that_it_needs_them_and_nothing_else(name, pictures, exact):
     """What says that it does not is kept when words change: were that wrong, answers would be."""
@@ -606,6 +611,7 @@ def typed(request, clip) -> tuple[sfp.CLIP, Given, dict[str, Tensor]]:
     return clip, on, {key: value.clone() for key, value in on.tensors().items()}
 
 
+@pytest.mark.slow
 @EACH
 def test_shapes_types_and_inputs(kind, name, knobs, typed):
     clip, on, before = typed
@@ -692,6 +698,7 @@ def halves(clip) -> dict[torch.dtype, sfp.CLIP]:
     return {dtype: copy.deepcopy(clip).to(dtype) for dtype in PRECISIONS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sfp.list_methods())
 def test_methods_in_half_precision(name, halves, clip, exact):
     image, text = tiny.images(2, 40, 72), tiny.queries(QUERIES)
@@ -713,6 +720,7 @@ def test_methods_in_half_precision(name, halves, clip, exact):
         assert (logits - reference).abs().median() < tolerance * scale, dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sfp.list_methods())
 def test_methods_compare_grids_not_token_counts(name, exact):
     """The peers add the 8x8 position table to a 16x4 grid, since both have 64 tokens."""

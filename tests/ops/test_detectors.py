@@ -29,6 +29,7 @@ def detect(name: str, of: sfp.Trace, layer: int = LAYER, **knobs) -> Tensor:
     return bind(dict(type=name, **knobs), "detector")(of, layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 @pytest.mark.parametrize("size", [(112, 112), (56, 136)])
 def test_batch_equals_singles_on_any_grid(name, size):
@@ -187,6 +188,7 @@ def test_scale_of_the_features_does_not_matter(name):
     assert torch.equal(detect(name, of), detect(name, trace()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "knobs"),
     [

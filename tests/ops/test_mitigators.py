@@ -283,6 +283,7 @@ PAIRS = [(purify, "som") for purify in MITIGATORS]
 PAIRS += [("neighbour_mean", pm) for pm in DETECTORS if pm != "som"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sfp", "sfp_paper"])
 @pytest.mark.parametrize(("purify", "pm"), PAIRS)
 def test_every_part_gives_finite_features(method, purify, pm):
@@ -317,6 +318,7 @@ def test_inpainting_survives_a_change_of_threads():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sfp", "sfp_paper"])
 @pytest.mark.parametrize("purify", MITIGATORS)
 @pytest.mark.parametrize("marks", ["corner", "all", "all of one"])
@@ -354,6 +356,7 @@ def planted(model: Callable[[], VisionTransformer]) -> sfp.Trace:
     return vision.trace(image, [Plant(9, corner_of(1), 20.0)], depth=12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "pm"),
     [*((vit, pm) for pm in [*DETECTORS, "corner"]), (base_b16, "som"), (base_b16, "corner")],

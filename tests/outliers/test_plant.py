@@ -89,6 +89,7 @@ def test_direction_is_the_gradient_of_the_class_token_logit():
     torch.testing.assert_close(plant.outlier_direction(clean, 5, 0.0), expected)
 
 
+@pytest.mark.slow
 def test_scores(result):
     """Against counts made here; giants are found by their norms and repaired."""
     assert result["setting"]["layer"] == 5
@@ -128,6 +129,7 @@ def test_giants_are_found_exactly():
         assert (row["precision"], row["recall"], row["f1"]) == (1, 1, 1)
 
 
+@pytest.mark.slow
 def test_batches_do_not_matter():
     found = plant.detectors(["som", "lof", "dbscan"])
     tools = plant.mitigators(["median", "mask_attention"])
@@ -198,6 +200,7 @@ def tool(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_tool(tool, tmp_path):
     """On other weights and a folder of photos of several sizes."""
     clip = sfp.CLIP(

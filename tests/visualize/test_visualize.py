@@ -175,6 +175,7 @@ def test_sample_chooses_the_image_of_a_batch(run):
     np.testing.assert_allclose(shown, alone, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_purification_shows_both_runs_on_one_scale(run, no_grad):
     image, trace = run
     method = sfp.build_method("sfp", pm=dict(type="l2_norm", top_k=4))
@@ -251,6 +252,7 @@ def tool(monkeypatch):
     return lambda *args: cli.main(["visualize", *map(str, args)])
 
 
+@pytest.mark.slow
 def test_tool_draws_a_photo(tool, tmp_path):
     path = tmp_path / "photo.jpg"
     cv2.imwrite(str(path), mini.scene(900_007)[0][:, 50:194, ::-1])
@@ -267,6 +269,7 @@ def test_tool_draws_a_photo(tool, tmp_path):
         assert min(cv2.imread(str(file)).shape[:2]) > 250
 
 
+@pytest.mark.slow
 def test_tool_leaves_out_what_it_has_no_data_for(tool, tmp_path, capsys):
     weights = tmp_path / "clip.pt"
     torch.save(conformance.state_dict(), weights)

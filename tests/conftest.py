@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 from importlib.util import find_spec
 
@@ -27,9 +26,6 @@ def settled():
 @pytest.fixture(autouse=True, scope="session")
 def plain_configs():
     """mmengine writes a config four times an evaluation, and yapf takes longer than the rest of it."""
-    if importlib.util.find_spec("yapf") is None:  # nor is mmengine there
-        yield
-        return
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("yapf"):  # else there is no mmengine either
             patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))

@@ -43,8 +43,10 @@ from sfp.clip.checkpoints.loading import PUBLISHED, Published, WeightsError, loa
 from sfp.clip.text import encode_queries, text_bank
 from sfp.data.images import ImageError, check_whole, read_image
 from sfp.functional import labels as labels_module
+from sfp.functional import room
 from sfp.functional import windows as windows_module
 from sfp.functional.labels import assign
+from sfp.functional.room import RoomError
 from sfp.functional.windows import WindowGrid, interpolation, merge_matrix
 from sfp.mini import prepare
 
@@ -342,6 +344,29 @@ def test_large_images_stay_in_8_bits_and_give_the_same_labels(monkeypatch):
     monkeypatch.setattr(windows_module, "BLOCK", 30)  # merged in parts
     monkeypatch.setitem(labels_module.BUDGET, "cpu", 5000)
     assert (label(model, image) != whole).float().mean() < 1e-3  # rounding of ties at most
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        (dict(pamr_steps=2), "PAMR of 100 x 190 pixels and 3 queries takes about .* pamr_steps=0"),
+        (dict(scores=True), "probabilities of 100 x 190 pixels and 3 classes .* without scores"),
+    ],
+)
+def test_what_cannot_fit_into_memory_is_refused(knobs, said, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (100, 190, 3), np.uint8)
+    pixels, limit = 100 * 190, dict(pamr_steps=56 * 2 + 2 * 3, scores=3)[next(iter(knobs))]
+    monkeypatch.setattr(room, "memory", lambda device: 4 * pixels * limit)
+    label(segmentor(**knobs), image)  # just fits
+    monkeypatch.setattr(room, "memory", lambda device: 4 * pixels * limit - 1)
+    with pytest.raises(RoomError, match=said):
+        label(segmentor(**knobs), image)
+    label(segmentor(), image)
+
+
+def test_memory_of_this_machine():
+    found = room.memory(torch.device("cpu"))
+    assert found is None or 2**28 < found < 2**48
 
 
 @pytest.mark.skipif(not os.environ.get("SFP_SLOW"), reason="minutes; SFP_SLOW=1 runs it")

@@ -47,12 +47,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
+from sfp.cli.options import parse_method
 from sfp.clip import onednn, text
 from sfp.engine import Engine, Queries
 from sfp.files import atomic_write
 from sfp.functional import windows as windows_module
 from sfp.functional.windows import WindowGrid
 from sfp.graphs import Graphs
+from sfp.method import self_contained_methods
 
 ARCHS = {
     "ViT-B/32": dict(patch=32, width=768, layers=12, embed_dim=512),
@@ -135,7 +137,7 @@ class Case:
         )
         queries = Queries(F.normalize(features, dim=-1).to(self.device), tuple(range(self.classes)))
         engine = Engine(clip, **VARIANTS[variant]).to(self.device)
-        return Contender(engine, sfp.build_method(method), queries)
+        return Contender(engine, sfp.build_method(parse_method(method)), queries)
 
 
 def fast(own: Contender, case: Case, data: bytes) -> Tensor:
@@ -520,7 +522,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[1], help="how many images go in at once"
     )
-    parser.add_argument("--methods", nargs="+", default=["sfp"], help="presets, or all")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["sfp"],
+        help="presets, with knobs as in sfp:stitched=True; or all",
+    )
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -544,7 +551,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     if args.methods == ["all"]:
-        args.methods = [name for name in sfp.list_methods() if name != "proxyclip"]
+        args.methods = self_contained_methods()
     return args
 
 

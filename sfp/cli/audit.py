@@ -10,7 +10,9 @@ TEXT = """\
 Says in which settings two results differ, and whether their numbers can be compared.
 
 Each side is a card.json, a work folder of `sfp eval` that has one, or a config. Numbers compare if
-protocol, vocabulary and data are equal; method and weights are what one compares.
+protocol, vocabulary and data are equal; method and weights are what one compares. Besides: which
+constants of each side are not the defaults, as where they were chosen for its data set, and what its
+models have seen besides images and captions.
 
 Examples:
     sfp audit work/voc21 work/voc21_sclip
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from sfp.evaluation import card
+    from sfp.evaluation.choices import constants, seen
     from sfp.evaluation.notices import quiet
     from sfp.evaluation.scores import COLUMNS, cell
     from sfp.evaluation.settings import FREE, STRICT
@@ -50,6 +53,13 @@ def run(args: argparse.Namespace) -> int:
     open_questions = card.unknown(a, b)
     if open_questions:
         print(f"Only one side knows: {', '.join(open_questions)}.")
+    for side, given in (("A", a), ("B", b)):
+        changed = [
+            f"{name} {value} (default {default})" for name, value, default in constants(given)
+        ]
+        print(f"{side}: constants other than the defaults: {'; '.join(changed) or 'none'}.")
+        for model, data in seen(given):
+            print(f"{side}: {model} has seen {data}.")
     different = [group for group in STRICT if any(row.group == group for row in found)]
     if different:
         print(

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     """Segments the images of a command line: 0, or 1 if some failed."""
     import sfp
     from sfp.files import atomic_write
+    from sfp.functional.room import RoomError
     from sfp.method import build_method
     from sfp.mini import vocabulary_note
     from sfp.vocabulary import as_vocabulary, background_threshold, check_threshold
@@ -111,7 +112,12 @@ def run(args: argparse.Namespace) -> int:
                 result = model.segment(unit.path, vocabulary, background=threshold)
                 if args.out:
                     _write(args, unit, result)
-            except (sfp.ImageError, OSError, FloatingPointError) as error:  # the others go on
+            except (
+                sfp.ImageError,
+                RoomError,
+                OSError,
+                FloatingPointError,
+            ) as error:  # the others go on
                 if len(units) == 1:
                     raise
                 print(f"failed: {error}", file=sys.stderr)

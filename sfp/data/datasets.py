@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from mmcv.transforms import BaseTransform, LoadImageFromFile
+from PIL import Image
 from torch import Tensor
 
 from sfp._mmseg import mmseg
@@ -34,6 +35,7 @@ from sfp.palette import colour_map
 DATASETS = mmseg.registry.DATASETS
 TRANSFORMS = mmseg.registry.TRANSFORMS
 
+IGNORED = 255  # what stands for "does not count"
 WIDE_IGNORED = 65535  # what stands for "does not count" in labels of more than 255 classes
 LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # of pipelines
 FILES = {"img_path": "image", "seg_map_path": "label"}  # key in mmseg's records and what it holds
@@ -59,6 +61,42 @@ class KeepImage(BaseTransform):
         """Sets `full_image`, (H, W, 3) as loaded."""
         results["full_image"] = results["img"]
         return results
+
+
+@TRANSFORMS.register_module(force=True)
+class CentreCrop(BaseTransform):
+    """The square at the centre of an image, and of its label map, as CLIP's own preprocessing has it.
+
+    The short side is resized first (bicubic with antialiasing; labels nearest). What is measured is the
+    square. It comes after the labels are loaded.
+
+    Args:
+        size: side of the square, in pixels.
+        void: id that pixels take which do not count (255), so that they do; None leaves them out.
+    """
+
+    def __init__(self, size: int, void: int | None = None) -> None:
+        self.size, self.void = size, void
+
+    def transform(self, results: dict) -> dict:
+        """Replaces `img` and `gt_seg_map`, (size, size), and sets `img_shape` and `ori_shape`."""
+        results["img"] = self._square(results["img"], Image.Resampling.BICUBIC)
+        results["img_shape"] = results["ori_shape"] = (self.size, self.size)
+        if "gt_seg_map" in results:
+            labels = self._square(results["gt_seg_map"], Image.Resampling.NEAREST)
+            if self.void is not None:
+                labels = np.where(labels == IGNORED, np.array(self.void, labels.dtype), labels)
+            results["gt_seg_map"] = labels
+        return results
+
+    def _square(self, pixels: np.ndarray, how: Image.Resampling) -> np.ndarray:
+        height, width = pixels.shape[:2]
+        scale = self.size / min(height, width)
+        sides = (max(round(width * scale), self.size), max(round(height * scale), self.size))
+        image = Image.fromarray(pixels.astype(np.int32) if pixels.ndim == 2 else pixels)
+        left, top = ((side - self.size) // 2 for side in sides)
+        square = image.resize(sides, how).crop((left, top, left + self.size, top + self.size))
+        return np.asarray(square).astype(pixels.dtype)
 
 
 @TRANSFORMS.register_module(force=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sfp.functional.kept import constant
+from sfp.functional.room import check_room
 from sfp.functional.windows import LogitSheet
 
 BUDGET = {"cpu": 2**20, "cuda": 2**26}  # probabilities held at once; on a CPU its cache holds them
@@ -94,9 +95,16 @@ def assign(
         area_thd: a class other than 0 that wins no more than this share of the pixels that classes
             other than 0 win is left out (SCLIP's protocol for VOC21).
         keep_scores: whether to return the class probabilities too, (K, H, W).
+
+    Raises:
+        RoomError: if these do not fit into memory.
     """
     first = rows(0, 1)
     height, width = size
+    if keep_scores:
+        what = f"probabilities of {height} x {width} pixels and {index[-1] + 1} classes"
+        numbers = height * width * (index[-1] + 1)
+        check_room(numbers, first.device, what, "use a smaller image, or go without scores")
     step = max(BUDGET.get(first.device.type, BUDGET["cuda"]) // (len(index) * width), 1)
     classes = constant(index, first)
     confidence = first.new_empty(size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.functional.room import check_room
 from sfp.functional.windows import LogitSheet
 
 CHUNK = 2**18  # pixels of masks refined at once
@@ -29,7 +30,16 @@ class Refinement:
     dilations: tuple[int, ...]
 
     def __call__(self, sheet: LogitSheet) -> Callable[[int, int], Tensor]:
-        """Rows (Q, stop - start, W) of the refined logits, which are computed all at once."""
+        """Rows (Q, stop - start, W) of the refined logits, which are computed all at once.
+
+        Raises:
+            RoomError: if they do not fit into memory.
+        """
+        (height, width), queries = sheet.size, sheet.tiles.shape[-1]
+        # of each neighbour three differences, twice, and a weight; logits before and after
+        numbers = height * width * (56 * len(self.dilations) + 2 * queries)
+        what = f"PAMR of {height} x {width} pixels and {queries} queries"
+        check_room(numbers, sheet.tiles.device, what, "use a smaller image, or pamr_steps=0")
         guide = F.interpolate(self.image[None], sheet.size, mode="bilinear", align_corners=False)
         logits = sheet.rows(0, sheet.size[0])[None]
         refined = pamr(guide, logits, steps=self.steps, dilations=self.dilations)[0]

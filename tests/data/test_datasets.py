@@ -13,7 +13,13 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import Runner
 
-from sfp.data.datasets import COCOObjectDataset, MiniSceneDataset, PascalVOC20Dataset, colour_map
+from sfp.data.datasets import (
+    CentreCrop,
+    COCOObjectDataset,
+    MiniSceneDataset,
+    PascalVOC20Dataset,
+    colour_map,
+)
 from sfp.mini import CLASSES, PALETTE
 from sfp.vocabulary import load_vocabulary
 
@@ -155,3 +161,30 @@ def test_mini(tmp_path, monkeypatch):
         assert item["inputs"].dtype == torch.uint8
         assert labels.shape == (1, 224, 224)
         assert set(np.unique(labels)) <= set(range(len(CLASSES)))
+
+
+@pytest.mark.parametrize("size", [(60, 90), (90, 60), (40, 40), (41, 83)])
+def test_centre_crop(size):
+    """Each pixel of the square is that at its place in the image; 255 counts if it is told to."""
+    height, width = size
+    rows, columns = np.mgrid[:height, :width]
+    image = np.stack([rows, columns, rows * 0], -1).astype(np.uint8)
+    labels = (rows // 10 * 16 + columns // 10).astype(np.uint8)
+    labels[height // 2 - 3 : height // 2 + 3] = 255
+    scale = min(size) / 20
+    for void in (None, 3):
+        found = CentreCrop(20, void)(dict(img=image, gt_seg_map=labels))
+        assert found["ori_shape"] == found["img_shape"] == (20, 20)
+        assert found["img"].shape == (20, 20, 3)
+        assert found["gt_seg_map"].dtype == labels.dtype
+        assert (255 in found["gt_seg_map"]) == (void is None)
+        for y, x in np.ndindex(20, 20):
+            row = (height - min(size)) / 2 + (y + 0.5) * scale - 0.5
+            column = (width - min(size)) / 2 + (x + 0.5) * scale - 0.5
+            if 2 < y < 17 and 2 < x < 17:  # kernels are cut at the borders of the image
+                assert np.abs(found["img"][y, x, :2] - [row, column]).max() <= 1.5
+            top, left = max(int(row) - 1, 0), max(int(column) - 1, 0)
+            near = labels[top : int(row) + 3, left : int(column) + 3]
+            expected = {void if v == 255 and void is not None else v for v in near.flatten()}
+            assert found["gt_seg_map"][y, x] in expected
+    assert "gt_seg_map" not in CentreCrop(20)(dict(img=image))

@@ -143,3 +143,21 @@ def test_data(name, elsewhere, monkeypatch):
         assert min(item["inputs"].shape[1:]) == side
         assert sample.ori_shape == raw.shape
         assert sample.img_shape == tuple(item["inputs"].shape[1:])
+
+
+@pytest.mark.parametrize(("name", "void"), [("voc21", 0), ("voc20", None), ("context459", None)])
+def test_the_protocol_of_cliptrase(name, void, monkeypatch):
+    monkeypatch.setenv("BENCHMARK", name)
+    monkeypatch.setenv("SIZE", "224")
+    config = Config.fromfile(str(FOLDER / "protocol_cliptrase.py"))
+    own = Config.fromfile(str(FOLDER / f"cfg_{name}.py"))
+    assert config.model.classes == own.model.classes
+    model = config.model
+    assert (model.slide_crop, model.prob_thd, model.area_thd) == (0, 0.0, None)
+    assert model.method == dict(type="cliptrase", cls_logits=name == "voc20")
+    dataset = config.test_dataloader.dataset
+    assert dataset.type == own.test_dataloader.dataset.type
+    steps = {step.type: step for step in dataset.pipeline}
+    assert steps["CentreCrop"] == dict(type="CentreCrop", size=224, void=void)
+    labels = [step.type for step in own.test_dataloader.dataset.pipeline if "abels" in step.type]
+    assert set(labels) <= set(steps)

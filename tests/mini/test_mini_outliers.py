@@ -1,6 +1,7 @@
 """The second stage of the mini CLIP's training, and what its result is accepted by."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,3 +152,27 @@ def test_second_stage_starts_from_the_first_and_resumes_with_the_same_step(tmp_p
     for one, other in zip(after, (again.advance() for _ in range(3)), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
     assert (again.learner.clip.text_projection == text).all()  # the names stay what they are
+
+
+def test_settings_for_ablations(monkeypatch, tmp_path, capsys):
+    recipes = []
+
+    class Run:
+        def __init__(self, recipe, *rest):
+            recipes.append(recipe)
+            self.learner = SimpleNamespace(compile_blocks=lambda: None)
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr(train, "Training", Run)
+    words = ["train", "--out", str(tmp_path), "--start", "first", "--seed", "3", "--set"]
+    monkeypatch.setattr("sys.argv", [*words, "selfself=0", "hubs=6"])
+    train.main()
+    (recipe,) = recipes
+    assert recipe == outliers.OutlierRecipe(seed=3, selfself=0.0, hubs=6)
+    for wrong, said in (("nothing=1", "no such number"), ("hubs=many", "expected a number")):
+        monkeypatch.setattr("sys.argv", [*words, wrong])
+        with pytest.raises(SystemExit, match="2"):
+            train.main()
+        assert said in capsys.readouterr().err

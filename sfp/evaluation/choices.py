@@ -1,0 +1,109 @@
+"""What somebody chose for a result, and what its models have seen besides images and their captions.
+
+Tables of this field mix methods with constants for each data set, chosen on its labels, with methods
+without; and methods with CLIP alone with methods that read models trained on masks. Neither makes two
+numbers incomparable, but both say what a difference is worth.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sfp.clip.checkpoints.published import MINI, find, short_side
+from sfp.evaluation.settings import method_settings
+from sfp.registry import METHODS
+from sfp.segmentor import SETTINGS
+
+# of the protocol: what configs set for a data set
+CONSTANTS = (
+    "logit_scale",
+    "prob_thd",
+    "area_thd",
+    "slide_crop",
+    "slide_stride",
+    "slide_tiles",
+    "pad_windows",
+    "whole_via_input",
+    "pamr_steps",
+    "pamr_dilations",
+)
+# by a part of the name of a model or its type, in this order; from the models' own papers and pages
+SEEN = {
+    "sam3": "masks of concepts, named by phrases (SA-Co)",
+    "sam": "1.1 billion masks of 11 million images (SA-1B)",
+    "clipseg": "masks named by phrases (PhraseCut)",
+    "mask2former": "labelled masks, of the data set in its name",
+    "eomt": "labelled masks, of the data set in its name",
+    "dinov3": "images without labels (LVD-1689M)",
+    "dinov2": "images without labels (LVD-142M)",
+    "dino": "images without labels (ImageNet, unless its name says otherwise)",
+    "radio": "what its teachers have seen: CLIP, DINOv2, SAM",
+    "tips": "images with two captions each (WebLI)",
+    "siglip": "images with texts in many languages (WebLI)",
+    "pe-core": "images and videos with texts",
+    MINI: "drawn scenes of the same generator, with the classes of their patches",
+}
+
+
+def constants(card: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Constants of a card or config that are not the defaults: name, value and default as text.
+
+    For a method these are its preset's defaults. A preset with constants of its own for each data set
+    (its knob `dataset`) has those named with it.
+    """
+    method = dict(card["method"])
+    name = method.get("type")
+    if name in METHODS.module_dict:
+        for knob, default in method_settings(name).items():
+            if knob != "type" and _text(method.get(knob, default)) != _text(default):
+                yield f"method {knob}", _text(method[knob]), _text(default)
+        chosen = method.get("dataset")
+        tuned = getattr(sys.modules[METHODS.get(name).__module__], "DATASETS", {})
+        if isinstance(chosen, str) and chosen in tuned:
+            yield f"method's constants for {chosen}", _text(tuned[chosen]), "one set for all data"
+    protocol = card["protocol"]
+    for setting in CONSTANTS:
+        default = SETTINGS[setting]
+        if setting in protocol and _text(protocol[setting]) != _text(default):
+            yield setting, _text(protocol[setting]), _text(default)
+    usual = short_side(card["weights"].get("name"))
+    for step in protocol.get("pipeline Resize", []):
+        if (short := min(step.get("scale") or [usual])) != usual:
+            yield "short side of images", str(short), str(usual)
+
+
+def seen(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The models of a card or config that have seen more than images and captions, and what.
+
+    CLIPs that nothing is known of are left out, and proposers without a model.
+    """
+    weights = str(card["weights"].get("name", ""))
+    row = find(weights)
+    if known := _known(f"{weights} {row.family if row else ''}"):
+        yield weights, known
+    protocol = card["protocol"]
+    parts = {f"guide {name}": node for name, node in (protocol.get("guides") or {}).items()}
+    parts |= {name: protocol[name] for name in ("masks", "regions") if protocol.get(name)}
+    for part, node in parts.items():
+        for kind, model in _models(node):
+            yield f"{part} ({model})", _known(f"{model} {kind}") or "data that are not known here"
+
+
+def _models(node: Any) -> Iterator[tuple[str, str]]:
+    """The type and the model of every node of a config that has one, `node` included."""
+    if isinstance(node, Mapping):
+        if isinstance(node.get("model"), str):
+            yield str(node.get("type", "")), node["model"]
+        for value in node.values():
+            yield from _models(value)
+
+
+def _known(name: str) -> str | None:
+    return next((text for part, text in SEEN.items() if part in name.lower()), None)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)

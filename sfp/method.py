@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -466,7 +466,11 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
     return build_dataclass(Method, composition(method, **knobs))
 
 
-def self_contained_methods() -> list[str]:
-    """Names of the presets that ask, by default, for no external encoder and no regions."""
+def self_contained_methods(guides: Collection[str] = ()) -> list[str]:
+    """Names of the presets that ask, by default, for no regions and no external encoder but some.
+
+    Args:
+        guides: names of the encoders that there are.
+    """
     methods = {name: build_method(name) for name in list_methods()}
-    return [name for name, m in methods.items() if not guides_of(m) and not m.needs_regions]
+    return [n for n, m in methods.items() if guides_of(m) <= set(guides) and not m.needs_regions]

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     method = build_method(args.method)
     if method.decision is None:
         check_threshold(vocabulary, threshold)
-    if note := vocabulary_note(args.weights, vocabulary):
+    if method.reads_clip and (note := vocabulary_note(args.weights, vocabulary)):
         print(f"note: {note}", file=sys.stderr)
     model = sfp.load(
         args.weights,

@@ -5,8 +5,8 @@ they are made one map. `sfp/methods/segearth_ov3.py` and `activesam.py` are more
 same outputs. SAM 3 has no features to compare with words, it asks for the words themselves: that is a
 comparison here, which looks at the image and not at CLIP's tokens. `weights="none"` spares a CLIP.
 
-SAM 3 sees the whole image, squeezed to a square, at whatever size it comes: give it the image as it is
-(`short_side=None`, the default with `weights="none"`). What comes out are scores in 0..1, no
+SAM 3 sees the whole image, squeezed to a square, at whatever size it comes: give it the image as it is,
+which `sfp.load` does unless `short_side` is set. What comes out are scores in 0..1, no
 probabilities: `prob_thd` is a threshold of those.
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sfp.functional.clusters import resize
+from sfp.functional.room import check_room
 from sfp.registry import METHODS, Op, op
 from sfp.tokens import Tokens
 from sfp.trace import GuideError, Trace
@@ -145,6 +146,12 @@ def query_maps(
         asked = torch.arange(len(prompts), device=trace.image.device)
         if choose is not None:
             asked = choose(look)
+        check_room(
+            2 * len(prompts) * size[0] * size[1],  # and once more as a sheet
+            trace.image.device,
+            f"{len(prompts)} maps of {size[0]} x {size[1]} pixels",
+            "make the image smaller (short_side=), or name fewer words",
+        )
         maps = torch.zeros(len(prompts), *size, dtype=torch.float32, device=trace.image.device)
         numbers = iter(asked.tolist())
         for batch in sam.detect(look(None), prompts[asked]):

@@ -266,6 +266,21 @@ def test_segment_without_clip(model, method, score, fuse):
     assert np.array_equal(own.segment(pictures[1], CLASSES).labels, results[1].labels)
 
 
+def test_beside_a_clip(model):
+    """Its images keep their size, unless a size is asked for; CLIP's do not."""
+    settings = dict(guides=dict(sam3=Sam3Guide(model=model)), device="cpu")
+    pixels = picture(100, 150)
+    alone = sfp.load("none", "sam3", **settings).segment(pixels, CLASSES)
+    clip = tiny.clip(**tiny.WORDS)
+    beside = sfp.load(clip, "naclip", templates=["{}"], **settings)
+    found = beside.segment(pixels, CLASSES, method="sam3")
+    np.testing.assert_allclose(found.scores, alone.scores, atol=1e-3)
+    given = sfp.load(clip, "sam3", short_side=50, templates=["{}"], **settings)
+    assert np.abs(given.segment(pixels, CLASSES).scores - alone.scores).max() > 1e-2
+    plain = sfp.load(clip, "naclip", templates=["{}"], device="cpu").segment(pixels, CLASSES)
+    assert np.array_equal(beside.segment(pixels, CLASSES).labels, plain.labels)
+
+
 def test_other_words_cost_no_second_look(model, monkeypatch):
     looks: list[int] = []
     tower = Sam3Guide._tower

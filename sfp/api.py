@@ -74,7 +74,8 @@ def load(
         device: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
         short_side: pixels that the short side is resized to (the long one to 2048 at most); "auto"
             takes 336, or what the weights were trained on where that is known to be less (224 for the
-            mini CLIP); None leaves images as they are.
+            mini CLIP), and images as they are for methods that read no CLIP (SAM 3's); None leaves
+            images as they are.
         precision, compiled, graphs, slide_crop, slide_stride, slide_tiles: as in `sfp.engine.Engine`.
         pad_windows, whole_via_input, templates, logit_scale: as in `sfp.engine.Engine`.
         area_thd, pamr_steps, window_batch, guides, masks, regions: as in `sfp.engine.Engine`.
@@ -111,12 +112,13 @@ def load(
         regions=regions,
         cache_bytes=memory_mb * 2**20,
     )
+    usual = short_side == "auto"
     if short_side == "auto":
         short_side = _usual_short_side(weights, engine.clip)
-    return Model(engine.to(device), method, short_side)
+    return Model(engine.to(device), method, short_side, for_clip=usual)
 
 
-def _usual_short_side(weights: Any, clip: CLIP) -> int:
+def _usual_short_side(weights: Any, clip: CLIP) -> int | None:
     """The size of the weights' row; weights without a name take the mini CLIP's if they are like it."""
     like_mini = clip.visual.conv1.out_channels == published.ARCHITECTURES[published.MINI].width
     unnamed = not isinstance(weights, (str, Path))
@@ -134,12 +136,22 @@ class Model:
         engine: the frozen model with its settings.
         method: used where `segment` names no other.
         short_side: as in `load`.
+        for_clip: whether that is meant for CLIP alone, so that methods that read none see images as
+            they are.
     """
 
-    def __init__(self, engine: Engine, method: Method, short_side: int | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        method: Method,
+        short_side: int | None,
+        *,
+        for_clip: bool = False,
+    ) -> None:
         self.engine = engine
         self.method = method
         self.short_side = short_side
+        self.for_clip = for_clip
         self._words: LRUCache[Tensor] = LRUCache(WORDS)
 
     @property
@@ -212,8 +224,9 @@ class Model:
         """
         threshold = background_threshold(background)
         vocabulary = as_vocabulary(classes, background)
-        check_threshold(vocabulary, threshold)
         method = self._method(method)
+        if method.decision is None:  # else scores are not that softmax
+            check_threshold(vocabulary, threshold)
         if not isinstance(images, (list, tuple)):
             where = f"{images}: " if isinstance(images, (str, os.PathLike)) else ""
             image, ids = [as_image(images)], None if regions is None else [_ids(regions)]
@@ -242,7 +255,10 @@ class Model:
         regions: list[Tensor] | None = None,
     ) -> list[Result]:
         engine, queries = self.engine, self.queries(vocabulary)
-        inputs = [self.input(image) for image in images]
+        as_it_is = self.for_clip and not method.reads_clip
+        inputs = [
+            engine.input(_tensor(image)) if as_it_is else self.input(image) for image in images
+        ]
         sizes = [image.shape[:2] for image in images]
         try:
             (sheets,) = engine.logits([method], inputs, sizes, queries, regions=regions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -32,7 +32,7 @@ from sfp.kinds import (
     Surgery,
 )
 from sfp.ops.comparisons import cosines
-from sfp.ops.integrators import own_tokens
+from sfp.ops.integrators import embedded_patches, own_tokens
 from sfp.registry import (
     build_dataclass,
     composition,
@@ -306,6 +306,11 @@ class Method(_Fields):
         """
         if not self.pool_mlp and (vit.pool is None or vit.pool.mlp is None):
             raise ValueError("pool_mlp=False: this tower has no MLP in an attention pool")
+        if self.reads_clip and not vit.blocks:
+            raise LayerError(
+                "weights='none' stands for no CLIP, which this method reads: name weights, e.g. "
+                "'ViT-B/16' (methods that go without: sam3, segearth_ov3, activesam)"
+            )
         vit, regions = self.operate(vit), context.pop("regions", None)
 
         def parts(of: Tensor) -> Sequence[Tensor]:
@@ -368,6 +373,11 @@ class Method(_Fields):
         for refine in self.refiners:
             logits = refine(logits, trace)
         return logits
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether it looks at CLIP's tokens; if not, weights "none" serve it as well."""
+        return any(getattr(each, "fn", each) is not embedded_patches for each in self.readouts)
 
     @property
     def words_in_trunk(self) -> bool:
@@ -456,7 +466,11 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
     return build_dataclass(Method, composition(method, **knobs))
 
 
-def self_contained_methods() -> list[str]:
-    """Names of the presets that ask, by default, for no external encoder and no regions."""
+def self_contained_methods(guides: Collection[str] = ()) -> list[str]:
+    """Names of the presets that ask, by default, for no regions and no external encoder but some.
+
+    Args:
+        guides: names of the encoders that there are.
+    """
     methods = {name: build_method(name) for name in list_methods()}
-    return [name for name, m in methods.items() if not guides_of(m) and not m.needs_regions]
+    return [n for n, m in methods.items() if guides_of(m) <= set(guides) and not m.needs_regions]

@@ -223,6 +223,7 @@ class Trace:
         yield from (x for each in heads for x in each.tensors())
         yield from self.masks.values()
         yield from (x for x in computed if isinstance(x, Tensor))
+        yield from (y for x in computed if isinstance(x, tuple) for y in x if isinstance(y, Tensor))
         yield from (y for x in computed if isinstance(x, Trace) for y in x.tensors())
 
     def layer(self, index: int) -> int:

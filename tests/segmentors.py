@@ -88,3 +88,37 @@ def dino(seed: int = 0, patch: int = 8) -> nn.Module:
         image_size=8 * patch,
     )
     return scramble(transformers.ViTModel(config, add_pooling_layer=False), seed)
+
+
+def sam3(side: int = 56) -> nn.Module:
+    """A `Sam3Model` on 4 x 4 patches, with 6 instances."""
+    part = dict(hidden_size=32, num_attention_heads=2, intermediate_size=32)
+    transformers = pytest.importorskip("transformers", "5")
+    config = transformers.Sam3Config(
+        vision_config=dict(
+            backbone_config=dict(
+                part,
+                model_type="sam3_vit_model",
+                num_hidden_layers=2,
+                image_size=side,
+                patch_size=14,
+                window_size=2,
+                global_attn_indexes=[1],
+                pretrain_image_size=28,
+            ),
+            fpn_hidden_size=32,
+        ),
+        text_config=dict(
+            part,
+            model_type="clip_text_model",
+            vocab_size=49408,
+            num_hidden_layers=2,
+            max_position_embeddings=32,
+            projection_dim=16,
+        ),
+        geometry_encoder_config=dict(part, num_layers=1),
+        detr_encoder_config=dict(part, num_layers=1),
+        detr_decoder_config=dict(part, num_layers=2, num_queries=6),
+        mask_decoder_config=dict(hidden_size=32, num_attention_heads=2),
+    )
+    return scramble(transformers.Sam3Model(config))

@@ -57,13 +57,17 @@ class Scorer(tiny.Scorer, nn.Module):
     """As a part of an engine."""
 
 
+class Sam3(tiny.Sam3, nn.Module):
+    """As a part of an engine."""
+
+
 @pytest.fixture(scope="module")
 def clip() -> sfp.CLIP:
     return tiny.clip(**tiny.WORDS)
 
 
 def door(clip: sfp.CLIP, method: object = "sfp", **settings) -> sfp.Model:
-    guides = dict(dino=Colours(), sam=Sam(), clipseg=Scorer())
+    guides = dict(dino=Colours(), sam=Sam(), clipseg=Scorer(), sam3=Sam3())
     return sfp.load(clip, method, **(SMALL | dict(guides=guides) | settings))
 
 

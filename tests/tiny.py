@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import sfp
+from sfp.guides.sam3 import Detections, Prompts
 from sfp.trace import Words
 
 SIZE = dict(
@@ -78,6 +80,39 @@ class Scorer:
         image = image.double()  # sums of batches and of single images agree
         maps = torch.nn.functional.interpolate(image, size, mode="bilinear")
         return torch.einsum("qc,bchw->bqhw", mixture.double(), maps).sigmoid()
+
+
+class Sam3:
+    """A stand-in for SAM 3: a word is a mixture of colours; scores of instances are its presence's."""
+
+    def encode(self, queries: Sequence[str]) -> Prompts:
+        return self.encode_in_context(queries, 0, {}, 0)
+
+    def encode_in_context(
+        self, queries: Sequence[str], neighbours: int, related: Mapping, most: int
+    ) -> Prompts:
+        codes = [
+            sum(map(ord, query)) + 7 * neighbours + len(related.get(query, ())) for query in queries
+        ]
+        mixtures = [[math.sin(code * x) for x in (1.7, 2.9, 4.3)] for code in codes]
+        tokens = torch.tensor(mixtures, dtype=torch.float64, device="cpu")[:, None]
+        return Prompts(tokens, torch.ones_like(tokens[..., 0], dtype=torch.bool))
+
+    def embed(self, image: Tensor, side: int | None = None) -> tuple[Tensor, ...]:
+        image = image.double().roll(int(side is not None), 1)  # another side shows other colours
+        return (torch.nn.functional.adaptive_avg_pool2d(image, 16),)
+
+    def presence(self, embedded: Sequence[Tensor], prompts: Prompts) -> Tensor:
+        return (prompts.tokens[:, 0] @ embedded[0][0].flatten(1)).amax(1).float()
+
+    def detect(self, embedded: Sequence[Tensor], prompts: Prompts) -> Iterator[Detections]:
+        presence = self.presence(embedded, prompts) + 1
+        maps = torch.einsum("qc,chw->qhw", prompts.tokens[:, 0], embedded[0][0]).float()
+        masks = torch.stack([maps - 1, maps.flip(1), maps.abs() + 3, maps.abs() + 4], 1)
+        scores = torch.tensor([2.0, 0.5, -0.3, -1.0], dtype=torch.float32, device="cpu")
+        for i in range(len(presence)):
+            own = slice(i, i + 1)
+            yield Detections(scores[None], masks[own], presence[own], maps[own])
 
 
 def words(count: int) -> Words:

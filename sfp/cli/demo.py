@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sfp.cli.options import WEIGHTS, add_command, add_import
+from sfp.cli.options import WEIGHTS, add_command, add_guide, add_import, parse_guide
 
 TEXT = """\
 Opens a page in the browser: drop a photo or pick a scene of the mini world, type words, and see the
@@ -17,6 +17,7 @@ the package and knows the words of its own drawn scenes only.
 Examples:
     sfp demo
     sfp demo --weights ViT-B/16 --method sclip
+    sfp demo --guide sam3=sam3:model=facebook/sam3        # offers the methods that need it too
     sfp demo --host 0.0.0.0 --port 8080 --no-browser      # for others in the network
 """
 
@@ -33,6 +34,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         "--share", action="store_true", help="a public address, through gradio's servers"
     )
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    add_guide(parser)
     add_import(parser)
 
 
@@ -47,14 +49,18 @@ def run(args: argparse.Namespace) -> int:
             "the demo needs gradio, which is not installed: pip install 'sfp[demo]'"
         ) from None
     import sfp
+    from sfp.clip.checkpoints.published import NONE
     from sfp.demo.session import Session
     from sfp.method import self_contained_methods
     from sfp.registry import suggest
 
     weights = args.weights or default_weights()
-    if args.method not in self_contained_methods():
-        raise ValueError(f"--method {args.method}{suggest(args.method, self_contained_methods())}")
-    model = sfp.load(weights, args.method, device=args.device)
+    guides = dict(map(parse_guide, args.guide))
+    if weights == NONE:
+        raise ValueError("--weights none: the page looks into a CLIP; name one, e.g. mini")
+    if args.method not in (valid := self_contained_methods(guides)):
+        raise ValueError(f"--method {args.method}{suggest(args.method, valid)}")
+    model = sfp.load(weights, args.method, device=args.device, guides=guides)
     page = Page(Session(model, weights), args.method)
     address = page.serve(
         host=args.host, port=args.port, share=args.share, browser=not args.no_browser

@@ -192,6 +192,37 @@ def parse_method(text: str) -> dict[str, Any]:
     return method
 
 
+def parse_guide(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and config node of a guide.
+
+    Raises:
+        ValueError: if there is no name or no type, or a knob has no value.
+
+    Example:
+        >>> parse_guide("dino=transformers:model=facebook/dino-vitb8")
+        ('dino', {'type': 'transformers', 'model': 'facebook/dino-vitb8'})
+    """
+    name, equals, node = text.partition("=")
+    if not name or not equals or ":" in name:
+        raise ValueError(
+            f"--guide {text}: expected NAME=TYPE:KNOB=VALUE, as in "
+            "dino=transformers:model=facebook/dino-vitb8"
+        )
+    return name, parse_method(node)
+
+
+def add_guide(parser: argparse.ArgumentParser) -> None:
+    """The option that gives a method an external encoder; `parse_guide` reads its values."""
+    parser.add_argument(
+        "--guide",
+        nargs="+",
+        default=[],
+        metavar="NAME=TYPE:KNOB=VALUE",
+        help="external models for methods that ask for them, e.g. "
+        "dino=transformers:model=facebook/dino-vitb8 or sam3=sam3:model=facebook/sam3",
+    )
+
+
 def add_pictures(parser: argparse.ArgumentParser, default: int) -> None:
     """The option that says how many images the picture sheet has."""
     parser.add_argument(

@@ -22,6 +22,7 @@ Examples:
     sfp segment photo.jpg --classes "cat, grass, sky" --out out
     sfp segment photos --classes "cat|kitten, sofa|couch" --background "wall, floor" --out out --overlay
     sfp segment street.jpg --classes cityscapes --short-side 560 --method sclip --out out --coco
+    sfp segment a.jpg --classes car --method sam3 --weights none --guide sam3=sam3:model=facebook/sam3
 
 With --out it writes OUT/labels/<name>.png, the label of each pixel as a palette picture; with --overlay
 also OUT/overlay/<name>.jpg, a picture to look at; with --coco also OUT/coco.json, all images as COCO
@@ -55,6 +56,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         "best probability is less are background (default: every pixel gets a class)",
     )
     parser.add_argument("--method", default="sfp", help="preset (default: sfp)")
+    options.add_guide(parser)
     parser.add_argument(
         "--weights", default="ViT-B/16", help=f"{options.WEIGHTS} (default: ViT-B/16)"
     )
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     import sfp
     from sfp.files import atomic_write
     from sfp.functional.room import RoomError
+    from sfp.method import build_method
     from sfp.mini import vocabulary_note
     from sfp.vocabulary import as_vocabulary, background_threshold, check_threshold
 
@@ -86,16 +89,19 @@ def run(args: argparse.Namespace) -> int:
     classes, background = options.parse_classes(args.classes), parse_background(args.background)
     vocabulary = as_vocabulary(classes, background)  # errors show before weights are loaded
     threshold = background_threshold(background)
-    check_threshold(vocabulary, threshold)
-    if note := vocabulary_note(args.weights, vocabulary):
+    method = build_method(args.method)
+    if method.decision is None:
+        check_threshold(vocabulary, threshold)
+    if method.reads_clip and (note := vocabulary_note(args.weights, vocabulary)):
         print(f"note: {note}", file=sys.stderr)
     model = sfp.load(
         args.weights,
-        args.method,
+        method,
         device=args.device,
         precision=args.precision,
         short_side="auto" if args.short_side is None else args.short_side,
         pamr_steps=args.pamr,
+        guides=dict(map(options.parse_guide, args.guide)),
         memory_mb=0,  # each image is seen once
     )
     failures: list[Exception] = []

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfp.clip.blocks import HEAD_WIDTH
-from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, RGB, LayoutError, in_pixels
+from sfp.clip.checkpoints.published import (
+    CLIP_MEAN,
+    CLIP_STD,
+    NONE,
+    RGB,
+    LayoutError,
+    in_pixels,
+)
 from sfp.clip.dispatch import intercepted
 from sfp.clip.fingerprint import contents_digest, state_key
 from sfp.clip.text_towers import BertConfig, TextConfig, TextTower, TextTransformer
@@ -236,6 +243,21 @@ class CLIP(nn.Module):
             ValueError: if the ids are no such batch.
         """
         return self.text(ids)
+
+
+def no_clip() -> CLIP:
+    """What stands for a CLIP where a method reads another model: zeros of width 1 without blocks.
+
+    Its patches have 14 pixels, and images are normalised to -1..1, as SAM 3 expects them.
+    """
+    image = ImageConfig(image_size=14, patch=14, width=1, layers=0, embed_dim=1, head_width=1)
+    text = TextConfig(vocab=49408, context=77, width=1, layers=0, embed_dim=1, head_width=1)
+    half = (127.5, 127.5, 127.5)
+    clip = CLIP.of(VisionTransformer(image), text.build(), mean=half, std=half)
+    for weight in clip.requires_grad_(False).parameters():
+        weight.zero_()
+    clip.digest = NONE
+    return clip.eval()
 
 
 def build_clip(

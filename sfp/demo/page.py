@@ -16,7 +16,6 @@ from gradio.utils import get_upload_folder
 from sfp.demo.pictures import status
 from sfp.demo.session import Session
 from sfp.demo.tabs import Attention, Compare, Inputs, Outliers, Segmentation, Tab, Values
-from sfp.method import self_contained_methods
 from sfp.mini import scene, vocabulary_note
 
 SCENES = {  # seed: words for it, one of them without a place in the picture
@@ -133,9 +132,7 @@ class Page:
             placeholder="words for the background: wall, floor",
             elem_id="rest",
         )
-        chosen = gr.Dropdown(
-            self_contained_methods(), value=method, label="Method", elem_id="method"
-        )
+        chosen = gr.Dropdown(self.session.methods, value=method, label="Method", elem_id="method")
         self.button = gr.Button("Segment", variant="primary", elem_id="segment")
         self.inputs = Inputs(photo, words, background, chosen)
 

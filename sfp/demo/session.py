@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sfp.api import Model
 from sfp.data.images import read_image
 from sfp.demo.pictures import Pixels, bounded
-from sfp.method import Purify, build_method
+from sfp.method import Purify, build_method, self_contained_methods
 from sfp.result import Result
 from sfp.tokens import upcast
 from sfp.trace import Trace
@@ -90,6 +90,7 @@ class Session:
     Attributes:
         blocks: how many the image encoder has.
         patch: side of a patch in pixels.
+        methods: names of the presets that run with the model's guides.
     """
 
     def __init__(self, model: Model, weights: str) -> None:
@@ -97,6 +98,7 @@ class Session:
         self.weights = weights
         self.blocks = len(model.clip.visual.blocks)
         self.patch = model.clip.visual.patch
+        self.methods = self_contained_methods(model.engine.guides.keys())
         self._lock = threading.RLock()
         self.photo = lru_cache(8)(self._photo)
         self._trace = lru_cache(3)(self._run)  # each holds the tokens of all layers

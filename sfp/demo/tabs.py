@@ -15,7 +15,6 @@ from matplotlib.ticker import PercentFormatter
 
 from sfp.demo.pictures import SHOWN, caption, framed, heat, labelled, legend, marked, patch_at
 from sfp.demo.session import OWN, Session, Timed, typed_vocabulary
-from sfp.method import self_contained_methods
 from sfp.mini import unknown_words
 from sfp.registry import list_ops
 from sfp.vocabulary import Vocabulary
@@ -249,7 +248,7 @@ class Compare(Tab):
     def _lay_out(self) -> None:
         first = self.inputs.method.value
         self.second = gr.Dropdown(
-            self_contained_methods(),
+            self.session.methods,
             value="sfp" if first == "clip" else "clip",
             label="Compare with",
             elem_id="second",

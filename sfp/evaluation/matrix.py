@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from sfp.clip.checkpoints.published import find
+from sfp.clip.checkpoints.published import NONE, find
 from sfp.data.images import DataError
 from sfp.evaluation.compare import measure, part_of
 from sfp.evaluation.scores import COLUMNS, cells
@@ -23,7 +23,12 @@ from sfp.tables import markdown
 # what towers learnt from besides captions written by people, where a source of the table says it
 TOWERS = {"TIPSv2": "synthetic captions", "CLIP of this package": "captions of drawn scenes only"}
 # what models beside the tower learnt from, by a word in their settings
-OTHERS = {"sam": "masks", "dino": "unlabelled images", "clipseg": "masks"}
+OTHERS = {
+    "sam3": "masks with words",  # before "sam", which is in its name
+    "sam": "masks",
+    "dino": "unlabelled images",
+    "clipseg": "masks",
+}
 
 
 def matrix(
@@ -114,7 +119,8 @@ def supervision(weights: str, extra: Mapping[str, str]) -> str:
     """What a tower and the models beside it were trained on, in words."""
     row = find(weights)
     tower = TOWERS.get(row.family, "") if row else ""
-    words = [tower] if "only" in tower else ["captions", tower]
+    own = [] if weights == NONE else ["captions", tower]
+    words = [tower] if "only" in tower else own
     return ", ".join(dict.fromkeys(word for word in (*words, *extra.values()) if word))
 
 

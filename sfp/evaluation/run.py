@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sfp.clip.checkpoints.loading import locate
+from sfp.clip.checkpoints.published import NONE
 from sfp.clip.text import model_templates
 from sfp.data.datasets import DATASETS
 from sfp.evaluation.card import write_card
@@ -111,7 +112,8 @@ def check(config: Config) -> None:
             f"{config.model.classes} names {len(names)} classes, {type(dataset).__name__} has "
             f"{len(expected)}: the labels would not be theirs"
         )
-    locate(config.model.weights)
+    if config.model.weights != NONE:
+        locate(config.model.weights)
 
 
 @quiet()
@@ -243,8 +245,8 @@ def _write_sheet(runner: Runner, path: Path, count: int, metric: SegmentationMet
     ours = model.method
     name = _method_name(runner.cfg.model.get("method", "sfp"))
     named = {"SFP" if name == "sfp" else name: ours}
-    if not isinstance(metric, HungarianMetric):
-        # clusters of one method's features mean nothing in another's
+    if not isinstance(metric, HungarianMetric) and model.clip.visual.blocks:
+        # clusters of one method's features mean nothing in another's; without CLIP there is no plain
         named = {"plain CLIP": build_method("clip"), **named}
     columns: dict[str, list[Panel]] = {"image": [], "ground truth": []}
     for i in chosen:

@@ -13,10 +13,11 @@ from torch import nn
 
 from sfp.guides.clipseg import ClipSegGuide
 from sfp.guides.sam import SamGuide
+from sfp.guides.sam3 import Sam3Guide
 from sfp.guides.transformers import TransformersGuide
 from sfp.registry import GUIDES, build
 
-__all__ = ["GUIDES", "ClipSegGuide", "SamGuide", "TransformersGuide", "build_guides"]
+__all__ = ["GUIDES", "ClipSegGuide", "Sam3Guide", "SamGuide", "TransformersGuide", "build_guides"]
 
 
 def build_guides(nodes: Mapping[str, Mapping[str, Any] | nn.Module] | None) -> nn.ModuleDict:

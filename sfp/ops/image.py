@@ -14,6 +14,17 @@ from sfp.tokens import Tokens
 from sfp.trace import GuideError, Trace
 from sfp.whole import WholeImage
 
+# what guides offer that look at images as they are: SAM, CLIPSeg, SAM 3
+OF_PIXELS = (
+    "last_attention",
+    "scores",
+    "encode",
+    "encode_in_context",
+    "embed",
+    "presence",
+    "detect",
+)
+
 
 def window_grid(trace: Trace) -> WindowGrid:
     """Where the windows of a trace lie in their image.
@@ -68,10 +79,7 @@ def canvas(trace: Trace, *, floor: bool = False) -> Trace:
                 raise GuideError(f"the guide {name!r} has no last block to stitch: `across`")
             return across(trace.guide(name, "entering"), tokens)
 
-        for of_pixels in (
-            "last_attention",
-            "scores",
-        ):  # SAM and CLIPSeg look at whole images as it is
+        for of_pixels in OF_PIXELS:
             if hasattr(trace.guides[name], of_pixels):
                 setattr(look, of_pixels, getattr(trace.guides[name], of_pixels))
         return look

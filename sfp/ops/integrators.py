@@ -3,6 +3,7 @@
 sources    `(trace, *, knobs) -> Tokens`
 residuals  `(tokens, source, *, knobs) -> (B, T or 1, D)`
 smoothers  `(tokens, trace, *, knobs) -> Tokens`
+readers    `(trace, *, knobs) -> Tokens`, in place of a readout
 """
 
 from __future__ import annotations
@@ -65,3 +66,9 @@ def aggregate(tokens: Tokens, trace: Trace, *, affinity: Affinity) -> Tokens:
         weights = hide(weights, tokens.hidden[:, None])
     weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
     return tokens.with_patches(weights.to(tokens.data.dtype) @ tokens.patches)
+
+
+@op("reader")
+def embedded_patches(trace: Trace) -> Tokens:
+    """The patches that entered the first block: for methods that leave CLIP's tokens alone."""
+    return trace.embedded.only_patches()

@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import segmentors
 from PIL import Image
 
 import sfp
@@ -195,3 +197,22 @@ def test_without_standard_output(photos, tmp_path, monkeypatch):
     words = ["--classes", "sky, grass", *MINI, "--out", str(tmp_path / "out")]
     assert cli.main(["segment", str(photos / "a.png"), *words]) == 0
     assert (tmp_path / "out/labels/a.png").is_file()
+
+
+def test_a_method_with_a_guide_and_without_clip(photos, tmp_path, capsys, monkeypatch):
+    segmentors.sam3().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    photo, out = str(photos / "a.png"), str(tmp_path / "out")
+    words = ["--classes", "cat", "--method", "sam3", "--weights", "none", "--device", "cpu"]
+    given = ["--guide", "sam3=sam3:model=model,batch=2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one class is no softmax of one
+        assert run(photo, *words, *given, "--background", "0.3", "--out", out) == 0
+    assert "1 of 1 images segmented" in capsys.readouterr().out
+    own = sfp.load("none", "sam3", guides=dict(sam3=dict(type="sam3", model="model")), device="cpu")
+    expected = own.segment(photo, ["cat"], background=0.3).labels
+    assert np.array_equal(np.array(Image.open(tmp_path / "out/labels/a.png")), expected)
+    with pytest.raises(ValueError, match="expected NAME=TYPE"):
+        run(photo, *words, "--guide", "sam3:model=model")
+    with pytest.raises(LookupError, match="asks for a SAM 3 as the guide 'sam3'"):
+        run(photo, *words)

@@ -41,7 +41,7 @@ def ids(image: Tensor) -> Tensor:
 
 
 colours.across = lambda entering, join: join(entering)  # type: ignore[attr-defined]
-GUIDES = dict(dino=colours, sam=tiny.Sam(), clipseg=tiny.Scorer())
+GUIDES = dict(dino=colours, sam=tiny.Sam(), clipseg=tiny.Scorer(), sam3=tiny.Sam3())
 
 
 @functools.cache

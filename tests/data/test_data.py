@@ -59,7 +59,8 @@ def root(tmp_path, monkeypatch):
 
 def test_entries_and_configs_agree():
     configs = {path.stem.removeprefix("cfg_") for path in ROOT.glob("configs/cfg_*.py")}
-    applications = {"voc21_sam", "coco27_unsupervised", "city_scapes27_unsupervised"}
+    applications = {"voc21_sam", "voc21_sam3"}
+    applications |= {"coco27_unsupervised", "city_scapes27_unsupervised"}
     assert (
         set(DOWNLOADED) == {name for name in configs if not name.startswith("mini")} - applications
     )

@@ -9,13 +9,19 @@ import zlib
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
+from torch import nn
 
 import sfp
-from sfp.demo.session import FALLBACK, OWN, typed_vocabulary
+from sfp.demo.session import FALLBACK, OWN, Session, typed_vocabulary
 from sfp.method import self_contained_methods
 from sfp.vocabulary import as_vocabulary
+
+
+class Sam3(tiny.Sam3, nn.Module):
+    """As a part of an engine."""
 
 
 def test_huge_photos_are_refused(session, tmp_path):
@@ -90,3 +96,16 @@ def test_methods_on_offer_run_without_guides():
     others = set(sfp.list_methods()) - set(self_contained_methods())
     assert {"corrclip", "fsa", "gla_clip", "lposs", "ov_stitcher", "proxyclip"} <= others
     assert {"clip", "sfp", "cliptrase", "radseg", "rfclip"} <= set(self_contained_methods())
+
+
+def test_methods_on_offer_with_a_guide(photo):
+    model = sfp.load("mini", guides=dict(sam3=Sam3()), device="cpu")
+    session = Session(model, "mini")
+    more = {"sam3", "segearth_ov3", "activesam"}
+    assert set(session.methods) == more | set(self_contained_methods())
+    vocabulary = as_vocabulary(["house", "sand"])
+    timed = session.segment(str(photo), vocabulary, "sam3")
+    assert np.array_equal(
+        timed.result.labels, model.segment(photo, vocabulary, method="sam3").labels
+    )
+    assert session.outliers(str(photo), "sam3", OWN, 5).detector == FALLBACK

@@ -15,7 +15,7 @@ from sfp import build_method
 from sfp.vocabulary import load_vocabulary
 
 FOLDER = Path(__file__).parents[2] / "configs"
-APPLICATIONS = ("_sam.py", "_dino.py", "_unsupervised.py")  # see test_unsupervised.py
+APPLICATIONS = ("_sam.py", "_sam3.py", "_dino.py", "_unsupervised.py")  # see test_unsupervised.py
 CONFIGS = sorted(
     path.stem.removeprefix("cfg_")
     for path in FOLDER.glob("cfg_*.py")

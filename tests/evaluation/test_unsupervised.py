@@ -349,6 +349,29 @@ def test_the_voc_config_sees_whole_images():
 
 
 @pytest.mark.slow
+def test_a_config_without_clip(tmp_path, monkeypatch):
+    """From files in the benchmark's layout to scores: SAM 3 sees images at their own size."""
+    segmentors.sam3().save_pretrained(tmp_path / "model")
+    files = trees.build("voc21", tmp_path / "data")
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
+    cfg = evaluate.load_config(
+        FOLDER / "cfg_voc21_sam3.py",
+        work_dir=str(tmp_path / "work"),
+        options={
+            "test_dataloader.num_workers": 0,
+            "model.guides.sam3.model": str(tmp_path / "model"),
+            "model.prob_thd": 0.99,  # nothing is as sure: all is background
+        },
+    )
+    evaluate.check(cfg)
+    result = evaluate.evaluate(cfg, pictures=1)
+    truth = np.concatenate([labels.flatten() for labels in files.values()])
+    background = (truth == 0).sum() / (truth != 255).sum()
+    assert result["aAcc"] == pytest.approx(100 * background, abs=1e-4)
+    assert list((tmp_path / "work").rglob("sheet.png"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["coco27", "city_scapes27"])
 def test_benchmarks_without_words(name, tmp_path, monkeypatch):
     """From files in the benchmark's layout to scores, with a random CLIP."""

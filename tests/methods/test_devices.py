@@ -16,6 +16,7 @@ from sfp.registry import list_methods
 from sfp.tokens import Tokens
 
 ON_THE_HOST = {  # by method: what it does there by design
+    "activesam": "instances of each query are counted, and queries",
     "cliptrase": "DBSCAN, and its clusters one by one",
     "corrclip": "a token per region, of which each window has another number",
     "lavg": "a mask per region",
@@ -24,6 +25,8 @@ ON_THE_HOST = {  # by method: what it does there by design
     "freecp": "boxes around components of masks",
     "ov_stitcher": "a token per region, as corrclip",
     "s2c2seg": "classes of each window are counted",
+    "sam3": "instances of each query are counted",
+    "segearth_ov3": "the same",
     "textregion": "a mask per region",
 }
 
@@ -49,7 +52,7 @@ def logits(method: sfp.Method, within: Callable) -> Tensor:
             image,
             text,
             index=range(5),
-            guides=dict(dino=guide, sam=tiny.Sam(), clipseg=tiny.Scorer()),
+            guides=dict(dino=guide, sam=tiny.Sam(), clipseg=tiny.Scorer(), sam3=tiny.Sam3()),
             words=tiny.words(5),
             regions=ids,
         )

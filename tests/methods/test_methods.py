@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tiny import Sam, Scorer, words
+from tiny import Sam, Sam3, Scorer, words
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,6 +45,7 @@ def stripes(pixels: Tensor) -> Tensor:
 
 
 CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
+    "activesam": lambda: dict(guides=dict(sam3=Sam3()), words=words(5)),
     "cliptrase": lambda: dict(guides=dict(dino=colours)),
     "corrclip": lambda: dict(guides=dict(dino=colours)),
     "fsa": lambda: dict(guides=dict(dino=colours)),
@@ -55,10 +56,13 @@ CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
     "ov_stitcher": lambda: dict(guides=dict(dino=colours)),
     "proxyclip": lambda: dict(guides=dict(dino=colours)),
     "s2c2seg": lambda: dict(guides=dict(dino=colours, clipseg=Scorer()), words=words(5)),
+    "sam3": lambda: dict(guides=dict(sam3=Sam3()), words=words(5)),
+    "segearth_ov3": lambda: dict(guides=dict(sam3=Sam3()), words=words(5)),
 }
 """Further context of `Method.logits` by method, made when it is needed."""
 
 START: dict[str, dict[str, Any]] = {
+    "activesam": dict(prune_above=2),
     "freecp": dict(redundant=-1.0, ambiguous=0.5),
     "object_presence": dict(height=1.3),
     "rfclip": dict(factor=2.0),
@@ -67,6 +71,14 @@ START: dict[str, dict[str, Any]] = {
 
 OTHERS: dict[tuple[str, str], list[Any]] = {
     # a knob of a switched-off part, or with another knob that it needs: the whole set of knobs
+    ("activesam", "guide"): [],
+    ("activesam", "score"): [0.999],
+    ("activesam", "prune_above"): [None],
+    ("activesam", "prune_side"): [None],
+    ("activesam", "prune_most"): [],  # tests/methods/test_sam3.py, as the next three
+    ("activesam", "hypernyms"): [],
+    ("activesam", "names"): [],
+    ("activesam", "windows"): [],
     ("clip_surgery", "surgery_blocks"): [0, 3],
     ("cliptrase", "cells"): [1, 4],
     ("cliptrase", "guide"): ["dino"],
@@ -151,6 +163,14 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("s2c2seg", "most"): [1],
     ("s2c2seg", "repair"): [],  # tests/methods/test_s2c2seg.py, as the next
     ("s2c2seg", "sure"): [],
+    ("sam3", "guide"): [],
+    ("sam3", "score"): [0.999],
+    ("sam3", "most"): [1],
+    ("sam3", "windows"): [],  # tests/methods/test_sam3.py
+    ("segearth_ov3", "guide"): [],
+    ("segearth_ov3", "dataset"): ["voc21"],
+    ("segearth_ov3", "score"): [0.999],
+    ("segearth_ov3", "windows"): [],
     ("sfp", "pm"): ["l2_norm", "lof"],
     ("sfp", "purify"): [False, "median", "mask_attention"],
     ("sfp", "layers"): ["all", (-3, -2)],

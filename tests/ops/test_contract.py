@@ -42,6 +42,8 @@ EXPERTS = str(Path(tempfile.mkdtemp()) / "experts.json")  # for `expert_probabil
 Path(EXPERTS).write_text(
     json.dumps(dict(templates=["a {}.", "the {}."], experts={w: [int(w > "b")] for w in "abcde"}))
 )
+GENERAL = str(Path(EXPERTS).with_name("hypernyms.json"))  # for `active_maps`
+Path(GENERAL).write_text(json.dumps(dict(a=["letter"], c=["letter", "sign"])))
 MEAN = dict(type="mean_of_blocks")
 SPREAD = dict(type="sinkhorn", affinity=dict(type="mean_attention"))
 FEEDBACK = dict(type="semantic_feedback", source=dict(type="read_last", attention=SELF))
@@ -170,6 +172,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "canvas": [{}, dict(floor=True)],
     },
     "reader": {
+        "embedded_patches": [{}],
         "region_pool": [
             {},
             dict(beta=0.3, threshold=None, ffn=True),
@@ -207,6 +210,12 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "cls_token": [{}, dict(scale=0.0)],
     },
     "comparison": {
+        "active_maps": [
+            {},
+            dict(prune_above=2, prune_side=None, prune_quantile=0.3, prune_most=2),
+            dict(score=0.6, neighbours=0, names=False, windows=True),
+            dict(guide="sam3", hypernyms=GENERAL),
+        ],
         "cosines": [{}],
         "expert_probabilities": [
             dict(experts=EXPERTS, logit_scale=5.0),
@@ -221,6 +230,11 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             dict(beta=0.3, threshold=None, scale=3.0, bias=0.1),
             dict(threshold=0.3, halves=True, resample="bilinear", attention=dict(type="identity")),
         ],
+        "sam3_maps": [
+            {},
+            dict(guide="sam3", score=0.2, fuse="once", most=1),
+            dict(fuse="twice", windows=True),
+        ],
         "present_words": [
             {},
             dict(image_weight=0.5, move=0.5, height=0.9, linkage="ward", nearest=5, scope="window"),
@@ -229,6 +243,7 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "decision": {
         "as_scores": [{}, dict(rest=True)],
         "denoised_scores": [dict(least=-1.0), dict(least=0.9)],
+        "margin_scores": [{}],
         "kept_classes": [
             dict(score_thd=0.05),
             dict(score_thd=-1.0, background_thd=0.0, background=True),
@@ -315,7 +330,14 @@ for guide in (colours, bright):
     guide.across = lambda entering, join: join(entering)
 
 
-GUIDES = dict(sam=tiny.Sam(), clipseg=tiny.Scorer(), colours=colours, bright=bright, dino=colours)
+GUIDES = dict(
+    sam=tiny.Sam(),
+    sam3=tiny.Sam3(),
+    clipseg=tiny.Scorer(),
+    colours=colours,
+    bright=bright,
+    dino=colours,
+)
 """What methods and ops may ask for besides the text; "dino" is proxyclip's default."""
 
 
@@ -363,7 +385,8 @@ def given(clip: sfp.CLIP, image: Tensor, *, seed: int = 0, index: Any = None) ->
         (4, -2), bind(dict(type="l2_norm", top_k=6)), bind(dict(type="neighbour_mean"))
     )
     text = tiny.queries(QUERIES, seed).to(torch.promote_types(image.dtype, torch.float32))
-    words = Words(tuple("abcde"), lambda templates: torch.stack([text, 2 * text - text.roll(1, 0)]))
+    names = tuple("edcba" if seed else "abcde")
+    words = Words(names, lambda templates: torch.stack([text, 2 * text - text.roll(1, 0)]))
     context = dict(words=words, text=text, index=index, guides=GUIDES, regions=ids(image), depth=12)
     trace = clip.visual.trace(image, [edit], **context)
     tokens = trace.outputs[-1]
@@ -567,7 +590,7 @@ def test_words_change_what_says_that_it_needs_them_and_nothing_else(name, pictur
         assert not OPS.module_dict[name].words  # they see no trace
         return
     one = pictures[5, 9][0]
-    two = given(exact, one.trace.image, seed=1, index=(0, 1, 1, 2, 0))
+    two = given(exact, one.trace.image, seed=1, index=(0, 1, 1, 2, 2))
     two.logits = one.logits  # what a refiner is given comes from the words, of course
     changed = []
     for knobs in EXAMPLES[kind][name]:

@@ -33,6 +33,7 @@ from sfp.clip.checkpoints.metadata import WRONG, Facts, facts, settled_facts, un
 from sfp.clip.checkpoints.published import (
     ARCHITECTURES,
     HUB_FILES,
+    NONE,
     PUBLISHED,
     SETTINGS,
     WEIGHT_FILES,
@@ -51,7 +52,7 @@ from sfp.clip.checkpoints.sources import (
     repository,
     weight_map,
 )
-from sfp.clip.model import CLIP, build_clip
+from sfp.clip.model import CLIP, build_clip, no_clip
 from sfp.clip.text_towers import BertConfig, TextConfig
 from sfp.clip.tokenizers import FILES, FileTokenizer, MissingTokenizer, Tokenizer, beside
 from sfp.clip.vit import ImageConfig
@@ -72,9 +73,10 @@ def load_clip(
     Args:
         source: a published name ("ViT-B/16", "tipsv2-l14", see `PUBLISHED`; found on disk or
             downloaded, and verified); "mini", the small model trained on drawn scenes that ships with
-            this package; a local file (TorchScript archive, `torch.save` or safetensors), a folder, or
-            the index of a model in several files; a repository on the Hugging Face Hub ("org/name");
-            or a state dict. Layouts are those of OpenAI, open_clip and transformers, recognised by
+            this package; "none", for methods that read another model; a local file (TorchScript
+            archive, `torch.save` or safetensors), a folder, or the index of a model in several files;
+            a repository on the Hugging Face Hub ("org/name"); or a state dict. Layouts are those of
+            OpenAI, open_clip and transformers, recognised by
             their names. "path@gelu" is short for `activation="gelu"`.
         activation: "quick_gelu" or "gelu", which a state dict does not tell. By default what the table
             of published weights says, or a configuration file beside the checkpoint
@@ -92,6 +94,8 @@ def load_clip(
             `ValueError`.
         ValueError: for an unknown activation.
     """
+    if isinstance(source, str) and source == NONE:
+        return no_clip()
     checkpoint = open_weights(
         source,
         activation=activation,
@@ -312,6 +316,8 @@ def weights_digest(source: str | Path) -> str | None:
     Raises:
         WeightsError, ValueError: as `load_clip`.
     """
+    if source == NONE:
+        return NONE
     bare, suffix = split_activation(source)
     row = PUBLISHED.get(str(bare))
     path = None if row is None else on_disk(str(bare))

@@ -23,6 +23,7 @@ HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT_SIDE = 336  # pixels, of the benchmarks
 MINI = "mini"
+NONE = "none"  # no CLIP, for methods that read another model
 
 RGB = tuple[float, float, float]
 
@@ -247,14 +248,18 @@ def find(weights: object) -> Published | None:
     return row_of(Path(weights)) if isinstance(weights, (str, Path)) else None
 
 
-def short_side(weights: object) -> int:
+def short_side(weights: object) -> int | None:
     """Pixels to which the short side of images is resized by default: the row's, else 336.
+
+    None for no CLIP: images keep their size.
 
     Args:
         weights: whatever `load_clip` takes; a name may have its activation behind "@".
     """
     if isinstance(weights, str) and (bare := weights.rpartition("@")[0]) in PUBLISHED:
         weights = bare
+    if isinstance(weights, str) and weights == NONE:
+        return None
     row = find(weights)
     return row.short_side if row else SHORT_SIDE
 

@@ -1,0 +1,246 @@
+"""ActiveSAM: SAM 3 is asked for the classes that are there, with words around their names.
+
+Four things on top of SegEarth-OV3's maps: of many queries those of best presence, at a lower
+resolution, are asked for; text tokens of a query are followed by those of its nearest other queries and
+of more general words; names are brought into the form that SAM 3 knows; and a pixel where two classes
+are nearly equal is background sooner. By our reading; no numbers of the official code were at hand.
+Thresholds are settings of the segmentor, as those of `segearth_ov3`.
+
+The release takes general words from WordNet, which is not here: `hypernyms` names a file that has them,
+and without one that part is left out. Names are split by rules of our own where the source gives
+examples only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfp.functional.labels import best_of_class
+from sfp.functional.windows import LogitSheet
+from sfp.kinds import Rows
+from sfp.methods.sam3 import Look, query_maps, reader, sam3_of
+from sfp.registry import METHODS, op
+from sfp.tokens import Tokens
+from sfp.trace import Trace
+
+HYPERNYMS = 2  # general words that follow a query at most
+HOMONYMS = dict(
+    ashcan="trash can",
+    buffet="sideboard",
+    monitor="computer monitor",
+    mouse="computer mouse",
+    plaything="toy",
+    remote="remote control",
+    tie="necktie",
+)
+COMPOUNDS = (
+    dict(  # first parts of names that benchmarks write as one word, and what may follow them
+        traffic="light|sign",
+        dining="table",
+        potted="plant",
+        swimming="pool",
+        coffee="table",
+        pool="table",
+        cell="phone",
+        stop="sign",
+        fire="hydrant",
+        parking="meter",
+        baseball="bat|glove",
+        tennis="racket",
+        wine="glass",
+        sports="ball",
+        hot="dog",
+        teddy="bear",
+        hair="drier",
+        kitchen="island",
+        swivel="chair",
+        arcade="machine",
+        television="receiver",
+        conveyer="belt",
+        bulletin="board",
+        dirt="track",
+        crt="screen",
+        screen="door",
+        street="light",
+        playing="field",
+        water="drops",
+    )
+)
+SPLIT = re.compile("|".join(f"({a})({b})" for a, b in COMPOUNDS.items()))
+SURFACE = re.compile(r"(wall|floor|ceiling)-(?!other)(\w+)")  # COCO-Stuff: "wall-brick"
+REST = re.compile(r"([\w ]+)-(?:other|stuff)")  # "food-other"
+
+
+def canonical(name: str) -> str:
+    """A class name in the form that SAM 3 knows.
+
+    Example:
+        >>> [canonical(name) for name in ("trafficlight", "tie", "wall-brick", "floor-other", "dog")]
+        ['traffic light', 'necktie', 'brick wall', 'floor', 'dog']
+    """
+    if name in HOMONYMS:
+        return HOMONYMS[name]
+    if match := SPLIT.fullmatch(name):
+        return " ".join(part for part in match.groups() if part)
+    if match := SURFACE.fullmatch(name):
+        return f"{match[2]} {match[1]}"
+    if match := REST.fullmatch(name):
+        return match[1]
+    return name
+
+
+@functools.lru_cache(maxsize=8)
+def _general(path: str, changed: int) -> Mapping[str, Sequence[str]]:
+    """The contents of a file of general words; `changed` is its time, so that it is read anew."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        right = all(isinstance(word, str) for words in found.values() for word in words)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _wrong(path) from error
+    if not right or any(isinstance(words, str) for words in found.values()):
+        raise _wrong(path)
+    return found
+
+
+def _wrong(path: str) -> ValueError:
+    return ValueError(
+        f'hypernyms={path!r}: expected a JSON file like {{"dog": ["canine", "domestic animal"]}}'
+    )
+
+
+def active(presence: Tensor, quantile: float, most: int) -> Tensor:
+    """The queries that an image is asked for, by number, in order: (n,), at least one.
+
+    Args:
+        presence: of all queries, (Q,).
+        quantile: queries below this one are left out.
+        most: of the rest at most.
+    """
+    best = presence.sort(descending=True, stable=True).indices[:most]
+    kept = best[presence[best] >= presence.quantile(quantile)]
+    return kept.sort().values
+
+
+@op("comparison", words=True, whole=True)
+def active_maps(
+    features: Tokens,
+    trace: Trace,
+    *,
+    guide: str = "sam3",
+    score: float = 0.3,
+    prune_above: int | None = 40,
+    prune_side: int | None = 672,
+    prune_quantile: float = 0.8,
+    prune_most: int = 40,
+    neighbours: int = 2,
+    hypernyms: str | None = None,
+    names: bool = True,
+    windows: bool = False,
+) -> Tensor:
+    """Scores of SAM 3 for the queries that are there, asked in context, (1, Q, H, W) in 0..1.
+
+    For the decision `margin_scores`.
+
+    Args:
+        guide: name of the SAM 3 (`sfp.guides.Sam3Guide`).
+        score: instances of no larger score are left out.
+        prune_above: more queries than that are pruned; None prunes none.
+        prune_side: side of the square at which presence is asked for; None for that of training.
+        prune_quantile: queries of a presence below this quantile are left out.
+        prune_most: queries of best presence that are asked for at most.
+        neighbours: other queries whose tokens follow those of a query.
+        hypernyms: JSON file of more general words by (canonical) name, two of which follow too; None
+            for none.
+        names: whether names are brought into the form that SAM 3 knows (`canonical`).
+        windows: whether it looks at each window instead of the whole image: (B, Q, H, W).
+    """
+    sam, queries = sam3_of(trace, guide), trace.known_words().queries
+    if names:
+        queries = tuple(canonical(query) for query in queries)
+    related: Mapping[str, Sequence[str]] = {}
+    if hypernyms is not None:
+        related = _general(hypernyms, Path(hypernyms).stat().st_mtime_ns)
+    prompts = sam.encode_in_context(queries, neighbours, related, HYPERNYMS)
+
+    def choose(look: Look) -> Tensor:
+        presence = sam.presence(look(prune_side), prompts).sigmoid()
+        return active(presence, prune_quantile, prune_most)
+
+    return query_maps(
+        trace,
+        prompts,
+        guide=guide,
+        score=score,
+        fuse="twice",
+        windows=windows,
+        choose=choose if prune_above is not None and len(queries) > prune_above else None,
+    )
+
+
+@op("decision")
+def margin_scores(sheet: LogitSheet, rows: Rows, index: Sequence[int]) -> Rows:
+    """Scores that fall where two classes are nearly equal (ActiveSAM).
+
+    A pixel's best score s_1 becomes (s_1 sqrt(s_1 - s_2))^(4/5), the others shrink with it: it is below
+    a threshold t where s_1 sqrt(s_1 - s_2) is below t^(5/4), and the best class stays the best.
+    """
+
+    def scores(start: int, stop: int) -> Tensor:
+        best = best_of_class(rows(start, stop), index)  # (K, stop - start, W)
+        if len(best) < 2:
+            return best
+        first, second = best.topk(2, dim=0).values
+        certain = (first.clamp_min(0) * (first - second).sqrt()) ** 0.8
+        tiny = torch.finfo(best.dtype).tiny
+        # never quite 0, so that the first of equal classes is the same as without a margin
+        return best * (certain / first.clamp_min(tiny)).clamp_min(1e-6)
+
+    return scores
+
+
+@METHODS.register_module()
+def activesam(
+    *,
+    guide: str = "sam3",
+    score: float = 0.3,
+    prune_above: int | None = 40,
+    prune_side: int | None = 672,
+    prune_quantile: float = 0.8,
+    prune_most: int = 40,
+    neighbours: int = 2,
+    hypernyms: str | None = None,
+    names: bool = True,
+    windows: bool = False,
+) -> dict[str, Any]:
+    """SAM 3 asked for the classes that are there, in context; needs the words and no CLIP.
+
+    Args:
+        guide: name of the SAM 3, which the caller provides (`guides=dict(sam3=dict(type="sam3",
+            model="facebook/sam3"))`).
+        score, prune_above, prune_side, prune_quantile, prune_most: as in `active_maps`.
+        neighbours, hypernyms, names, windows: as in `active_maps`.
+    """
+    return reader(
+        dict(
+            type="active_maps",
+            guide=guide,
+            score=score,
+            prune_above=prune_above,
+            prune_side=prune_side,
+            prune_quantile=prune_quantile,
+            prune_most=prune_most,
+            neighbours=neighbours,
+            hypernyms=hypernyms,
+            names=names,
+            windows=windows,
+        ),
+        decision="margin_scores",
+    )

@@ -208,6 +208,13 @@ class CLIP(nn.Module):
             self._name_again(names if same else {})
         return self
 
+    def share_memory(self) -> CLIP:
+        """As of any module; it moves tensors in place, which `_apply` does not see."""
+        names = self._still_named()
+        super().share_memory()
+        self._name_again(names)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, whose tensors lie elsewhere: digests without their states."""
         return {**self.__dict__, "_named": self._still_named()}

@@ -13,6 +13,9 @@ from sfp.mini import acceptance
 METHODS = ("clip", "sfp", "sfp_unpurified", "paper_sae", "paper_som_sae")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def measured():
     """Forty of the scenes that the checkpoint was accepted on."""

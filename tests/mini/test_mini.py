@@ -141,6 +141,7 @@ TINY = train.Recipe(
 )
 
 
+@pytest.mark.slow
 def test_training_learns_and_resumes_with_the_same_step(tmp_path):
     training = train.Training(TINY, tmp_path)
     losses = [training.advance()["loss"] for _ in range(12)]
@@ -153,6 +154,7 @@ def test_training_learns_and_resumes_with_the_same_step(tmp_path):
     assert [again.advance()["loss"] for _ in range(8)] == pytest.approx(losses[12:], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_run_ends_with_a_log_and_a_checkpoint(tmp_path):
     recipe = dataclasses.replace(TINY, steps=2)
     train.Training(recipe, tmp_path).run(log_every=1)

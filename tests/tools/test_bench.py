@@ -67,6 +67,7 @@ def test_the_reference_keeps_every_map(bench):
     assert [tuple(weights.shape) for weights in maps] == [(1, 2, 197, 197)] * 11
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_record(bench, monkeypatch, tmp_path, capsys):
     out = tmp_path / "bench.json"
     command = (

@@ -15,6 +15,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_a_small_run(tmp_path, monkeypatch, capsys):
     out = tmp_path / "gpu.json"
     words = ["--small", "--device", "cpu", "--precisions", "bf16", "--out", str(out)]

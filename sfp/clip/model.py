@@ -192,16 +192,27 @@ class CLIP(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CLIP:
         # Every .to(), .half() and .cuda(), also of a module that holds this one, comes through here.
         # Without this method the digests would still be right, but not those of the file.
-        names, same = self._still_named(), True
+        names: dict[str, str] | None = None  # until something changes
+        same = True
 
         def watched(x: Tensor) -> Tensor:
-            nonlocal same
+            nonlocal names, same
             y = fn(x)
-            same = same and (y is x or _rounded(x, y))
+            if y is not x:
+                names = self._still_named() if names is None else names
+                same = same and _rounded(x, y)
             return y
 
         super()._apply(watched, recurse)
-        self._name_again(names if same else {})
+        if names is not None:
+            self._name_again(names if same else {})
+        return self
+
+    def share_memory(self) -> CLIP:
+        """As of any module; it moves tensors in place, which `_apply` does not see."""
+        names = self._still_named()
+        super().share_memory()
+        self._name_again(names)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -82,7 +82,7 @@ REST = re.compile(r"([\w ]+)-(?:other|stuff)")  # "food-other"
 def canonical(name: str) -> str:
     """A class name in the form that SAM 3 knows.
 
-    Example:
+    Examples:
         >>> [canonical(name) for name in ("trafficlight", "tie", "wall-brick", "floor-other", "dog")]
         ['traffic light', 'necktie', 'brick wall', 'floor', 'dog']
     """

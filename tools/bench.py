@@ -462,8 +462,9 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
         "windows/s",
         "peak MiB",
         "x sequential",
-        "without I/O",
     )
+    if record["device"] != "cpu":
+        columns += ("without I/O",)
     for column in columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     slow = record.get("sequential")
@@ -477,15 +478,17 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
     ) -> None:
         rates = (record["batch"] / seconds, windows / seconds)
         faster = f"{slow['seconds'] / seconds:.2f} faster" if slow and compare else ""
-        table.add_row(
+        cells = [
             name,
             f"{1e3 * seconds:.0f}",
             f"{seconds / floor:.2f}",
             *(f"{rate:.2f}" for rate in rates),
             "" if peak is None else f"{peak:.0f}",
             faster,
-            "" if inside is None else f"{1e3 * inside:.1f} ms, {inside / floor:.2f} x floor",
-        )
+        ]
+        if inside is not None:
+            cells.append(f"{1e3 * inside:.1f} ms, {inside / floor:.2f} x floor")
+        table.add_row(*cells)
 
     add("floor", floor)
     if record["pytorch_floor_seconds"]:
@@ -559,7 +562,7 @@ def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
     console = Console()
-    console.width = max(console.width, 110)  # a table that goes into a file keeps its columns
+    console.width = max(console.width, 140)  # a table that goes into a file keeps its columns
     record: dict[str, Any] = dict(
         torch=torch.__version__,
         sfp=sfp.__version__,

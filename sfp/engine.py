@@ -461,7 +461,7 @@ class Engine:
         where = first_bad(bad[0], vit, windows, context)
         if vit.dtype != torch.float32:
             single = copy.deepcopy(vit).float()
-            logits = self._run(methods, windows, context, single, None)
+            logits = self._eager(methods, windows, context, single)  # once: nothing to keep
             if all(finite(x) for x in logits):
                 warnings.warn(
                     f"NaN or infinite values in {vit.dtype}, first in {where}; these windows "

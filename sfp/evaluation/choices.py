@@ -8,8 +8,10 @@ numbers incomparable, but both say what a difference is worth.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from sfp.clip.checkpoints.published import MINI, find, short_side
@@ -30,7 +32,7 @@ CONSTANTS = (
     "pamr_steps",
     "pamr_dilations",
 )
-# by a part of the name of a model or its type, in this order; from the models' own papers and pages
+# by a word in the name of a model or its type, in this order; from the models' own papers and pages
 SEEN = {
     "sam3": "masks of concepts, named by phrases (SA-Co)",
     "sam": "1.1 billion masks of 11 million images (SA-1B)",
@@ -51,8 +53,8 @@ SEEN = {
 def constants(card: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Constants of a card or config that are not the defaults: name, value and default as text.
 
-    For a method these are its preset's defaults. A preset with constants of its own for each data set
-    (its knob `dataset`) has those named with it.
+    For a method these are its preset's defaults; where the knob `dataset` of a preset chooses among
+    constants for each data set, they are named with it.
     """
     method = dict(card["method"])
     name = method.get("type")
@@ -60,19 +62,20 @@ def constants(card: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         for knob, default in method_settings(name).items():
             if knob != "type" and _text(method.get(knob, default)) != _text(default):
                 yield f"method {knob}", _text(method[knob]), _text(default)
-        chosen = method.get("dataset")
+        usual = method_settings(name).get("dataset")
+        chosen = method.get("dataset", usual)
         tuned = getattr(sys.modules[METHODS.get(name).__module__], "DATASETS", {})
-        if isinstance(chosen, str) and chosen in tuned:
-            yield f"method's constants for {chosen}", _text(tuned[chosen]), "one set for all data"
+        if chosen != usual and chosen in tuned:
+            yield f"method's constants for {chosen}", _text(tuned[chosen]), _text(tuned.get(usual))
     protocol = card["protocol"]
     for setting in CONSTANTS:
         default = SETTINGS[setting]
         if setting in protocol and _text(protocol[setting]) != _text(default):
             yield setting, _text(protocol[setting]), _text(default)
-    usual = short_side(card["weights"].get("name"))
+    side = short_side(card["weights"].get("name"))
     for step in protocol.get("pipeline Resize", []):
-        if (short := min(step.get("scale") or [usual])) != usual:
-            yield "short side of images", str(short), str(usual)
+        if (short := min(step.get("scale") or [side])) != side:
+            yield "short side of images", str(short), str(side)
 
 
 def seen(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -82,7 +85,8 @@ def seen(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """
     weights = str(card["weights"].get("name", ""))
     row = find(weights)
-    if known := _known(f"{weights} {row.family if row else ''}"):
+    local = row is None and Path(weights).exists()  # a name of the user's own says nothing
+    if known := None if local else _known(f"{weights} {row.family if row else ''}"):
         yield weights, known
     protocol = card["protocol"]
     parts = {f"guide {name}": node for name, node in (protocol.get("guides") or {}).items()}
@@ -102,7 +106,13 @@ def _models(node: Any) -> Iterator[tuple[str, str]]:
 
 
 def _known(name: str) -> str | None:
-    return next((text for part, text in SEEN.items() if part in name.lower()), None)
+    """What a model has seen whose name has one of the words of `SEEN` in it, as in "sam2.1-tiny"."""
+    found = (
+        text
+        for part, text in SEEN.items()
+        if re.search(rf"(?<![a-z]){part}(v?\d|[^a-z]|$)", name.lower())
+    )
+    return next(found, None)
 
 
 def _text(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,6 @@ from torch.nn import functional as F
 from sfp.guides.transformers import FrozenModel, Renormalise, pretrained
 from sfp.registry import GUIDES
 from sfp.tokens import Tokens
-
-if TYPE_CHECKING:
-    pass
 
 
 @GUIDES.register_module(name="sam")

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfp.clip.model import CLIP
 from sfp.functional.masks import MaskSheet
 from sfp.functional.windows import interpolation
-from sfp.guides.transformers import IMAGENET_MEAN, IMAGENET_STD, TransformersGuide
+from sfp.guides.transformers import IMAGENET_MEAN, IMAGENET_STD
+from sfp.masks.dino import ReadsPatches
 from sfp.registry import MASKS
 
 DENSE = 512  # patches up to which all eigenvectors are computed
@@ -121,7 +121,7 @@ def normalised_cuts(
 
 
 @MASKS.register_module(name="cuts")
-class CutMasks(nn.Module):
+class CutMasks(ReadsPatches):
     """Normalised cuts of the keys of a DINO's last block, for the whole image.
 
     LaVG's dense CRF after each cut is not here.
@@ -152,18 +152,11 @@ class CutMasks(nn.Module):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
-        self.guide = TransformersGuide(
-            model=model, mean=mean, std=std, image_mean=image_mean, image_std=image_std
-        )
+        super().__init__(model, mean, std, image_mean, image_std)
         self.side = side
         self.count = count
         self.alike = alike
         self.output = output
-
-    def follow(self, clip: CLIP) -> None:
-        """Expects images normalised for `clip`, unless their normalisation was given."""
-        self.guide.follow(clip)
 
     @torch.no_grad()
     def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:

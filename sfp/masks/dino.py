@@ -20,8 +20,33 @@ from sfp.guides.transformers import (
 from sfp.registry import MASKS, suggest
 
 
+class ReadsPatches(nn.Module):
+    """A proposer of masks that looks at the patches of a frozen encoder.
+
+    Args:
+        model, mean, std, image_mean, image_std: as in `TransformersGuide`.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_mean: Sequence[float] | None,
+        image_std: Sequence[float] | None,
+    ) -> None:
+        super().__init__()
+        self.guide = TransformersGuide(
+            model=model, mean=mean, std=std, image_mean=image_mean, image_std=image_std
+        )
+
+    def follow(self, clip: CLIP) -> None:
+        """Expects images normalised for `clip`, unless their normalisation was given."""
+        self.guide.follow(clip)
+
+
 @MASKS.register_module(name="dino")
-class DinoMasks(nn.Module):
+class DinoMasks(ReadsPatches):
     """One mask for each prompt: the patches that belong to those under its points.
 
     Args:
@@ -51,20 +76,13 @@ class DinoMasks(nn.Module):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
         if by not in ("similarity", "attention"):
             raise ValueError(f"dino: unknown by={by!r}{suggest(by, ('similarity', 'attention'))}")
-        self.guide = TransformersGuide(
-            model=model, mean=mean, std=std, image_mean=image_mean, image_std=image_std
-        )
+        super().__init__(model, mean, std, image_mean, image_std)
         self.by = by
         self.centre = centre
         self.mass = mass
         self.side = side
-
-    def follow(self, clip: CLIP) -> None:
-        """Expects images normalised for `clip`, unless their normalisation was given."""
-        self.guide.follow(clip)
 
     @torch.no_grad()
     def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:

@@ -49,6 +49,10 @@ def test_constants_of_a_method_for_a_data_set():
             {"guide dino (my/encoder)": "not known here"},
         ),
         (
+            dict(model__guides=dict(dino=dict(type="transformers", model="samuel/encoder"))),
+            {"guide dino (samuel/encoder)": "not known here"},
+        ),
+        (
             dict(model__masks=dict(propose=dict(type="sam", model="facebook/sam-vit-base"))),
             {"masks (facebook/sam-vit-base)": "SA-1B"},
         ),
@@ -64,3 +68,8 @@ def test_the_mini_world_was_seen():
     ((model, text),) = seen(card("mini"))
     assert model == "mini"
     assert "same generator" in text
+
+
+def test_the_default_constants_of_a_method_are_defaults():
+    method = dict(_delete_=True, type="object_presence")
+    assert list(constants(card("mini", model__method=method))) == []

@@ -33,6 +33,7 @@ from sfp.feature_cache import FeatureCache, LRUCache, is_hashable
 from sfp.functional.kept import constant
 from sfp.functional.labels import Labels, assign, decided
 from sfp.functional.pamr import Refinement
+from sfp.functional.precision import native_half
 from sfp.functional.regions import vote_in_regions
 from sfp.functional.windows import LogitSheet, WindowGrid, nearest
 from sfp.graphs import Graphs
@@ -132,8 +133,10 @@ class Engine:
             module like them: labels follow the masks of SAM or DINO.
         regions: settings of a `RegionMap`, or a module like it: who finds the regions that some
             methods ask for, where the caller gives none.
-        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
-            products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
+        precision: "auto" (fp16 on CUDA, fp32 elsewhere, so that CPUs agree on the labels), "fp32",
+            "fp16", "bf16", "half" (fp16 on CUDA, bf16 on a CPU that has instructions for it, fp32
+            elsewhere), or "int8": 8-bit products in the blocks, on a CPU only, an approximation
+            (`sfp/clip/int8.py`). `Engine.computes_in` says what it came to.
         compiled: whether the blocks' MLPs go through `torch.compile`; for GPUs, on CPUs it costs time.
         graphs: whether a GPU replays the network as a CUDA graph: recorded at the first batch of each
             shape, after which Python launches nothing. For batches too small to fill the GPU; hooks
@@ -169,10 +172,8 @@ class Engine:
         graphs: bool = False,
         cache_bytes: int = 0,
     ) -> None:
-        if precision not in ("auto", *PRECISIONS):
-            raise ValueError(
-                f"unknown precision {precision!r}{suggest(precision, ['auto', *PRECISIONS])}"
-            )
+        if precision not in (known := ["auto", "half", *PRECISIONS]):
+            raise ValueError(f"unknown precision {precision!r}{suggest(precision, known)}")
         if slide_crop and not slide_tiles and not 0 < slide_stride <= slide_crop:
             raise ValueError(
                 f"slide_stride={slide_stride} must be between 1 and slide_crop={slide_crop}: "
@@ -224,6 +225,15 @@ class Engine:
         """Where the weights are."""
         return self.clip.device
 
+    @property
+    def computes_in(self) -> str:
+        """What `precision` comes to on the device: "fp32", "fp16", "bf16" or "int8"."""
+        if self.precision == "half":
+            return native_half(self.device) or "fp32"
+        if self.precision == "auto":
+            return "fp16" if self.device.type == "cuda" else "fp32"
+        return self.precision
+
     def to(self, device: str | torch.device) -> Engine:
         """Moves all parts, and converts them to the precision that suits the device."""
         for part in self.parts():
@@ -249,9 +259,7 @@ class Engine:
         if (device, self.clip.dtype) == self._converted:
             return
         with _CONVERTING:
-            name = self.precision
-            if name == "auto":
-                name = "fp16" if device.type == "cuda" else "fp32"
+            name = self.computes_in
             if name == "int8" and device.type != "cpu":
                 raise ValueError("precision='int8' is for CPUs: on a GPU use 'fp16' or 'bf16'")
             for part in self.parts():

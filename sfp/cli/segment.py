@@ -70,8 +70,9 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--precision",
         default="auto",
-        choices=["auto", "fp32", "fp16", "bf16", "int8"],
-        help="default: auto",
+        choices=["auto", "half", "fp32", "fp16", "bf16", "int8"],
+        help="default: auto, which is fp16 on a GPU and fp32 on a CPU; half: bf16 on CPUs that "
+        "have instructions for it",
     )
     options.add_import(parser)
 

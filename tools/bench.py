@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
-import statistics
 import sys
 import time
 from collections import defaultdict
@@ -242,8 +242,11 @@ def stages(own: Contender, case: Case, data: bytes) -> dict[str, float]:
 
 
 def take_turns(tasks: dict[str, Callable[[], Tensor]], rounds: int, device: str) -> dict:
-    """Median seconds of each task, the tasks taking turns; the first round only warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    """Seconds of each task's fastest round, the tasks taking turns; the first round only warms up.
+
+    The fastest, because what else a shared machine does can only add to a time.
+    """
+    seconds = dict.fromkeys(tasks, math.inf)
     for round_ in range(rounds + 1):
         for name, task in tasks.items():
             start = time.perf_counter()
@@ -251,8 +254,8 @@ def take_turns(tasks: dict[str, Callable[[], Tensor]], rounds: int, device: str)
             if device == "cuda":
                 torch.cuda.synchronize()
             if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
 
 
 def peak_mib(task: Callable[[], Tensor], device: str) -> float | None:

@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         memory_mb=0,  # each image is seen once
     )
     failures: list[Exception] = []
+    bad = (sfp.ImageError, RoomError, OSError, FloatingPointError)
 
     def results() -> Iterator[tuple[str, Result]]:
         for unit in units:
@@ -113,12 +114,7 @@ def run(args: argparse.Namespace) -> int:
                 result = model.segment(unit.path, vocabulary, background=threshold)
                 if args.out:
                     _write(args, unit, result)
-            except (
-                sfp.ImageError,
-                RoomError,
-                OSError,
-                FloatingPointError,
-            ) as error:  # the others go on
+            except bad as error:  # the others go on
                 if len(units) == 1:
                     raise
                 print(f"failed: {error}", file=sys.stderr)

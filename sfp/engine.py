@@ -33,7 +33,7 @@ from sfp.feature_cache import FeatureCache, LRUCache, is_hashable
 from sfp.functional.kept import constant
 from sfp.functional.labels import Labels, assign, decided
 from sfp.functional.pamr import Refinement
-from sfp.functional.precision import native_half
+from sfp.functional.precision import cpu_has, native_half
 from sfp.functional.regions import vote_in_regions
 from sfp.functional.windows import LogitSheet, WindowGrid, nearest
 from sfp.graphs import Graphs
@@ -262,6 +262,12 @@ class Engine:
             name = self.computes_in
             if name == "int8" and device.type != "cpu":
                 raise ValueError("precision='int8' is for CPUs: on a GPU use 'fp16' or 'bf16'")
+            if device.type == "cpu" and name != "fp32" and cpu_has(name) is False:
+                warnings.warn(
+                    f"this CPU has no instructions for {name}, which takes longer than fp32 on it "
+                    "(precision='half' takes bf16 where a CPU has them)",
+                    stacklevel=3,
+                )
             for part in self.parts():
                 part.to(PRECISIONS[name])
             self._converted = (device, PRECISIONS[name])

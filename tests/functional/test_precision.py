@@ -14,7 +14,7 @@ from sfp.functional.clusters import mask_means
 from sfp.functional.kmeans import spherical_kmeans
 from sfp.functional.labels import Labels
 from sfp.functional.masks import MaskSheet, vote_in_masks
-from sfp.functional.precision import native_half, sum_over_pixels
+from sfp.functional.precision import cpu_has, native_half, sum_over_pixels
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -66,6 +66,7 @@ def test_half_precision_of_a_processor_is_looked_up(flag, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True}, raising=False)
     half = "bf16" if "bf16" in flag else None
     assert native_half(torch.device("cpu")) == half
+    assert [cpu_has(name) for name in ("bf16", "fp16", "int8")] == [bool(half), False, False]
     engine = Engine(tiny.clip(**tiny.WORDS), precision="half", templates=["{}"])
     assert engine.computes_in == (half or "fp32")
     assert engine.clip.dtype == (torch.bfloat16 if half else torch.float32)

@@ -53,7 +53,7 @@ def elsewhere(tmp_path, monkeypatch):
         ("ablate mini --study modules --weights mini mini", 2, "study 'backbones'"),
         ("audit nowhere mini", 2, "there is no config nowhere"),
         ("audit broken.pt mini", 2, r"broken\.pt is not a card"),
-        ("label photos --out out", 2, "nothing to look for"),
+        ("label photos --out out", 2, "no classes given"),
         ("label photos --out out --config voc22", 2, "did you mean 'voc21'"),
         ("label photos --out out --classes cat", 3, "photos does not exist"),
         ("label . --out out --classes cat --part 3/2", 3, "no image or archive"),

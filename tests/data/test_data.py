@@ -174,7 +174,7 @@ def test_prepare(name, root, capsys):
     assert sfp_data("prepare", name) == 0
     printed = capsys.readouterr().out
     assert "maps of" in printed
-    assert "3 written, 0 were there" in printed
+    assert "3 written, 0 already there" in printed
     assert f"{name}: 3 images, ready" in printed
     for path, labels in expected.items():
         written = cv2.imread(str(root / path), cv2.IMREAD_UNCHANGED)
@@ -199,7 +199,7 @@ def test_prepare(name, root, capsys):
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
     assert sfp_data("prepare", name) == 0
     printed = capsys.readouterr().out
-    assert "0 written, 3 were there" in printed
+    assert "0 written, 3 already there" in printed
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert {path for path in root.rglob("*") if path.is_file()} == set(
         times
@@ -276,7 +276,7 @@ def test_a_stopped_conversion_goes_on(root, capsys):
     Path(root / third.replace("_labelTrainIds", "")).unlink()
     capsys.readouterr()
     assert sfp_data("prepare", "coco_stuff164k", "--workers", "1") == 0
-    assert "1 written, 2 were there" in capsys.readouterr().out
+    assert "1 written, 2 already there" in capsys.readouterr().out
     assert (root / first).read_text() == "mine"
     with pytest.raises(
         FileNotFoundError, match=r"1 of 3 files to convert are missing, first .*581781"
@@ -310,7 +310,7 @@ def test_context_of_another_converter_is_kept(root, capsys):
     """mmsegmentation's label maps and list, and no .mat file."""
     trees.build("context60", root)
     assert sfp_data("prepare", "context60", "context59") == 0
-    assert capsys.readouterr().out.count("0 written, 3 were there") == 2
+    assert capsys.readouterr().out.count("0 written, 3 already there") == 2
 
 
 def test_context_names(root, tmp_path):
@@ -506,7 +506,7 @@ def test_manifest(root, tmp_path, capsys):
     path.write_text(path.read_text().replace('"images": 3', '"images": "3'))
     with pytest.raises(DataError, match=r"voc21\.manifest\.json is no manifest"):
         sfp_data("check", "voc21")  # it is found where it was written
-    with pytest.raises(ValueError, match="of one dataset"):
+    with pytest.raises(ValueError, match="belongs to one dataset"):
         sfp_data("check", "voc21", "voc20", "--manifest", path)
 
 

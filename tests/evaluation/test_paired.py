@@ -117,7 +117,7 @@ def test_methods_with_knobs():
     assert parse_method("sfp:purify=False,layers=[-3,-2],pm=lof") == dict(
         type="sfp", purify=False, layers=[-3, -2], pm="lof"
     )
-    with pytest.raises(ValueError, match="'purify' is not KNOB=VALUE"):
+    with pytest.raises(ValueError, match="expected KNOB=VALUE, got 'purify'"):
         parse_method("sfp:purify")
 
 

@@ -1,15 +1,15 @@
-"""Everything that determines a result, as JSON holds it: the key of whatever is kept of an evaluation.
+"""Everything that determines a result, as JSON: the key for all stored values of an evaluation.
 
-`settings` reads a config with all defaults resolved, in groups:
+`settings` reads a config with all defaults filled in, in groups:
 
-* protocol, vocabulary, data: two numbers compare only if these are equal;
-* method, weights: what one compares;
-* versions, run: what may change last digits (and, for `code`, anything).
+* protocol, vocabulary, data: two numbers are comparable only if these are equal;
+* method, weights: the subjects of a comparison;
+* versions, run: what may change the last digits (or, for `code`, anything).
 
-One rule for journals, fitted clusters and reproduction cards: a value that was kept counts only if
-these groups, with the contents of all files that were read, are what they were. So whatever has no
-name that stands for its content goes in by its content (weights, images, label maps, class files), and
-what has neither, such as a function written in a console, equals nothing that another process made.
+Journals, fitted clusters and reproduction cards follow one rule: a stored value is valid only if these
+groups, including the contents of all files read, are unchanged. Weights, images, label maps and class
+files are therefore identified by their contents. Something without identifiable contents, such as a
+function written in a console, never equals anything from another process.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from sfp.segmentor import SETTINGS, OpenVocabSegmentor
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary
 
-STRICT = ("protocol", "vocabulary", "data")  # numbers compare only if these are equal
-FREE = ("method", "weights")  # what one compares
+STRICT = ("protocol", "vocabulary", "data")  # numbers are comparable only if these are equal
+FREE = ("method", "weights")  # these may differ between compared numbers
 NOTED = ("versions", "run")
 GROUPS = STRICT + FREE + NOTED
-OPENMMLAB = ("mmcv", "mmengine", "mmsegmentation")  # and OneDL's line of the same
+OPENMMLAB = ("mmcv", "mmengine", "mmsegmentation")  # and the corresponding forks of OneDL
 PACKAGES = [f"{line}{name}" for name in OPENMMLAB for line in ("onedl-", "")]
-PACKAGES += ["scipy", "scikit-learn", "transformers"]  # of detectors, matching, guides and masks
-OTHERS = {"sfp", "mmcv", "mmengine", "mmseg", "torch"}  # whose code has a hash or version already
+PACKAGES += ["scipy", "scikit-learn", "transformers"]  # for detectors, matching, guides and masks
+OTHERS = {"sfp", "mmcv", "mmengine", "mmseg", "torch"}  # their code already has a hash or version
 REGISTRIES = ("DATASETS", "TRANSFORMS", "MODELS", "METRICS", "HOOKS", "LOOPS")
 FILES = ("img_path", "seg_map_path")  # keys of mmseg's records
 # arguments of the segmentor that are not protocol, or that stand elsewhere on the card

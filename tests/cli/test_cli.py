@@ -79,9 +79,9 @@ def test_exit_codes(command, code, message, elsewhere, capsys):
     [
         ("", "has no model.type"),
         ('model = dict(type="OpenVocabSegmentor")', "has no model.classes"),
-        ("model = undefined", "is no config: NameError: name 'undefined'"),
-        ("model = dict(", "is no config: SyntaxError"),
-        ('_base_ = "base_config.py"', "is no config: .*base_config.py"),
+        ("model = undefined", "is not a config: NameError: name 'undefined'"),
+        ("model = dict(", "is not a config: SyntaxError"),
+        ('_base_ = "base_config.py"', "is not a config: .*base_config.py"),
     ],
 )
 @pytest.mark.parametrize("command", ["eval", "audit mini"])

@@ -106,7 +106,7 @@ def test_errors(root, tmp_path, capsys):
     text = path.read_text()
     path.write_text(text[:-9])
     assert tool.main([str(root)]) == 3
-    assert "it may be cut off" in capsys.readouterr().err
+    assert "or truncated" in capsys.readouterr().err
 
     data = json.loads(text)
     path.write_text(json.dumps(dict(data, categories=data["categories"][:-1])))

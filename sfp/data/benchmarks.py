@@ -89,7 +89,8 @@ class Benchmark:
         if not self.class_file:
             raise FileNotFoundError(
                 f"the class names of {self.name} are part of its data: run "
-                f"`sfp data prepare {self.name}`, and give the path of {self.dataset['names_file']} in DATA_ROOT/{self.folder}"
+                f"`sfp data prepare {self.name}`, and give the path of "
+                f"{self.dataset['names_file']} in DATA_ROOT/{self.folder}"
             )
         return CONFIGS / self.class_file
 

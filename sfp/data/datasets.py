@@ -183,7 +183,7 @@ class LocalFiles(mmseg.datasets.BaseSegDataset):
     """
 
     def records(self) -> list[dict]:
-        """mmseg's records of the images in the list or folder.
+        """The records, as in mmseg, of the images in the list or folder.
 
         Labels need not exist.
 

@@ -344,7 +344,7 @@ def test_context_maps(tmp_path):
     assert convert.context_frequent(path).tolist() == [[0, 1], [0, 59]]
     assert convert.context_all(path).tolist() == [[0, 2], [459, 458]]
     savemat(path, {"LabelMap": np.array([[460]])})
-    with pytest.raises(DataError, match="number 460 in 1 pixels"):
+    with pytest.raises(DataError, match="1 pixels have the number 460"):
         convert.context_all(path)
     savemat(path, {"Labels": np.array([[1]])})
     with pytest.raises(DataError, match=r"a\.mat: cannot read its LabelMap"):
@@ -487,7 +487,7 @@ def test_manifest(root, tmp_path, capsys):
         cv2.imwrite(str(label), numbers, [cv2.IMWRITE_PNG_COMPRESSION, 0])
     capsys.readouterr()
     assert sfp_data("check", "voc21", "--data-root", other, "--manifest", path) == 0
-    assert f"voc21: as {path} says" in capsys.readouterr().out
+    assert f"voc21: agrees with {path}" in capsys.readouterr().out
 
     label = other / next(iter(files)).replace("JPEGImages", "SegmentationClass").replace(
         "jpg", "png"

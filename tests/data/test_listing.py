@@ -143,13 +143,13 @@ def test_inputs_that_cannot_be(tmp_path):
 
 def test_names_that_collide(tmp_path):
     write(tmp_path, "in/a.jpg", "in/a.png", "x/b.png", "y/b.png")
-    with pytest.raises(ValueError, match=r"both become a\.png"):
+    with pytest.raises(ValueError, match=r"both be written to a\.png"):
         names(tmp_path / "in")
-    with pytest.raises(ValueError, match=r"both become b\.png"):
+    with pytest.raises(ValueError, match=r"both be written to b\.png"):
         names(tmp_path / "x", tmp_path / "y")
     tar(tmp_path / "x/s.tar", {})
     zipped(tmp_path / "x/s.zip", {})
-    with pytest.raises(ValueError, match=r"s\.tar and .*s\.zip would both become s/"):
+    with pytest.raises(ValueError, match=r"s\.tar and .*s\.zip would both be written to s/"):
         names(tmp_path / "x/s.tar", tmp_path / "x/s.zip")
 
 

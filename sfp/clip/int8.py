@@ -1,4 +1,4 @@
-"""8-bit products on CPUs: close to float32, not equal, and faster where a CPU has instructions for them."""
+"""8-bit products on CPUs: close to float32, not equal; faster where a CPU has instructions for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sfp experts`: the templates that each class's pixels are surest with, for the method FLOSS."""
+"""`sfp experts`: for FLOSS, the prompt templates with the most confident pixels of each class."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEXT = """\
-Ranks the prompt templates of each class on a folder of unlabelled images (FLOSS), and writes a small
-file for `method=dict(type="floss", experts=FILE)`.
+Ranks the prompt templates of each class on a folder of unlabelled images (FLOSS), and writes the
+file that `method=dict(type="floss", experts=FILE)` reads.
 
 Examples:
     sfp experts photos --classes voc21 --out voc21.json
     sfp experts photos --classes classes.txt --method naclip --count 4 --limit 200
 
 Exit codes: 0 done; 1 unexpected error; 2 wrong command line; 3 weights or images are missing (the
-message says what to put where).
+message says which, and where they belong).
 """
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "experts", run, help="fit FLOSS's templates on unlabelled images", text=TEXT
+        commands, "experts", run, help="choose FLOSS's templates on unlabelled images", text=TEXT
     )
     parser.add_argument("images", type=Path, help="folder of images; labels are not needed")
     parser.add_argument(
@@ -38,20 +38,27 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--weights", default="ViT-B/16", help="name or path of CLIP weights (default: ViT-B/16)"
     )
-    parser.add_argument("--method", default="naclip", help="whose features (default: naclip)")
     parser.add_argument(
-        "--templates", default="imagenet", help="set that is ranked (default: imagenet)"
+        "--method", default="naclip", help="preset whose features are used (default: naclip)"
     )
     parser.add_argument(
-        "--count", type=positive, default=4, help="templates of a class (default: 4)"
+        "--templates", default="imagenet", help="set of templates to rank (default: imagenet)"
     )
-    parser.add_argument("--limit", type=positive, help="most images (default: all)")
-    parser.add_argument("--short-side", type=positive, default=336, help="default: 336 pixels")
+    parser.add_argument(
+        "--count", type=positive, default=4, help="templates per class (default: 4)"
+    )
+    parser.add_argument("--limit", type=positive, help="use at most so many images (default: all)")
+    parser.add_argument(
+        "--short-side",
+        type=positive,
+        default=336,
+        help="resize the short side to this many pixels (default: 336)",
+    )
     parser.add_argument("--device", default="auto", help="default: auto")
 
 
 def features(model: Any, folder: Path, limit: int | None) -> Iterator[Tensor]:
-    """Unit features of the patches of all windows of each image of a folder, (N, C)."""
+    """Unit-length patch features (N, C) of all windows, for each image of a folder."""
     import numpy as np
     import torch
 
@@ -60,7 +67,7 @@ def features(model: Any, folder: Path, limit: int | None) -> Iterator[Tensor]:
 
     units = [unit for unit in list_units([folder]) if not unit.is_archive]
     if not units:
-        raise FileNotFoundError(f"{folder} holds archives only: experts takes images")
+        raise FileNotFoundError(f"{folder} holds only archives: `sfp experts` needs image files")
     for unit in units[:limit]:
         pixels = model.input(np.ascontiguousarray(read_image(unit.path)))
         with torch.inference_mode():
@@ -68,7 +75,7 @@ def features(model: Any, folder: Path, limit: int | None) -> Iterator[Tensor]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fits and writes."""
+    """Ranks the templates and writes the file."""
     import sfp
     from sfp.clip.text import prompt_templates
     from sfp.methods import floss
@@ -87,5 +94,5 @@ def run(args: argparse.Namespace) -> int:
     unseen = sum(not column.isfinite().any() for column in ranked.T)
     print(f"{args.out}: {args.count} of {len(templates)} templates for {len(names)} classes")
     if unseen:
-        print(f"{unseen} classes have no pixel in these images, and keep all templates")
+        print(f"{unseen} classes have no pixels in these images and keep all templates")
     return 0

@@ -206,7 +206,7 @@ def test_what_is_wrong_is_told(page, photo, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"this is no picture")
     upload(page, broken)
-    told.filter(has_text="broken.png: not an image of a known kind").wait_for()
+    told.filter(has_text="broken.png: not an image in a supported format").wait_for()
     assert "Traceback" not in page.content()
     cut = tmp_path / "cut.png"
     cut.write_bytes(photo.read_bytes()[:5000])

@@ -134,7 +134,7 @@ def test_torn_tail_and_bit_flip(tmp_path, whole):
     flipped[len(flipped) // 2] ^= 1
     file.write_bytes(b"\n".join([*lines[:3], flipped, *lines[4:]]))
     said = run(tmp_path)
-    assert "torn or damaged records: 2 " in said
+    assert "incomplete or damaged records: 2 " in said
     assert f"continuing: {SCENES - 2} of {SCENES}" in said
     assert same(tmp_path, whole)
 

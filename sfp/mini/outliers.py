@@ -267,7 +267,7 @@ def read(rows: Tensor, hubs: Tensor) -> Tensor:
 
 
 def late(maps: Sequence[Tensor]) -> Tensor:
-    """Loss: in early blocks, maps (B, T, T), the class token attends to itself, up to a share of 0.9."""
+    """Loss: in early blocks, (B, T, T), the class token attends to itself, up to a share of 0.9."""
     return torch.stack([-m[:, 0, 0].clamp(1e-4, 0.9).log().mean() for m in maps]).mean()
 
 
@@ -342,7 +342,7 @@ def kin_attention(maps: Sequence[Tensor], cells: Tensor, hubs: Tensor) -> Tensor
 
 
 def balance(cls: Tensor, values: Tensor, hubs: Tensor, most: float) -> Tensor:
-    """Loss: the class token (B, D) is at most `most` times as large as the patches' values (B, N, D)."""
+    """Loss: the class token (B, D) is at most `most` times as large as patches' values (B, N, D)."""
     usual = values.norm(dim=-1).masked_fill(hubs, torch.nan).nanmedian(-1).values
     return (cls.norm(dim=-1) / usual / most).log().clamp_min(0).mean()
 

@@ -351,10 +351,9 @@ class Model:
         return self.method if method is None else build_method(method)
 
     def __repr__(self) -> str:
-        dtype = str(self.clip.dtype).removeprefix("torch.")
         return (
             f"Model({len(self.clip.visual.blocks)} blocks, patch {self.clip.visual.patch}, "
-            f"{self.engine.device}, {dtype}, short side {self.short_side})"
+            f"{self.engine.device}, {self.engine.computes_in}, short side {self.short_side})"
         )
 
 

@@ -32,6 +32,7 @@ from sfp.feature_cache import FeatureCache, LRUCache, is_hashable
 from sfp.functional.kept import constant
 from sfp.functional.labels import Labels, assign, decided
 from sfp.functional.pamr import Refinement
+from sfp.functional.precision import cpu_has, native_half
 from sfp.functional.regions import vote_in_regions
 from sfp.functional.windows import LogitSheet, WindowGrid, nearest
 from sfp.graphs import Graphs
@@ -131,8 +132,10 @@ class Engine:
             with their interface: makes labels follow the masks of SAM or DINO.
         regions: settings of a `RegionMap`, or a module with its interface: proposes regions for methods
             that need them, if the caller gives none.
-        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": approximate
-            8-bit products in the blocks, only on a CPU (`sfp/clip/int8.py`).
+        precision: "auto" (fp16 on CUDA, fp32 elsewhere, so that all CPUs give the same labels), "fp32",
+            "fp16", "bf16", "half" (fp16 on CUDA, bf16 on a CPU with instructions for it, else fp32), or
+            "int8": approximate 8-bit products in the blocks, only on a CPU (`sfp/clip/int8.py`).
+            `Engine.computes_in` tells which one is in use.
         compiled: run the blocks' MLPs through `torch.compile`; meant for GPUs, slower on CPUs.
         graphs: on a GPU, replay the network as a CUDA graph, recorded at the first batch of each shape,
             so that Python launches no kernels. Helps where batches are too small to fill the GPU. Hooks
@@ -168,10 +171,8 @@ class Engine:
         graphs: bool = False,
         cache_bytes: int = 0,
     ) -> None:
-        if precision not in ("auto", *PRECISIONS):
-            raise ValueError(
-                f"unknown precision {precision!r}{suggest(precision, ['auto', *PRECISIONS])}"
-            )
+        if precision not in (known := ["auto", "half", *PRECISIONS]):
+            raise ValueError(f"unknown precision {precision!r}{suggest(precision, known)}")
         if slide_crop and not slide_tiles and not 0 < slide_stride <= slide_crop:
             raise ValueError(
                 f"slide_stride={slide_stride} must be between 1 and slide_crop={slide_crop}: "
@@ -223,6 +224,15 @@ class Engine:
         """The device of the weights."""
         return self.clip.device
 
+    @property
+    def computes_in(self) -> str:
+        """The precision in use on this device: "fp32", "fp16", "bf16" or "int8"."""
+        if self.precision == "half":
+            return native_half(self.device) or "fp32"
+        if self.precision == "auto":
+            return "fp16" if self.device.type == "cuda" else "fp32"
+        return self.precision
+
     def to(self, device: str | torch.device) -> Engine:
         """Moves all parts to a device and converts them to the precision for it."""
         for part in self.parts():
@@ -248,11 +258,15 @@ class Engine:
         if (device, self.clip.dtype) == self._converted:
             return
         with _CONVERTING:
-            name = self.precision
-            if name == "auto":
-                name = "fp16" if device.type == "cuda" else "fp32"
+            name = self.computes_in
             if name == "int8" and device.type != "cpu":
                 raise ValueError("precision='int8' needs a CPU: on a GPU use 'fp16' or 'bf16'")
+            if device.type == "cpu" and name != "fp32" and cpu_has(name) is False:
+                warnings.warn(
+                    f"this CPU has no instructions for {name}, so it is slower than fp32 here "
+                    "(precision='half' uses bf16 only on CPUs that have them)",
+                    stacklevel=3,
+                )
             for part in self.parts():
                 part.to(PRECISIONS[name])
             self._converted = (device, PRECISIONS[name])

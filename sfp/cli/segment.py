@@ -75,8 +75,9 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--precision",
         default="auto",
-        choices=["auto", "fp32", "fp16", "bf16", "int8"],
-        help="default: auto",
+        choices=["auto", "half", "fp32", "fp16", "bf16", "int8"],
+        help="default: auto, which is fp16 on a GPU and fp32 on a CPU; half: bf16 on CPUs that "
+        "have instructions for it",
     )
     options.add_import(parser)
 
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         memory_mb=0,  # each image is seen once
     )
     failures: list[Exception] = []
+    bad = (sfp.ImageError, RoomError, OSError, FloatingPointError)
 
     def results() -> Iterator[tuple[str, Result]]:
         for unit in units:
@@ -117,12 +119,7 @@ def run(args: argparse.Namespace) -> int:
                 result = model.segment(unit.path, vocabulary, background=threshold)
                 if args.out:
                     _write(args, unit, result)
-            except (
-                sfp.ImageError,
-                RoomError,
-                OSError,
-                FloatingPointError,
-            ) as error:  # continue with the others
+            except bad as error:  # continue with the others
                 if len(units) == 1:
                     raise
                 print(f"failed: {error}", file=sys.stderr)

@@ -205,6 +205,8 @@ def _result(
     model = runner.cfg.model
     result["method"] = model.get("method", "sfp")
     result["weights"] = str(model.weights)
+    if (groups := getattr(runner.test_loop, "settings", None)) is not None:
+        result["precision"] = groups["protocol"]["precision"]
     return result
 
 
@@ -215,7 +217,8 @@ def _finite(value: Any) -> Any:
 
 def per_class_table(result: Mapping[str, Any]) -> Table:
     """The classes of a result, and the means below them."""
-    table = Table(title=f"{_method_name(result['method'])}, {result['images']} images")
+    title = f"{_method_name(result['method'])}, {result['images']} images"
+    table = Table(title=", ".join([title, *filter(None, [result.get("precision")])]))
     table.add_column("class")
     for column in ("IoU", "Acc"):
         table.add_column(column, justify="right")

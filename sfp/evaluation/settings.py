@@ -212,11 +212,8 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
     own = own_templates(node.weights) if model is None else model.clip.text.templates
     templates = model_templates(node.get("templates", "auto"), own)
     result["templates"] = f"{len(templates)} {fingerprint(dict(templates=templates))[:16]}"
-    precision = node.get("precision", "auto")
-    if model is not None and precision != "int8":  # which the parameters do not tell
-        precision = str(model.clip.dtype).removeprefix("torch.")
-        precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[precision]
-    if precision != "auto":
+    precision = node.get("precision", "auto") if model is None else model.engine.computes_in
+    if precision not in ("auto", "half"):  # what these come to depends on the machine
         result["precision"] = precision
     if steps := _pipeline(config):
         for step in steps:

@@ -122,7 +122,7 @@ class OpenVocabSegmentor(BaseSegmentor):
     def loss(self, inputs: Any, data_samples: Any) -> dict[str, Tensor]:
         """Raises `NotImplementedError`: the methods are training-free."""
         raise NotImplementedError(
-            "these methods need no training and have no loss: use mode='predict'"
+            "the methods are training-free and have no loss: use mode='predict'"
         )
 
     def extract_feat(self, inputs: Tensor) -> Tokens:

@@ -144,7 +144,7 @@ def _whole(image: Pixels, below: float = 0) -> tuple[Figure, Axes]:
 
 
 def legend(results: Sequence[Result]) -> str:
-    """The classes that occur, in their colours, with their share of each picture."""
+    """A legend of the classes that occur, with their colours and shares of each picture."""
     names = [n for n in results[0].names if any(n in each.shares for each in results)]
     names.sort(key=lambda name: -sum(each.shares.get(name, 0) for each in results))
     items = []
@@ -156,12 +156,12 @@ def legend(results: Sequence[Result]) -> str:
             f"{escape(name)} <small>{shares}</small></li>"
         )
     missing = [n for n in results[0].names if n not in names]
-    none = f'<p class="faint">nowhere: {escape(", ".join(missing))}</p>' if missing else ""
+    none = f'<p class="faint">not found: {escape(", ".join(missing))}</p>' if missing else ""
     return f'<ul class="legend" aria-label="Classes">{"".join(items)}</ul>{none}'
 
 
 def status(text: str, *, error: bool = False, warning: str = "") -> str:
-    """A line about what was done, or went wrong, as screen readers announce it; and a warning."""
+    """The status line, announced by screen readers, with an optional warning."""
     role, kind = ("alert", "error") if error else ("status", "fine")
     line = f'<p class="told {kind}" role="{role}">{escape(text)}</p>'
     return line + (f'<p class="told warning" role="alert">{escape(warning)}</p>' if warning else "")

@@ -1,4 +1,4 @@
-"""Sums and products that keep their digits."""
+"""Numerically accurate sums and products."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def native_half(device: torch.device) -> str | None:
 
 
 def exact(device: torch.device) -> torch.dtype:
-    """The type to add up in: float64, or float32 on devices without it."""
+    """The dtype for accumulation: float64, or float32 on devices without it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def sum_over_pixels(a: Tensor, b: Tensor) -> Tensor:
-    """A @ b.T with an error that does not grow with the number of pixels: (M, P), (K, P) -> (M, K).
+    """A @ b.T with an error independent of the number of pixels: (M, P), (K, P) -> (M, K).
 
-    Blocks of pixels are multiplied in the precision of the inputs and added up in `exact`.
+    Blocks of pixels are multiplied in the precision of the inputs and accumulated in `exact`.
     """
     total = torch.zeros(len(a), len(b), dtype=exact(a.device), device=a.device)
     for left, right in zip(a.split(BLOCK, 1), b.split(BLOCK, 1), strict=True):

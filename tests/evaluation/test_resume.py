@@ -316,7 +316,9 @@ def test_two_runs_in_one_folder(tmp_path):
     metric.keep(one, ["a", "b"], ["a", "b"])
     assert metric.evaluate(2)["aAcc"] == 100
     two.clear()
-    with pytest.raises(RuntimeError, match=r"2 of 2 images, first a, are not in .*--no-resume"):
+    with pytest.raises(
+        RuntimeError, match=r"2 of 2 images, the first a, are missing in .*--no-resume"
+    ):
         metric.evaluate(2)
 
 

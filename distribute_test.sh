@@ -18,8 +18,7 @@ for config in $CONFIGS; do
     start "$config"
     echo "$name: ${GPUS:-2} processes"
     code=0
-    # Data or weights that are missing show up at once with one process, and torchrun would bury the
-    # exit code; --check only looks.
+    # one process reports missing data or weights at once; torchrun would hide its exit code
     "$PYTHON" "$TOOLS/test.py" "$config" --work-dir "$folder" "$@" --check || code=$?
     if [ "$code" -eq 0 ]; then
         "$PYTHON" -m torch.distributed.run --nproc_per_node="${GPUS:-2}" \

@@ -6,8 +6,8 @@
 #   DATA_ROOT=/data sh multi_test.sh
 #   CONFIGS="configs/cfg_voc21.py configs/cfg_ade20k.py" WORK_DIR=work/two sh multi_test.sh --method sclip
 #
-# Environment: CONFIGS (all eight), WORK_DIR (work/all), GPUS (number to use; default: all), PYTHON (python), DATA_ROOT (data). Arguments are passed to every
-# tools/test.py.
+# Environment: CONFIGS (all eight), WORK_DIR (work/all), GPUS (number to use; default: all), PYTHON
+# (python), DATA_ROOT (data). Arguments are passed to every tools/test.py.
 #
 # Exit code: 0 if every benchmark was evaluated; 3 if some were skipped because their data or weights
 # are missing; 1 if one failed. The output of each run is in

@@ -31,6 +31,7 @@ CONSTANTS = (
     "whole_via_input",
     "pamr_steps",
     "pamr_dilations",
+    "pamr_unit",
 )
 # by a word in the name of a model or its type, in this order; from the models' own papers and pages
 SEEN = {

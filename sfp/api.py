@@ -355,8 +355,11 @@ class Model:
             return [_ids(each) for each in regions]
         if not method.needs_regions:
             return None
-        paths = [Path(x) if isinstance(x, (str, os.PathLike)) else None for x in images]
-        return self.engine.stored_regions([p and str(p.with_suffix("")) for p in paths])
+        names = [
+            str(Path(x).with_suffix("")) if isinstance(x, (str, os.PathLike)) else None
+            for x in images
+        ]
+        return self.engine.stored_regions(names)
 
     def _method(self, method: str | Mapping[str, Any] | Method | None) -> Method:
         return self.method if method is None else build_method(method)

@@ -623,7 +623,9 @@ class Engine:
             return [None] * len(images)
         maps: Sequence[Tensor | None] = [None] * len(images) if given is None else given
         return [
-            self.propose_regions(image, size, prepare=prepare) if ids is None else ids.to(self.device)
+            self.propose_regions(image, size, prepare=prepare)
+            if ids is None
+            else ids.to(self.device)
             for ids, image, size in zip(maps, images, sizes, strict=True)
         ]
 

@@ -322,7 +322,7 @@ class Trace:
 
     def guide_of_image(self, name: str, output: str | None = None) -> Tokens:
         """`guide`, but of the whole image that windows were cut from, seen at once."""
-        if self.whole is None or len(self.whole.grid.places) == 1 and self.windows is None:
+        if self.whole is None or (len(self.whole.grid.places) == 1 and self.windows is None):
             return self.guide(name, output)
         source, pixels = self.windows or self, self.whole.pixels[None]
         return self._compute_once(

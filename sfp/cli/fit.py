@@ -77,9 +77,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     templates.add_argument(
         "--classes", required=True, help="class file, or the name of a benchmark (voc21, ...)"
     )
-    templates.add_argument(
-        "--out", type=Path, default="experts.json", help="default: experts.json"
-    )
+    templates.add_argument("--out", type=Path, default="experts.json", help="default: experts.json")
     templates.add_argument(
         "--method", default="naclip", help="whose features, NAME:KNOB=VALUE (default: naclip)"
     )

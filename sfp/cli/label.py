@@ -148,7 +148,7 @@ def _job(args: argparse.Namespace) -> Job:
 
     config = load_config(
         args.config or CONFIGS / "base_config.py",
-        method=method and method["type"],
+        method=None if method is None else method["type"],
         weights=args.weights,
         options=args.cfg_options,
     )

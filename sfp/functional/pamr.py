@@ -45,9 +45,7 @@ class Refinement:
         check_room(numbers, sheet.tiles.device, what, "use a smaller image, or pamr_steps=0")
         guide = F.interpolate(self.image[None], sheet.size, mode="bilinear", align_corners=False)
         logits = sheet.rows(0, sheet.size[0])[None]
-        refined = pamr(
-            guide, logits, steps=self.steps, dilations=self.dilations, unit=self.unit
-        )[0]
+        refined = pamr(guide, logits, steps=self.steps, dilations=self.dilations, unit=self.unit)[0]
         return lambda start, stop: refined[:, start:stop]
 
 
@@ -77,7 +75,9 @@ def pamr(
     """
     size = image.shape[-2:]
     masks = F.interpolate(masks, size, mode="bilinear", align_corners=True)
-    weights = _closeness(image, dilations, unit).softmax(1)[:, :, None].unbind(1)  # (B, 1, H, W) each
+    weights = (
+        _closeness(image, dilations, unit).softmax(1)[:, :, None].unbind(1)
+    )  # (B, 1, H, W) each
     refined = []
     # few at a time: they stay in the cache, and so do their neighbours
     for part in masks.split(max(CHUNK // image[:, 0].numel(), 1), dim=1):

@@ -39,8 +39,8 @@ class RegionFiles(nn.Module):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"regions: there is no folder {folder!r}; put a file for each image there, named as the "
-                "image: a PNG or NPY with the region of each pixel, 0 for none"
+                f"regions: there is no folder {folder!r}; put a file for each image there, named as "
+                "the image: a PNG or NPY with the region of each pixel, 0 for none"
             )
 
     def read(self, name: str | os.PathLike[str]) -> Tensor:

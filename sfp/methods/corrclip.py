@@ -81,6 +81,8 @@ def scoped_rows(features: Tensor, ids: Tensor, rows: slice, gain: float) -> Tens
     none = ids == 0
     loose = none[rows, None] | none
     allowed = torch.where(loose, similarity > mean, ids[rows, None] == ids)
+    # where all patches are alike, rounding may leave a row's own entry below the mean
+    allowed.diagonal(rows.start or 0).fill_(True)
     return (gain * similarity).masked_fill(~allowed, -torch.inf).softmax(-1)
 
 

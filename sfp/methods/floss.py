@@ -1,7 +1,7 @@
 """FLOSS: for each class, the templates that its pixels are surest with (Benigmim et al., ICCV 2025*).
 
 FLOSS: Free Lunch in Open-vocabulary Semantic Segmentation, arXiv:2504.10487*. A pass over unlabelled
-images of the target set (`fit`, `sfp fit templates`) ranks templates by the entropy of the pixels that they
+images of the target set (`sfp fit templates`) ranks templates by the entropy of the pixels that they
 give to a class; a small file keeps the best four of each. An expert is a bank of text features in which
 all classes use one class's templates; it speaks where it sees its own class.
 

@@ -143,7 +143,9 @@ def _memory(path: str, changed: int, device: torch.device) -> tuple[dict[str, Te
             ) from None
 
 
-def read_memory(path: str, trace: Trace, *, guide: str, output: str | None) -> tuple[Tensor, Tensor]:
+def read_memory(
+    path: str, trace: Trace, *, guide: str, output: str | None
+) -> tuple[Tensor, Tensor]:
     """Keys (M, D) and values (M, C) of a file, for the model and the guide of a trace.
 
     Raises:

@@ -441,7 +441,9 @@ def test_pamr_of_a_flat_image_is_finite(unit):
 @pytest.mark.parametrize("seed", range(4))
 def test_otsu_beside_opencv(seed):
     """Of 8-bit levels, of which OpenCV's threshold is the last one below."""
-    groups = torch.cat([0.05 * random(seed, 400) + 0.3, 0.1 * random(seed + 9, 150) + 0.6 + seed / 20])
+    groups = torch.cat(
+        [0.05 * random(seed, 400) + 0.3, 0.1 * random(seed + 9, 150) + 0.6 + seed / 20]
+    )
     values = groups.clamp(0, 1)
     level, _ = cv2.threshold(
         (255 * values).round().byte().numpy(), 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU

@@ -218,7 +218,10 @@ def test_the_segmentor(photo, folder, tmp_path):
     (mirrored,) = segmentor.predict([image.flip(-1)], [flipped])
     engine = segmentor.engine
     given = [torch.from_numpy(ids).long()]
-    for own, pixels, regions in ((found, image, given), (mirrored, image.flip(-1), [given[0].flip(-1)])):
+    for own, pixels, regions in (
+        (found, image, given),
+        (mirrored, image.flip(-1), [given[0].flip(-1)]),
+    ):
         ((sheet,),) = engine.logits(
             [segmentor.method], [pixels], [(48, 64)], segmentor.queries, regions=regions
         )

@@ -144,7 +144,10 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("radseg", "aggregate"): [None, 1.0],
     ("radseg", "least"): [],  # a part of the decision
     ("region_memory", "base"): ["clearclip"],
-    ("region_memory", "memory"): [],  # a file; tests/methods/test_region_memory.py, as the next four
+    (
+        "region_memory",
+        "memory",
+    ): [],  # a file; tests/methods/test_region_memory.py, as the next four
     ("region_memory", "guide"): [],
     ("region_memory", "output"): [],
     ("region_memory", "count"): [],

@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_named(memory, tmp_path):
         method = sfp.build_method("region_memory", base=BASE, **{"memory": memory, **KEYS, **knobs})
         own.logits([method], [image], [(64, 96)], queries, regions=[columns()])
 
-    with pytest.raises(ValueError, match="was made with {'output': 'None'}, and is asked for"):
+    with pytest.raises(ValueError, match=r"was made with \{'output': 'None'\}, and is asked for"):
         run(output="q+k")
     other = engine()
     other.clip = tiny.clip(seed=1)
@@ -162,6 +162,7 @@ def test_what_does_not_fit_is_named(memory, tmp_path):
         run(memory=str(broken))
     with pytest.raises(FileNotFoundError):
         run(memory=str(tmp_path / "none"))
+    empty = torch.zeros(64, 96, dtype=torch.long)
+    reads = [own.read(sfp.build_method(BASE), image, regions=empty)]
     with pytest.raises(ValueError, match="no image has a region"):
-        empty = torch.zeros(64, 96, dtype=torch.long)
-        remember([own.read(sfp.build_method(BASE), image, regions=empty)], **KEYS)
+        remember(reads, **KEYS)

@@ -33,7 +33,7 @@ model = dict(
     slide_crop=224,  # side of the sliding window; 0 takes the whole image at once
     slide_stride=112,
     pamr_steps=0,  # steps of pixel-adaptive refinement; published SFP numbers use none
-    precision="auto",  # half precision on CUDA, fp32 elsewhere
+    precision="auto",  # fp16 on CUDA, fp32 elsewhere; or half, fp32, fp16, bf16, int8
     window_batch=None,  # windows per forward; a number where memory runs out
     scores=False,  # the metric reads labels; True adds the score map of each class to the results
     # The ablation flags. Each changes the result; to use another preset, replace the whole node

@@ -1,7 +1,7 @@
 """Training-free open-vocabulary segmentation with frozen CLIP.
 
-Names are imported at their first use (PEP 562): `import sfp` itself loads neither PyTorch nor
-mmsegmentation. The latter is for evaluation, and for the names that need it: `OpenVocabSegmentor`,
+Names are imported on first use (PEP 562), so that `import sfp` loads neither PyTorch nor
+mmsegmentation. The latter is needed only for evaluation and for these names: `OpenVocabSegmentor`,
 `ImagePreprocessor`, `datasets`, `metrics` and `mm`.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sfp import _host
 from sfp.version import __version__
 
-if TYPE_CHECKING:  # for type checkers and editors; a test compares with the table below
+if TYPE_CHECKING:  # for type checkers and editors; a test compares it with the table below
     from sfp import _mmseg as mm
     from sfp import methods, ops
     from sfp.api import Model, load
@@ -93,7 +93,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, or a module of this package, imported when it is first asked for."""
+    """Imports a public name, or a module of this package, on first access."""
     try:
         if name in _HOMES:
             value = getattr(import_module(_HOMES[name]), name)

@@ -1,9 +1,9 @@
-"""mmsegmentation: registering with it, and what to do where it is missing.
+"""Registers this package with mmsegmentation, and explains what to install if that is missing.
 
-Configs name the model, the datasets and the metrics of this package and say
-`custom_imports = dict(imports=["sfp"])`. So `import sfp` must lead to their registration, and yet not
-load mmsegmentation where nobody evaluates: `sfp._mmseg`, which registers them, is imported when
-somebody imports mmsegmentation, be it before `import sfp` or after it.
+Configs name the model, datasets and metrics of this package and have
+`custom_imports = dict(imports=["sfp"])`. So `import sfp` must register them, but should not load
+mmsegmentation when it is not needed. The module `sfp._mmseg`, which does the registration, is therefore
+imported as soon as mmsegmentation is, whether before or after `import sfp`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ INSTALL = (
 
 
 def explained(error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """The error itself, or if a package of OpenMMLab is missing, one that says what to install."""
+    """The error, or one that says what to install if a package of OpenMMLab is missing."""
     missing = (error.name or "").partition(".")[0]
     return ModuleNotFoundError(INSTALL, name=missing) if missing in PACKAGES else error
 
 
 def register() -> None:
-    """Has the parts that configs name registered, now or when mmsegmentation is imported."""
+    """Registers this package's parts, now or when mmsegmentation is imported."""
     if sys.modules.get("mmseg"):
         _load()
     else:
@@ -41,17 +41,17 @@ def register() -> None:
 def _load() -> None:
     try:
         import_module("sfp._mmseg")
-    except ImportError as error:  # who imported mmsegmentation may want something else of it
+    except ImportError as error:  # mmsegmentation may be in use for something else
         warnings.warn(f"sfp is not registered with mmsegmentation: {error}", stacklevel=2)
 
 
 class _Watch(MetaPathFinder):
-    """Leaves the finding to the others, and adds to mmsegmentation's import what comes after."""
+    """An import hook that runs the registration after mmsegmentation's own import."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that the others find for `mmseg`, with a loader that registers in the end."""
+        """The spec that other finders return for `mmseg`, with a loader that also registers."""
         if name != "mmseg":
             return None
         for finder in sys.meta_path:
@@ -63,7 +63,7 @@ class _Watch(MetaPathFinder):
 
 
 class _ThenLoad(Loader):
-    """A loader of mmsegmentation, and `_load` when it is done."""
+    """Wraps mmsegmentation's loader and calls `_load` afterwards."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -72,11 +72,11 @@ class _ThenLoad(Loader):
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As the loader does."""
+        """Calls the wrapped loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Runs the module, which keeps no trace of this class, and registers."""
+        """Runs the module with its own loader restored, then registers."""
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader

@@ -13,7 +13,7 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     import mmseg.datasets
     import mmseg.models  # noqa: F401
 
-# All that configs may name, whichever of them a user imports. They import this module themselves, so
-# none of them may import names from another one of them.
+# Everything that configs may name, no matter which of it a user imports. These modules also import this
+# one, so they must not import names from each other.
 for _part in ("sfp.data.datasets", "sfp.evaluation.metrics", "sfp.segmentor"):
     import_module(_part)

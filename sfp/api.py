@@ -1,4 +1,4 @@
-"""The short way in: load a model, name the classes, segment pictures.
+"""The main entry point: load a model, name the classes, segment images.
 
 Example::
 
@@ -38,8 +38,8 @@ from sfp.vocabulary import (
     check_threshold,
 )
 
-PORTION = 8  # images of a list that are in work together
-WORDS = 2**14  # queries whose features are kept, 2 kB each
+PORTION = 8  # images of a list that are processed together
+WORDS = 2**14  # queries whose features are cached, 2 kB each
 
 
 def load(
@@ -66,30 +66,29 @@ def load(
     regions: Mapping[str, Any] | nn.Module | None = None,
     memory_mb: int = 512,
 ) -> Model:
-    """A CLIP with a method, ready to segment. The defaults are the benchmarks' (docs/protocol.md).
+    """Loads a CLIP and a method. The defaults are those of the benchmarks (docs/protocol.md).
 
     Args:
         weights: name, path or state dict for `load_clip`; or a `CLIP`, which is moved.
         method: preset name, `dict(type=name, knob=value, ...)` or a `Method`; `sfp.list_methods()`.
         device: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
-        short_side: pixels that the short side is resized to (the long one to 2048 at most); "auto"
-            takes 336, or what the weights were trained on where that is known to be less (224 for the
-            mini CLIP), and images as they are for methods that read no CLIP (SAM 3's); None leaves
-            images as they are.
+        short_side: size in pixels to which the short side is resized (the long one to at most 2048).
+            "auto" means 336, or the training size of the weights if that is known to be smaller (224
+            for the mini CLIP), and no resizing for methods without CLIP (SAM 3's). None never resizes.
         precision, compiled, graphs, slide_crop, slide_stride, slide_tiles: as in `sfp.engine.Engine`.
         pad_windows, whole_via_input, templates, logit_scale: as in `sfp.engine.Engine`.
         area_thd, pamr_steps, window_batch, guides, masks, regions: as in `sfp.engine.Engine`.
-        memory_mb: MiB on the device for features of recent images, so that other words for them are
-            quick; 0 keeps none.
+        memory_mb: MiB on the device for cached features of recent images, which make segmenting them
+            again with other words fast; 0 caches none.
 
     Raises:
         WeightsError: if the weights cannot be found, downloaded or read.
-        ValueError: if a setting is wrong; the message names the valid ones.
+        ValueError: if a setting is wrong; the message lists the valid values.
     """
     if short_side not in ("auto", None):
         short_side = check_short_side(short_side)
     if memory_mb < 0:
-        raise ValueError(f"memory_mb={memory_mb}: expected 0 (nothing is kept) or more")
+        raise ValueError(f"memory_mb={memory_mb}: expected 0 (no cache) or more")
     device = choose_device(device)
     method = build_method(method)
     engine = Engine(
@@ -119,25 +118,25 @@ def load(
 
 
 def _usual_short_side(weights: Any, clip: CLIP) -> int | None:
-    """The size of the weights' row; weights without a name take the mini CLIP's if they are like it."""
+    """The short side of named weights; unnamed ones as wide as the mini CLIP use the mini's."""
     like_mini = clip.visual.conv1.out_channels == published.ARCHITECTURES[published.MINI].width
     unnamed = not isinstance(weights, (str, Path))
     return published.short_side(published.MINI if unnamed and like_mini else weights)
 
 
 class Model:
-    """Segments pictures; made by `load`. Safe to call from several threads; it can be pickled.
+    """Segments images; created by `load`. Thread-safe, and can be pickled.
 
-    Words are encoded once each. Features of recent images are cached, so that the same image with other
-    words costs little more than a product of features and words; results are the same to the last bit.
-    Methods that use the words inside the network (ResCLIP) run that part again.
+    Each word is encoded once. Features of recent images are cached, so that segmenting the same image
+    with other words costs little more than a product of features and words; results are equal to the
+    last bit. Methods that use the words inside the network (ResCLIP) recompute that part.
 
     Args:
         engine: the frozen model with its settings.
-        method: used where `segment` names no other.
+        method: default for `segment`.
         short_side: as in `load`.
-        for_clip: whether that is meant for CLIP alone, so that methods that read none see images as
-            they are.
+        for_clip: whether `short_side` applies to CLIP only, so that methods without CLIP see images at
+            their own size.
     """
 
     def __init__(
@@ -161,7 +160,7 @@ class Model:
 
     @property
     def memory(self) -> FeatureCache:
-        """The cached features of recent images; `memory.clear()` forgets them."""
+        """The cached features of recent images; `memory.clear()` empties the cache."""
         return self.engine.cache
 
     @overload
@@ -201,38 +200,40 @@ class Model:
             images: a path, a `file://` URL, bytes, a Pillow image, an array (H, W, 3) in RGB, uint8 or
                 floats from 0 to 1, or a tensor (3, H, W) of the same (`sfp.as_image`); or a list of
                 them, of any sizes, whose windows go through the network together.
-            classes: what to look for: a list of names or of lists of synonyms, the path of a class
-                file, or the name of a benchmark ("voc21", "ade20k", ...: its words, not its
+            classes: a list with a name or a list of synonyms per class, the path of a class file, or
+                the name of a benchmark ("voc21", "ade20k", ...) to use its words (but not its
                 thresholds).
-            background: None: every pixel becomes one of the classes. Words, one or a list: they
-                describe what is none of them, as class 0, "background". A number: pixels whose
-                best probability is less become "background": that class if there is one, else a
-                new class 0. Probabilities depend on all classes; benchmarks use 0.15 to 0.35.
-            method: in place of the model's own.
-            regions: for methods that ask for them: an id map of the image, whole numbers (h, w) of any
-                size in its shape, 0 for pixels of no region; for TextRegion and LaVG also masks that
-                may overlap, (R, h, w) bool or floats that are above 0 inside; for a list of images a
-                list. By default the proposer of the model's settings finds them.
+            background: None: every pixel becomes one of the classes. A word or a list of words: they
+                describe everything else and become class 0, "background". A number: pixels whose best
+                probability is lower become "background": that class if there is one, otherwise a new
+                class 0. Probabilities depend on all classes; benchmarks use 0.15 to 0.35.
+            method: replaces the model's own method.
+            regions: for methods that need them, an integer map of region ids, (h, w) of any size with
+                the image's aspect ratio, 0 where there is no region; for TextRegion and LaVG also
+                overlapping masks, (R, h, w), bool or floats above 0 inside. For a list of images, a
+                list. By default the model's region proposer supplies them.
 
         Returns:
-            The result of an image at its own size; a list of them for a list.
+            The result at the image's own size; for a list of images, a list of results.
 
         Raises:
             ImageError: if an image cannot be used; the message names it.
-            ValueError: if classes, background or method are not right.
-            FloatingPointError: if the network puts out NaN or infinite values.
+            ValueError: if classes, background or method are invalid.
+            FloatingPointError: if the network outputs NaN or infinite values.
         """
         threshold = background_threshold(background)
         vocabulary = as_vocabulary(classes, background)
         method = self._method(method)
-        if method.decision is None:  # else scores are not that softmax
+        if method.decision is None:  # otherwise scores are not a softmax over queries
             check_threshold(vocabulary, threshold)
         if not isinstance(images, (list, tuple)):
             where = f"{images}: " if isinstance(images, (str, os.PathLike)) else ""
             ids = self._regions([images], None if regions is None else [regions], method)
             return self._segment([as_image(images)], vocabulary, method, threshold, where, ids)[0]
         if regions is not None and len(regions) != len(images):
-            raise ValueError(f"{len(regions)} maps of regions for {len(images)} images")
+            raise ValueError(
+                f"got {len(regions)} region maps for {len(images)} images: pass one per image"
+            )
         results: list[Result] = []
         for first in range(0, len(images), PORTION):
             portion = [
@@ -293,21 +294,21 @@ class Model:
         classes: Classes | None = None,
         method: str | Mapping[str, Any] | Method | None = None,
     ) -> Trace:
-        """One run of the trunk over the whole image, to look inside: masks, tokens, attention.
+        """Runs the trunk once over the whole image, to inspect masks, tokens and attention.
 
-        `segment` runs window by window instead (unless `slide_crop=0`). `self.resized(image)` is the
-        picture that belongs to it; patch (row, column) shows its pixels from (row, column) * patch.
+        `segment` runs window by window instead (unless `slide_crop=0`). The input of the run is
+        `self.resized(image)`; patch (row, column) starts at its pixel (row, column) * patch size.
 
         Args:
-            image: as in `segment`, one.
-            classes: for methods that ask for words.
-            method: whose edits apply, in place of the model's own.
+            image: a single image, as in `segment`.
+            classes: words, for methods that need them.
+            method: replaces the model's own method; its edits apply.
 
         Example::
 
             trace = model.trace("photo.jpg")
-            trace.masks  # {layer: (1, N) bool}, the outliers that were replaced
-            trace.attention(11)[0].mean(0)[1 + patch]  # (T,), where a patch looks
+            trace.masks  # {layer: (1, N) bool}, the outliers replaced
+            trace.attention(11)[0].mean(0)[1 + patch]  # (T,), the attention of a patch
             visualize.outliers(model.resized("photo.jpg"), trace, layers=[5, 10])
         """
         self.engine.convert()
@@ -319,30 +320,30 @@ class Model:
         return self._method(method).run(self.clip.visual, pixels[None], **context)
 
     def resized(self, image: Any) -> NDArray[np.uint8]:
-        """The picture at the size in which the network sees it, RGB, (H, W, 3)."""
+        """The image at the size that the network sees, RGB, (H, W, 3)."""
         pixels = as_image(image)
         return pixels if self.short_side is None else resize_short_side(pixels, self.short_side)
 
     def input(self, image: NDArray[np.uint8]) -> Tensor:
-        """What windows are cut from, (3, h, w) on the model's device."""
+        """The resized image from which windows are cut, (3, h, w) on the model's device."""
         return self.engine.input(_tensor(self.resized(image)))
 
     def queries(self, vocabulary: Vocabulary) -> Queries:
-        """A vocabulary ready to be compared with patches."""
+        """The text features of a vocabulary."""
         words = tuple(vocabulary.queries)
         return Queries(self.encode(words), vocabulary.index, words)
 
     def encode(self, queries: Sequence[str]) -> Tensor:
-        """Unit text features of words, over all templates, (Q, C) float32; each is encoded once."""
+        """Unit text features averaged over templates, (Q, C) float32; each word is encoded once."""
         self.engine.convert()
         clip = self.clip
         state = (clip.digest, clip.dtype, self.engine.device)
         return torch.stack([self._embedding(query, state) for query in queries])
 
     def _embedding(self, query: str, state: tuple[Any, ...]) -> Tensor:
-        # one by one: what shares a batch would change the last bits
+        # one at a time: batching words would change the last bits
         if (row := self._words.get((query, *state))) is None:
-            with torch.inference_mode(False):  # kept for calls in which that may be on or off
+            with torch.inference_mode(False):  # cached for calls both inside and outside that mode
                 row = text_bank(self.clip, [query], self.engine.templates)[0]
             self._words.put((query, *state), row)
         return row
@@ -365,10 +366,9 @@ class Model:
         return self.method if method is None else build_method(method)
 
     def __repr__(self) -> str:
-        dtype = str(self.clip.dtype).removeprefix("torch.")
         return (
             f"Model({len(self.clip.visual.blocks)} blocks, patch {self.clip.visual.patch}, "
-            f"{self.engine.device}, {dtype}, short side {self.short_side})"
+            f"{self.engine.device}, {self.engine.computes_in}, short side {self.short_side})"
         )
 
 
@@ -377,18 +377,18 @@ def _tensor(image: NDArray[np.uint8]) -> Tensor:
 
 
 def _ids(regions: Any) -> Tensor:
-    """A map of ids, or masks, as the engine takes them."""
+    """An id map or masks, in the engine's format."""
     ids = torch.as_tensor(regions)
     if ids.ndim == 3 and (ids.is_floating_point() or ids.dtype == torch.bool):
         return ids.float()
     if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or bool((ids < 0).any()):
         raise ValueError(
-            f"regions of shape {tuple(ids.shape)} and type {ids.dtype}: expected an id map of an "
-            "image, (h, w), whole numbers from 0, or masks, (R, h, w), bool or floats"
+            f"regions of shape {tuple(ids.shape)} and type {ids.dtype}: expected an id map (h, w) of "
+            "whole numbers from 0, or masks (R, h, w) of bool or floats"
         )
     return ids.long()
 
 
 def _name(image: Any, number: int) -> str:
-    """What errors call an image of a list: its path is name enough."""
+    """The name of an image in a list, for errors; empty for paths, which name themselves."""
     return "" if isinstance(image, (str, os.PathLike)) else f"image {number} of the list"

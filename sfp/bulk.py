@@ -1,8 +1,8 @@
 """Label maps of very many images: folders, lists and tar shards in, PNG files out.
 
-One path for every size: images are read, decoded, labelled in batches and written, the reading and
-the writing in threads beside the network. What is done is skipped, so a killed run continues; what
-fails is recorded, and the run goes on. An engine only decides which process gets which inputs.
+Images are labelled in batches while threads read and write files. Finished images are skipped, so an
+interrupted run resumes; failures are recorded, and the run continues. The choice of engine (local or
+Ray) only decides which process gets which inputs.
 """
 
 from __future__ import annotations
@@ -38,18 +38,23 @@ from sfp.plugins import import_modules
 from sfp.registry import METHODS, find
 from sfp.vocabulary import Vocabulary, load_vocabulary
 
-UNIMPORTANT = ("window_batch", "compiled", "graphs", "cache_bytes")  # change last digits at most
-# settings of the segmentor that change no label
+UNIMPORTANT = (
+    "window_batch",
+    "compiled",
+    "graphs",
+    "cache_bytes",
+)  # affect the last digits at most
+# settings of the segmentor that do not affect labels
 SHOWN = ("scores", "palette", "init_cfg", "pretrained", "train_cfg")
-LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # of mmseg pipelines: they do nothing to images
-# first and last bytes of a whole file, as this module writes them
+LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # pipeline steps that do not change images
+# first and last bytes of a complete file, as written by this module
 MARKS = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def whole(path: Path) -> bool:
-    """Whether a picture is there from its first to its last bytes; its inside is not looked at."""
+    """Whether a picture file starts and ends as it should; the data in between is not checked."""
     first, last = MARKS[path.suffix]
     try:
         with open(path, "rb") as file:
@@ -63,15 +68,15 @@ def whole(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """What is done to every image, in plain values that other processes can be given.
+    """The settings of a bulk run, as plain values that can be sent to other processes.
 
     Attributes:
         weights: name or path.
         classes: the words.
         method: preset name or config node.
-        short_side: pixels that the short side of each image is resized to; None leaves its size.
-        settings: of the `Engine`, where they are not its defaults.
-        query_features: a file of text features to use instead of the words' own.
+        short_side: size in pixels to which the short side is resized; None does not resize.
+        settings: settings of the `Engine` that are not its defaults.
+        query_features: file of text features to use instead of encoding the words.
         whole_image_masks: whether mask proposers see images at their own size.
     """
 
@@ -84,7 +89,7 @@ class Job:
     whole_image_masks: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """Everything that determines the label maps, as JSON holds it."""
+        """Everything that determines the label maps, as JSON values."""
         engine = inspect.signature(Engine).parameters
         defaults = {k: p.default for k, p in engine.items() if k not in ("weights", *UNIMPORTANT)}
         own = {k: v for k, v in self.settings.items() if k not in UNIMPORTANT}
@@ -102,7 +107,7 @@ class Job:
         return json.loads(json.dumps(record, default=str))
 
     def _method(self) -> dict[str, Any]:
-        """The method with the defaults of its preset resolved."""
+        """The method with its preset's defaults filled in."""
         node = dict(type=self.method) if isinstance(self.method, str) else dict(self.method)
         if (name := node.get("type", "Method")) == "Method":
             return node
@@ -111,15 +116,15 @@ class Job:
 
 
 def job_from_config(config: Mapping[str, Any], short_side: int | None = None) -> Job:
-    """The job that labels images as a config would evaluate them.
+    """The job that labels images as an evaluation of the config would.
 
     Args:
-        config: of a benchmark or like one.
-        short_side: replaces the size of the config's `Resize`. Without both images keep their size; a
-            config without a `test_pipeline` has that of `sfp.load`.
+        config: config of a benchmark, or one like it.
+        short_side: replaces the size in the config's `Resize`. With neither, images keep their size; a
+            config without a `test_pipeline` uses the size that `sfp.load` would.
 
     Raises:
-        ValueError: if the config does something to images, or has a setting, that this cannot.
+        ValueError: if the config has a setting or pipeline step that bulk labelling does not support.
     """
     model = dict(config["model"])
     known = inspect.signature(Engine).parameters
@@ -128,21 +133,24 @@ def job_from_config(config: Mapping[str, Any], short_side: int | None = None) ->
     left = set(model) - set(known) - read
     left |= set(model.get("data_preprocessor", ())) & {"mean", "std"}
     if left:
-        raise ValueError(f"`sfp label` does not know the config's setting(s) {sorted(left)}")
+        raise ValueError(
+            f"`sfp label` does not support the config's setting(s) {', '.join(sorted(left))}: remove "
+            "them from the config"
+        )
     masks = False
     steps = config.get("test_pipeline", ())
     for step in steps:
         if step["type"] == "Resize" and step.get("keep_ratio") and "scale" in step:
             long, short = max(step["scale"]), min(step["scale"])
             if long != LONG_SIDE:
-                raise ValueError(f"Resize to {step['scale']}: the long side has to be {LONG_SIDE}")
+                raise ValueError(f"Resize to {step['scale']}: the long side must be {LONG_SIDE}")
             short_side = short if short_side is None else short_side
         elif step["type"] == "KeepImage":
             masks = True
         elif step["type"] not in ("LoadImageFromFile", "PackSegInputs", *LABEL_STEPS):
             raise ValueError(
-                f"the step {step['type']!r} of the config's test_pipeline: `sfp label` only resizes "
-                "images (Resize with scale and keep_ratio=True)"
+                f"`sfp label` does not support the step {step['type']!r} of the config's "
+                "test_pipeline, only Resize with scale and keep_ratio=True"
             )
     if short_side is None and not steps:
         short_side = published.short_side(model["weights"])
@@ -158,10 +166,10 @@ def job_from_config(config: Mapping[str, Any], short_side: int | None = None) ->
 
 
 def claim(out: Path, job: Job) -> None:
-    """Marks an output folder as made by this job, or checks that it is.
+    """Marks an output folder as belonging to this job, or checks that it does.
 
     Raises:
-        ValueError: if label maps of another job are there.
+        ValueError: if the folder holds label maps of another job.
     """
     mine = job.describe()
     path = out / "settings.json"
@@ -171,7 +179,7 @@ def claim(out: Path, job: Job) -> None:
         if other:
             raise ValueError(
                 f"{out} holds label maps made with another {' and '.join(other)}: choose another "
-                f"folder, or remove it ({path} says how they were made)"
+                f"folder, or remove it ({path} has the settings used)"
             )
         return
     with atomic_write(path) as temporary:
@@ -194,13 +202,13 @@ class _Labelled:
 
 
 class Labeller:
-    """An engine with threads that read and write, from image files to label maps.
+    """Turns image files into label maps, with threads for reading and writing.
 
     Args:
-        job: what is done to every image.
-        out: folder of the results: labels/<name>.png, confidence/<name>.png, overlay/<name>.jpg.
+        job: the settings.
+        out: folder for the results: labels/<name>.png, confidence/<name>.png, overlay/<name>.jpg.
         confidence: whether to write the probability of the winning class, 0..255.
-        overlay: whether to write the labels over the image.
+        overlay: whether to write the labels drawn over the image.
         batch_size: images whose windows go through the network together.
         workers: threads that decode and write.
         device: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
@@ -219,7 +227,9 @@ class Labeller:
     ) -> None:
         classes = job.classes.num_classes
         if overlay and classes > 255:
-            raise ValueError(f"an overlay shows 255 classes at most, the vocabulary has {classes}")
+            raise ValueError(
+                f"an overlay shows 255 classes at most, but the vocabulary has {classes}"
+            )
         self.job = job
         self.method = build_method(job.method)
         self.engine = Engine(job.weights, **job.settings).to(choose_device(device))
@@ -239,13 +249,13 @@ class Labeller:
         self.workers = workers
 
     def done(self, name: str) -> bool:
-        """Whether all results of an image are there, whole."""
+        """Whether all results of an image exist and are complete."""
         return all(whole(folder / f"{name}{end}") for folder, end in self.folders.items())
 
     def run(self, units: Iterable[Unit]) -> Iterator[Outcome]:
-        """Labels every image of the units; yields what became of each.
+        """Labels every image of the units and yields an outcome for each.
 
-        In order, but what needs no network overtakes the images that wait for their batch.
+        Outcomes come in order, except that skipped and failed images do not wait for a batch to fill.
         """
         ahead = 2 * self.batch_size
         with ThreadPoolExecutor(self.workers) as pool:
@@ -262,7 +272,7 @@ class Labeller:
             resized = image if side is None else resize_short_side(image, side)
             pixels = torch.from_numpy(resized.transpose(2, 0, 1).copy())
             return _Loaded(item.name, image, pixels)
-        except Exception as error:  # whatever one image does, the others go on
+        except Exception as error:  # a bad image must not stop the others
             return _failed(item.name, error)
 
     def _label(self, loaded: Iterable[_Loaded | Outcome]) -> Iterator[_Labelled | Outcome]:
@@ -284,7 +294,7 @@ class Labeller:
         except Exception as error:
             if len(batch) == 1:
                 yield _failed(batch[0].name, error)
-            else:  # find out whose fault it is
+            else:  # find out which image fails
                 for entry in batch:
                     yield from self._predict([entry])
             return
@@ -294,7 +304,7 @@ class Labeller:
             yield _Labelled(entry.name, entry.image, labels, confidence)
 
     def predict(self, batch: Sequence[_Loaded]) -> list[Labels]:
-        """The labels of images, whose windows go through the network together."""
+        """The labels of images; their windows go through the network together."""
         engine = self.engine
         inputs = [engine.input(entry.pixels) for entry in batch]
         sizes = [entry.image.shape[:2] for entry in batch]
@@ -345,7 +355,7 @@ def _failed(name: str, error: Exception) -> Outcome:
 def _ahead(
     pool: ThreadPoolExecutor, fn: Callable[[T], R], entries: Iterable[T], depth: int
 ) -> Iterator[R]:
-    """`map(fn, entries)` in the pool, in order, at most `depth` results ahead."""
+    """`map(fn, entries)` in the pool, in order, running at most `depth` entries ahead."""
     queue: deque[Future[R]] = deque()
     for entry in entries:
         queue.append(pool.submit(fn, entry))
@@ -356,7 +366,7 @@ def _ahead(
 
 
 class _RayLabeller:
-    """A `Labeller` as an actor of Ray Data: it gets units in columns, and gives outcomes back."""
+    """A `Labeller` as a Ray Data actor, from columns of units to columns of outcomes."""
 
     def __init__(self, knobs: dict[str, Any], modules: Sequence[str]) -> None:
         import_modules(modules)
@@ -375,15 +385,15 @@ def run_on_ray(
     processes: int | None = None,
     modules: Sequence[str] = (),
 ) -> Iterator[Outcome]:
-    """As `Labeller.run`, spread by Ray Data over the processes of a machine or a cluster.
+    """Like `Labeller.run`, distributed by Ray Data over the processes of a machine or a cluster.
 
-    Inputs and outputs must lie where every process can reach them. Outcomes come as they come.
+    Every process must be able to reach the inputs and outputs. Outcomes come in any order.
 
     Args:
         units: what to label.
         knobs: arguments of `Labeller`.
-        processes: how many; by default one per GPU of the cluster, or one.
-        modules: what each of them imports first, as in `import_modules`.
+        processes: number of processes; by default one per GPU of the cluster, or one.
+        modules: modules that each process imports first, as in `import_modules`.
 
     Raises:
         ModuleNotFoundError: if Ray is not installed.
@@ -393,14 +403,14 @@ def run_on_ray(
         import ray.data
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"--engine ray needs Ray Data ({error}): pip install 'sfp[scale]', or leave --engine out"
+            f"--engine ray needs Ray Data ({error}): pip install 'sfp[scale]', or omit --engine"
         ) from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the command has its own
     gpus = int(ray.cluster_resources().get("GPU", 0))
     processes = processes or gpus or 1
-    # many images per call keep the threads of a process fed; a shard is many images already
+    # many images per call keep a process's threads busy; a shard holds many images anyway
     archives = any(unit.is_archive for unit in units)
     size = 1 if archives else min(256, -(-len(units) // processes))
     rows = [dict(path=str(Path(unit.path).absolute()), name=unit.name) for unit in units]

@@ -1,8 +1,7 @@
-"""The engine: images, words and methods in, logits and labels out. Plain PyTorch, no host.
+"""The engine: images, words and methods in, logits and labels out, in plain PyTorch.
 
-One engine serves any number of words and methods, which are arguments of its calls, from several
-threads if need be. `sfp.Model`, the mmsegmentation segmentor, bulk labelling and clustering each hold
-one.
+Words and methods are arguments of its calls, so one engine serves any number of them, also from several
+threads. `sfp.Model`, the mmsegmentation segmentor, bulk labelling and clustering each hold one.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from sfp.feature_cache import FeatureCache, LRUCache, is_hashable
 from sfp.functional.kept import constant
 from sfp.functional.labels import Labels, Threshold, assign, decided, within
 from sfp.functional.pamr import Refinement, Unit
+from sfp.functional.precision import cpu_has, native_half
 from sfp.functional.regions import vote_in_regions
 from sfp.functional.windows import LogitSheet, WindowGrid, nearest
 from sfp.graphs import Graphs
@@ -47,12 +47,12 @@ from sfp.vocabulary import Vocabulary
 from sfp.whole import WholeImage
 
 LARGE = 2**24  # pixels above which an image stays in 8 bits and is normalised window by window
-BANKS = 16  # text banks in memory; the disk has all
+BANKS = 16  # text banks kept in memory; all are cached on disk
 PRECISIONS = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
-    "int8": torch.float32,  # of everything that is not 8-bit
+    "int8": torch.float32,  # for everything that is not 8-bit
 }
 Prepare: TypeAlias = "Callable[[Tensor], Tensor]"
 _CONVERTING = threading.Lock()
@@ -60,14 +60,14 @@ _CONVERTING = threading.Lock()
 
 @runtime_checkable
 class FollowsNormalisation(Protocol):
-    """A part that needs to know for which weights its input images are normalised."""
+    """A part whose input images are normalised for a particular CLIP."""
 
     def follow(self, clip: CLIP) -> None:
-        """Takes over the mean and standard deviation of `clip`."""
+        """Uses the mean and standard deviation of `clip` from now on."""
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
-    """The device of a name; "auto" is a GPU if there is one.
+    """The device with a name; "auto" is a GPU if there is one.
 
     Raises:
         ValueError: if there is no such device.
@@ -85,12 +85,12 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
 
 @dataclass(frozen=True)
 class Queries:
-    """Words that are ready to be compared with patches.
+    """Encoded words.
 
     Attributes:
         features: unit text features, (Q, C) float32.
         index: class of each query, from 0, in order.
-        words: the queries, or None where there are features alone.
+        words: the queries, or None if only their features are known.
     """
 
     features: Tensor
@@ -99,53 +99,55 @@ class Queries:
 
 
 class Engine:
-    """A frozen CLIP with everything between an image and its labels but words and method.
+    """A frozen CLIP with everything between an image and its labels except words and method.
 
     Windows of equal size, of all images of a call, go through the network together; their
     low-resolution logits are merged and upsampled by two small matrices (`functional/windows.py`).
 
     Args:
         weights: name, path or state dict for `load_clip`; or a `CLIP`, used as it is.
-        templates: prompt templates, a list or the name of a set (`sfp.clip.templates`); "auto" takes
-            those of the model's authors, CLIP's 80 for nearly all.
-        logit_scale: inverse temperature of the softmax over queries; "auto" for that with which the
-            model was trained (100 in CLIP). Methods were tuned with 40 to 55 on CLIP, but cosines of
+        templates: prompt templates, a list or the name of a set (`sfp.clip.templates`); "auto" uses
+            those of the model's authors, for nearly all models CLIP's 80.
+        logit_scale: inverse temperature of the softmax over queries; "auto" uses the one that the model
+            was trained with (100 in CLIP). Methods were tuned with 40 to 55 on CLIP, but the cosines of
             SigLIP and others are much smaller.
-        prob_thd: pixels whose best class is less probable become class 0. Two numbers: the least and
-            the largest of a threshold that each image has of its own, Otsu's (S2C2Seg).
-        area_thd: classes that win no more than this share of the foreground are left out.
-        slide_crop: side of the windows in pixels; 0 runs whole images.
-        slide_stride: pixels between windows.
-        slide_tiles: windows do not overlap: as many equal ones as fit at a side of `slide_crop`, each
-            resized to the size that the tower was trained on (TextRegion); `slide_stride` and
-            `pad_windows` do not count then.
-        pad_windows: pad windows with zeros to whole patches (ClearCLIP's release), or to multiples of
-            that many pixels (ProxyCLIP's and CorrCLIP's: 56), instead of leaving out the pixels beyond
-            the last whole patch.
-        whole_via_input: with `slide_crop=0`, logits go through the size of the network's input on
-            their way to the original one (NACLIP's release).
-        window_batch: most windows in one forward pass; None for 32 on a GPU and one per thread (at
-            least 2) on a CPU, where more cost memory and gain next to nothing.
-        pamr_steps: steps of pixel-adaptive refinement of the final logits; 0 for none.
-        pamr_dilations: distances of its neighbours, in pixels.
-        pamr_unit: in what it measures colours, "deviation" or "mean" (`sfp.functional.pamr.pamr`).
-        guides: external encoders by name, config nodes or modules, for methods that need them.
-        masks: settings of a `MaskVote`, `dict(type="sam_refine", ...)` for those of a `SamRefine`, or a
-            module like them: labels follow the masks of SAM or DINO.
+        prob_thd: pixels whose best probability is below this become class 0. Two numbers are the bounds
+            of a threshold computed for each image, Otsu's (S2C2Seg).
+        area_thd: classes that win at most this share of the foreground are removed.
+        slide_crop: side of the sliding windows in pixels; 0 processes whole images.
+        slide_stride: stride of the windows in pixels.
+        slide_tiles: use non-overlapping windows instead: equal tiles with sides of about `slide_crop`,
+            each resized to the tower's training size (TextRegion). `slide_stride` and `pad_windows`
+            are then ignored.
+        pad_windows: pad windows with zeros to whole patches (True, as in ClearCLIP's release), or to
+            multiples of this many pixels (56 in ProxyCLIP and CorrCLIP), instead of dropping the pixels
+            beyond the last whole patch.
+        whole_via_input: with `slide_crop=0`, resize logits to the size of the network's input before
+            the original size (NACLIP's release).
+        window_batch: largest number of windows per forward pass; None means 32 on a GPU and one per
+            thread (at least 2) on a CPU, where more would cost memory and gain next to nothing.
+        pamr_steps: steps of pixel-adaptive mask refinement on the final logits; 0 for none.
+        pamr_dilations: dilations of its neighbourhoods, in pixels.
+        pamr_unit: unit of its colour differences, "deviation" or "mean" (`sfp.functional.pamr.pamr`).
+        guides: external encoders by name, as config nodes or modules, for methods that need them.
+        masks: settings of a `MaskVote`, `dict(type="sam_refine", ...)` for a `SamRefine`, or a module
+            with their interface: makes labels follow the masks of SAM or DINO.
         regions: settings of a `RegionMap`, `dict(type="files", folder=...)` for `RegionFiles`, or a
-            module like them: who finds the regions that some methods ask for, where the caller gives
+            module with their interface: finds regions for methods that need them, if the caller gives
             none.
-        precision: "auto" (fp16 on CUDA, fp32 elsewhere), "fp32", "fp16", "bf16", or "int8": 8-bit
-            products in the blocks, on a CPU only, an approximation (`sfp/clip/int8.py`).
-        compiled: whether the blocks' MLPs go through `torch.compile`; for GPUs, on CPUs it costs time.
-        graphs: whether a GPU replays the network as a CUDA graph: recorded at the first batch of each
-            shape, after which Python launches nothing. For batches too small to fill the GPU; hooks
-            on modules do not run then, and no features are cached. Off a GPU it changes nothing.
-        cache_bytes: size of the cache of recent images' features; 0 for none.
+        precision: "auto" (fp16 on CUDA, fp32 elsewhere, so that all CPUs give the same labels), "fp32",
+            "fp16", "bf16", "half" (fp16 on CUDA, bf16 on a CPU with instructions for it, else fp32), or
+            "int8": approximate 8-bit products in the blocks, only on a CPU (`sfp/clip/int8.py`).
+            `Engine.computes_in` tells which one is in use.
+        compiled: run the blocks' MLPs through `torch.compile`; meant for GPUs, slower on CPUs.
+        graphs: on a GPU, replay the network as a CUDA graph, recorded at the first batch of each shape,
+            so that Python launches no kernels. Helps where batches are too small to fill the GPU. Hooks
+            on modules do not run, and no features are cached. No effect on a CPU.
+        cache_bytes: size of the cache for features of recent images; 0 for none.
 
     Raises:
         WeightsError: if the weights cannot be found, downloaded or read.
-        ValueError: if a setting is wrong; the message names the valid ones.
+        ValueError: if a setting is wrong; the message lists the valid values.
     """
 
     def __init__(
@@ -173,24 +175,22 @@ class Engine:
         graphs: bool = False,
         cache_bytes: int = 0,
     ) -> None:
-        if precision not in ("auto", *PRECISIONS):
-            raise ValueError(
-                f"unknown precision {precision!r}{suggest(precision, ['auto', *PRECISIONS])}"
-            )
+        if precision not in (known := ["auto", "half", *PRECISIONS]):
+            raise ValueError(f"unknown precision {precision!r}{suggest(precision, known)}")
         if slide_crop and not slide_tiles and not 0 < slide_stride <= slide_crop:
             raise ValueError(
                 f"slide_stride={slide_stride} must be between 1 and slide_crop={slide_crop}: "
-                "larger strides leave pixels without a label"
+                "larger strides would leave pixels without a label"
             )
         if slide_tiles and not slide_crop:
             raise ValueError(
-                "slide_tiles=True needs a side of about which windows are: slide_crop > 0"
+                f"slide_tiles=True needs slide_crop > 0, the side of the tiles, got {slide_crop}"
             )
         if window_batch is not None and window_batch < 1:
-            raise ValueError(f"window_batch={window_batch}: at least one window runs at a time")
+            raise ValueError(f"window_batch={window_batch}: expected at least 1, or None")
         if isinstance(logit_scale, str) and logit_scale != "auto":
             raise ValueError(f"logit_scale={logit_scale!r}: expected a number or 'auto'")
-        model_templates(templates)  # before anything is loaded
+        model_templates(templates)  # raises before anything is loaded
         if pamr_unit not in (units := ("deviation", "mean")):
             raise ValueError(f"unknown pamr_unit={pamr_unit!r}{suggest(pamr_unit, units)}")
         if isinstance(prob_thd, Sequence) and not (
@@ -234,39 +234,52 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.clip.device
 
+    @property
+    def computes_in(self) -> str:
+        """The precision in use on this device: "fp32", "fp16", "bf16" or "int8"."""
+        if self.precision == "half":
+            return native_half(self.device) or "fp32"
+        if self.precision == "auto":
+            return "fp16" if self.device.type == "cuda" else "fp32"
+        return self.precision
+
     def to(self, device: str | torch.device) -> Engine:
-        """Moves all parts, and converts them to the precision that suits the device."""
+        """Moves all parts to a device and converts them to the precision for it."""
         for part in self.parts():
             part.to(device)
         self.convert()
         return self
 
     def parts(self) -> list[nn.Module]:
-        """Everything with weights: the CLIP, the guides, the proposers of masks and regions."""
+        """All modules with weights: the CLIP, the guides, the mask and region proposers."""
         proposers = [part for part in (self.masks, self.regions) if part is not None]
         return [self.clip, self.guides, *proposers]
 
     def convert(self) -> None:
-        """Brings the weights to `precision`, if they are on another device or of another type by now.
+        """Converts the weights to `precision` if their device or dtype has changed.
 
-        A host moves and casts modules without telling (mmengine's Runner calls `.to`), so every call
-        of the engine begins here: `precision` decides.
+        A host framework may move or cast modules at any time (mmengine's Runner calls `.to`), so every
+        call of the engine starts with this check.
 
         Raises:
-            ValueError: if the device cannot do it.
+            ValueError: if the device does not support the precision.
         """
         device = self.device
         if (device, self.clip.dtype) == self._converted:
             return
         with _CONVERTING:
-            name = self.precision
-            if name == "auto":
-                name = "fp16" if device.type == "cuda" else "fp32"
+            name = self.computes_in
             if name == "int8" and device.type != "cpu":
-                raise ValueError("precision='int8' is for CPUs: on a GPU use 'fp16' or 'bf16'")
+                raise ValueError("precision='int8' needs a CPU: on a GPU use 'fp16' or 'bf16'")
+            if device.type == "cpu" and name != "fp32" and cpu_has(name) is False:
+                warnings.warn(
+                    f"this CPU has no instructions for {name}, so it is slower than fp32 here "
+                    "(precision='half' uses bf16 only on CPUs that have them)",
+                    stacklevel=3,
+                )
             for part in self.parts():
                 part.to(PRECISIONS[name])
             self._converted = (device, PRECISIONS[name])
@@ -274,24 +287,24 @@ class Engine:
     # -- words -----------------------------------------------------------------------------------
 
     def queries(self, vocabulary: Vocabulary) -> Queries:
-        """The text features of a vocabulary, encoded or read from the cache once."""
+        """The text features of a vocabulary, encoded or read from the cache."""
         return Queries(self.encode(vocabulary.queries), vocabulary.index, tuple(vocabulary.queries))
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Unit text features over all templates, (Q, C) float32.
+        """Unit text features averaged over templates, (Q, C) float32.
 
-        They depend, in the last bits, on which texts are encoded together.
+        Their last bits depend on which texts are encoded together.
         """
         self.convert()
         key = (self.clip.digest, self.device, self.clip.dtype, tuple(texts))
         if (bank := self._banks.get(key)) is None:
-            with torch.inference_mode(False):  # the bank outlives calls with and without it
+            with torch.inference_mode(False):  # cached for calls both inside and outside that mode
                 bank = text_bank(self.clip, texts, self.templates).float()
             self._banks.put(key, bank)
         return bank
 
     def template_banks(self, texts: Sequence[str], templates: str | Sequence[str]) -> Tensor:
-        """Unit text features of each template alone, (M, Q, C) float32."""
+        """Unit text features for each template separately, (M, Q, C) float32."""
         self.convert()
         templates = prompt_templates(templates)
         key = (self.clip.digest, self.device, self.clip.dtype, tuple(texts), tuple(templates))
@@ -303,14 +316,14 @@ class Engine:
         return banks
 
     def given_features(self, features: Tensor | str | Path, vocabulary: Vocabulary) -> Tensor:
-        """Text features that were computed elsewhere, as unit vectors (Q, C) float32.
+        """Text features computed elsewhere, as unit vectors (Q, C) float32.
 
         Args:
-            features: a tensor (Q, C), or a safetensors file that has it as "queries".
-            vocabulary: what its rows stand for.
+            features: a tensor (Q, C), or a safetensors file with such a tensor "queries".
+            vocabulary: the queries that its rows belong to.
 
         Raises:
-            ValueError: if the file or the shape is not right.
+            ValueError: if the file cannot be read or the shape is wrong.
         """
         if isinstance(features, (str, Path)):
             try:
@@ -318,20 +331,20 @@ class Engine:
             except (KeyError, SafetensorError) as error:
                 raise ValueError(
                     f"query_features={str(features)!r}: expected a safetensors file with a tensor "
-                    f"'queries' of one row for each query ({type(error).__name__}: {error})"
+                    f"'queries' that has one row per query ({type(error).__name__}: {error})"
                 ) from None
         expected = (len(vocabulary.queries), self.clip.embed_dim)
         if tuple(features.shape) != expected:
             raise ValueError(
-                f"query_features of shape {tuple(features.shape)}: expected {expected}, one row for "
-                "each query of `classes`"
+                f"query_features of shape {tuple(features.shape)}: expected {expected}, one row per "
+                "query of `classes`"
             )
         return F.normalize(features.float(), dim=-1)
 
     # -- images ----------------------------------------------------------------------------------
 
     def normalise(self, image: Tensor) -> Tensor:
-        """An RGB image or window in 0..255, (3, H, W), as the network expects it; floats pass."""
+        """Normalises an RGB image or window (3, H, W) uint8; floats are returned unchanged."""
         if image.dtype != torch.uint8:
             return image
         mean, std = (constant(x, image)[:, None, None] for x in (self.clip.mean, self.clip.std))
@@ -355,17 +368,17 @@ class Engine:
         prepare: Prepare | None = None,
         regions: Sequence[Tensor | None] | None = None,
     ) -> list[list[LogitSheet]]:
-        """All windows of all images through the network.
+        """Runs all windows of all images through the network.
 
         Args:
-            methods: those of equal trunk share its run.
-            images: (3, H, W) each, normalised, or 8-bit if `prepare` takes it.
+            methods: the methods; those with equal trunks share its run.
+            images: (3, H, W) each, normalised, or 8-bit if `prepare` accepts that.
             sizes: rows and columns of each image's output.
             queries: the words.
-            prepare: makes a window ready for the network; `normalise` by default.
-            regions: an id map of each image, (h, w) of any size, 0 where it has none, or masks that may
-                overlap, (R, h, w) floats, for methods that take them; None asks the engine's own
-                proposer, if a method needs regions.
+            prepare: prepares a window for the network; `normalise` by default.
+            regions: for each image an id map (h, w) of any size, 0 where there is no region, or for
+                methods that support them overlapping masks, (R, h, w) floats. None uses the engine's
+                own proposer if a method needs regions.
 
         Returns:
             For each method, the merged logits of each image.
@@ -456,7 +469,7 @@ class Engine:
         return F.normalize(tokens.patches.float(), dim=-1).flatten(0, 1)
 
     def tokens(self, method: Method, windows: Tensor, queries: Queries) -> Tokens:
-        """Features of windows (B, 3, H, W) in the joint space, patches of width C."""
+        """Patch features of windows (B, 3, H, W) in the joint space, of width C."""
         self.convert()
         read, _ = method.features(self.clip.visual, windows, **self._context(queries))
         return read.only_patches()
@@ -471,19 +484,21 @@ class Engine:
         regions: Tensor | None = None,
         whole: WholeImage | None = None,
     ) -> list[Tensor]:
-        """Logits of windows (B, 3, H, W) by each method at patch resolution, (B, Q, h, w).
+        """Each method's logits for windows (B, 3, H, W) at patch resolution, (B, Q, h, w).
 
         Args:
-            methods, windows, queries: as their names say.
-            weights: changes with the weights, for the cache; None goes without it.
-            regions: ids of the windows' pixels, (B, H, W).
-            whole: the image whose windows, all of them, these are; methods that work on its grid as a
-                whole then give (1, Q, h, w).
+            methods: the methods.
+            windows: normalised windows.
+            queries: the words.
+            weights: cache key that changes with the weights; None does not use the cache.
+            regions: region ids of the windows' pixels, (B, H, W).
+            whole: the image, if these are all of its windows; methods that work on the grid of the
+                whole image then return (1, Q, h, w).
 
         Windows for which half precision gives NaN or infinite values run again in float32.
 
         Raises:
-            FloatingPointError: if float32 does too; the message names the first part that did.
+            FloatingPointError: if float32 does so too; the message names the first part affected.
         """
         vit, context = self.clip.visual, self._context(queries)
         context.update(regions=regions)
@@ -496,18 +511,18 @@ class Engine:
         where = first_bad(bad[0], vit, windows, context)
         if vit.dtype != torch.float32:
             single = copy.deepcopy(vit).float()
-            logits = self._eager(methods, windows, context, single)  # once: nothing to keep
+            logits = self._eager(methods, windows, context, single)  # a rare case: not cached
             if all(finite(x) for x in logits):
                 warnings.warn(
                     f"NaN or infinite values in {vit.dtype}, first in {where}; these windows "
-                    "ran again in float32 (precision='fp32' does so at once)",
+                    "ran again in float32 (precision='fp32' avoids the first run)",
                     stacklevel=2,
                 )
                 return logits
             where = first_bad(bad[0], single, windows, context)
         raise FloatingPointError(
             f"NaN or infinite values, first in {where}, also in float32: the weights or the image "
-            "are damaged, or were too large for the precision that they were converted to"
+            "are damaged, or exceeded the range of the precision they were converted to"
         )
 
     def _run(
@@ -548,7 +563,7 @@ class Engine:
         return logits  # type: ignore[return-value]
 
     def _context(self, queries: Queries) -> dict[str, Any]:
-        """What a trace knows besides the image."""
+        """The fields of a trace other than the image."""
         words = queries.words
         return dict(
             text=queries.features,
@@ -559,7 +574,7 @@ class Engine:
         )
 
     def _weights(self) -> Hashable:
-        """Changes with everything that features depend on besides pixels and method."""
+        """A key for everything that features depend on besides pixels and method."""
         kind = self.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         return state_key(self.clip.visual), state_key(self.guides), autocast
@@ -581,7 +596,7 @@ class Engine:
     def _batches(
         self, wholes: Sequence[WholeImage]
     ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-        """Windows of equal size, (B, 3, H, W), each with the number of its image, and their regions."""
+        """Batches of windows of equal size: their images' numbers, (B, 3, H, W), and their regions."""
         queues: dict[tuple[int, int], list[tuple[int, tuple[int, int]]]] = defaultdict(list)
         for n, whole in enumerate(wholes):
             queues[whole.grid.window] += [(n, place) for place in whole.grid.places]
@@ -618,7 +633,7 @@ class Engine:
         sizes: Sequence[Sequence[int]],
         prepare: Prepare,
     ) -> list[Tensor | None]:
-        """The id map of each image, if a method needs one: given, or proposed at the output's size."""
+        """Each image's id map if a method needs one, either given or proposed at the output size."""
         if not any(method.needs_regions for method in methods):
             return [None] * len(images)
         maps: Sequence[Tensor | None] = [None] * len(images) if given is None else given
@@ -650,7 +665,7 @@ class Engine:
 
     @property
     def windows_at_once(self) -> int:
-        """Most windows in one forward pass: `window_batch`, or what suits the device."""
+        """Largest number of windows per forward pass: `window_batch`, or a default by device."""
         if self.window_batch is not None:
             return self.window_batch
         return max(torch.get_num_threads(), 2) if self.device.type == "cpu" else 32
@@ -675,9 +690,9 @@ class Engine:
             image: as in `logits`.
             sheet: its merged logits.
             index: class of each query.
-            method: whose `decision` gives the class scores; None for the softmax over queries.
+            method: its `decision` computes the class scores; None uses the softmax over queries.
             scores: whether to return class probabilities, (K, H, W).
-            full_image: what mask proposers see, normalised; `image` by default.
+            full_image: normalised input of mask proposers; `image` by default.
             prepare: as in `logits`.
         """
         prepare = prepare or self.normalise
@@ -705,7 +720,7 @@ class Engine:
         return labels if scores else replace(labels, scores=None)
 
     def refinement(self, image: Tensor, prepare: Prepare | None = None) -> Refinement | None:
-        """PAMR along the colours of an image (3, H, W), if the engine is set to refine."""
+        """PAMR on an image (3, H, W), or None if `pamr_steps` is 0."""
         if not self.pamr_steps:
             return None
         image = (prepare or self.normalise)(image)
@@ -713,7 +728,7 @@ class Engine:
 
 
 def _fitted(ids: Tensor | None, image: Tensor) -> Tensor | None:
-    """An id map at the size of an image (3, H, W); masks stay as they are."""
+    """An id map resized to an image (3, H, W); masks are returned unchanged."""
     if ids is None or ids.ndim == 3:
         return ids
     return nearest(ids, (image.shape[-2], image.shape[-1]))
@@ -722,7 +737,7 @@ def _fitted(ids: Tensor | None, image: Tensor) -> Tensor | None:
 def _sheet(
     method: Method, grid: WindowGrid, logits: Tensor, size: tuple[int, int], ids: Tensor | None
 ) -> LogitSheet:
-    """Logits of an image's windows, or on one grid of the whole image, merged; with regions to vote."""
+    """Merges the logits of an image's windows, or of its whole grid; attaches regions that vote."""
     if method.direct or len(logits) != len(grid.places):
         grid = replace(grid.whole, direct=method.direct)
     sheet = grid.sheet(logits, size)
@@ -736,12 +751,12 @@ def _sheet(
 
 
 def is_large(image: Tensor) -> bool:
-    """Whether an image is better normalised window by window: 8 bits, and very many pixels."""
+    """Whether an 8-bit image is so large that it should be normalised window by window."""
     return image.dtype == torch.uint8 and image[0].numel() > LARGE
 
 
 def _adapted(clip: CLIP, precision: str, compiled: bool) -> CLIP:
-    """A CLIP to run in 8 bits or compiled: a copy around the same weights, the caller's is left."""
+    """A CLIP in 8 bits or compiled, as a copy that shares weights; the caller's is not changed."""
     if precision != "int8" and not compiled:
         return clip
     clip = copy.deepcopy(clip, {id(p): p for p in clip.parameters()})

@@ -1,8 +1,8 @@
-"""A method as one file that runs without this package: windows and words in, labels out.
+"""Exports a method as a file that runs without this package: windows and words in, labels out.
 
-`export` writes an ONNX model or a `torch.export` program of the image side: one size of windows, any
-number of them at once. What a method decides on the host, and other models that it asks for, cannot go
-into such a file; it is refused, with the reason.
+`export` writes the image side as an ONNX model or a `torch.export` program, for windows of one size and
+batches of any size. Methods that branch on values in Python or need other models cannot be exported;
+the error says why.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sfp.vocabulary import Vocabulary
 
 FORMATS = (".onnx", ".pt2")
 PRECISIONS = ("fp32", "fp16", "int8")
-# operators whose output's shape, or the Python that follows, depends on values
+# operators whose output shape depends on values, or which return values to Python
 DATA_DEPENDENT = {
     *("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "bincount"),
     *("_unique2", "unique_dim", "unique_consecutive"),
@@ -40,12 +40,12 @@ class ExportError(ValueError):
 
 
 class Static(TorchDispatchMode):
-    """Raises `ExportError` where Python, or the shape of a tensor, depends on a tensor's values."""
+    """Raises `ExportError` if Python code or a tensor's shape depends on a tensor's values."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Looks at the operator, and calls it."""
+        """Checks the operator and calls it."""
         name = func.__name__.split(".")[0]
         by_mask = name in ("index", "index_put_") and any(
             x is not None and x.dtype == torch.bool for x in args[1]
@@ -59,9 +59,9 @@ class WindowModel(nn.Module):
     """An image tower, a method and words, from pixels to labels.
 
     Args:
-        engine: whose tower, normalisation, logit scale and threshold are taken.
-        method: how patches are read.
-        queries: the words; without, `forward` takes their features.
+        engine: provides the tower, normalisation, logit scale and threshold.
+        method: the method.
+        queries: the words; if None, `forward` takes text features.
     """
 
     words: Tensor | None
@@ -91,7 +91,7 @@ class WindowModel(nn.Module):
 
         Args:
             image: RGB, (B, S, S, 3) uint8.
-            words: unit text features, (Q, C) float32, if the model has none of its own.
+            words: unit text features, (Q, C) float32, if the model does not contain them.
 
         Returns:
             Cosines at patch resolution (B, Q, h, w) float32, the label of every pixel (B, S, S) int64,
@@ -120,29 +120,29 @@ def export(
     words_as_input: bool = False,
     precision: str = "fp32",
 ) -> list[Path]:
-    """Writes a method as an ONNX model or a `torch.export` program, and what belongs to it.
+    """Writes a method as an ONNX model or a `torch.export` program, with its accompanying files.
 
     Args:
-        engine: on a CPU, in float32.
-        method: any that decides nothing on the host and asks for no other model.
+        engine: an engine on a CPU, in float32.
+        method: a method that does not branch on values and needs no other model.
         vocabulary: the words.
-        out: a path that ends with .onnx or .pt2. Beside it `<name>.safetensors` holds the text
-            features as "queries", (Q, C) float32, and `<name>.json` says what labels stand for.
-        side: pixels of a window's sides; by default that of the engine's windows.
-        words_as_input: whether text features are a second input, of any number of queries, each a
-            class of its own, instead of a part of the model.
-        precision: of the blocks: "fp32"; "fp16", for GPUs; or "int8", whose weights onnxruntime
-            rounds, and products it computes, in 8 bits (.onnx only).
+        out: a path that ends with .onnx or .pt2. Beside it, `<name>.safetensors` holds the text
+            features as "queries", (Q, C) float32, and `<name>.json` describes labels and inputs.
+        side: side of the windows in pixels; by default that of the engine's windows.
+        words_as_input: make text features a second input, with any number of queries, each a class of
+            its own, instead of part of the model.
+        precision: precision of the blocks: "fp32"; "fp16", for GPUs; or "int8", with weights and
+            products quantized by onnxruntime (.onnx only).
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
-        ExportError: if the method cannot be exported, or the format or precision is not known.
-        ModuleNotFoundError: if a package is missing that the format needs.
+        ExportError: if the method cannot be exported, or the format or precision is unknown.
+        ModuleNotFoundError: if a package that the format needs is missing.
     """
     if out.suffix not in FORMATS:
-        raise ExportError(f"{out}: the name has to end with {' or '.join(FORMATS)}")
+        raise ExportError(f"{out}: the file name must end with {' or '.join(FORMATS)}")
     if precision not in PRECISIONS or (precision == "int8" and out.suffix != ".onnx"):
         raise ExportError(
             f"precision={precision!r}: choose from {', '.join(PRECISIONS)} (int8 for .onnx only)"
@@ -153,7 +153,7 @@ def export(
     if precision == "fp16":
         model.visual = _half(model.visual)
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    example[:, ::3] = 255  # methods that look at contrasts see some
+    example[:, ::3] = 255  # some contrast, for methods that depend on it
     inputs: dict[str, Tensor] = dict(image=example)
     if words_as_input:
         inputs["words"] = queries.features
@@ -183,7 +183,7 @@ def export(
 
 
 def _program(model: WindowModel, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
-    """The model with batches, and queries if they are an input, of any number."""
+    """Exports the model for batches of any size, and for any number of queries if they are an input."""
     shapes: dict[str, Any] = {"image": {0: torch.export.Dim("batch", min=1, max=256)}}
     if "words" in inputs:
         shapes["words"] = {0: torch.export.Dim("queries", min=2, max=4096)}
@@ -191,11 +191,11 @@ def _program(model: WindowModel, inputs: dict[str, Tensor]) -> torch.export.Expo
         with torch.no_grad(), Static():
             model(**inputs)
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer, about itself
+            warnings.simplefilter("ignore")  # the tracer's warnings about itself
             return torch.export.export(model, (), kwargs=inputs, dynamic_shapes=shapes)
     except (ExportError, GuideError) as error:
         raise ExportError(f"this method cannot be exported: {error}") from error
-    except Exception as error:  # what the tracer says of code that it cannot follow
+    except Exception as error:  # the tracer raises many kinds for code it cannot trace
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ExportError(f"this method cannot be exported: {first[0]}") from error
 
@@ -228,7 +228,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, precision: str
 
 
 def _quantise(path: Path) -> None:
-    """Rounds the weights of matrix products in an ONNX file to 8 bits; inputs when they come."""
+    """Quantizes matrix products in an ONNX file to 8 bits: weights now, inputs at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     rounded = path.with_name(f"{path.name}.int8")

@@ -1,4 +1,4 @@
-"""Features of recent images, kept so that other words for them cost no second forward pass."""
+"""A cache for features of recent images, so that other words need no second forward pass."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 
 class LRUCache(Generic[T]):
-    """The most recently used values, as many as fit; safe to use from several threads.
+    """Keeps the most recently used values, up to a total size. Thread-safe.
 
-    Copies and pickles of it are empty: what is cached can be computed again.
+    Copies and pickles of it are empty, since cached values can be recomputed.
 
     Args:
-        limit: total size of the values that are kept at most; 0 keeps nothing.
+        limit: largest total size of the values; 0 keeps nothing.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._entries: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()  # oldest use first
+        self._entries: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()  # least recent first
         self._lock = threading.Lock()
         self.size = 0
 
@@ -44,7 +44,7 @@ class LRUCache(Generic[T]):
             return self._entries[key][0]
 
     def put(self, key: Hashable, value: T, size: int = 1) -> None:
-        """Keeps a value, unless it is larger than the limit; the least recently used make room."""
+        """Stores a value unless it exceeds the limit, and evicts the least recently used ones."""
         with self._lock:
             if size > self.limit:
                 return
@@ -56,12 +56,12 @@ class LRUCache(Generic[T]):
                 self.size -= self._entries.popitem(last=False)[1][1]
 
     def has(self, key: Hashable) -> bool:
-        """Whether there is a value, which may be None."""
+        """Whether there is a value for a key; the value may be None."""
         with self._lock:
             return key in self._entries
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Removes all values."""
         with self._lock:
             self._entries.clear()
             self.size = 0
@@ -72,19 +72,19 @@ class LRUCache(Generic[T]):
 
 @dataclass(frozen=True)
 class Features:
-    """What is kept of a batch of windows, free of any words.
+    """The cached values of a batch of windows, independent of words.
 
     Attributes:
-        read: what the readouts gave, or None if they depend on words (ResCLIP's feedback).
-        trace: the run of the trunk, or None where nothing needs it again: `read` is there, and
-            what follows are cosines and no refiner.
+        read: output of the readouts, or None if they depend on words (ResCLIP's feedback).
+        trace: the run of the trunk, or None if it is not needed again, because `read` is known and is
+            only followed by cosines.
     """
 
     read: Tokens | None
     trace: Trace | None
 
     def logits(self, method: Method, context: Mapping[str, Any]) -> Tensor:
-        """Query logits (B, Q, h, w) for the words of `context`, bit for bit those of a new run."""
+        """Query logits (B, Q, h, w) for the words of `context`, bitwise equal to a new run's."""
         if self.trace is None:
             assert self.read is not None
             return cosine_logits(self.read, context["text"])
@@ -94,8 +94,8 @@ class Features:
 
     @property
     def nbytes(self) -> int:
-        """Memory that its tensors hold."""
-        storages = [x.untyped_storage() for x in self._tensors()]  # views share theirs
+        """Memory used by its tensors."""
+        storages = [x.untyped_storage() for x in self._tensors()]  # views share storage
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -108,9 +108,9 @@ class Features:
 def run(
     method: Method, vit: VisionTransformer, windows: Tensor, context: Mapping[str, Any]
 ) -> tuple[Tensor, Features | None]:
-    """Query logits (B, Q, h, w) of windows (B, 3, H, W), and what can be kept for other words.
+    """Query logits (B, Q, h, w) of windows (B, 3, H, W), and the features to cache for other words.
 
-    That is nothing if the method's edits of the trunk depend on words.
+    There are none if the method's edits of the trunk depend on words.
     """
     trace = method.run(vit, windows, **context)
     read = method.read(trace)
@@ -124,10 +124,10 @@ def run(
 
 
 class FeatureCache(LRUCache[Features]):
-    """Features of the batches of windows that were seen last, by their pixels, method and weights.
+    """Features of the most recent batches of windows, by their pixels, method and weights.
 
     Args:
-        limit: bytes that are kept at most, on the device of the model; 0 keeps nothing.
+        limit: largest memory in bytes, on the device of the model; 0 keeps nothing.
     """
 
     def logits(
@@ -138,11 +138,11 @@ class FeatureCache(LRUCache[Features]):
         context: Mapping[str, Any],
         weights: Hashable,
     ) -> Tensor:
-        """Logits as `run` gives them, without the forward pass if its features are cached.
+        """The logits of `run`, without a forward pass if the features are cached.
 
         Args:
             method, vit, windows, context: as for `run`.
-            weights: changes whenever those of `vit` or of a guide do (`state_key`).
+            weights: a key that changes with the weights of `vit` and the guides (`state_key`).
         """
         if not self.limit or not is_hashable(method):
             return run(method, vit, windows, context)[0]
@@ -169,7 +169,7 @@ class FeatureCache(LRUCache[Features]):
 
 
 def is_hashable(method: Method) -> bool:
-    """Whether a method can be a key: one that was put together from lists by hand cannot."""
+    """Whether a method can be a cache key; one built by hand from lists cannot."""
     try:
         hash(method)
     except TypeError:

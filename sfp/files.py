@@ -1,4 +1,4 @@
-"""Where downloaded, generated and computed files live, and how they get there whole."""
+"""The cache folder, and atomic writing of files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 
 
 def cache_dir(*parts: str) -> Path:
-    """`$SFP_CACHE` or ~/.cache/sfp, and a folder inside it; not created.
+    """`$SFP_CACHE` or ~/.cache/sfp, or a folder inside it; not created.
 
-    Where there is no home folder, or nothing can be made in it (containers with an arbitrary user id),
-    a folder of this user's under the system's temporary one.
+    If there is no home folder or it is not writable (containers with an arbitrary user id), a folder of
+    this user inside the system's temporary folder is used.
     """
     if root := os.environ.get("SFP_CACHE"):
         return Path(root, *parts)
@@ -29,12 +29,12 @@ def cache_dir(*parts: str) -> Path:
 
 def home_dir() -> Path | None:
     """The user's home folder, or None if there is none."""
-    home = os.path.expanduser("~")  # stays "~" where neither $HOME nor a user name is known
+    home = os.path.expanduser("~")  # stays "~" if neither $HOME nor a user name is known
     return Path(home) if os.path.isabs(home) and os.path.isdir(home) else None
 
 
 def _usable(folder: Path) -> bool:
-    """Whether a folder is there, if only to be read, or can be made."""
+    """Whether a folder exists, even if read-only, or can be created."""
     if os.path.isdir(folder):
         return True
     there = next(parent for parent in folder.parents if os.path.isdir(parent))
@@ -43,12 +43,12 @@ def _usable(folder: Path) -> bool:
 
 @functools.cache
 def _temporary_cache() -> Path:
-    """A folder that nobody else can write to; a new one if another user has taken its name."""
+    """A folder that only this user can write to; a new one if another user has taken its name."""
     user = os.getuid() if hasattr(os, "getuid") else "cache"
     folder = Path(tempfile.gettempdir(), f"sfp-{user}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()  # no link: where it leads, another user decides
+        found = folder.lstat()  # does not follow links, which another user may have made
         ours = stat.S_ISDIR(found.st_mode) and found.st_uid == user
         if ours and not found.st_mode & 0o022:
             return folder
@@ -59,19 +59,17 @@ def _temporary_cache() -> Path:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error."""
+    """A temporary path beside `path` that replaces it when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a short name: beside one of 255 bytes there is no room for a longer one
+    # a short name, since that of `path` may have the maximal length of 255 bytes
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{path.suffix}")
-    # not mkstemp, whose mode 0600 would shut other users of a cache out: here the umask decides
+    # not mkstemp, whose mode 0600 would lock other users out of a cache: the umask applies
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = temporary.stat().st_mode & 0o777
     try:
         yield temporary
-        os.chmod(
-            temporary, mode
-        )  # safetensors puts a file of its own, mode 0600, in the place of this
+        os.chmod(temporary, mode)  # because safetensors replaces this file with one of mode 0600
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""The network as CUDA graphs: its launches are recorded once for a shape, and replayed as one.
+"""The network as CUDA graphs: kernel launches are recorded once per shape and then replayed.
 
-At small batches a GPU waits for Python, which takes longer to launch a block's kernels than they take
-to run. A recorded run has no Python in it.
+With small batches a GPU waits for Python, which takes longer to launch a block's kernels than they take
+to run. Replaying a graph involves no Python.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from sfp.feature_cache import LRUCache
 
-GRAPHS = 16  # shapes of batches, or methods, or words, that are kept
-WARM = 2  # runs before a recording: libraries choose algorithms, what is cached gets made
+GRAPHS = 16  # recordings kept, one for each combination of batch shape, methods and words
+WARM = 2  # runs before a recording, in which libraries choose algorithms and caches are filled
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run that can be repeated.
+    """A recorded run.
 
     Attributes:
-        graph: its launches.
-        windows: where it reads its input.
-        outputs: where it leaves its results.
-        alive: what else it reads, which has to stay where it is.
+        graph: its kernel launches.
+        windows: the tensor from which it reads its input.
+        outputs: the tensors to which it writes its results.
+        alive: references to everything else that it reads, which must not be freed or moved.
     """
 
     graph: Any
@@ -38,21 +38,21 @@ class Recorded:
     alive: Any
 
     def __call__(self, windows: Tensor) -> list[Tensor]:
-        """The results for other windows of that shape."""
+        """The results for other windows of the same shape."""
         self.windows.copy_(windows)
         self.graph.replay()
-        return [output.clone() for output in self.outputs]  # the next replay writes over them
+        return [output.clone() for output in self.outputs]  # the next replay overwrites them
 
 
 def recordable(windows: Tensor) -> bool:
-    """Whether what is done with a tensor can be recorded: on CUDA."""
+    """Whether operations on a tensor can be recorded, that is, whether it is on CUDA."""
     return windows.is_cuda
 
 
 class Graphs:
-    """Runs of a function of windows, recorded at the first call of a key, one at a time.
+    """Records a function of windows at the first call with each key. Calls run one at a time.
 
-    What cannot be recorded (a method that decides on the host) runs as it is, with a warning.
+    A function that cannot be recorded (a method that needs the host) runs normally, with a warning.
     """
 
     def __init__(self, limit: int = GRAPHS) -> None:
@@ -69,10 +69,10 @@ class Graphs:
         """`function(windows)`.
 
         Args:
-            key: changes with everything that `function` reads besides its argument.
-            function: gives tensors; neither it nor what it calls may wait for the GPU.
-            windows: (B, 3, H, W) on a GPU; elsewhere nothing is recorded.
-            alive: what `key` stands for.
+            key: a key for everything that `function` reads besides its argument.
+            function: returns tensors; it must not synchronise with the GPU.
+            windows: (B, 3, H, W); nothing is recorded unless it is on a GPU.
+            alive: references to everything that `key` stands for.
         """
         if not recordable(windows):
             return function(windows)
@@ -103,7 +103,7 @@ class Graphs:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(
-                f"graphs=True: a method cannot be recorded and runs without ({reason})",
+                f"graphs=True: this method cannot be recorded and runs without a graph ({reason})",
                 stacklevel=2,
             )
             return None

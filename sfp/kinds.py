@@ -1,7 +1,7 @@
-"""The kinds of ops, as types: what a function of each takes and returns, before its knobs.
+"""The kinds of ops as types: their arguments, apart from knobs, and their results.
 
-A knob or field that is annotated with one of these takes a config node or function of that kind, which
-`sfp.registry.bind` checks when a method is built. Letters as in `sfp.tokens`.
+A knob or field annotated with one of these takes a config node or function of that kind, which
+`sfp.registry.bind` checks when a method is built. Letters for shapes are those of `sfp.tokens`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Edit = Annotated[Callable[[Trace, int], Tokens], Kind("edit")]
 """(trace, absolute layer) -> the tokens that leave that layer from now on."""
 
 Affinity = Annotated[Callable[[Trace], Tensor], Kind("affinity")]
-"""(trace) -> how alike patches are, (B, N, N)."""
+"""(trace) -> similarities of patches, (B, N, N)."""
 
 Rule = Annotated[Callable[[Heads, Trace], Tensor], Kind("attention")]
 """(heads, trace) -> attention weights, (B, H or 1, M, T)."""

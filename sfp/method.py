@@ -1,4 +1,4 @@
-"""A method: what to edit while the trunk runs, and how to read its tokens with the last block(s)."""
+"""A method: edits of the trunk, and readouts of its tokens with the last block(s)."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ from sfp.registry import (
 from sfp.tokens import Tokens
 from sfp.trace import LayerError, Trace
 
-COPIES_KEPT = 4  # operated copies of one model; each holds the weights that its surgery replaced
+COPIES_KEPT = 4  # operated copies per model; each holds only the weights that its surgery replaced
 _OPERATED: WeakKeyDictionary[VisionTransformer, OrderedDict] = WeakKeyDictionary()
 _OPERATED_LOCK = threading.Lock()
 
 
 class _Fields:
-    """A dataclass whose fields are built and checked as their annotations ask, however it is made."""
+    """A dataclass whose fields are always built and checked according to their annotations."""
 
     def __post_init__(self) -> None:
         cls: Any = type(self)
@@ -62,7 +62,7 @@ class _Fields:
 
 @dataclass(frozen=True)
 class Purify(_Fields):
-    """An edit of the trunk: find outlier patches after some blocks and replace them.
+    """An edit of the trunk: find outlier patches after certain blocks and replace them.
 
     Attributes:
         layers: method layers (see `Trace.layer`), or "all" for every block but the last.
@@ -70,7 +70,7 @@ class Purify(_Fields):
         mitigator: (tokens, mask) -> tokens.
 
     Raises:
-        ValueError: if `layers` is neither "all" nor some layers, or a part is of another kind.
+        ValueError: if `layers` is neither "all" nor a list of layers, or an op is of the wrong kind.
     """
 
     layers: Sequence[int] | Literal["all"]
@@ -83,10 +83,10 @@ class Purify(_Fields):
             raise ValueError('layers=(): name at least one block, or "all"')
 
     def __call__(self, trace: Trace, i: int) -> Tokens:
-        """What leaves block `i` (absolute), purified if it is one of `layers`.
+        """The output of block `i` (absolute), purified if it is one of `layers`.
 
         Raises:
-            LayerError: if a layer is not there, or is the last block, which the trunk does not run.
+            LayerError: if a layer does not exist, or is the last block, which the trunk does not run.
         """
         tokens = trace.outputs[i]
         if self.layers != "all":
@@ -105,29 +105,30 @@ class Purify(_Fields):
 
 @dataclass(frozen=True)
 class Readout(_Fields):
-    """One pass of chosen tokens through chosen blocks.
+    """One pass of tokens through certain blocks, with a different attention or residual.
 
     Attributes:
-        blocks: method layers to read with, in order.
+        blocks: method layers whose blocks are used, in order.
         source: the tokens to read; None for those that entered the first of `blocks`.
         keep_cls: whether the class token takes part.
-        before: smoothers of the tokens that are read.
-        attention: rule for the weights; None for the block's own, fused.
-        residual: (tokens, source) -> (B, T or 1, D) that the first block's output is added to.
+        before: smoothers applied to the tokens first.
+        attention: rule for the attention weights; None for the block's own, fused.
+        residual: (tokens, source) -> (B, T or 1, D), to which the first block's output is added.
         ffn: whether the MLP follows.
-        after: smoothers of what was read.
-        layout: guide whose grid the output takes, patches only; the attention rule of the (one)
-            block gives one row per patch of the guide.
-        layout_output: which of the guide's outputs the rule looks at (`Trace.guide`), so that the
-            guide need not run for another.
-        block: "pool" reads in the attention pool of a tower that has one (SigLIP, PE, CoCa) in the
-            place of its last block: what leaves that is mixed as values of the pool. There is no
-            residual around a pool; any but the ordinary one is taken of what single tokens contribute.
-        pool_keys: q and k that the rule sees there: the keys of the "pool" for both, whose one query is
-            learned; or those of the "last" block.
+        after: smoothers applied to the output.
+        layout: guide whose patch grid the output has; the attention rule of the (single) block then
+            gives one row per patch of the guide.
+        layout_output: the guide's output that the rule reads (`Trace.guide`), so that the guide does
+            not have to run for another one.
+        block: "pool" reads in the attention pool of a tower that has one (SigLIP, PE, CoCa) instead of
+            its last block: the rule's weights mix the pool's values of the last block's output. A pool
+            has no residual; a residual other than the default is applied to what single tokens
+            contribute to the pool.
+        pool_keys: the q and k for the rule in a pool: "pool" uses the pool's keys for both, because its
+            only query is learned; "last" uses those of the last block.
 
     Raises:
-        ValueError: for a pool without a rule, or in place of other blocks than the last.
+        ValueError: for a pool without a rule, or in place of blocks other than the last.
     """
 
     blocks: Sequence[int] = (-1,)
@@ -149,12 +150,12 @@ class Readout(_Fields):
             return
         if self.attention is None:
             raise ValueError(
-                "block='pool' needs an attention rule: the pool's own query gives one vector for the "
-                "whole image"
+                "block='pool' needs an attention rule: the pool's own query gives only one vector for "
+                "the whole image"
             )
         if tuple(self.blocks) != (-1,):
             raise ValueError(
-                f"block='pool' stands for the last block alone, not for blocks={self.blocks}"
+                f"block='pool' replaces only the last block: expected blocks=(-1,), got {self.blocks}"
             )
 
     def __call__(self, trace: Trace) -> Tokens:
@@ -190,7 +191,7 @@ class Readout(_Fields):
         if vit.pool is None or rule is None:
             raise ValueError(
                 "block='pool': this tower has no attention pool (those of SigLIP, PE and CoCa have "
-                "one); read in the last block, block='last'"
+                "one); use block='last'"
             )
         source = self.source(trace) if self.source else trace.leaving()
         x = source if self.keep_cls else source.only_patches()
@@ -221,25 +222,26 @@ class Method(_Fields):
     """Everything that distinguishes one training-free method from another.
 
     Attributes:
-        edits: of the trunk, in order.
-        image: what happens to the tokens of all windows of an image before they are read.
+        edits: edits of the trunk, in order.
+        image: stage that transforms the tokens of all windows of an image before they are read.
         readouts: `Readout`s, or ops of the kind "reader"; their outputs are summed.
-        weights: factors on the readouts' outputs, which are then normalised, projected and summed;
-            without any, they are summed, normalised and projected.
+        weights: factors for the readouts' outputs, which are then normalised, projected and summed; by
+            default they are summed, normalised and projected.
         comparison: (features, trace) -> query logits; cosines with the text bank by default.
-        refiners: of the query logits (B, Q, h, w), in order.
+        refiners: refiners of the query logits (B, Q, h, w), in order.
         decision: (merged logits, size, classes) -> class scores; None for the engine's softmax over
-            queries, of which each class has its best.
+            queries and the best query of each class.
         surgery: edits of the weights, made once per model on a copy that shares all other weights.
-        positions: rule that fits the position table to another grid; None for the tower's own.
+        positions: rule that resamples the position embedding for another grid; None for the tower's
+            own.
         pool_mlp: whether features go through the MLP of the tower's attention pool (SigLIP, PE), if it
             has one; TextRegion leaves it out.
-        depth: number of blocks that the layer numbers are written for; they are moved to the same
-            relative depth of a deeper model. None takes them literally, as the released codes do.
-        direct: whether logits on a grid of the whole image go straight to the output's size, not
-            through that of the network's input.
-        vote: whether the pixels of each of the "regions" take the most frequent of their labels in
-            the end; "all_but_smallest" leaves out the region of the smallest id instead of id 0.
+        depth: number of blocks that the layer numbers refer to; they are moved to the same relative
+            depth in a deeper model. None takes them literally, as the released codes do.
+        direct: whether logits on a grid of the whole image are resized directly to the output size,
+            not via the size of the network's input.
+        vote: "regions" finally gives all pixels of a region their most frequent label;
+            "all_but_smallest" excludes the region with the smallest id instead of id 0.
     """
 
     edits: Sequence[Purify | Edit] = ()
@@ -262,7 +264,7 @@ class Method(_Fields):
             raise ValueError("readouts of the last block and of the pool cannot be summed")
         if self.weights and len(self.weights) != len(self.readouts):
             raise ValueError(
-                f"weights={self.weights}: expected one for each of {len(self.readouts)} readouts"
+                f"weights={self.weights}: expected one for each of the {len(self.readouts)} readouts"
             )
 
     def features(
@@ -284,7 +286,7 @@ class Method(_Fields):
     def logits(
         self, vit: VisionTransformer, image: Tensor, text: Tensor, **context: Any
     ) -> tuple[Tensor, Trace]:
-        """Cosine similarity of every patch with every query, refined.
+        """Refined query logits of every patch.
 
         Args:
             vit, image, **context: as in `features`.
@@ -299,17 +301,17 @@ class Method(_Fields):
     def run(
         self, vit: VisionTransformer, image: Tensor, *, portion: int | None = None, **context: Any
     ) -> Trace:
-        """The trunk alone, edited; arguments as in `features`.
+        """Runs only the trunk, with edits; arguments as in `features`.
 
         Args:
-            portion: images that go through the network together; all by default.
+            portion: number of images that go through the network together; all by default.
         """
         if not self.pool_mlp and (vit.pool is None or vit.pool.mlp is None):
             raise ValueError("pool_mlp=False: this tower has no MLP in an attention pool")
         if self.reads_clip and not vit.blocks:
             raise LayerError(
-                "weights='none' stands for no CLIP, which this method reads: name weights, e.g. "
-                "'ViT-B/16' (methods that go without: sam3, segearth_ov3, activesam)"
+                "weights='none', but this method uses CLIP: name weights, e.g. 'ViT-B/16' (methods "
+                "without CLIP: sam3, segearth_ov3, activesam)"
             )
         vit, regions = self.operate(vit), context.pop("regions", None)
 
@@ -334,9 +336,10 @@ class Method(_Fields):
         return Trace.joined(traces)
 
     def read(self, trace: Trace) -> Tokens:
-        """The readouts of a trace that this method, or one of equal `trunk`, has run.
+        """Applies the readouts to a trace that this method, or one with an equal `trunk`, has run.
 
-        Tokens of the trace's windows, or of their whole image, (1, T, C), where the method reads that.
+        Returns tokens of the trace's windows or, if the method reads the whole image, of the image,
+        (1, T, C).
         """
         if self.needs_whole and trace.whole is None:
             return Tokens.cat([self.read(image) for image in trace.alone()])
@@ -351,20 +354,20 @@ class Method(_Fields):
         return trace.project(first)
 
     def seen(self, trace: Trace) -> Trace:
-        """The trace that readouts and refiners look at: `trace`, or what `image` makes of it."""
+        """The trace that readouts and refiners use: `trace`, transformed by `image` if that is set."""
         stage = self.image
         if stage is None:
             return trace
         return trace._compute_once(("image", stage), lambda: stage(trace), words=True)
 
     def read_logits(self, trace: Trace) -> Tensor:
-        """Refined query logits (B, Q, h, w) of such a trace, which must have the text features."""
+        """Refined query logits (B, Q, h, w) of a trace (see `read`), which needs text features."""
         if self.needs_whole and trace.whole is None:
             return torch.cat([self.read_logits(image) for image in trace.alone()])
         return self.compare(self.read(trace), trace)
 
     def compare(self, features: Tokens, trace: Trace) -> Tensor:
-        """Refined query logits (B, Q, h, w) of features that were read from such a trace."""
+        """Refined query logits (B, Q, h, w) of features that `read` has returned for a trace."""
         if self.needs_whole and trace.whole is None:
             alone = enumerate(trace.alone())
             return torch.cat([self.compare(features[i : i + 1], image) for i, image in alone])
@@ -376,17 +379,17 @@ class Method(_Fields):
 
     @property
     def reads_clip(self) -> bool:
-        """Whether it looks at CLIP's tokens; if not, weights "none" serve it as well."""
+        """Whether it uses CLIP's tokens; if not, it also runs with weights "none"."""
         return any(getattr(each, "fn", each) is not embedded_patches for each in self.readouts)
 
     @property
     def words_in_trunk(self) -> bool:
-        """Whether the run of the trunk depends on words; if not, `Trace.with_words` serves others."""
+        """Whether the run of the trunk depends on words; if not, `Trace.with_words` can change them."""
         return needs_words(self.edits)
 
     @property
     def words_in_readouts(self) -> bool:
-        """Whether what `read` gives for such a trace depends on words."""
+        """Whether the result of `read` depends on words."""
         return needs_words((self.image, self.readouts))
 
     @property
@@ -405,13 +408,13 @@ class Method(_Fields):
 
     @property
     def trunk(self) -> Hashable:
-        """Methods of equal trunk leave the same trace, so that one run serves all of them."""
+        """A key: methods with equal trunks produce the same trace and can share a run."""
         return self.edits, self.surgery, self.positions, self.depth, self.pool_mlp
 
     def operate(self, vit: VisionTransformer) -> VisionTransformer:
-        """The model with this method's surgery: `vit` itself if there is none.
+        """The model with this method's surgery, or `vit` itself if there is none.
 
-        The latest copies of each model are kept as long as its weights stay what they are.
+        The latest copies of each model are cached until its weights change.
 
         Raises:
             ValueError: if the weights are 8-bit.
@@ -420,7 +423,7 @@ class Method(_Fields):
             return vit
         if vit.is_int8:
             raise ValueError(
-                "this method edits weights, which 8-bit models have no more: use precision='fp32'"
+                "this method edits float weights, which an int8 model lacks: use precision='fp32'"
             )
         key = (self.surgery, self.depth)
         with _OPERATED_LOCK:
@@ -428,7 +431,7 @@ class Method(_Fields):
             state = state_key(vit)
             made_for, operated = copies.pop(key, (None, None))
             if operated is None or made_for != state:
-                # parameters are shared; what an operation replaces is its own
+                # the copy shares all parameters except those that the surgery replaces
                 operated = copy.deepcopy(vit, {id(p): p for p in vit.parameters()})
                 for operation in self.surgery:
                     operation(operated, self.depth)
@@ -439,16 +442,15 @@ class Method(_Fields):
 
 
 def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Method:
-    """Builds a method from a preset's name, a config or both.
+    """Builds a method from a preset's name or a config.
 
     Args:
         method: name of a preset; `dict(type=name, knob=value, ...)`; a composition
             `dict(type="Method", readouts=[...], ...)`; or a `Method`, returned as it is.
         **knobs: knobs of the preset. Every preset that has no knob of that name itself also takes
             `depth`, `positions`, `pool_mlp` and `comparison` (see `Method`), `block` and `pool_keys` of
-            its readouts (see `Readout`), `refiners` that follow its
-            own, and `stitched`: the windows of an image are joined to one grid before they are read
-            (`sfp.ops.image.canvas`).
+            its readouts (see `Readout`), `refiners` to apply after its own, and `stitched`, which
+            joins the windows of an image into one grid before they are read (`sfp.ops.image.canvas`).
 
     Raises:
         ValueError: for unknown presets, ops or knobs; the message names the valid ones.
@@ -460,17 +462,17 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
     if isinstance(method, Method):
         if knobs:
             raise ValueError(
-                f"knobs {sorted(knobs)} cannot be set on a method that is built already"
+                f"knobs {sorted(knobs)} cannot be set on a method that is already built"
             )
         return method
     return build_dataclass(Method, composition(method, **knobs))
 
 
 def self_contained_methods(guides: Collection[str] = ()) -> list[str]:
-    """Names of the presets that ask, by default, for no regions and no external encoder but some.
+    """Names of the presets that by default need no regions, and no external encoder but `guides`.
 
     Args:
-        guides: names of the encoders that there are.
+        guides: names of the available encoders.
     """
     methods = {name: build_method(name) for name in list_methods()}
     return [n for n, m in methods.items() if guides_of(m) <= set(guides) and not m.needs_regions]

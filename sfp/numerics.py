@@ -1,4 +1,4 @@
-"""Where NaN and infinite values come from."""
+"""Finds where NaN and infinite values come from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sfp.method import Method
 def finite(x: Tensor) -> bool:
     """Whether no value is NaN or infinite, in one pass without a temporary.
 
-    A sum keeps any of them; that it overflows by itself takes values no network has (float64 sums).
+    Any such value makes the sum NaN or infinite; finite values do not, because it is taken in float64.
     """
     return bool(x.sum(dtype=torch.float64 if x.device.type == "cpu" else torch.float32).isfinite())
 
@@ -22,10 +22,10 @@ def finite(x: Tensor) -> bool:
 def first_bad(
     method: Method, vit: VisionTransformer, image: Tensor, context: dict[str, Any]
 ) -> str:
-    """The first part, in the order in which they run, that puts out a NaN or infinite value.
+    """The first part, in order of execution, that outputs a NaN or infinite value.
 
     Args:
-        method, vit, image, context: as for `Method.run`; it all runs once more.
+        method, vit, image, context: as for `Method.run`, which runs again.
     """
     if not finite(image):
         return "the image"

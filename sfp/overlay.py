@@ -19,15 +19,15 @@ class Panel:
 
 
 def overlay(panel: Panel, palette: Sequence[Sequence[int]], opacity: float = 0.7) -> np.ndarray:
-    """Labels in their colours over the picture, with white borders between them: (H, W, 3) uint8.
+    """The labels' colours over the picture, with white borders between them: (H, W, 3) uint8.
 
-    Pixels whose label is none of the palette's, the ignored ones, stay as they are.
+    Pixels with a label outside the palette, such as ignored ones, are not coloured.
     """
     if panel.labels is None:
         return panel.image
     colours = np.array([*palette, (0, 0, 0)], np.float32)
     labels = np.minimum(panel.labels, len(palette)).astype(np.uint16)
-    # the picture keeps its light and dark under the colour
+    # keep the brightness of the picture under the colours
     grey = cv2.cvtColor(panel.image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
     mixed = opacity * colours[labels] + (1 - opacity) * grey
     edges = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
@@ -37,7 +37,7 @@ def overlay(panel: Panel, palette: Sequence[Sequence[int]], opacity: float = 0.7
 
 
 def label_picture(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:
-    """A label map (H, W), uint8 with a palette or uint16 (which PNG has none for), as a picture."""
+    """A label map (H, W) as a picture: uint8 with a palette, or uint16, for which PNG has none."""
     picture = Image.fromarray(labels)
     if labels.dtype == np.uint8:
         picture.putpalette([value for colour in palette for value in colour])

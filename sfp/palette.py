@@ -1,4 +1,4 @@
-"""Colours of classes, without matplotlib or mmsegmentation."""
+"""Class colours, without matplotlib or mmsegmentation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sfp.vocabulary import BACKGROUND
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; black is left for text
+# Okabe and Ito's colours, distinguishable with any kind of colour vision; black is left for text
 ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE, GREY = OKABE_ITO = (
     "#E69F00",
     "#56B4E9",
@@ -43,7 +43,7 @@ def colour_map(count: int) -> list[list[int]]:
 
 
 def class_colours(count: int) -> list[Colour]:
-    """Colours for `count` classes: Okabe and Ito's, then darker and lighter ones, then again.
+    """Colours for `count` classes: Okabe and Ito's, then darker and lighter ones, then repeated.
 
     Example:
         >>> class_colours(2)

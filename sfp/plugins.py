@@ -1,4 +1,4 @@
-"""Modules of other people, which register methods, ops, guides or data sets when imported."""
+"""Imports user modules that register methods, ops, guides or datasets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Imports modules by name, also from the working folder, and files by path.
+    """Imports modules by name, also from the current folder, and files by path.
 
     Raises:
         ValueError: if one cannot be imported; the message says why.
@@ -26,7 +26,7 @@ def _import(name: str) -> None:
     if name.endswith(".py"):
         _import_file(Path(name))
         return
-    sys.path.insert(0, "")  # the working folder, as in `python -m`
+    sys.path.insert(0, "")  # the current folder, as in `python -m`
     try:
         importlib.import_module(name)
     finally:
@@ -39,4 +39,4 @@ def _import_file(path: Path) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.modules.setdefault(path.stem, module)  # so that what it defines can be pickled
+    sys.modules.setdefault(path.stem, module)  # so that its classes and functions can be pickled

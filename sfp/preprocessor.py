@@ -1,4 +1,4 @@
-"""mmsegmentation's image preprocessor, and what its pipelines did to an image, undone."""
+"""The image preprocessor for mmsegmentation, and functions that undo padding and flips."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sfp.functional.labels import Labels
 
 @MODELS.register_module(force=True)
 class ImagePreprocessor(SegDataPreProcessor):
-    """Normalises each image of a batch and leaves them as a list, so that their sizes may differ.
+    """Normalises each image of a batch and returns them as a list, so that their sizes may differ.
 
     Args:
-        mean, std: RGB in 0..255; by default those of the segmentor's weights, for most OpenAI's.
-        bgr_to_rgb: whether images come as mmseg loads them.
+        mean, std: RGB in 0..255; by default those of the segmentor's weights, usually OpenAI's.
+        bgr_to_rgb: whether images are in BGR order, as mmseg loads them.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ImagePreprocessor(SegDataPreProcessor):
         self._given = dict(mean=mean, std=std)
 
     def follow(self, clip: CLIP) -> None:
-        """Takes the normalisation that `clip` was trained with, where none was given."""
+        """Uses the normalisation that `clip` was trained with, unless another was given."""
         for name, given in self._given.items():
             if given is None:
                 getattr(self, name).copy_(torch.tensor(getattr(clip, name))[:, None, None])
@@ -49,27 +49,27 @@ class ImagePreprocessor(SegDataPreProcessor):
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
         """`inputs`: images (3, H, W) in 0..255, BGR as mmseg loads them -> a list of float images.
 
-        Very large 8-bit images are left as they are, to be normalised window by window.
+        Very large 8-bit images are not normalised here but later, window by window.
         """
         data = self.cast_data(data)
         images = [x if is_large(x) else self.normalise(x) for x in data["inputs"]]
         return dict(inputs=images, data_samples=data.get("data_samples"))
 
     def normalise(self, image: Tensor) -> Tensor:
-        """An image, or a part of one, as the network expects it: RGB, float, mean 0."""
+        """Normalises an image or part of one for the network: RGB, float, mean 0."""
         image = image[[2, 1, 0]] if self.bgr_to_rgb else image
         return (image.float() - self.mean) / self.std
 
 
 def unpadded(image: Tensor, sample: SegDataSample) -> Tensor:
-    """The image without what a pipeline or preprocessor padded: (left, right, top, bottom)."""
+    """The image without the padding (left, right, top, bottom) of a pipeline or preprocessor."""
     meta = sample.metainfo
     left, right, top, bottom = meta.get("img_padding_size", meta.get("padding_size", [0] * 4))
     return image[:, top : image.shape[1] - bottom, left : image.shape[2] - right]
 
 
 def flipped(sample: SegDataSample) -> tuple[int, ...]:
-    """Along which dimensions the pipeline had mirrored the image (test-time augmentation)."""
+    """The dimensions along which the pipeline has flipped the image (test-time augmentation)."""
     if not sample.metainfo.get("flip"):
         return ()
     direction = sample.metainfo.get("flip_direction", "horizontal")
@@ -77,7 +77,7 @@ def flipped(sample: SegDataSample) -> tuple[int, ...]:
 
 
 def unflipped(result: Labels, sample: SegDataSample) -> Labels:
-    """Turned back, if the pipeline had mirrored the image."""
+    """The labels flipped back, if the pipeline has flipped the image."""
     if not (sides := flipped(sample)):
         return result
     scores = None if result.scores is None else result.scores.flip(sides)

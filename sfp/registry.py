@@ -1,4 +1,4 @@
-"""Names for parts and methods, and the one function that turns config nodes into callables.
+"""Registries of ops and methods, and `bind`, which turns config nodes into callables.
 
 An op is a plain function; a config binds its keyword-only knobs::
 
@@ -31,8 +31,8 @@ T = TypeVar("T")
 class Registry:
     """Functions or classes by name.
 
-    A name that is registered again stands for the new one from then on, so that a notebook cell can
-    be edited and run again. A warning says so if the two come from different places.
+    Registering a name again replaces the old entry, so that a notebook cell can be edited and run
+    again; there is a warning if the two come from different places.
 
     Args:
         name: what is registered here, for messages.
@@ -49,12 +49,12 @@ class Registry:
 
     @property
     def module_dict(self) -> dict[str, Any]:
-        """All that is registered, by name."""
+        """All entries by name."""
         self._load()
         return self._modules
 
     def get(self, name: str) -> Any:
-        """What is registered under a name, or None."""
+        """The entry with a name, or None."""
         return self.module_dict.get(name)
 
     def register_module(
@@ -67,7 +67,7 @@ class Registry:
 
         Args:
             name: by default the function's own.
-            force: True replaces what has that name without a warning.
+            force: replace an entry with the same name without a warning.
             module: the function or class; without it, the call returns a decorator.
         """
         if name is not None and not isinstance(name, str):  # @r.register_module, without brackets
@@ -75,7 +75,7 @@ class Registry:
         if module is None:
             return lambda fn: self.register_module(name, force, fn)
         if not _is_ours(module):
-            self._load()  # what is ours comes first, whoever asks first
+            self._load()  # register this package's own entries first
         name = name or module.__name__
         old = self._modules.get(name)
         if old is not None and not force and not _same_place(old, module):
@@ -172,19 +172,19 @@ class Op:
 def needs_words(part: Any) -> bool:
     """Whether what a part of a method gives may depend on the words that an image is compared with.
 
-    It may if its function says so (see `op`), or if something nested in its knobs or fields may. A
-    function outside this package that says nothing counts as one that needs them.
+    It may if its function declares it (see `op`), or if anything nested in its knobs or fields does.
+    Functions from outside this package that declare nothing are assumed to need words.
     """
     return any(bool(getattr(x, "words", not _is_ours(x))) for x in _functions(part))
 
 
 def needs(part: Any, what: Literal["whole", "regions"]) -> bool:
-    """Whether a function in a part of a method says that it needs something (see `op`)."""
+    """Whether any function in a part of a method declares that it needs `what` (see `op`)."""
     return any(getattr(x, what, False) for x in _functions(part))
 
 
 def guides_of(part: Any) -> set[str]:
-    """The external encoders that a part of a method asks for: what its knobs `guide` and `sam` name."""
+    """The external encoders that a part of a method needs, from its knobs `guide` and `sam`."""
     if isinstance(part, (list, tuple)):
         return set().union(*map(guides_of, part))
     if isinstance(part, Op):
@@ -198,7 +198,7 @@ def guides_of(part: Any) -> set[str]:
 
 
 def _functions(part: Any) -> Iterator[Any]:
-    """All that can be called in a part of a method: itself, its knobs, its fields."""
+    """All callables in a part of a method: itself, its knobs, its fields."""
     if isinstance(part, (list, tuple)):
         for item in part:
             yield from _functions(item)
@@ -217,12 +217,12 @@ def bind(node: Any, kind: str | None = None) -> Any:
 
     Args:
         node: `dict(type=name, knob=value, ...)` becomes an `Op`; lists become tuples; anything else,
-            callables among them, is returned as it is.
-        kind: what the op must be registered as.
+            including callables, is returned unchanged.
+        kind: the kind that the op must have.
 
     Raises:
-        ValueError: for an unknown op or knob, a missing knob, a value that a knob cannot take, or an
-            op of another kind; the message names the valid ones.
+        ValueError: for an unknown op or knob, a missing knob, an invalid value, or an op of another
+            kind; the message lists the valid ones.
     """
     if isinstance(node, (list, tuple, range)):
         return tuple(bind(item, kind) for item in node)
@@ -245,23 +245,23 @@ def _check_kind(part: Any, kind: str | None) -> None:
     if kind is not None and own != kind:
         name = getattr(part, "__name__", part)
         raise ValueError(
-            f"op {name!r} is of kind {own!r} where {kind!r} is needed; "
-            f"of that kind are: {', '.join(list_ops(kind))}"
+            f"op {name!r} is of kind {own!r}, but {kind!r} is needed here; "
+            f"ops of that kind: {', '.join(list_ops(kind))}"
         )
 
 
 def find(
     registry: Registry, name: str | Callable[..., Any], kind: str | None = None
 ) -> Callable[..., Any]:
-    """The registered function of a name; callables pass.
+    """The registered function with a name; callables are returned unchanged.
 
     Args:
-        registry: where to look.
-        name: of the function.
-        kind: of the ops that the message of an error names; None for all.
+        registry: the registry to search.
+        name: name of the function.
+        kind: the kind of ops that an error message lists; None for all.
 
     Raises:
-        ValueError: if there is none; the message names the closest ones.
+        ValueError: if there is none; the message suggests the closest name.
     """
     if callable(name):
         return name
@@ -273,17 +273,17 @@ def find(
 
 
 def build(registry: Registry, node: Any, what: str) -> Any:
-    """An instance of the registered class that a config node names, with the node's other entries.
+    """Builds an instance of a registered class from a config node.
 
-    What is no config node is taken for such an instance, and passes.
+    Anything that is not a config node is assumed to be an instance and returned unchanged.
 
     Args:
-        registry: of the class.
+        registry: the registry of the class.
         node: `dict(type=name, knob=value, ...)`.
-        what: the node, for messages.
+        what: description of the node, for messages.
 
     Raises:
-        ValueError: for a missing or unknown type, or a wrong knob; the message names the valid ones.
+        ValueError: for a missing or unknown type, or a wrong knob; the message lists the valid ones.
     """
     if not isinstance(node, Mapping):
         return node
@@ -295,16 +295,16 @@ def build(registry: Registry, node: Any, what: str) -> Any:
 
 
 def check_knobs(fn: Callable[..., Any], knobs: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The knobs of a function, or fields of a dataclass, as their annotations ask (see `fit`).
+    """Checks and converts the knobs of a function, or the fields of a dataclass (see `fit`).
 
     Args:
         fn: a function or class whose knobs are keyword-only, or a dataclass.
         knobs: values by name.
-        what: the function, for messages.
+        what: description of the function, for messages.
 
     Raises:
-        ValueError: for a knob that does not exist, one without default that is missing, and a value
-            that an annotation rules out.
+        ValueError: for an unknown knob, a missing knob without default, or a value that does not fit
+            the annotation.
     """
     parameters = inspect.signature(fn).parameters
     noun, valid = "field", dict(parameters)
@@ -316,8 +316,8 @@ def check_knobs(fn: Callable[..., Any], knobs: Mapping[str, Any], what: str) -> 
             continue
         if name in parameters:
             raise ValueError(
-                f"{what}: {name!r} is a positional parameter, and only keyword-only ones are knobs: "
-                "make it keyword-only (put `*,` before the knobs in the signature)"
+                f"{what}: {name!r} is a positional parameter, but knobs must be keyword-only: put "
+                "`*,` before the knobs in the signature to make it keyword-only"
             )
         raise ValueError(f"{what} has no {noun} {name!r}{suggest(name, valid)}")
     missing = [n for n, p in valid.items() if p.default is p.empty and n not in knobs]
@@ -329,10 +329,10 @@ def check_knobs(fn: Callable[..., Any], knobs: Mapping[str, Any], what: str) -> 
 
 @functools.lru_cache(maxsize=1024)
 def parameter_types(fn: Callable[..., Any]) -> dict[str, Any]:
-    """The evaluated annotation of each parameter; Any where there is none, or none at run time.
+    """The evaluated annotation of each parameter; Any if it has none or it cannot be evaluated.
 
-    They are evaluated one by one: names that a module imports for type checkers only, of positional
-    parameters mostly, do not stand in the way of the others.
+    Annotations are evaluated one at a time, so that names that a module imports only for type checkers
+    do not prevent the evaluation of the others.
     """
     module = sys.modules.get(fn.__module__)
     space = getattr(inspect.unwrap(fn), "__globals__", getattr(module, "__dict__", {}))
@@ -341,24 +341,24 @@ def parameter_types(fn: Callable[..., Any]) -> dict[str, Any]:
         hint = Any if parameter.annotation is parameter.empty else parameter.annotation
         try:
             evaluated[name] = eval(hint, space) if isinstance(hint, str) else hint
-        except Exception:  # an annotation may be anything
+        except Exception:  # annotations can contain anything
             evaluated[name] = Any
     return evaluated
 
 
 def fit(value: Any, hint: Any, what: str, name: str) -> Any:
-    """A value as an annotation asks: config nodes built, lists as tuples.
+    """Checks a value against an annotation; builds config nodes and turns lists into tuples.
 
-    Checked are kinds of ops, dataclasses, `Literal`, numbers, strings and other classes, alone, in
-    sequences and in unions; what an annotation says beyond that is left to the caller.
+    Kinds of ops, dataclasses, `Literal`, numbers, strings and other classes are checked, alone, in
+    sequences and in unions. Anything beyond that is not checked.
 
     Args:
-        value: of a knob.
+        value: the value of a knob.
         hint: its annotation, evaluated.
         what, name: the function and its knob, for messages.
 
     Raises:
-        ValueError: if the value cannot be meant.
+        ValueError: if the value does not fit.
     """
     options = _options(hint)
     for option in options:
@@ -372,7 +372,7 @@ def fit(value: Any, hint: Any, what: str, name: str) -> Any:
 
 
 def _options(hint: Any) -> list[Any]:
-    """The members of a union, or the hint alone; `Annotated` stays where it marks a kind."""
+    """The members of a union, or just the hint; keeps `Annotated` only if it marks a kind."""
     if get_origin(hint) is Annotated and _kind(hint) is None:
         hint = get_args(hint)[0]
     if get_origin(hint) in (Union, UnionType):
@@ -385,7 +385,7 @@ def _kind(hint: Any) -> str | None:
 
 
 def _admits(option: Any, value: Any) -> bool:
-    """Whether a value looks like one of an annotation; what is inside is not looked at."""
+    """Whether a value's outer type fits an annotation; items are not checked."""
     if _kind(option) is not None:
         return callable(value) or _is_node(value)
     base = get_origin(option) or option
@@ -406,7 +406,7 @@ def _admits(option: Any, value: Any) -> bool:
         return base is Any or callable(value) or _is_node(value)
     try:
         return not isinstance(base, type) or isinstance(value, base)
-    except TypeError:  # a protocol or a typed dictionary, which cannot be asked
+    except TypeError:  # a protocol or typed dictionary, which isinstance does not support
         return True
 
 
@@ -425,7 +425,7 @@ def _built(option: Any, value: Any, what: str, name: str) -> Any:
 
 
 def build_dataclass(cls: type[T], node: Mapping[str, Any]) -> T:
-    """A dataclass from its config node; a "type" in it is its own name.
+    """Builds a dataclass from its config node, which may have its name as "type".
 
     Raises:
         ValueError: as `check_knobs`.
@@ -447,16 +447,16 @@ def _describe(option: Any) -> str:
 
 
 def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]:
-    """The fields of `Method` that a preset stands for, not built yet; those of a composition pass.
+    """The fields of `Method` that a preset describes, not yet built; compositions are returned as is.
 
     Args:
         method: name of a preset, or `dict(type=name, knob=value, ...)`.
         **knobs: further knobs. Every preset that has no knob of that name itself also takes the
-            fields in `COMMON`, those in `READOUT` for all of its readouts, `refiners` that follow its
-            own, and `stitched=True`, which stands for `image=dict(type="canvas")`.
+            fields in `COMMON`, those in `READOUT` for all of its readouts, `refiners` to apply after
+            its own, and `stitched=True`, which is short for `image=dict(type="canvas")`.
 
     Raises:
-        ValueError: for unknown presets or knobs; the message names the valid ones.
+        ValueError: for unknown presets or knobs; the message lists the valid ones.
     """
     config = {"type": method} if isinstance(method, str) else dict(method)
     config.update(knobs)
@@ -474,7 +474,7 @@ def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]
         readouts = fields_of_method.get("readouts", [{}])
         if any("type" in node for node in readouts):
             raise ValueError(
-                f"method {name!r} reads in its own way, which has no {', '.join(place)}"
+                f"method {name!r} has its own reader, which does not support {', '.join(place)}"
             )
         common["readouts"] = [{**node, **place} for node in readouts]
     if stitched:
@@ -486,7 +486,9 @@ def _stitching(stitched: object, composition: Mapping[str, Any], name: str) -> d
     if stitched is not True:
         raise ValueError(f"method {name!r}: stitched={stitched!r}: expected True or False")
     if composition.get("image"):
-        raise ValueError(f"method {name!r} has a stage of its own for the windows of an image")
+        raise ValueError(
+            f"method {name!r} already has an image stage: it cannot be combined with stitched=True"
+        )
     return dict(type="canvas")
 
 
@@ -494,7 +496,7 @@ def pick(what: str, name: str, options: Mapping[str, T]) -> T:
     """`options[name]`.
 
     Raises:
-        ValueError: if there is no such option; the message names the closest one.
+        ValueError: if there is no such option; the message suggests the closest one.
     """
     if name not in options:
         raise ValueError(f"unknown {what} {name!r}{suggest(name, options)}")
@@ -510,7 +512,7 @@ def suggest(name: object, valid: Iterable[str]) -> str:
 
 
 def knobs(fn: Callable[..., Any]) -> dict[str, Any]:
-    """Keyword-only parameters and their defaults; `...` for those that have none."""
+    """Keyword-only parameters and their defaults, with `...` for none."""
     parameters = inspect.signature(fn).parameters.values()
     return {
         p.name: ... if p.default is p.empty else p.default

@@ -1,4 +1,4 @@
-"""What came out for one image: labels, probabilities, pictures, files."""
+"""The result for one image: labels, probabilities, pictures, files."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 640  # pixels of the long side in notebooks
-SLAB = 2**24  # scores that are computed at once
+SLAB = 2**24  # number of scores computed at a time
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Class probabilities of an image, rendered from its merged logits when they are asked for.
+    """Class probabilities of an image, rendered from its merged logits on demand.
 
     Attributes:
         sheet: the logits, at patch resolution.
         index: class of each query.
         scale: inverse temperature of the softmax.
-        background: whether a threshold has put a class without words before the others.
+        background: whether a background class without words precedes the others.
         refine: the refinement of the logits, if any.
-        decision: of the method, in place of the softmax.
+        decision: the method's replacement for the softmax, if any.
     """
 
     sheet: LogitSheet
@@ -55,7 +55,7 @@ class Scores:
     decision: Decision | None = None
 
     def slabs(self) -> Iterator[NDArray[np.float32]]:
-        """The probabilities, some rows (K, rows, W) after the other."""
+        """The probabilities, one slab of rows (K, rows, W) at a time."""
         height, width = self.sheet.size
         step = max(SLAB // ((self.index[-1] + 2) * width), 1)
         rows = self.sheet.rows if self.refine is None else self.refine(self.sheet)
@@ -68,7 +68,7 @@ class Scores:
                     rows=partial(_shifted, reading["rows"], start), size=(stop - start, width)
                 )
                 scores = assign(**{**reading, **own}, keep_scores=True).scores
-            assert scores is not None  # they were asked for
+            assert scores is not None  # because of keep_scores
             known = scores.float().numpy()
             yield np.pad(known, ((1, 0), (0, 0), (0, 0))) if self.background else known
 
@@ -84,9 +84,9 @@ class Result:
 
     Attributes:
         labels: class of each pixel, (H, W) int32; `names[label]` is its name.
-        confidence: probability of the best class, (H, W) float32; where a threshold made the pixel
-            background, of the class that did not reach it.
-        names: of the classes.
+        confidence: probability of the best class, (H, W) float32; for pixels that a threshold made
+            background, that of the class below the threshold.
+        names: names of the classes.
         image: the picture, (H, W, 3) uint8 RGB.
         _scores: renders the class probabilities.
     """
@@ -101,14 +101,14 @@ class Result:
     def scores(self) -> NDArray[np.float32]:
         """Class probabilities, (K, H, W): softmax over all queries, then each class's best synonym.
 
-        So they sum to 1 where no class has synonyms, else to less. A background that a threshold
-        makes has no words, and 0. They are computed each time, and not kept: K maps of a large image
-        take much memory (`score` computes one).
+        They sum to 1 if no class has synonyms, otherwise to less. A background that comes from a
+        threshold has no words and gets 0. They are recomputed at every access, since K maps of a large
+        image take much memory; `score` computes a single one.
         """
         return self._read(slice(None))
 
     def score(self, which: str | int) -> NDArray[np.float32]:
-        """Probability of one class, by name or label, (H, W); memory does not grow with the classes."""
+        """Probability of one class, by name or label, (H, W), without maps of the other classes."""
         return self._read(slice(self._label(which), self._label(which) + 1))[0]
 
     def _read(self, classes: slice) -> NDArray[np.float32]:
@@ -128,7 +128,7 @@ class Result:
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """Share of the picture of each class that occurs, largest first."""
+        """Share of the image's pixels for each class that occurs, largest first."""
         counts = np.bincount(self.labels.ravel(), minlength=len(self.names))
         order = np.argsort(-counts, kind="stable").tolist()
         return {self.names[i]: counts[i] / counts.sum() for i in order if counts[i]}
@@ -136,10 +136,10 @@ class Result:
     def _label(self, which: str | int) -> int:
         if isinstance(which, str):
             if which not in self.names:
-                raise ValueError(f"no class {which!r} here{suggest(which, self.names)}")
+                raise ValueError(f"no class {which!r} in this result{suggest(which, self.names)}")
             return self.names.index(which)
         if not 0 <= which < len(self.names):
-            raise ValueError(f"no label {which}: there are {len(self.names)} classes, from 0")
+            raise ValueError(f"no label {which}: expected 0 to {len(self.names) - 1}")
         return which
 
     # -- pictures --------------------------------------------------------------------------------
@@ -150,13 +150,13 @@ class Result:
         return class_palette(self.names)
 
     def overlay(self, opacity: float = 0.7) -> Image.Image:
-        """The classes in their colours over the picture, with white borders between them."""
+        """The classes' colours drawn over the picture, with white borders between them."""
         return Image.fromarray(self._overlay(self.image, self.labels, opacity))
 
     def _overlay(
         self, image: NDArray[Any], labels: NDArray[Any], opacity: float
     ) -> NDArray[np.uint8]:
-        # numbered anew: a picture rarely has the 255 classes that `overlay` can tell apart
+        # renumber the labels that occur: `overlay` distinguishes at most 255
         present, ranks = np.unique(labels, return_inverse=True)
         ranks = ranks.reshape(labels.shape) % 255
         return overlay(Panel(image, ranks), [self.palette[i] for i in present[:255]], opacity)
@@ -194,7 +194,7 @@ class Result:
         return figure
 
     def show(self) -> None:
-        """Shows the figure, in the notebook or in the system's viewer of pictures.
+        """Shows the figure in the notebook or in the system's image viewer.
 
         Raises:
             RuntimeError: if there is neither.
@@ -207,14 +207,16 @@ class Result:
         if get_ipython() is not None:
             display(self)
         elif not ImageShow.show(Image.open(io.BytesIO(self._repr_png_()))):
-            raise RuntimeError("nothing here shows pictures: result.save('file.jpg', overlay=True)")
+            raise RuntimeError(
+                "no image viewer found: use result.save('file.jpg', overlay=True) instead"
+            )
 
     def _repr_png_(self) -> bytes:
-        """What notebooks show."""
+        """The figure as a PNG, for notebooks."""
         return self.figure()._repr_png_()  # type: ignore[attr-defined]
 
     def summary(self) -> str:
-        """The classes that occur and their shares, the eight largest."""
+        """The eight largest classes with their shares, as text."""
         shares = ", ".join(f"{name} {share:.1%}" for name, share in list(self.shares.items())[:8])
         return shares + (f" and {len(self.shares) - 8} more" if len(self.shares) > 8 else "")
 
@@ -225,24 +227,24 @@ class Result:
     # -- files -----------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], *, overlay: bool = False) -> None:
-        """Writes a picture, whole or not at all; folders are made.
+        """Writes a picture file, complete or not at all; creates folders as needed.
 
         Args:
-            path: a `.png` holds the label of each pixel, in the colours of `palette` (16 bits without
-                colours above 256 classes).
-            overlay: writes the overlay instead, in the format of the path's ending.
+            path: a `.png` file for the label of each pixel, in the colours of `palette` (16 bits
+                without colours above 256 classes).
+            overlay: write the overlay instead, in the format given by the path's suffix.
 
         Raises:
-            ValueError: if the ending names a format that would change the labels, or none.
+            ValueError: if the suffix is unknown, or its format could change the labels.
         """
         path = Path(path)
         known = Image.registered_extensions()
         if path.suffix.lower() not in known or known[path.suffix.lower()] not in Image.SAVE:
-            raise ValueError(f"{path}: no picture format has the ending {path.suffix!r}; try .png")
+            raise ValueError(f"{path}: unknown image format {path.suffix!r}; use .png")
         if not overlay and path.suffix.lower() != ".png":
             raise ValueError(
-                f"{path}: labels are saved as .png, {path.suffix} may change them; overlay=True saves "
-                "a picture to look at"
+                f"{path}: labels can only be saved as .png, since {path.suffix} may change them; pass "
+                "overlay=True to save them drawn over the image"
             )
         dtype = np.uint8 if len(self.names) <= 256 else np.uint16
         picture = (
@@ -252,10 +254,10 @@ class Result:
             picture.save(temporary)
 
     def to_coco(self, file_name: str = "", *, parts: bool = False) -> dict[str, Any]:
-        """The labels as a COCO document of one image: see `sfp.coco_document`.
+        """The labels as a COCO document for one image, see `sfp.coco_document`.
 
         Args:
-            file_name: of the image, as the document shall have it.
-            parts: an annotation for each connected region, not for each class.
+            file_name: the image's file name in the document.
+            parts: one annotation per connected region instead of per class.
         """
         return coco_document({file_name: self}, parts=parts)

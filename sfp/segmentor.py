@@ -1,4 +1,4 @@
-"""The segmentor that mmsegmentation runs: its contracts around an `Engine`."""
+"""The mmsegmentation segmentor, a wrapper around an `Engine`."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from sfp.vocabulary import Vocabulary, load_vocabulary
 
 @MODELS.register_module(force=True)
 class OpenVocabSegmentor(BaseSegmentor):
-    """Frozen CLIP as an mmsegmentation segmentor: any of the registered methods, any words.
+    """A frozen CLIP as an mmsegmentation segmentor, for any registered method and any words.
 
     Args:
         weights: name, path or state dict for `load_clip`.
-        classes: path of a class file, a list of names or of lists of synonyms, class 0 first, or a
+        classes: path of a class file, a list of names or lists of synonyms in label order, or a
             `Vocabulary`.
         method: preset name or config for `build_method`.
         query_features: text features (Q, C) to use instead of encoding the names, or a safetensors
-            file that has them as "queries".
-        scores: whether results carry `seg_logits`, (K, H, W) probabilities, besides the labels.
-        palette: colours per class for visualizers; by default those of Pascal VOC, continued.
-        data_preprocessor: by default an `ImagePreprocessor` with the constants of the weights.
+            file with such a tensor "queries".
+        scores: whether results also include `seg_logits`, (K, H, W) probabilities.
+        palette: colour of each class for visualizers; by default Pascal VOC's colour map, extended.
+        data_preprocessor: by default an `ImagePreprocessor` with the weights' normalisation.
         init_cfg: mmengine's.
-        pretrained, train_cfg: `mmseg.apis.init_model` sets them; only None has a meaning here.
-        **settings: of the `Engine`: windows, precision, thresholds, guides, masks, refinement.
+        pretrained, train_cfg: set by `mmseg.apis.init_model`; must be None.
+        **settings: settings of the `Engine`: windows, precision, thresholds, guides, masks, refinement.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         train_cfg: None = None,
         **settings: Any,
     ) -> None:
-        # built here, with mmseg's registry: without a default scope mmengine's would not find it
+        # built with mmseg's registry: without a default scope mmengine's would not find it
         preprocessor = MODELS.build(dict(data_preprocessor or dict(type="ImagePreprocessor")))
         super().__init__(preprocessor, init_cfg)
         for name in settings:
@@ -70,7 +70,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         self.scores = scores
         self._palette = palette
         self.engine = Engine(weights, **settings)
-        # registered, so that whoever moves this module moves them
+        # registered as submodules, so that they move with this module
         engine = self.engine
         self.clip, self.guides, self.masks = engine.clip, engine.guides, engine.masks
         self.regions = engine.regions
@@ -90,17 +90,17 @@ class OpenVocabSegmentor(BaseSegmentor):
 
     @dataset_meta.setter
     def dataset_meta(self, value: Any) -> None:
-        """Does nothing: the words decide, and mmseg's inferencer sets Cityscapes' on every model."""
+        """Ignored, since mmseg's inferencer assigns Cityscapes' to every model; the words decide."""
 
     @property
     def queries(self) -> Queries:
-        """The words: those that were given as features, else encoded by the engine."""
+        """The words, with the features that were given or else encoded by the engine."""
         if self.query_features is not None:
             return Queries(self.query_features, self.vocabulary.index)
         return self.engine.queries(self.vocabulary)
 
     def text_features(self) -> Tensor:
-        """Unit features of the queries, (Q, C) float32; encoded, or read from the cache, once."""
+        """Unit features of the queries, (Q, C) float32."""
         return self.queries.features
 
     @torch.inference_mode()
@@ -110,10 +110,10 @@ class OpenVocabSegmentor(BaseSegmentor):
         data_samples: Sequence[SegDataSample] | None = None,
         mode: str = "tensor",
     ) -> Any:
-        """Mmengine's entry point, with normalised images (3, H, W) as a list or a batch.
+        """The entry point of mmengine, for normalised images (3, H, W) as a list or a batch.
 
-        Modes: "predict" gives a `SegDataSample` per image; "tensor" the query logits, a list of
-        (Q, H, W); "loss" raises, there is nothing to train.
+        Modes: "predict" returns a `SegDataSample` per image; "tensor" the query logits, a list of
+        (Q, H, W); "loss" raises, because there is nothing to train.
         """
         modes: dict[str, Callable[..., Any]] = dict(
             predict=self.predict, tensor=self.encode_decode, loss=self.loss
@@ -122,14 +122,16 @@ class OpenVocabSegmentor(BaseSegmentor):
 
     def loss(self, inputs: Any, data_samples: Any) -> dict[str, Tensor]:
         """Raises `NotImplementedError`: the methods are training-free."""
-        raise NotImplementedError("training-free: there is no loss; use mode='predict'")
+        raise NotImplementedError(
+            "the methods are training-free and have no loss: use mode='predict'"
+        )
 
     def extract_feat(self, inputs: Tensor) -> Tokens:
-        """Dense features of windows (B, 3, H, W) in the joint space: patch tokens of width C."""
+        """Patch tokens of windows (B, 3, H, W) in the joint space, of width C."""
         return self.engine.tokens(self.method, inputs, self.queries)
 
     def patch_features(self, image: Tensor) -> Tensor:
-        """Unit features of the patches of all windows of an image (3, H, W): (N, C) float32."""
+        """Unit-length patch features of all windows of an image (3, H, W): (N, C) float32."""
         return self.engine.features(self.method, image, prepare=self._prepare)
 
     def encode_decode(
@@ -152,14 +154,14 @@ class OpenVocabSegmentor(BaseSegmentor):
         """Labels each image at its original size.
 
         Args:
-            inputs: normalised images (3, H, W), of any sizes; windows smaller than one patch are
-                padded to it with zeros, the mean colour.
-            data_samples: with `ori_shape`, and padding and flip where the pipeline has them; without
-                samples the input size is the original size.
+            inputs: normalised images (3, H, W) of any size; windows smaller than one patch are padded
+                with zeros, the mean colour.
+            data_samples: samples with `ori_shape`, and with padding and flip if the pipeline uses them;
+                without samples the input size is taken as the original size.
 
         Returns:
             The samples with `pred_sem_seg` (1, H, W), `confidence` (1, H, W), the probability of the
-            winning class, and, if `scores`, `seg_logits` (K, H, W).
+            winning class, and if `scores` is set, `seg_logits` (K, H, W).
         """
         samples = list(data_samples or [SegDataSample() for _ in inputs])
         (results,) = self.predict_each([self.method], inputs, samples)
@@ -177,10 +179,10 @@ class OpenVocabSegmentor(BaseSegmentor):
         inputs: Tensor | Sequence[Tensor],
         samples: Sequence[SegDataSample],
     ) -> list[list[Labels]]:
-        """What several methods make of the same images; those of equal trunk share its run.
+        """Labels the same images by several methods; those with equal trunks share its run.
 
         Args:
-            methods: in place of this segmentor's own.
+            methods: methods to use instead of this segmentor's own.
             inputs, samples: as in `predict`.
 
         Returns:
@@ -192,7 +194,7 @@ class OpenVocabSegmentor(BaseSegmentor):
             for x, sample in zip(images, samples, strict=True)
         ]
         queries = self.queries
-        # pipelines mirror images for test-time augmentation only, which averages the scores
+        # pipelines flip images only for test-time augmentation, which averages the scores
         scores = self.scores or any("flip" in sample.metainfo for sample in samples)
         paths = [str(sample.metainfo.get("img_path", "")) for sample in samples]
         regions = None
@@ -230,18 +232,18 @@ class OpenVocabSegmentor(BaseSegmentor):
         ]
 
     def _prepare(self, image: Tensor) -> Tensor:
-        """`image`, normalised now if the preprocessor has left it in 8 bits."""
+        """Normalises `image` if the preprocessor has left it in 8 bits."""
         return self.data_preprocessor.normalise(image) if image.dtype == torch.uint8 else image
 
     def _full_image(self, sample: SegDataSample, device: torch.device) -> Tensor | None:
-        """What a step `KeepImage` of the pipeline has kept for mask proposers, (3, H, W)."""
+        """The image (3, H, W) that the pipeline step `KeepImage` has kept for mask proposers."""
         if self.masks is None or (full := sample.metainfo.get("full_image")) is None:
             return None
         image = torch.as_tensor(full, device=device).permute(2, 0, 1)
         return self.data_preprocessor.normalise(image).flip(flipped(sample))
 
 
-# what a config may set, with its default
+# the settings that a config may have, with their defaults
 SETTINGS = {
     name: parameter.default
     for cls in (OpenVocabSegmentor, Engine)

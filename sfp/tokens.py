@@ -1,7 +1,7 @@
-"""The two values that travel through the model: tokens with their grid, and one block's projections.
+"""Tokens with their grid, and the projections of one block.
 
-Letters used everywhere: `B` windows, `H` heads, `P` prefix tokens (CLS), `N = h * w` patches,
-`T = P + N` tokens, `D` width, `d` head width, `C` embedding, `Q` text queries, `K` classes.
+Letters used for shapes everywhere: `B` windows, `H` heads, `P` prefix tokens (CLS), `N = h * w`
+patches, `T = P + N` tokens, `D` width, `d` head width, `C` embedding, `Q` text queries, `K` classes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Tokens:
         data: (B, T, D).
         grid: patch rows and columns (h, w).
         prefix: number of tokens before the patches.
-        hidden: patches that no token attends to from here on, (B, N) bool, never all of an image's;
-            None hides none. Set by the mitigator `mask_attention`; it stays with the tokens.
-        stand_in: makes a class token (B, 1, D) for tokens of a tower that has none; None if none can be
-            made.
+        hidden: patches that no token attends to from here on, (B, N) bool, never all of an image;
+            None hides none. Set by the mitigator `mask_attention`, and passed on with the tokens.
+        stand_in: computes a substitute class token (B, 1, D) in towers without one; None if there is
+            no substitute.
         pooled: whether they have been through the tower's attention pool.
 
     Raises:
@@ -51,7 +51,7 @@ class Tokens:
 
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:
-        """Batches of equal layout as one."""
+        """Concatenates batches with equal layouts."""
         hidden = [x.hidden for x in parts if x.hidden is not None]
         return replace(
             parts[0],
@@ -66,7 +66,7 @@ class Tokens:
 
     @property
     def cls(self) -> Tensor:
-        """The class token, or what stands in for it, (B, 1, D).
+        """The class token or its substitute, (B, 1, D).
 
         Raises:
             ValueError: if there is neither.
@@ -74,7 +74,7 @@ class Tokens:
         if self.prefix:
             return self.data[:, :1]
         if self.stand_in is None:
-            raise ValueError("these tokens carry no class token: they are patches only")
+            raise ValueError("these tokens have no class token: they are patches only")
         return self.stand_in(self)
 
     @property
@@ -87,11 +87,11 @@ class Tokens:
         return self.patches.mT.unflatten(2, self.grid)
 
     def with_data(self, data: Tensor) -> Tokens:
-        """The same layout around other values, (B, T, any width)."""
+        """Tokens with the same layout and other values, (B, T, any width)."""
         return replace(self, data=data)
 
     def with_patches(self, patches: Tensor) -> Tokens:
-        """The same prefix in front of other patches, (B, N, D)."""
+        """Tokens with the same prefix and other patches, (B, N, D)."""
         return replace(self, data=torch.cat([self.data[:, : self.prefix], patches], dim=1))
 
     def only_patches(self) -> Tokens:
@@ -99,7 +99,7 @@ class Tokens:
         return replace(self, data=self.patches, prefix=0)
 
     def with_cls(self) -> Tokens:
-        """The same tokens behind a class token, where they have none the one that stands in.
+        """The same tokens preceded by a class token, or by its substitute if they have none.
 
         Raises:
             ValueError: if there is neither.
@@ -111,16 +111,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Heads:
-    """One block's projections of the tokens that entered it, each made when it is first asked for.
+    """One block's projections of its input tokens, each computed on first use.
 
     Attributes:
-        project: gives projections of `x` by name, neighbours in "qkv": (B, H, T, d) each.
+        project: computes projections of `x` by name, adjacent in "qkv": (B, H, T, d) each.
         x: (B, T, D), the normalised tokens that are projected.
         scale: factor on the attention logits, d ** -0.5.
         grid, prefix, hidden: as in `Tokens`.
-        rotate: turns queries and keys by where their patches lie (`sfp.clip.rope`), or None.
-        join: makes of mixed values, heads side by side (B, M, D), what leaves the attention.
-        pooled: whether that is the attention of a pool (`Tokens.pooled`).
+        rotate: applies rotary positions to queries and keys (`sfp.clip.rope`), or None.
+        join: turns mixed values, heads side by side (B, M, D), into the output of the attention.
+        pooled: whether this is the attention of a pool (`Tokens.pooled`).
     """
 
     project: Callable[[Tensor, str], tuple[Tensor, ...]]
@@ -150,7 +150,7 @@ class Heads:
         return self._make("v")
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, by one product if none is there yet."""
+        """Queries, keys and values, computed by one product if none exists yet."""
         if not self._made:
             for name, x in zip("qkv", self.project(self.x, "qkv"), strict=True):
                 self._made[name] = self._placed(name, x)
@@ -166,16 +166,16 @@ class Heads:
         return x if self.rotate is None or name == "v" else self.rotate(x)
 
     def unrotated(self) -> Heads:
-        """The same without rotary positions."""
+        """The same projections without rotary positions."""
         return replace(self, rotate=None)
 
     def tensors(self) -> list[Tensor]:
-        """What it holds by now, for counting."""
+        """The tensors computed so far, to measure memory."""
         return [self.x, *self._made.values()]
 
     @property
     def hidden_keys(self) -> Tensor | None:
-        """`hidden` for all tokens, in the shape of attention weights: (B, 1, 1, T) bool."""
+        """`hidden` for all tokens, broadcastable to attention weights: (B, 1, 1, T) bool."""
         if self.hidden is None:
             return None
         return F.pad(self.hidden, (self.prefix, 0))[:, None, None]
@@ -183,12 +183,12 @@ class Heads:
     def logits(self, a: str, b: str) -> Tensor:
         """Scaled products of two projections, e.g. `logits("q", "k")`: (B, H, T, T), >= float32.
 
-        Columns of hidden tokens hold the lowest finite number, which softmax makes 0.
+        Columns of hidden tokens hold the lowest finite number, which softmax turns into 0.
         """
         return self.similar(getattr(self, a), getattr(self, b))
 
     def similar(self, a: Tensor, b: Tensor) -> Tensor:
-        """`logits` of tensors, (B, H, M, d) and (B, H, T, d): (B, H, M, T)."""
+        """Like `logits`, of two tensors (B, H, M, d) and (B, H, T, d): (B, H, M, T)."""
         products = (upcast(a) * self.scale) @ upcast(b).mT
         if (hidden := self.hidden_keys) is None:
             return products

@@ -1,4 +1,4 @@
-"""What one run of the trunk leaves behind for a method to look at."""
+"""The record of one run of the trunk, which methods read."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from sfp.clip.vit import VisionTransformer
 
 NO_REGIONS = (
-    "the method asks for regions of the image: pass an id map (regions=), or say in the settings who "
-    "proposes them (regions=dict(propose=dict(type=...)), see docs/methods.md); masks that overlap "
-    "(regions= of three dimensions, paint='none') are for textregion and lavg"
+    "the method needs regions of the image: pass an id map (regions=), or configure a proposer "
+    "(regions=dict(propose=dict(type=...)), see docs/methods.md); overlapping masks (regions= with "
+    "three dimensions, paint='none') work only with textregion and lavg"
 )
-GUIDE_PIXELS = 2**20  # that a guide sees at once, nine windows of 336 pixels
+GUIDE_PIXELS = 2**20  # pixels in one batch of a guide, nine windows of 336 pixels
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Words:
-    """The queries that a trace is compared with, as words.
+    """The queries of a trace, as words.
 
     Attributes:
-        queries: in the order of the text features.
-        banks: prompt templates -> unit text features of each of them alone, (M, Q, C).
+        queries: the words, in the order of the text features.
+        banks: prompt templates -> unit text features for each template separately, (M, Q, C).
     """
 
     queries: tuple[str, ...]
@@ -46,19 +46,19 @@ class Words:
 
 
 class GuideError(LookupError, ValueError):
-    """An external encoder that a method asks for and nobody gave."""
+    """Raised when a method needs an external encoder that was not given."""
 
 
 class RegionsError(LookupError, ValueError):
-    """Regions that a method asks for and nobody gave."""
+    """Raised when a method needs regions that were not given."""
 
 
 class LayerError(LookupError, ValueError):
-    """A layer that the model does not have, or that cannot be used so; found when it is looked up."""
+    """Raised for a layer that the model does not have or that cannot be used this way."""
 
 
 def absolute_layer(index: int, blocks: int, depth: int | None) -> int:
-    """The number, from 0, of a method's layer in a model of `blocks` blocks (see `Trace.layer`).
+    """Converts a method's layer number to a model with `blocks` blocks, from 0 (see `Trace.layer`).
 
     Raises:
         LayerError: if there is no such block.
@@ -72,11 +72,11 @@ def absolute_layer(index: int, blocks: int, depth: int | None) -> int:
 
 
 class Trace:
-    """The tokens between the blocks of one forward pass, and attention evaluated on demand.
+    """The tokens between the blocks of one forward pass, and attention computed on demand.
 
-    Ops read it and never write it; only edits of the trunk record their `masks`. Methods that take a
-    layer number pass it through `layer`, so that a number written for 12 blocks means the same
-    relative depth in a model with 24.
+    Ops only read it; only edits of the trunk write to it, their `masks`. Ops that take a layer number
+    pass it through `layer`, so that a number written for 12 blocks means the same relative depth in a
+    model with 24.
 
     Attributes:
         vit: the model that ran.
@@ -84,16 +84,16 @@ class Trace:
         embedded: the tokens that entered the first block.
         outputs: the tokens that left block i, after its edits, for every block but the last.
         masks: outliers by absolute layer, (B, N) bool, written by edits.
-        text: text features (Q, C) where the caller has them, else None.
+        text: text features (Q, C) if the caller has them, else None.
         index: class of each query, or None if every query is a class of its own.
-        guides: external encoders by name: images as `image` -> Tokens.
-        whole: the image whose windows, all of them, these are; None if each is an image of its own.
-        words: the queries as words, where the caller has them, else None.
+        guides: external encoders by name: images like `image` -> Tokens.
+        whole: the image, if the batch consists of all of its windows; None if each is a separate image.
+        words: the queries as words if the caller has them, else None.
         normalisation: mean and standard deviation of the images, RGB in 0..255.
         windows: the trace of the windows, if this is their canvas (`sfp.ops.image`); else None.
-        depth: number of blocks that layer numbers are written for; None takes them literally.
+        depth: number of blocks that layer numbers refer to; None takes them literally.
         pool_mlp: whether features go through the MLP of the tower's pool, if there is one.
-        edits, positions: what the trunk ran with (`VisionTransformer.trace`).
+        edits, positions: as passed to `VisionTransformer.trace`.
     """
 
     def __init__(
@@ -132,14 +132,14 @@ class Trace:
         self._running: tuple[int, Heads] | None = None
         self._heads: dict[int, Heads] = {}
         self._once: dict[Hashable, Any] = {}
-        self._of_words: dict[Hashable, Any] = {}  # the same, of what depends on the words
+        self._of_words: dict[Hashable, Any] = {}  # likewise, for values that depend on the words
 
     def with_words(
         self, text: Tensor | None, index: Sequence[int] | None, words: Words | None = None
     ) -> Trace:
-        """The same run of the trunk for other words, without what was computed from these.
+        """The same run of the trunk with other words, without values computed from the old ones.
 
-        The two share no state from here on. Wrong for a method whose trunk depends on the words
+        The two share no mutable state. Not valid for methods whose trunk depends on the words
         (`Method.words_in_trunk`).
         """
         other = copy.copy(self)
@@ -150,7 +150,7 @@ class Trace:
 
     @staticmethod
     def joined(traces: Sequence[Trace]) -> Trace:
-        """The traces of batches, run with the same method, as one trace of all their images."""
+        """Joins the traces of several batches, run with the same method, into one."""
         first = traces[0]
         if len(traces) == 1:
             return first
@@ -164,7 +164,7 @@ class Trace:
         )
 
     def alone(self) -> list[Trace]:
-        """The trace of each image by itself, which is then its own only window (`whole`)."""
+        """A separate trace for each image, with the image as its only window (`whole`)."""
 
         def one(i: int) -> Trace:
             own = slice(i, i + 1)
@@ -194,11 +194,11 @@ class Trace:
         regions: Tensor | None,
         whole: WholeImage | None,
     ) -> Trace:
-        """A trace of the same model, words and guides around other images; nothing computed is kept.
+        """A trace with the same model, words and guides for other images, without cached values.
 
         Args:
             image: (B, 3, H, W).
-            tokens: those that entered the first block, and those that left each block.
+            tokens: the tokens that entered the first block, then those that left each block.
             masks, regions, whole: as the attributes.
         """
         other = copy.copy(self)
@@ -210,11 +210,11 @@ class Trace:
 
     @property
     def depth_run(self) -> int:
-        """How many layers of tokens there are, those that entered the first block counted."""
+        """The number of layers of tokens, including those that entered the first block."""
         return 1 + len(self.outputs)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that it holds, to measure its memory."""
+        """All tensors that it holds, to measure memory."""
         computed = [*self._once.values(), *self._of_words.values()]
         heads = [*self._heads.values(), *([self._running[1]] if self._running else [])]
         tokens = [self.embedded, *self.outputs, *(x for x in computed if isinstance(x, Tokens))]
@@ -227,10 +227,10 @@ class Trace:
         yield from (y for x in computed if isinstance(x, Trace) for y in x.tensors())
 
     def layer(self, index: int) -> int:
-        """The absolute number of a method's layer.
+        """Converts a method's layer number to an absolute block number of this model.
 
-        Negative numbers count from the last block. The others are block numbers from 0 in a model of
-        `depth` blocks and are moved to the same relative depth of this one.
+        Negative numbers count from the last block. Others are block numbers from 0 in a model with
+        `depth` blocks and are moved to the same relative depth in this one.
 
         Raises:
             LayerError: if there is no such block.
@@ -256,18 +256,18 @@ class Trace:
         return self.outputs[i - 1] if i else self.embedded
 
     def leaving(self) -> Tokens:
-        """The tokens that leave the last block when it runs as it was trained."""
+        """The output of the unmodified last block."""
         last = self.entering(len(self.vit.blocks) - 1)
         return last.with_data(self.once(native_last))
 
     def start(self, i: int) -> Heads:
-        """Called by the trunk before block `i`: its projections stay at hand while edits run."""
+        """Called by the trunk before block `i`, whose projections are kept while its edits run."""
         heads = self.vit.blocks[i].heads(self.entering(i))
         self._running = (i, heads)
         return heads
 
     def heads(self, i: int) -> Heads:
-        """Block `i`'s projections (absolute): at hand while its edits run, afterwards made again."""
+        """Block `i`'s projections (absolute), kept while its edits run and recomputed afterwards."""
         if self._running is not None and self._running[0] == i:
             return self._running[1]
         if i not in self._heads:
@@ -275,7 +275,7 @@ class Trace:
         return self._heads[i]
 
     def once(self, op: Callable[[Trace], T]) -> T:
-        """`op(trace)`, computed the first time that an equal op is asked for."""
+        """`op(trace)`, computed once for all equal ops."""
         return self._compute_once(op, lambda: op(self), words=needs_words(op))
 
     def _compute_once(self, key: Hashable, compute: Callable[[], T], *, words: bool = False) -> T:
@@ -286,10 +286,10 @@ class Trace:
 
     @property
     def regions(self) -> Tensor:
-        """The region of each pixel, (B, H, W) int64; 0 is unsegmented, `PADDING` a region of its own.
+        """The region of each pixel, (B, H, W) int64; 0 is no region, `PADDING` is a separate region.
 
         Raises:
-            LookupError: if nobody gave any.
+            LookupError: if no regions were given.
         """
         if self._regions is None or self._regions.ndim == 4:
             raise RegionsError(NO_REGIONS)
@@ -299,7 +299,7 @@ class Trace:
         """Masks of the regions of the whole image, (R, h, w) float32, which may overlap.
 
         Raises:
-            LookupError: if nobody gave any regions.
+            LookupError: if no regions were given.
         """
         masks = None if self.whole is None else self.whole.masks
         if masks is None:
@@ -307,11 +307,11 @@ class Trace:
         return masks
 
     def guide(self, name: str, output: str | None = None) -> Tokens:
-        """What an external encoder sees in the image, without its prefix; computed once.
+        """The patch tokens of an external encoder for the image; computed once.
 
         Args:
-            name: of the guide.
-            output: which of the outputs that the guide offers; its usual one by default.
+            name: name of the guide.
+            output: one of the guide's outputs; its default one if None.
 
         Raises:
             LookupError: if no guide of that name was given.
@@ -333,17 +333,17 @@ class Trace:
         if name not in self.guides:
             known = ", ".join(self.guides) or "none"
             raise GuideError(
-                f"the method asks for the guide {name!r}; given: {known} (pass guides=dict({name}="
+                f"the method needs the guide {name!r}; given: {known} (pass guides=dict({name}="
                 "dict(type=..., model=...)), and pip install 'sfp[guides]': see docs/methods.md)"
             )
         options = {} if output is None else {"output": output}
-        # in portions: all windows of an image at once may be many
+        # in batches, because an image may have many windows
         step = max(GUIDE_PIXELS // images[0, 0].numel(), 1)
         parts = [self.guides[name](part, **options) for part in images.split(step)]
         return parts[0].with_data(torch.cat([part.data for part in parts])).only_patches()
 
     def query_features(self) -> Tensor:
-        """The text features, (Q, C), for ops that cannot do without.
+        """The text features, (Q, C), for ops that require them.
 
         Raises:
             LookupError: if the caller gave none.
@@ -361,7 +361,7 @@ class Trace:
         return self._compute_once(("guess", source), read, words=True)
 
     def project(self, tokens: Tokens) -> Tokens:
-        """`VisionTransformer.project` as the method wants it."""
+        """`VisionTransformer.project` with the method's `pool_mlp`."""
         return self.vit.project(tokens, self.pool_mlp)
 
     def attention(self, i: int) -> Tensor:
@@ -377,7 +377,8 @@ class Trace:
     def mean_row_and_diagonal(self, i: int) -> tuple[Tensor, Tensor]:
         """`cls_row` and `self_weight` averaged over heads, (B, N) each.
 
-        Out of the map where that is small, which others may ask for too; else without it.
+        Read from the full attention map if that is small, since other ops may need it too; otherwise
+        computed without it.
         """
         prefix = self.embedded.prefix
         if not prefix or not self._small_map(i):
@@ -386,7 +387,7 @@ class Trace:
         return weights[:, 0, prefix:], weights.diagonal(dim1=-2, dim2=-1)[:, prefix:]
 
     def _small_map(self, i: int) -> bool:
-        if torch.compiler.is_exporting():  # the file serves batches of any size
+        if torch.compiler.is_exporting():  # an exported file must work for batches of any size
             return True
         batch, tokens, _ = self.entering(i).data.shape
         return batch * self.vit.blocks[i].attn.num_heads * tokens**2 <= attention.CHUNK
@@ -394,8 +395,8 @@ class Trace:
     def cls_row(self, i: int) -> Tensor:
         """How much the class token attends to each patch in block `i`, (B, H or 1, N).
 
-        In a tower without one the pool's query stands in: how much it would attend to what entered the
-        block, heads averaged.
+        In a tower without a class token, how much the pool's query would attend to the input of the
+        block, averaged over heads.
 
         Raises:
             ValueError: if there is no pool either.
@@ -407,7 +408,7 @@ class Trace:
         return row.softmax(-1)[:, :, 0, heads.prefix :]
 
     def self_weight(self, i: int) -> Tensor:
-        """How much each patch attends to itself in block `i`, (B, H, N); no full map is kept."""
+        """How much each patch attends to itself in block `i`, (B, H, N), without the full map."""
         heads = self.heads(i)
         own = attention.diagonal_weights(heads.q, heads.k, heads.scale, heads.hidden_keys)
         return own[..., heads.prefix :]
@@ -422,9 +423,9 @@ class Trace:
         return image @ self.query_features().to(image).T
 
     def of_image(self) -> Trace:
-        """The run of the trunk, edits included, over the whole image that windows were cut from.
+        """A run of the trunk, including edits, over the whole image from which windows were cut.
 
-        This trace itself where the image is its only window.
+        The trace itself if the image is its only window.
         """
         whole = self.whole
         if whole is None or len(whole.grid.places) == 1:
@@ -440,7 +441,7 @@ class Trace:
         return self._compute_once("of_image", run, words=needs_words(self.edits))
 
     def over(self, image: Tensor, **context: Any) -> Trace:
-        """A run of the trunk, edits included, over other images.
+        """A run of the trunk, including edits, over other images.
 
         Args:
             image: normalised, (B, 3, H, W).
@@ -466,38 +467,38 @@ class Trace:
         return (image * std + mean) / 255
 
     def known_words(self) -> Words:
-        """The queries as words, for ops that cannot do without.
+        """The queries as words, for ops that require them.
 
         Raises:
-            LookupError: if the caller gave features alone.
+            LookupError: if the caller gave only features.
         """
         if self.words is None:
             raise LookupError(
-                "this method needs the words themselves, not their features alone: name the classes "
-                "instead of giving query_features="
+                "this method needs the words, not only their features: pass classes= instead of "
+                "query_features="
             )
         return self.words
 
     def image_embedding(self) -> Tensor:
-        """CLIP's embedding of the whole image that the windows were cut from, (B, C).
+        """CLIP's embedding of the whole image from which the windows were cut, (B, C).
 
-        Where each window is an image of its own, its `global_embedding`.
+        If each window is a separate image, its `global_embedding`.
         """
         return self.of_image().global_embedding().expand(len(self.image), -1)
 
     def global_embedding(self) -> Tensor:
-        """The image's embedding, (B, C): what the native last block puts out, pooled."""
+        """The image's embedding, (B, C): the pooled output of the unmodified last block."""
         vit = self.vit
         if vit.pool is not None or vit.averages:
             return vit.embedding(self.leaving())
         entering = self.entering(len(vit.blocks) - 1)
-        # of the last block the class token needs keys and values of the patches, and nothing else
+        # the class token needs only the keys and values of the patches
         token = vit.blocks[-1].look(entering.cls, entering)  # (B, 1, D)
         return vit.joint(vit.ln_post(token[:, 0]))
 
 
 def native_last(trace: Trace) -> Tensor:
-    """What the last block puts out when it runs as it was trained, (B, T, D)."""
+    """The output of the unmodified last block, (B, T, D)."""
     tokens = trace.entering(len(trace.vit.blocks) - 1)
     last = trace.vit.blocks[-1]
     return last.advance(tokens, last.heads(tokens)).data  # not `last(...)`: patches may be hidden

@@ -1,13 +1,13 @@
-"""What to look for: class names and their synonyms, from a file, a list, a benchmark or typed text.
+"""Class names and their synonyms, from a file, a list, a benchmark or typed text.
 
-A class file holds one class per line in the label order of its dataset, synonyms separated by ", " or
-"|"; every synonym is a text query of its own::
+A class file has one class per line, in the label order of its dataset, with synonyms separated by ", "
+or "|"; every synonym is a text query of its own::
 
     sky, wall, tree
     cat
     tv monitor | screen
 
-In typed text (`--classes`, the page) a comma separates classes, and "|" their synonyms.
+In typed text (`--classes`, the demo page) commas separate classes and "|" separates synonyms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sfp.registry import suggest
 
 SEPARATOR = ", "
 BACKGROUND = "background"
-# what people separate names with that is no separator here, and what they put before and around them
+# common mistakes: other separators, and bullets, numbers or quotes around names
 _SUSPICIOUS = re.compile(r",(?=\S)|[;|\t]|^\s*(#|//|- |\d+\s*[:.)])|^([\"']).*\2$")
 
 
@@ -58,7 +58,7 @@ Classes: TypeAlias = "str | os.PathLike[str] | Sequence[str | Sequence[str]] | V
 def as_vocabulary(
     classes: Classes, background: str | Sequence[str] | float | None = None
 ) -> Vocabulary:
-    """The queries of a list, a file or a benchmark, with a background where words describe it.
+    """The queries of a list, a file or a benchmark, with background words if there are any.
 
     Args:
         classes: one of
@@ -67,11 +67,11 @@ def as_vocabulary(
             * the path of a class file, one class per line, synonyms separated by ", " or "|";
             * the name of a benchmark (`sfp.data.benchmarks`): its words, under its own class names;
             * a `Vocabulary`.
-        background: words, one or a list: they become class 0, "background". A number or None adds
-            no query (see `background_threshold`).
+        background: a word or a list of words, which become class 0, "background". A number or None
+            adds no query (see `background_threshold`).
 
     Raises:
-        ValueError: if `classes` is none of these, or has a background of its own beside the words.
+        ValueError: if `classes` is none of these, or has its own background besides these words.
         FileNotFoundError: if there is no such file.
     """
     vocabulary = _vocabulary(classes)
@@ -80,7 +80,7 @@ def as_vocabulary(
     words = [background] if isinstance(background, str) else list(background)  # type: ignore[arg-type]
     if BACKGROUND in vocabulary.names:
         raise ValueError(
-            f"background={background!r}, but the classes have a {BACKGROUND!r} already: rename or "
+            f"background={background!r}, but the classes already include {BACKGROUND!r}: rename or "
             "remove one of them"
         )
     try:
@@ -90,8 +90,8 @@ def as_vocabulary(
     clash = sorted(set(queries) & set(vocabulary.queries))
     if clash:
         raise ValueError(
-            f"background={background!r}: {clash[0]!r} is also a name of a class, and their scores "
-            "would tie; remove one"
+            f"background={background!r}: {clash[0]!r} is also a name of a class, so their scores "
+            "would tie; remove one of them"
         )
     return Vocabulary(
         (*queries, *vocabulary.queries),
@@ -107,7 +107,7 @@ def _vocabulary(classes: Classes) -> Vocabulary:
         return _of_benchmark(row.name)
     if isinstance(classes, str) and not Path(classes).is_file():
         if Path(classes).suffix or os.sep in classes:
-            return load_vocabulary(classes)  # whose error says that the file is missing
+            return load_vocabulary(classes)  # raises that the file is missing
         raise ValueError(
             f"classes={classes!r} is neither a file nor a benchmark"
             f"{suggest(classes, benchmarks.BENCHMARKS)}. "
@@ -115,8 +115,8 @@ def _vocabulary(classes: Classes) -> Vocabulary:
         )
     if not isinstance(classes, (str, os.PathLike, list, tuple)):
         raise ValueError(
-            f"classes={classes!r}: expected a list of names (or of lists of synonyms), in the order "
-            "of the labels, a class file, or the name of a benchmark"
+            f"classes={classes!r}: expected a list of names (or of lists of synonyms) in label order, "
+            "a class file, or the name of a benchmark"
         )
     return load_vocabulary(classes)
 
@@ -126,7 +126,7 @@ def _of_benchmark(name: str) -> Vocabulary:
     """The words of a benchmark, under its dataset's own class names ("background", not "sky")."""
     row = benchmarks.BENCHMARKS[name]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # COCO-Object names "bed" twice, which is its protocol
+        warnings.simplefilter("ignore")  # COCO-Object's protocol has "bed" in two classes
         vocabulary = load_vocabulary(row.words)
     return replace(vocabulary, names=row.class_names)
 
@@ -135,7 +135,7 @@ def _of_benchmark(name: str) -> Vocabulary:
 
 
 def background_threshold(background: object) -> float | None:
-    """The probability among the meanings of `background`; None for words and None.
+    """The threshold if `background` is a number; None for words and None.
 
     Raises:
         ValueError: if it is none of these, or not between 0 and 1.
@@ -148,35 +148,37 @@ def background_threshold(background: object) -> float | None:
         )
     threshold = float(background)
     if not 0 < threshold < 1:
-        raise ValueError(f"background={background}: a threshold lies between 0 and 1")
+        raise ValueError(f"background={background}: a threshold must be between 0 and 1")
     return threshold
 
 
 def check_threshold(vocabulary: Vocabulary, threshold: float | None) -> None:
-    """Warns where a threshold cannot act, and where one class without a rival gets every pixel.
+    """Warns about thresholds without effect, and about a single class, which gets every pixel.
 
-    Probabilities are a softmax over the Q queries, so the best one is at least 1 / Q: a threshold
-    below that makes no pixel background, and one query has probability 1 everywhere.
+    Probabilities are a softmax over the Q queries, so the best one is at least 1 / Q: no pixel is below
+    a threshold smaller than that, and a single query has probability 1 everywhere.
 
     Args:
-        vocabulary: what is looked for, background words included.
-        threshold: pixels whose best probability is less become background; None or 0 for no such rule.
+        vocabulary: the queries, including background words.
+        threshold: pixels whose best probability is lower become background; None or 0 for none.
     """
     queries = len(vocabulary.queries)
-    advice = "give words for the rest, background=['wall', 'floor'], or more classes"
+    advice = "add words for the rest, background=['wall', 'floor'], or more classes"
     if queries == 1:
         effect = (
-            f"and the threshold {threshold:g} does nothing" if threshold else "whatever it shows"
+            f"and the threshold {threshold:g} has no effect"
+            if threshold
+            else "whatever the image shows"
         )
         warnings.warn(
-            f"{vocabulary.names[0]!r} is the only query, so its probability is 1 in every pixel, "
+            f"{vocabulary.names[0]!r} is the only query, so its probability is 1 at every pixel, "
             f"{effect}: {advice}",
             stacklevel=3,
         )
     elif threshold and threshold <= 1 / queries:
         warnings.warn(
-            f"the threshold {threshold:g} does nothing: among {queries} queries the best probability "
-            f"is at least {1 / queries:.3g}; raise it, or {advice}",
+            f"the threshold {threshold:g} has no effect: among {queries} queries the best probability "
+            f"is at least {1 / queries:.3g}; raise the threshold, or {advice}",
             stacklevel=3,
         )
 
@@ -185,10 +187,12 @@ def check_threshold(vocabulary: Vocabulary, threshold: float | None) -> None:
 
 
 def parse_words(text: str) -> list[list[str]]:
-    """Typed text as classes: by commas or lines, synonyms by "|"; empty entries are passed over.
+    """Splits typed text into classes at commas and line ends, and into synonyms at "|".
+
+    Empty entries are skipped.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if nothing is left.
 
     Example:
         >>> parse_words("cat | kitten, sky,")
@@ -202,7 +206,7 @@ def parse_words(text: str) -> list[list[str]]:
 
 
 def _synonyms(text: str) -> list[str]:
-    """The names between "|"."""
+    """Splits text at "|"."""
     return [name.strip() for name in text.split("|") if name.strip()]
 
 
@@ -211,22 +215,21 @@ def load_vocabulary(
 ) -> Vocabulary:
     """Reads class names.
 
-    Names are stripped of surrounding blanks, and a separator or blank lines at the end are ignored.
-    A name that two classes share is allowed, since the field's own COCO-Object file has one ("bed"),
-    but warned about: the scores tie and the earlier class always wins. So are names that look like
-    several, "cat;dog" or "cat,dog", of which each is one query.
+    Blanks around names, a trailing separator and trailing blank lines are ignored. A name in two
+    classes is allowed, since the commonly used COCO-Object file has one ("bed"), but causes a warning:
+    the scores tie and the earlier class always wins. Names that look like several, such as "cat;dog" or
+    "cat,dog", are taken as one query, with a warning.
 
     Args:
         source: Path of a class file, or a list with one entry per class: its name, or a list of its
-            synonyms. In a list a name is taken as it is, commas included. A `Vocabulary` is
-            returned as it is.
+            synonyms. Names in a list may contain commas. A `Vocabulary` is returned unchanged.
 
     Returns:
         The queries, their classes and the class names.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a class or a name is empty, a class repeats a name, or the file is no text.
+        ValueError: If a class or a name is empty, a class repeats a name, or the file is not text.
 
     Example:
         >>> load_vocabulary([["cat", "kitten"], "dog"])
@@ -253,7 +256,7 @@ def load_vocabulary(
 
 
 def _warn_about_names(classes: list[list[str]], places: list[str], in_file: bool) -> None:
-    """Warns about names that classes share, and about names that look like several."""
+    """Warns about names shared by two classes, and about names that look like several."""
     seen: dict[str, int] = {}
     odd: list[str] = []
     for number, synonyms in enumerate(classes):
@@ -261,8 +264,8 @@ def _warn_about_names(classes: list[list[str]], places: list[str], in_file: bool
             if name in seen:
                 warnings.warn(
                     f"{places[number]}: the name {name!r} is also in {places[seen[name]]}. Their "
-                    "scores tie and the earlier class wins, so rename or remove one unless a "
-                    "benchmark prescribes it",
+                    "scores tie and the earlier class wins, so rename or remove one, unless the "
+                    "benchmark requires it",
                     stacklevel=3,
                 )
             if _SUSPICIOUS.search(name):
@@ -273,25 +276,25 @@ def _warn_about_names(classes: list[list[str]], places: list[str], in_file: bool
         advice = (
             'A class file has one class per line and nothing else, synonyms separated by ", " or "|"'
             if in_file
-            else "A list has an entry per class, a list of its own where it has synonyms: "
+            else "A list has one entry per class, which is itself a list if there are synonyms: "
             "[['sofa', 'couch'], 'floor']"
         )
         warnings.warn(f"{odd[0]} is taken as one name{several}. {advice}", stacklevel=3)
 
 
 def _read(path: Path) -> list[list[str]]:
-    """Synonyms of each line of a class file, blank lines at the end left out."""
+    """The synonyms in each line of a class file, without trailing blank lines."""
     try:
         text = read_text(path)
         text.encode()
     except FileNotFoundError:
         raise FileNotFoundError(
             f"no class file {str(path)!r}: expected a text file with one class per line, synonyms "
-            f"separated by {SEPARATOR!r}. To name classes directly give a list: ['cat', 'dog']"
+            f"separated by {SEPARATOR!r}. To name classes directly, pass a list: ['cat', 'dog']"
         ) from None
     except UnicodeEncodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
-    lines = text.rstrip().split("\n")  # not splitlines(), which also splits at rarer characters
+    lines = text.rstrip().split("\n")  # splitlines() would also split at rarer characters
     if lines == [""]:
         raise ValueError(f"{path} is empty: expected one class per line")
     classes = [
@@ -299,8 +302,8 @@ def _read(path: Path) -> list[list[str]]:
     ]
     if len(classes) == 1 and len(classes[0]) > 1:
         warnings.warn(
-            f"{path} has one line: it is one class with {len(classes[0])} synonyms. If they are "
-            "classes, write one per line",
+            f"{path} has a single line, which is one class with {len(classes[0])} synonyms. If they "
+            "are classes, write one per line",
             stacklevel=3,
         )
     return classes
@@ -310,21 +313,21 @@ def _clean(synonyms: Sequence[str], place: str) -> list[str]:
     """The names without surrounding blanks.
 
     Raises:
-        ValueError: If there is none, or one is empty, repeated or not a string.
+        ValueError: If there are none, or one is empty, repeated or not a string.
     """
     if not synonyms or not all(isinstance(name, str) for name in synonyms):
         raise ValueError(f"{place}: expected a name or a list of names, got {synonyms!r}")
     names = [name.strip() for name in synonyms]
     if names == [""]:
         raise ValueError(
-            f"{place}: the class has no name; write one, or remove the line if it is not a class "
-            "(the lines are counted as labels 0, 1, 2, ...)"
+            f"{place}: the class has no name; add one, or remove the line if it is not a class "
+            "(lines are numbered as labels 0, 1, 2, ...)"
         )
     if "" in names:
-        raise ValueError(f"{place}: a synonym is empty; remove the separator that is too much")
+        raise ValueError(f"{place}: a synonym is empty; remove the extra separator")
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(
-            f"{place}: the name {twice[0]!r} stands there twice; remove one, every synonym of a class "
-            "is a query of its own"
+            f"{place}: the name {twice[0]!r} appears twice; remove one, since every synonym of a "
+            "class is a query of its own"
         )
     return names

@@ -1,4 +1,4 @@
-"""What windows were cut from: their image, where they lie in it, and its regions."""
+"""The image from which windows were cut, their positions in it, and its regions."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from sfp.functional.windows import WindowGrid, nearest
 
 UNSEGMENTED = 0  # the id of pixels in no region
 PADDING = torch.iinfo(torch.int32).max  # the id of pixels around an image
-MASK_PIXELS = 2**18  # that masks which are made of ids have at most
+MASK_PIXELS = 2**18  # largest size of masks made from ids
 
 
 @dataclass(frozen=True)
 class WholeImage:
-    """The image of all windows of a `Trace`.
+    """The image from which all windows of a `Trace` were cut.
 
     Attributes:
-        grid: where the windows lie, in their order.
+        grid: positions of the windows, in order.
         source: the image, (3, H, W).
-        prepare: makes it ready for the network, as a window is made.
-        regions: ids of its pixels, (H, W) int64; or masks that may overlap, (R, h, w) of any size,
-            floats whose values above 0 are inside; or None.
+        prepare: prepares an image or window for the network.
+        regions: ids of its pixels, (H, W) int64; or masks that may overlap, (R, h, w) floats of any
+            size, above 0 inside; or None.
     """
 
     grid: WindowGrid
@@ -34,7 +34,7 @@ class WholeImage:
     regions: Tensor | None = None
 
     def cut(self, place: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """The window at a place, ready for the network, and its ids; both padded."""
+        """The window at a position, prepared for the network, and its ids; both padded."""
         window = self.grid.cut(self.source, place, self.prepare)
         if self.regions is None or self.regions.ndim == 3:
             return window, None
@@ -46,19 +46,19 @@ class WholeImage:
 
     @property
     def pixels(self) -> Tensor:
-        """The normalised image with the padding that its windows have, (3, H', W')."""
+        """The normalised image with the padding of its windows, (3, H', W')."""
         return self.grid.pad(self.prepare(self.source))
 
     @property
     def ids(self) -> Tensor | None:
-        """The ids with that padding, (H', W'); None without regions, and for masks."""
+        """The ids with the same padding, (H', W'); None without regions, and for masks."""
         if self.regions is None or self.regions.ndim == 3:
             return None
         return self.grid.pad(self.regions, PADDING)
 
     @property
     def masks(self) -> Tensor | None:
-        """The regions as masks with that padding, (R, h, w) float32 of any size; of ids in order."""
+        """The regions as masks with the same padding, (R, h, w) float32 of any size, ordered by id."""
         masks = self.regions
         if masks is None:
             return None

@@ -207,7 +207,7 @@ def test_many_classes_have_16_bits(tmp_path, job):
 
 def test_inputs_that_cannot_be(tmp_path):
     write(tmp_path / "in", {"a.jpg": picture(0, form="JPEG"), "a.png": picture(0)})
-    with pytest.raises(ValueError, match=r"both become a\.png"):
+    with pytest.raises(ValueError, match=r"both be written to a\.png"):
         list_units([tmp_path / "in"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no image"):

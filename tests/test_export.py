@@ -95,7 +95,7 @@ def test_onnx(engine, images, tmp_path, monkeypatch, capsys):
     ("method", "reason"),
     [
         (dict(type="cliptrase"), "decides on the host, with aten"),
-        (dict(type="proxyclip"), "asks for the guide 'dino'"),
+        (dict(type="proxyclip"), "needs the guide 'dino'"),
         (dict(type="sfp", pm="isolation_forest"), "cannot be exported"),
     ],
 )
@@ -107,7 +107,7 @@ def test_methods_that_are_refused(engine, method, reason, tmp_path):
 
 def test_words_that_are_wrong(engine, tmp_path, capsys):
     for name, settings, message in (
-        ("x.onx", {}, "x.onx: the name has to end with .onnx or .pt2"),
+        ("x.onx", {}, "x.onx: the file name must end with .onnx or .pt2"),
         ("x.pt2", dict(precision="int8"), "int8 for .onnx only"),
         ("x.pt2", dict(precision="fp8"), "choose from fp32, fp16, int8"),
     ):
@@ -115,4 +115,4 @@ def test_words_that_are_wrong(engine, tmp_path, capsys):
             export(engine, sfp.build_method("clip"), WORDS, tmp_path / name, **settings)
     command = f"export {tmp_path / 'x.txt'} --weights mini --classes sky,tree"
     assert cli.main(command.split()) == 2
-    assert "has to end with" in capsys.readouterr().err
+    assert "must end with" in capsys.readouterr().err

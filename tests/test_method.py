@@ -60,7 +60,7 @@ def change(a: Tensor, b: Tensor) -> float:
         (dict(type="sfp", enhancer="kk+qq"), r"unknown enhancer='kk\+qq'; did you mean"),
         (dict(type="sfp_paper", enhancer=""), "unknown enhancer=''; valid: kk, "),
         (dict(type="sfp", pm="l2_nrm"), "'l2_nrm'; did you mean 'l2_norm'"),
-        (dict(type="sfp", pm="average"), "'average' is of kind 'attention' where 'detector' is"),
+        (dict(type="sfp", pm="average"), "'average' is of kind 'attention', but 'detector' is"),
         (
             dict(type="sfp", pm=dict(type="som", top=3)),
             "op 'som' has no knob 'top'; did you mean 'top_k'",

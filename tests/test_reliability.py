@@ -582,10 +582,10 @@ def test_half_precision_is_finite_where_fp32_is(method, scale):
     if built.needs_regions or "guide" in str(built):
         pytest.skip("needs a guide or regions; see tests/methods/test_methods.py")
     for precision in ("fp32", "bf16", "fp16"):
+        model = in_precision(precision, scale)
+        model.method = built
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # without the detour through fp32
-            model = in_precision(precision, scale)
-            model.method = built
             (logits,) = model(list(tiny.images(1, 64, 80)))
         assert logits.isfinite().all(), precision
         assert logits.dtype == torch.float32

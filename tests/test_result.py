@@ -122,9 +122,9 @@ def test_overlays(tmp_path):
 @pytest.mark.parametrize(
     ("name", "overlay", "message"),
     [
-        ("labels.jpg", False, "labels are saved as .png, .jpg may change them"),
-        ("labels", False, "no picture format has the ending ''"),
-        ("labels.txt", True, "no picture format has the ending '.txt'"),
+        ("labels.jpg", False, "labels can only be saved as .png, since .jpg may change them"),
+        ("labels", False, "unknown image format ''"),
+        ("labels.txt", True, "unknown image format '.txt'"),
     ],
 )
 def test_endings(tmp_path, name, overlay, message):

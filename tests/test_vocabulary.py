@@ -99,7 +99,7 @@ def test_the_official_cases_are_the_goldens():
         ("\na\n", 1, "no name"),
         ("a\n,\nb\n", 2, "no name"),
         ("a, , b\n", 1, "empty"),
-        ("a\nb, c, b\n", 2, "'b' stands there twice"),
+        ("a\nb, c, b\n", 2, "'b' appears twice"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, text, line, why):
@@ -211,17 +211,17 @@ def test_backgrounds_that_are_nothing_of_the_kind(value):
 
 @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, 30, float("nan"), np.float32(2)], ids=repr)
 def test_thresholds_that_no_probability_has(value):
-    with pytest.raises(ValueError, match="a threshold lies between 0 and 1"):
+    with pytest.raises(ValueError, match="a threshold must be between 0 and 1"):
         background_threshold(value)
 
 
 @pytest.mark.parametrize(
     ("classes", "background", "threshold", "said"),
     [
-        (["cat"], None, 0.99, "only query.*the threshold 0.99 does nothing"),
-        (["cat"], None, None, "only query.*1 in every pixel"),
+        (["cat"], None, 0.99, "only query.*the threshold 0.99 has no effect"),
+        (["cat"], None, None, "only query.*1 at every pixel"),
         (["cat", "dog"], None, 0.5, "at least 0.5"),
-        (["cat", "dog"], None, 0.3, "the threshold 0.3 does nothing: among 2 queries"),
+        (["cat", "dog"], None, 0.3, "the threshold 0.3 has no effect: among 2 queries"),
         ([["cat", "kitten"], "dog"], None, 1 / 3, "among 3 queries"),
         (["cat"], ["wall"], 0.4, "among 2 queries"),
     ],

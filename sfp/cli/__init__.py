@@ -1,9 +1,9 @@
-"""The command `sfp`: one module per subcommand, one place that turns errors into exit codes.
+"""The command `sfp`: one module per subcommand, and one place that turns errors into exit codes.
 
-A module `sfp.cli.<command>` has `register(commands)`, which adds its parser and says with
-`set_defaults(run=...)` which function does the work, from the parsed arguments to an exit code. That
-function imports what it needs, so that a help or a list does not wait for PyTorch; errors are raised,
-not printed.
+Each module `sfp.cli.<command>` has a function `register(commands)`, which adds its parser and sets,
+by `set_defaults(run=...)`, the function that takes the parsed arguments and returns an exit code.
+That function does its own imports, so that help texts and lists do not wait for PyTorch. It raises
+errors instead of printing them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ COMMANDS = (  # in the order of the help
 
 DESCRIPTION = "Training-free open-vocabulary segmentation with frozen CLIP."
 EPILOG = """\
-`sfp COMMAND --help` has options and examples.
+`sfp COMMAND --help` shows options and examples.
 
-Exit codes: 0 done; 1 finished with failures, or unexpected; 2 wrong command line or config; 3 data or
-weights are missing or damaged.
+Exit codes: 0 done; 1 finished with failures, or unexpected error; 2 wrong command line or config; 3
+data or weights missing or damaged.
 """
 
 
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
     Args:
-        argv: words after `sfp`; by default those that the process was started with.
+        argv: arguments after `sfp`; by default those of the process.
 
     Returns:
-        The exit code. Errors that have none, bugs that is, are raised.
+        The exit code. Errors without an exit code, that is bugs, are raised.
     """
     before = sys.stdout, sys.stderr
     out, err = (_Output(stream) if stream else stream for stream in before)
@@ -85,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Output:
-    """Standard output or error of a command whose work is more than what it prints.
+    """Standard output or error that never stops a command's work.
 
-    Characters that the terminal cannot show appear as escapes, and when the reader of a pipe has left
-    (`sfp segment ... | head`), the rest goes nowhere; the work goes on.
+    Characters that the terminal cannot show are escaped. When the reader of a pipe has closed it
+    (`sfp segment ... | head`), further output is discarded and the work continues.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -129,10 +129,10 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
             import_modules(args.modules)
         code = run(args)
         if sys.stdout is not None:
-            sys.stdout.flush()  # a reader that has left shows up here, not in the interpreter's end
+            sys.stdout.flush()  # notices a closed pipe here, not at interpreter shutdown
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130  # what shells say of a program that Ctrl-C ended
+        return 130  # the shell's code for a program stopped by Ctrl-C
     except Exception as error:
         if isinstance(error, ModuleNotFoundError):
             error = _host.explained(error)
@@ -150,15 +150,15 @@ def exit_code(error: Exception) -> int:
 
     if isinstance(error, ModuleNotFoundError) and error.name in _host.PACKAGES:
         return 2
-    # a DataError is a ValueError too; a module that is missing is of an extra that is not installed
+    # DataError is also a ValueError; a missing module belongs to an extra that is not installed
     missing = (OSError, WeightsError, DataError, FloatingPointError, ModuleNotFoundError)
     if isinstance(error, missing):
         return 3
-    # a plain LookupError says that a method needs what its run does not have; a KeyError is a bug
+    # a plain LookupError means that a method needs something this run lacks; a KeyError is a bug
     return 2 if isinstance(error, ValueError) or type(error) is LookupError else 1
 
 
 def _message(error: Exception) -> str:
-    """What an error says; from a data loader's process comes a traceback that ends with it."""
+    """An error's message; errors of a data loader's worker hold a traceback that ends with it."""
     text = str(error).strip()
     return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text

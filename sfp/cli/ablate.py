@@ -1,4 +1,4 @@
-"""`sfp ablate`: an ablation study over one config."""
+"""`sfp ablate`: an ablation study on one config."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import argparse
 from sfp.cli import options
 
 TEXT = """\
-Runs an ablation study over one config and prints its table, with published numbers beside ours.
+Runs an ablation study on one config and prints its table, with published numbers beside ours.
 
-Studies: modules, self_attention, layers (SFP's poster); detectors (SFP as released); backbones (methods
-by weights); cliptrase (its paper's tables 2, 4 and 5); cliptrase_release; gclip. Numbers of another
-protocol or backbone are marked as such. Variants that do not touch the trunk share its run on every
-image. Writes ablate_<study>.md, .json and .png into the work folder. Killed and started again it
-continues; --no-resume starts over. --paired adds how far each variant lies above another, with a 95 %
-interval of a paired bootstrap over images.
+Studies: modules, self_attention, layers (SFP's poster); detectors (SFP as released); backbones
+(methods by weights); cliptrase (its paper's tables 2, 4 and 5); cliptrase_release; gclip. Numbers
+from another protocol or backbone are marked. Variants that do not edit the trunk share its run on
+each image. Writes ablate_<study>.md, .json and .png into the work folder. An interrupted study
+resumes when started again; --no-resume starts over. --paired adds each variant's difference from
+another, with the 95 % interval of a paired bootstrap over images.
 
 Examples:
     sfp ablate mini --study modules --paired previous
@@ -22,28 +22,26 @@ Examples:
     sfp ablate ade20k --study backbones --weights ViT-B/16 ViT-L/14
     sfp ablate mini --study detectors --no-resume
 
-Exit codes as of `sfp eval`.
+Exit codes are those of `sfp eval`.
 """
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
-    parser = options.add_command(
-        commands, "ablate", run, help="run an ablation study: one table", text=TEXT
-    )
+    parser = options.add_command(commands, "ablate", run, help="run an ablation study", text=TEXT)
     options.add_evaluation(parser, many_weights=True)
-    parser.add_argument("--study", required=True, help="which, e.g. modules")
+    parser.add_argument("--study", required=True, help="name of the study, e.g. modules")
     options.add_paired(parser, "the label of a variant")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ablates."""
+    """Runs the study."""
     from sfp.cli.terminal import print_table, progress
     from sfp.evaluation import ablate
 
     study = ablate.find_study(args.study)
     weights = args.weights or []
-    for source in weights or [None]:  # all are looked for before the first runs for hours
+    for source in weights or [None]:  # check all of them before hours of running the first
         config = options.load(args, weights=source)
     with progress() as bar:
         task = bar.add_task(f"{len(study.rows)} variants", total=None)

@@ -1,4 +1,4 @@
-"""`sfp audit`: whether two numbers can be compared."""
+"""`sfp audit`: whether two results are comparable."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import argparse
 from sfp.cli.options import add_command
 
 TEXT = """\
-Says in which settings two results differ, and whether their numbers can be compared.
+Lists the settings in which two results differ, and says whether their numbers are comparable.
 
-Each side is a card.json, a work folder of `sfp eval` that has one, or a config. Numbers compare if
-protocol, vocabulary and data are equal; method and weights are what one compares. Besides: which
-constants of each side are not the defaults, as where they were chosen for its data set, and what its
-models have seen besides images and captions.
+Each side is a card.json, a work folder of `sfp eval` that contains one, or a config. Numbers are
+comparable if protocol, vocabulary and data are equal; method and weights may differ. Also listed
+are each side's constants that are not the defaults, for example because they were tuned for its
+dataset, and what its models were trained on besides images and captions.
 
 Examples:
     sfp audit work/voc21 work/voc21_sclip
     sfp audit work/voc21/card.json voc20
 
-Exit codes: 0 comparable; 1 not comparable; 2 a side is not there or cannot be read.
+Exit codes: 0 comparable; 1 not comparable; 2 a side is missing or cannot be read.
 """
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "audit", run, help="say whether two results can be compared", text=TEXT
+        commands, "audit", run, help="say whether two results are comparable", text=TEXT
     )
     parser.add_argument("a", help="card.json, work folder or config")
     parser.add_argument("b", help="likewise")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audits: 1 if the numbers do not compare."""
+    """Compares the two sides; returns 1 if they are not comparable."""
     from rich.console import Console
     from rich.table import Table
 
@@ -52,18 +52,18 @@ def run(args: argparse.Namespace) -> int:
         Console(soft_wrap=True).print(table)
     open_questions = card.unknown(a, b)
     if open_questions:
-        print(f"Only one side knows: {', '.join(open_questions)}.")
+        print(f"Known on one side only: {', '.join(open_questions)}.")
     for side, given in (("A", a), ("B", b)):
         changed = [
             f"{name} {value} (default {default})" for name, value, default in constants(given)
         ]
-        print(f"{side}: constants other than the defaults: {'; '.join(changed) or 'none'}.")
+        print(f"{side}: non-default constants: {'; '.join(changed) or 'none'}.")
         for model, data in seen(given):
-            print(f"{side}: {model} has seen {data}.")
+            print(f"{side}: {model} was trained on {data}.")
     different = [group for group in STRICT if any(row.group == group for row in found)]
     if different:
         print(
-            f"NOT COMPARABLE: they differ in {_and(different)}, so a difference between the two "
+            f"NOT COMPARABLE: they differ in {_and(different)}, so a difference between their "
             "numbers says nothing about method or weights."
         )
         return 1
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             gain = "" if one is None or two is None else f"{two - one:+.2f}"
             print(f"{name:6} {cell(one):>8} {cell(two):>8}   {gain}")
     compared = [group for group in FREE if any(row.group == group for row in found)]
-    verdict = "Comparable, as far as both sides tell" if open_questions else "Comparable"
+    verdict = "Comparable, as far as is known" if open_questions else "Comparable"
     if compared:
         print(f"{verdict}: they differ only in {_and(compared)}.")
     else:

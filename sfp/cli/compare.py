@@ -1,4 +1,4 @@
-"""`sfp compare`: several methods over one config."""
+"""`sfp compare`: evaluates several methods on one config."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from pathlib import Path
 from sfp.cli import options
 
 TEXT = """\
-Evaluates several methods over one config in one go, and prints one table.
+Evaluates several methods on one config and prints one table.
 
-Weights and text features are loaded once, and methods that do not touch the trunk share its run.
-Below the table stand the numbers that are published of this benchmark and these weights, and in what
-their protocol differs from the config's. Writes compare.json, compare.md and compare.png (side by
-side) into the work folder. Killed and started again it continues, also with more methods;
+Weights and text features are loaded once, and methods that do not edit the trunk share its run.
+Below the table are published numbers for this benchmark and these weights, and how their protocol
+differs from the config's. Writes compare.json, compare.md and compare.png (label maps side by side)
+into the work folder. An interrupted run resumes when started again, also with more methods;
 --no-resume starts over.
 
---paired adds how far each method lies above the one named, with a 95 % interval of a paired bootstrap
-over images: a difference whose interval contains 0 may be one of the choice of images.
+--paired adds each method's difference from the one named, with the 95 % interval of a paired
+bootstrap over images: if the interval contains 0, the difference may be due to the choice of
+images.
 
-Several --weights give one table of towers by methods, matrix.json and matrix.md, with what each tower
-and the models beside it were trained on. It continues as well, also with more weights.
+Several --weights give one table of towers by methods, matrix.json and matrix.md, with the training
+data of each tower and of the other models. This resumes too, also with more weights.
 
 Examples:
     sfp compare mini
@@ -30,22 +31,22 @@ Examples:
     sfp compare voc21 --weights ViT-B/16 tipsv2-l14 siglip2-b16-256 --methods maskclip naclip
     sfp compare mini --methods sclip sfp:purify=False sfp --paired sfp:purify=False
 
-Exit codes as of `sfp eval`.
+Exit codes are those of `sfp eval`.
 """
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = options.add_command(
-        commands, "compare", run, help="evaluate several methods in one go: one table", text=TEXT
+        commands, "compare", run, help="evaluate several methods into one table", text=TEXT
     )
     options.add_evaluation(parser, many_weights=True)
     parser.add_argument(
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="presets, with knobs as in sfp:purify=False,pm=lof (default: all that need "
-        "no guide and no regions)",
+        help="presets, with knobs as in sfp:purify=False,pm=lof (default: all that need neither "
+        "a guide nor regions)",
     )
     parser.add_argument(
         "--classes",
@@ -53,9 +54,9 @@ def register(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar="WORDS",
         help="vocabularies to compare: shipped (the benchmark's file), names (the dataset's class "
-        "names) or a class file, one line per class (default: the config's alone)",
+        "names) or a class file, one line per class (default: the config's only)",
     )
-    options.add_paired(parser, "a method among them")
+    options.add_paired(parser, "one of the methods")
     options.add_pictures(parser, default=4)
 
 
@@ -90,12 +91,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _matrix(args: argparse.Namespace, methods: Sequence[str]) -> int:
-    """Compares methods with several weights."""
+    """Compares methods on several weights."""
     from sfp.cli.terminal import print_table, progress
     from sfp.evaluation.matrix import matrix, matrix_sheet
 
     if args.paired or args.classes:
-        raise ValueError("--paired and --classes compare methods with one --weights")
+        raise ValueError("--paired and --classes need a single value of --weights")
     configs = {weights: options.load(args, weights=weights) for weights in args.weights}
     folder = Path(next(iter(configs.values())).work_dir)
     with progress() as bar:

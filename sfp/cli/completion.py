@@ -1,4 +1,4 @@
-"""`sfp completion`: what makes TAB complete in a shell."""
+"""`sfp completion`: shell completion."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from sfp.cli.options import add_command
 
 TEXT = """\
-Prints the script that lets TAB complete commands, options and names. The script knows all words by
-itself: TAB starts no Python. Write it again after an update.
+Prints a script with which TAB completes commands, options and names. The script contains all words,
+so TAB does not start Python. Write it again after an update.
 
 Examples:
     sfp completion bash > ~/.local/share/bash-completion/completions/sfp
@@ -24,7 +24,7 @@ Needs shtab: pip install 'sfp[completion]'.
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "completion", run, help="print a script for completion with TAB", text=TEXT
+        commands, "completion", run, help="print a script for TAB completion", text=TEXT
     )
     parser.add_argument("shell", choices=["bash", "zsh", "fish"])
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _words() -> dict[str, list[str]]:
-    """Names of an option or a positional argument: what may stand there, files aside."""
+    """The possible values of options and positional arguments by name, apart from files."""
     from sfp.clip.checkpoints.published import PUBLISHED
     from sfp.registry import OPS, list_methods
 
@@ -62,7 +62,7 @@ def _words() -> dict[str, list[str]]:
         methods=methods,
         kind=sorted({getattr(op, "kind", "") for op in OPS.module_dict.values()}),
     )
-    with contextlib.suppress(ModuleNotFoundError):  # without mmsegmentation nothing is evaluated
+    with contextlib.suppress(ModuleNotFoundError):  # without mmsegmentation there are no configs
         from sfp.evaluation.ablate import studies
         from sfp.evaluation.configs import config_names
 
@@ -71,7 +71,7 @@ def _words() -> dict[str, list[str]]:
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """The arguments of a parser and its commands."""
+    """The arguments of a parser and of its commands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

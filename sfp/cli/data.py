@@ -1,4 +1,4 @@
-"""`sfp data`: which datasets are there, what to download, label maps, and whether files are whole."""
+"""`sfp data`: lists datasets, says what to download, converts label maps and checks files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sfp.data.benchmarks import Benchmark
 
 TEXT = """\
-Lists, prepares and checks the datasets (docs/data.md); `sfp data ACTION --help` has more.
+Lists, prepares and checks the datasets (docs/data.md); see also `sfp data ACTION --help`.
 
 Examples:
     sfp data list
@@ -24,38 +24,39 @@ Examples:
     sfp data check coco_stuff164k
 """
 LIST = """\
-Lists the datasets, where each is looked for, and whether it is there.
+Lists the datasets, where each is expected, and whether it is there.
 
 Examples:
     sfp data list
     sfp data list --data-root /path/to/data
 """
 PREPARE = """\
-Says what to download from where, under which terms, and how it lies on disk; then writes the label maps
-that evaluation reads. Files that are there are kept, so a stopped conversion goes on where it was.
+Says what to download from where, under which terms, and how to lay it out on disk; then writes the
+label maps that evaluation reads. Existing files are kept, so an interrupted conversion resumes.
 
 Examples:
-    sfp data prepare voc21                   # nothing to convert: only says what is needed
+    sfp data prepare voc21                   # nothing to convert: only says what to download
     sfp data prepare coco_stuff164k coco27
-    sfp data prepare context60 --force       # write label maps again
+    sfp data prepare context60 --force       # writes the label maps again
 
-Exit codes: 0 all is there; 2 no such dataset; 3 files are missing or damaged.
+Exit codes: 0 complete; 2 no such dataset; 3 files are missing or damaged.
 """
 CHECK = """\
-Reads every image and label map: their number, pairs, sizes, ids and whether files are damaged; every
+Reads every image and label map and checks their number, pairing, sizes, ids and integrity. Each
 kind of problem is shown with its first examples.
 
-A manifest holds SHA-256s of an evenly spread sample: of the bytes of images, and of the numbers in
-label maps. Written here and compared there, it tells whether two machines have the same data.
+A manifest holds the SHA-256 hashes of an evenly spaced sample: of the bytes of images, and of the
+values in label maps. Written on one machine and compared on another, it tells whether both have the
+same data.
 
 Examples:
     sfp data check voc21
     sfp data check voc21 --write-manifest    # to DATA_ROOT/voc21.manifest.json
     sfp data check voc21 --manifest voc21.manifest.json
 
-A manifest that is at its place in the root of the data is compared without being asked for.
+A manifest found at this path in DATA_ROOT is always compared.
 
-Exit codes: 0 all is right; 2 no such dataset; 3 something is missing, damaged or different.
+Exit codes: 0 no problems; 2 no such dataset; 3 something is missing, damaged or different.
 """
 
 
@@ -69,24 +70,26 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     add = partial(add_command, actions)
-    listed = add("list", _list, help="which datasets are there", text=LIST)
-    prepared = add("prepare", _prepare, help="what to download; write label maps", text=PREPARE)
-    checked = add("check", _check, help="read every file, name every problem", text=CHECK)
+    listed = add("list", _list, help="show which datasets are there", text=LIST)
+    prepared = add(
+        "prepare", _prepare, help="say what to download, and write label maps", text=PREPARE
+    )
+    checked = add("check", _check, help="read every file and report problems", text=CHECK)
     for action in (listed, prepared, checked):
         action.add_argument(
             "--data-root", type=Path, help="folder of all data (default: $DATA_ROOT, or data)"
         )
     for action in (prepared, checked):
-        action.add_argument("names", nargs="+", metavar="NAME", help="as `sfp data list` has it")
+        action.add_argument("names", nargs="+", metavar="NAME", help="as in `sfp data list`")
         action.add_argument(
             "--workers", type=positive, help="threads (default: one per core, up to 8)"
         )
-    prepared.add_argument("--force", action="store_true", help="write what is there again")
+    prepared.add_argument("--force", action="store_true", help="overwrite existing label maps")
     files = checked.add_mutually_exclusive_group()
     files.add_argument(
-        "--write-manifest", action="store_true", help="record hashes, to compare elsewhere"
+        "--write-manifest", action="store_true", help="write hashes, to compare on another machine"
     )
-    files.add_argument("--manifest", type=Path, metavar="FILE", help="compare with this one")
+    files.add_argument("--manifest", type=Path, metavar="FILE", help="compare with this manifest")
 
 
 def _root(args: argparse.Namespace) -> Path:
@@ -94,7 +97,7 @@ def _root(args: argparse.Namespace) -> Path:
 
 
 def _entries(names: Iterable[str]) -> dict[str, Benchmark]:
-    """Benchmarks by name; an unknown name is refused before anything runs."""
+    """Benchmarks by name; raises for an unknown name before anything runs."""
     from sfp.data.benchmarks import DOWNLOADED
     from sfp.registry import pick
 
@@ -108,7 +111,7 @@ def _list(args: argparse.Namespace) -> int:
     from sfp.data.benchmarks import DOWNLOADED
 
     root = _root(args)
-    table = Table("name", "dataset", "images", "classes", "looked for in", "state")
+    table = Table("name", "dataset", "images", "classes", "expected in", "state")
     for name, entry in DOWNLOADED.items():
         _, what = entry.state(root)
         style = {"ready": "green", "missing": "dim"}.get(what, "yellow")
@@ -116,7 +119,7 @@ def _list(args: argparse.Namespace) -> int:
         where = str(root / entry.folder)
         table.add_row(name, entry.title, images, str(entry.classes), where, f"[{style}]{what}[/]")
     console().print(table)
-    print("`sfp data prepare NAME` says how to get one, `sfp data check NAME` reads every file")
+    print("`sfp data prepare NAME` says how to get one, `sfp data check NAME` checks every file")
     return 0
 
 
@@ -134,23 +137,23 @@ def _prepare(args: argparse.Namespace) -> int:
                 workers=args.workers or WORKERS,
                 force=args.force,
             )
-            print(f"{step.what}: {written} written, {kept} were there")
-        entry.build(root).load_data_list()  # raises what is still missing
+            print(f"{step.what}: {written} written, {kept} already there")
+        entry.build(root).load_data_list()  # raises if something is still missing
         images, what = entry.state(root)
-        print(f"{name}: {images} images, {what}; `sfp data check {name}` reads every file\n")
+        print(f"{name}: {images} images, {what}; `sfp data check {name}` checks every file\n")
         complete &= what == "ready"
     return 0 if complete else 3
 
 
 def _card(name: str, entry: Benchmark, root: Path) -> str:
-    """What a dataset consists of, in lines."""
+    """A description of a dataset: downloads, terms and layout."""
     lines = [f"{entry.title} ({name}): {entry.images[0]} images, {entry.classes} classes"]
-    lines += ["", "Download, and unpack in"]
+    lines += ["", "Download and unpack:"]
     for file in entry.downloads:
         folder = os.path.normpath(root / file.into)
-        lines.append(f"  {file.file} from {file.url}\n    {folder}")
+        lines.append(f"  {file.file} from {file.url}\n    into {folder}")
     lines += ["", *wrap(f"Terms: {entry.terms} Read them where you download.", 100), ""]
-    lines.append(f"Then there are, below {root / entry.folder}")
+    lines.append(f"Resulting layout of {root / entry.folder}:")
     width = max(map(len, entry.layout))
     lines += [f"  {path:{width}}  {what}".rstrip() for path, what in entry.layout.items()]
     if entry.note:
@@ -163,11 +166,11 @@ def _check(args: argparse.Namespace) -> int:
     from sfp.data.convert import WORKERS
     from sfp.evaluation.run import quiet
 
-    quiet()  # what mmseg says about odd label maps is said here in other words
+    quiet()  # mmseg's own remarks about odd label maps are reported here already
     root, workers = _root(args), args.workers or WORKERS
     entries = _entries(args.names)
     if args.manifest and len(entries) > 1:
-        raise ValueError("--manifest is of one dataset: check one at a time")
+        raise ValueError("--manifest FILE belongs to one dataset: check a single dataset with it")
     wrong = False
     for name, entry in entries.items():
         report = check.check(entry, root, workers=workers)
@@ -176,7 +179,7 @@ def _check(args: argparse.Namespace) -> int:
         other = args.manifest or (known if known.is_file() else None)
         if problems:
             if args.write_manifest or other:
-                print(f"{name}: hashes wait until the problems below are solved")
+                print(f"{name}: no hashes were computed; solve the problems below first")
         elif args.write_manifest:
             check.write_manifest(known, check.manifest(entry, root, workers=workers))
             print(f"{name}: wrote {known}")
@@ -185,10 +188,10 @@ def _check(args: argparse.Namespace) -> int:
             if differ:
                 problems[f"differs from {other}"] = differ
             else:
-                print(f"{name}: as {other} says")
+                print(f"{name}: agrees with {other}")
         print(
             f"{name}: {report.images} images; {report.occurring} of {entry.classes} classes occur, "
-            f"{report.ignored:.1%} of the pixels do not count"
+            f"{report.ignored:.1%} of the pixels are ignored"
         )
         _print_problems(name, problems)
         wrong |= bool(problems)
@@ -205,4 +208,4 @@ def _print_problems(name: str, problems: Mapping[str, list[str]], examples: int 
         if len(lines) > examples:
             print(f"    and {len(lines) - examples} more")
     if any("missing" in kind for kind in problems):
-        print(f"{name}: `sfp data prepare {name}` says what to download, and writes label maps")
+        print(f"{name}: `sfp data prepare {name}` says what to download and writes the label maps")

@@ -1,4 +1,4 @@
-"""`sfp eval`: one config, evaluated."""
+"""`sfp eval`: evaluates one config."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from sfp.cli import options
 TEXT = """\
 Evaluates a config and writes metrics.json, card.json, card.md and sheet.png into its work folder.
 
-Killed at any moment and started again it continues, with the same numbers in the end, also with
-another number of processes; --no-resume starts over.
+An interrupted run resumes when started again and ends with the same numbers, also with another
+number of processes; --no-resume starts over.
 
 Examples:
     sfp eval mini
@@ -27,26 +27,26 @@ missing or damaged (the message names the file and says what to do).
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = options.add_command(
-        commands, "eval", run, help="evaluate a benchmark or a config of your own", text=TEXT
+        commands, "eval", run, help="evaluate a benchmark or your own config", text=TEXT
     )
     options.add_evaluation(parser)
     parser.add_argument("--method", help="preset that replaces the config's method, e.g. sclip")
-    parser.add_argument("--show-dir", help="folder for a picture of each image with its labels")
+    parser.add_argument("--show-dir", help="folder for pictures of every image with its labels")
     options.add_pictures(parser, default=6)
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm"],
         default="none",
-        help="what started the processes of a distributed run",
+        help="launcher of a distributed run",
     )
     parser.add_argument(
-        "--check", action="store_true", help="only look whether config, data and weights are there"
+        "--check", action="store_true", help="only check that config, data and weights are there"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates."""
+    """Evaluates the config."""
     from rich.console import Console
 
     from sfp.evaluation import run as evaluate

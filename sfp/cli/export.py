@@ -16,11 +16,12 @@ Examples:
     sfp export small.onnx --classes voc20 --precision int8
     sfp export any.onnx --classes "cat, dog" --words-as-input
 
-Beside the model stand its text features (.safetensors) and what labels and inputs are (.json).
-docs/deploy.md has a program that runs it with onnxruntime and numpy alone. Methods that decide on the
-host or ask for other models are refused. ONNX needs: pip install 'sfp[export]'.
+Beside the model it writes the text features (.safetensors) and a description of labels and inputs
+(.json). docs/deploy.md shows how to run it with onnxruntime and numpy alone. Methods that branch on
+values or need other models cannot be exported. ONNX needs: pip install 'sfp[export]'.
 
-Exit codes: 0 done; 2 wrong command line, or a method that cannot be exported; 3 weights are missing.
+Exit codes: 0 done; 2 wrong command line, or a method that cannot be exported; 3 weights are
+missing.
 """
 
 
@@ -43,12 +44,15 @@ def register(commands: argparse._SubParsersAction) -> None:
         "--side", type=options.positive, help="pixels of a window's side (default: 224)"
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.0, help="less probable pixels get label 0 (default: 0)"
+        "--threshold",
+        type=float,
+        default=0.0,
+        help="pixels with a lower probability get label 0 (default: 0)",
     )
     parser.add_argument(
         "--words-as-input",
         action="store_true",
-        help="text features are an input: one file for all words",
+        help="make the text features an input, so that one file works with any words",
     )
     parser.add_argument(
         "--precision",

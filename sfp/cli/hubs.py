@@ -9,10 +9,11 @@ from pathlib import Path
 from sfp.cli.options import WEIGHTS, add_command, positive
 
 TEXT = """\
-Compares detectors of outliers with what the patches themselves attend to, and prints one table.
+Tests which outlier detectors find hubs, the patches that all others attend to, and prints one
+table.
 
-A hub is a patch whose output of a block draws at least --times the even share of the other patches'
-attention in the next block. Each cell is a detector's precision / recall at a block.
+A patch is a hub at a block if it receives at least --times an even share of the other patches'
+attention in the next block. Each cell shows a detector's precision / recall at a block.
 
 Examples:
     sfp hubs
@@ -20,33 +21,33 @@ Examples:
     sfp hubs --weights ViT-B/16 --images photos
 
 Exit codes: 0 done; 1 unexpected error; 2 wrong command line; 3 weights or images are missing (the
-message says what to put where).
+message says which, and where they belong).
 """
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "hubs", run, help="which detectors find what patches attend to", text=TEXT
+        commands, "hubs", run, help="see which detectors find hubs in the attention", text=TEXT
     )
     parser.add_argument("--weights", default="mini", help=f"{WEIGHTS} (default: mini)")
     parser.add_argument(
         "--images", type=Path, help="folder of images (default: drawn scenes of the mini world)"
     )
-    parser.add_argument("--count", type=positive, default=40, help="most images (default: 40)")
+    parser.add_argument("--count", type=positive, default=40, help="number of images (default: 40)")
     parser.add_argument("--size", type=int, help="side of the square crops (default: the model's)")
     parser.add_argument(
         "--layers", type=int, nargs="+", help="blocks, from 0 (default: the deeper half)"
     )
     parser.add_argument("--detectors", nargs="+", help="default: all")
     parser.add_argument(
-        "--times", type=float, default=3.0, help="even shares that a hub draws (default: 3)"
+        "--times", type=float, default=3.0, help="even shares that make a hub (default: 3)"
     )
     parser.add_argument("--out", type=Path, help="file for the numbers, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Looks for hubs."""
+    """Runs the comparison."""
     import sfp
     from sfp.cli.plant import normalised_crops
     from sfp.cli.terminal import print_table

@@ -26,25 +26,25 @@ Examples:
         --guide dino=transformers:model=facebook/dino-vitb8
     sfp label shards --out labelled --classes words.txt --part $SLURM_ARRAY_TASK_ID/64
 
-Writes OUT/labels/<name>.png (palette; 16 bits above 256 classes), with --confidence and --overlay
-also OUT/confidence/<name>.png and OUT/overlay/<name>.jpg, OUT/failures.jsonl and OUT/report.json.
-Started again it skips what is done. <name> is the path below the input folder or list; images of a
-shard get a folder of the shard's name.
+Writes OUT/labels/<name>.png (palette; 16 bits above 256 classes), OUT/failures.jsonl and
+OUT/report.json; with --confidence and --overlay also OUT/confidence/<name>.png and
+OUT/overlay/<name>.jpg. Run again, it skips finished images. <name> is the path relative to the
+input folder or list; images of a shard go to a folder named after the shard.
 
-Exit codes: 0 all done; 1 some images failed (failures.jsonl says which and why); 2 wrong command line
-or settings; 3 images, weights or Ray are missing.
+Exit codes: 0 all done; 1 some images failed (failures.jsonl lists them with the reason); 2 wrong
+command line or settings; 3 images, weights or Ray are missing.
 """
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = options.add_command(
-        commands, "label", run, help="label very many images, with one or many machines", text=TEXT
+        commands, "label", run, help="label very many images, on one or many machines", text=TEXT
     )
     parser.add_argument("inputs", nargs="+", help="folders, lists (.txt), shards (.tar) or images")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--classes", help=options.CLASSES)
-    parser.add_argument("--config", help="take model, protocol and classes from it, e.g. ade20k")
+    parser.add_argument("--config", help="config for model, protocol and classes, e.g. ade20k")
     parser.add_argument("--method", help=options.METHOD)
     options.add_guide(parser)
     options.add_regions(parser)
@@ -52,14 +52,17 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--short-side",
         type=int,
-        help="pixels (default: the config's, or 336; 224 for the mini CLIP)",
+        help="resize the short side to this many pixels (default: the config's, or 336; 224 for the "
+        "mini CLIP)",
     )
-    parser.add_argument("--confidence", action="store_true", help="write probabilities as well")
-    parser.add_argument("--overlay", action="store_true", help="write pictures as well")
+    parser.add_argument("--confidence", action="store_true", help="also write probabilities")
+    parser.add_argument(
+        "--overlay", action="store_true", help="also write the labels drawn over each image"
+    )
     parser.add_argument("--batch-size", type=int, default=4, help="images (default: 4)")
     parser.add_argument("--workers", type=int, default=4, help="threads per process (default: 4)")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
-    parser.add_argument("--part", help="I/N: only every N-th input, from the I-th (0 to N-1)")
+    parser.add_argument("--part", help="I/N: only every N-th input, starting at I (0 to N-1)")
     parser.add_argument("--engine", choices=["local", "ray"], default="local")
     parser.add_argument("--processes", type=int, help="with ray (default: one per GPU, or one)")
     options.add_import(parser)
@@ -67,7 +70,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Labels: 1 if some images failed."""
+    """Labels the images; returns 1 if some failed."""
     from sfp import bulk
     from sfp.cli.terminal import progress
     from sfp.data.listing import list_units
@@ -120,10 +123,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
-    """What the command line says about model, words and size.
+    """The model, words and size that the command line asks for.
 
     Raises:
-        ValueError: if there are no words, or something is wrong with them.
+        ValueError: if there are no words, or they are invalid.
     """
     from sfp import bulk
     from sfp.clip.checkpoints import published
@@ -135,9 +138,9 @@ def _job(args: argparse.Namespace) -> Job:
     guides = dict(map(options.parse_guide, args.guide))
     regions = options.parse_regions(args.regions)
     method = None if args.method is None else options.parse_method(args.method)
-    if args.config is None and not args.cfg_options:  # then OpenMMLab's config reader is not needed
+    if args.config is None and not args.cfg_options:  # OpenMMLab's config reader is not needed
         if words is None:
-            raise ValueError("nothing to look for: give --classes or --config")
+            raise ValueError("no classes given: use --classes or --config")
         weights = args.weights or "ViT-B/16"
         side = published.short_side(weights) if side is None else side
         given = dict(guides=guides, regions=regions)
@@ -155,7 +158,7 @@ def _job(args: argparse.Namespace) -> Job:
     if method is not None:
         config.model.method.update(method)
     if args.config is None:
-        config.pop("test_pipeline")  # the size is that of the weights, as without any config
+        config.pop("test_pipeline")  # use the weights' size, as without a config
     if guides:
         config.model.guides = dict(config.model.get("guides") or {}, **guides)
     if regions:
@@ -164,12 +167,12 @@ def _job(args: argparse.Namespace) -> Job:
     if words is not None:
         config.model.classes = words
     elif "classes" not in config.model:
-        raise ValueError("nothing to look for: give --classes or --config")
+        raise ValueError("no classes given: use --classes or --config")
     return bulk.job_from_config(config, side)
 
 
 def _part(text: str) -> tuple[int, int]:
-    """Both numbers of "I/N".
+    """The numbers I and N of "I/N".
 
     Raises:
         ValueError: if they are not 0 <= I < N.

@@ -1,4 +1,4 @@
-"""What is registered, in words and tables: read off signatures, docstrings and built methods."""
+"""Tables of registered methods and ops, from signatures, docstrings and built methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def summary(fn: Callable[..., Any]) -> str:
 
 
 def methods_rows() -> list[tuple[str, str, str, str]]:
-    """(name, knobs, summary, paper) of every registered preset, those of other packages included."""
+    """(name, knobs, summary, paper) of every registered preset, including other packages'."""
     presets = METHODS.module_dict
     return [
         (name, _knob_list(presets[name]), summary(presets[name]), title(presets[name]))
@@ -35,7 +35,7 @@ def title(preset: Callable[..., Any]) -> str:
 
 
 def documentation(name: str) -> str:
-    """All that a preset says of itself: its paper, what it does, its knobs and their defaults.
+    """The documentation of a preset: its paper, what it does, its knobs and their defaults.
 
     Raises:
         ValueError: if there is no such preset.
@@ -45,7 +45,7 @@ def documentation(name: str) -> str:
 
 
 def _each(items: Iterable[str]) -> str:
-    """Distinct words in order, or a dash."""
+    """The distinct items in order, or a dash."""
     return "; ".join(dict.fromkeys(items)) or "-"
 
 
@@ -61,7 +61,7 @@ def _span(blocks: Sequence[int]) -> str:
 
 
 def _rule_name(rule: Any) -> str:
-    """An attention rule and the rules inside it, without the numbers."""
+    """An attention rule and the rules inside it, without numeric knobs."""
     if rule is None:
         return "qk"
     own = dict(getattr(rule, "knobs", ()))
@@ -90,7 +90,7 @@ def _edit(edit: Any) -> str:
 
 
 def _name(op: Any) -> str:
-    """Of an op, or of a bare function in its place."""
+    """The name of an op, or of a plain function used as one."""
     return getattr(op, "fn", op).__name__
 
 
@@ -108,7 +108,7 @@ def methods_markdown() -> str:
 
 
 def _parts(name: str) -> list[str]:
-    """What a preset consists of, in the words of the ops."""
+    """The parts of a preset, by the names of its ops."""
     method: Method = build_method(name)
     readouts = method.readouts
     return [
@@ -122,7 +122,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _of_logits(method: Method) -> list[Any]:
-    """What acts between features and labels, in order; cosines alone go without saying."""
+    """The ops between features and labels, in order; the default comparison is left out."""
     comparison = [] if method.comparison is cosines else [method.comparison]
     return [*comparison, *method.refiners, *([method.decision] if method.decision else [])]
 

@@ -1,4 +1,4 @@
-"""`sfp methods`: what is registered."""
+"""`sfp methods`: lists registered methods and ops."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from sfp.cli.options import add_command, add_import
 
 TEXT = """\
-Lists the registered methods, or the ops that they are made of.
+Lists the registered methods, or the ops they are made of.
 
 Examples:
     sfp methods
     sfp methods naclip                 # one method with all its knobs, and what it does
-    sfp methods mine --import mine.py  # one of your own
+    sfp methods mine --import mine.py  # your own method
     sfp methods --ops
     sfp methods --kind detector
     sfp methods --markdown             # the generated part of docs/methods.md
@@ -36,7 +36,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Lists."""
+    """Prints the list."""
     header = ["method", "knobs", "what it does", "paper"]
     if not (args.method or args.ops or args.kind or args.markdown or args.modules):
         _print(header, shipped_methods())
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def shipped_methods() -> Iterator[tuple[str, str, str, str]]:
-    """(name, knobs, summary, paper) of every preset, read off the sources: PyTorch is not needed."""
+    """(name, knobs, summary, paper) of every preset, parsed from the sources without PyTorch."""
     for path in sorted(PRESETS.glob("*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
         for node in module.body:

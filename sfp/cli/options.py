@@ -1,4 +1,4 @@
-"""What the parsers of several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 WEIGHTS = "name or path of CLIP weights, e.g. ViT-L/14"
-METHOD = "preset, with knobs if need be: sclip, or sfp:pm=lof,layers=all"
-CLASSES = 'names separated by commas, synonyms by "|"; or a class file; or a benchmark\'s name'
+METHOD = "preset, with knobs if needed: sclip, or sfp:pm=lof,layers=all"
+CLASSES = 'names separated by commas, synonyms by "|"; or a class file; or the name of a benchmark'
 BRACKETS = {"(": ")", "[": "]"}
 
 
 class _Settings(argparse.Action):
-    """KEY=VALUE pairs as a dict, with the values that mmengine's `DictAction` reads."""
+    """Reads KEY=VALUE pairs into a dict, with values as in mmengine's `DictAction`."""
 
     def __call__(
         self,
@@ -28,7 +28,7 @@ class _Settings(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Adds the pairs to those of an earlier use of the option."""
+        """Adds the pairs to those of earlier uses of the option."""
         settings = dict(getattr(namespace, self.dest) or {})
         for word in values:
             key, equals, text = word.partition("=")
@@ -42,7 +42,7 @@ class _Settings(argparse.Action):
 
 
 def parse_value(text: str) -> Any:
-    """A setting's value: a number, a truth value, None, a list, a tuple of values, or else a word.
+    """Parses a setting: a number, a boolean, None, a list or tuple of values, or else a string.
 
     Raises:
         ValueError: if brackets do not match.
@@ -67,12 +67,12 @@ def parse_value(text: str) -> Any:
 
 
 def _values(parts: list[str]) -> list[Any]:
-    """What the parts mean; a comma may end the last one."""
+    """Parses each part; a trailing comma is allowed."""
     return [parse_value(part) for part in (parts if parts[-1] else parts[:-1])]
 
 
 def _split(text: str) -> list[str]:
-    """`text` at the commas that stand in no bracket."""
+    """Splits `text` at commas outside brackets."""
     parts, depth = [""], []
     for sign in text:
         if sign in BRACKETS:
@@ -99,9 +99,9 @@ def add_command(
     """Adds a command.
 
     Args:
-        commands: where.
-        name: of the command.
-        run: what it does, from the parsed arguments to an exit code.
+        commands: the subparsers to add it to.
+        name: its name.
+        run: its function, from the parsed arguments to an exit code.
         help: its line in the help of `sfp`.
         text: its own help: what it does, and examples.
     """
@@ -116,65 +116,65 @@ def add_command(
 
 
 def add_evaluation(parser: argparse.ArgumentParser, *, many_weights: bool = False) -> None:
-    """The options of commands that evaluate a config; `load` makes a config of them.
+    """Adds the options of commands that evaluate a config; `load` turns them into a config.
 
     Args:
-        parser: gets them.
-        many_weights: whether --weights takes several, as a list.
+        parser: the parser to add them to.
+        many_weights: whether --weights accepts several values, as a list.
     """
-    parser.add_argument("config", help="shipped config by name, e.g. voc21, or the path of one")
+    parser.add_argument("config", help="name of a shipped config, e.g. voc21, or path of a config")
     if many_weights:
-        parser.add_argument("--weights", nargs="+", help=f"{WEIGHTS}; several for backbones")
+        parser.add_argument("--weights", nargs="+", help=f"{WEIGHTS}; several compare backbones")
     else:
         parser.add_argument("--weights", help=WEIGHTS)
     parser.add_argument("--work-dir", help="folder for the results (default: work/<config name>)")
     parser.add_argument(
         "--no-resume",
         action="store_true",
-        help="forget what an earlier, killed start has done (by default it is continued)",
+        help="start over instead of resuming an interrupted run",
     )
     add_cfg_options(parser)
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """The option that replaces any setting of a config."""
+    """Adds the option that overrides any setting of a config."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",
         action=_Settings,
         metavar="KEY=VALUE",
-        help="settings that replace the config's, e.g. model.prob_thd=0.2",
+        help="override settings of the config, e.g. model.prob_thd=0.2",
     )
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
-    """The option that brings methods and ops of one's own; `sfp.cli.main` imports them."""
+    """Adds the option that imports a user's methods and ops; `sfp.cli.main` does the import."""
     parser.add_argument(
         "--import",
         nargs="+",
         dest="modules",
         default=[],
         metavar="MODULE|FILE",
-        help="Python modules or files to import first, which register methods or ops of your own",
+        help="Python modules or files to import first, to register your own methods or ops",
     )
 
 
 def add_paired(parser: argparse.ArgumentParser, what: str) -> None:
-    """The option that asks for differences with intervals.
+    """Adds the option for paired differences.
 
     Args:
-        parser: gets it.
-        what: its value may name.
+        parser: the parser to add it to.
+        what: what BASE may be, for the help.
     """
     parser.add_argument(
         "--paired",
         metavar="BASE",
-        help=f'{what}, or "previous": differences from it, with 95 %% intervals',
+        help=f'{what}, or "previous": show differences from it, with 95 %% confidence intervals',
     )
 
 
 def parse_method(text: str) -> dict[str, Any]:
-    """What `build_method` takes, from a preset's name and its knobs.
+    """Parses a preset's name and knobs into a node for `build_method`.
 
     Raises:
         ValueError: if brackets do not match, or a knob has no value.
@@ -188,16 +188,18 @@ def parse_method(text: str) -> dict[str, Any]:
     for word in _split(rest) if colon else ():
         key, equals, value = word.partition("=")
         if not equals:
-            raise ValueError(f"{text!r}: {word!r} is not KNOB=VALUE, as in sfp:purify=False,pm=lof")
+            raise ValueError(
+                f"{text!r}: expected KNOB=VALUE, got {word!r}; write e.g. sfp:purify=False,pm=lof"
+            )
         method[key] = parse_value(value)
     return method
 
 
 def parse_guide(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and config node of a guide.
+    """Parses the name and config node of a guide.
 
     Raises:
-        ValueError: if there is no name or no type, or a knob has no value.
+        ValueError: if the name or the type is missing, or a knob has no value.
 
     Example:
         >>> parse_guide("dino=transformers:model=facebook/dino-vitb8")
@@ -206,20 +208,20 @@ def parse_guide(text: str) -> tuple[str, dict[str, Any]]:
     name, equals, node = text.partition("=")
     if not name or not equals or ":" in name:
         raise ValueError(
-            f"--guide {text}: expected NAME=TYPE:KNOB=VALUE, as in "
+            f"--guide {text}: expected NAME=TYPE:KNOB=VALUE, e.g. "
             "dino=transformers:model=facebook/dino-vitb8"
         )
     return name, parse_method(node)
 
 
 def add_guide(parser: argparse.ArgumentParser) -> None:
-    """The option that gives a method an external encoder; `parse_guide` reads its values."""
+    """Adds the option for external encoders; `parse_guide` parses its values."""
     parser.add_argument(
         "--guide",
         nargs="+",
         default=[],
         metavar="NAME=TYPE:KNOB=VALUE",
-        help="external models for methods that ask for them, e.g. "
+        help="external models for methods that need them, e.g. "
         "dino=transformers:model=facebook/dino-vitb8 or sam3=sam3:model=facebook/sam3",
     )
 
@@ -257,7 +259,7 @@ def add_regions(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pictures(parser: argparse.ArgumentParser, default: int) -> None:
-    """The option that says how many images the picture sheet has."""
+    """Adds the option for the number of images on the picture sheet."""
     parser.add_argument(
         "--pictures", type=_count, default=default, help=f"images on the sheet (default: {default})"
     )
@@ -266,14 +268,14 @@ def add_pictures(parser: argparse.ArgumentParser, default: int) -> None:
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return int(text)
 
 
 def _count(text: str) -> int:
     """A number of pictures, for argparse."""
     if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError("pictures cannot be fewer than 0")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
     return number
 
 
@@ -283,7 +285,7 @@ def load(args: argparse.Namespace, *, weights: str | None, method: str | None = 
     Raises:
         ValueError: if the config or a setting is wrong.
         OSError: if data are missing.
-        WeightsError: if weights are.
+        WeightsError: if weights are missing.
     """
     from sfp.evaluation import run as evaluate
 
@@ -300,7 +302,7 @@ def load(args: argparse.Namespace, *, weights: str | None, method: str | None = 
 
 
 def parse_classes(text: str) -> str | list[list[str]]:
-    """A class file or a benchmark as it is; else names by commas, and synonyms by "|".
+    """Returns the name of a class file or benchmark unchanged; splits anything else into names.
 
     Example:
         >>> parse_classes("cat|kitten, sky")
@@ -314,8 +316,8 @@ def parse_classes(text: str) -> str | list[list[str]]:
     try:
         if Path(text).is_file():
             return text
-    except OSError:  # many names are too long for the name of a file
+    except OSError:  # a long list of names is not a valid file name
         pass
-    if re.fullmatch(r"[^,|]*(\.\w+|[/\\][^,|]*)", text):  # one word, and it looks like a path
+    if re.fullmatch(r"[^,|]*(\.\w+|[/\\][^,|]*)", text):  # a single word that looks like a path
         raise FileNotFoundError(f"--classes {text}: there is no such file")
     return parse_words(text)

@@ -1,4 +1,4 @@
-"""`sfp plant`: outliers whose places are known, to score detectors and mitigators with."""
+"""`sfp plant`: scores detectors and mitigators on outliers at known positions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from sfp.clip.model import CLIP
 
 TEXT = """\
-Plants outliers in a frozen CLIP; scores every detector and mitigator against what was planted.
+Plants outliers in a frozen CLIP and scores every detector and mitigator on them.
 
-Writes OUT.json, OUT.png and OUT.md; of a page OUT.md that is there already, only what stands between
-its two "plant" markers is replaced.
+Writes OUT.json, OUT.png and OUT.md. If OUT.md exists, only the part between its two "plant" markers
+is replaced.
 
 Examples:
     sfp plant --weights mini --out docs/outliers
@@ -30,14 +30,14 @@ Examples:
     sfp plant --weights ViT-B/16 --images photos --planted 10 --layer 6
 
 Exit codes: 0 done; 1 unexpected error; 2 wrong command line; 3 weights or images are missing (the
-message says what to put where).
+message says which, and where they belong).
 """
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "plant", run, help="plant outliers and see which detector finds them", text=TEXT
+        commands, "plant", run, help="plant outliers and see which detectors find them", text=TEXT
     )
     parser.add_argument(
         "--weights", default="mini", help="name or path of CLIP weights (default: mini)"
@@ -45,20 +45,21 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--images", type=Path, help="folder of images (default: drawn scenes of the mini world)"
     )
-    parser.add_argument("--count", type=positive, default=16, help="most images (default: 16)")
+    parser.add_argument("--count", type=positive, default=16, help="number of images (default: 16)")
     parser.add_argument("--size", type=int, help="side of the square crops (default: the model's)")
     parser.add_argument("--out", type=Path, default="work/plant", help="default: work/plant")
     parser.add_argument(
-        "--layer", type=int, help="block to plant behind, from 0 (default: the middle)"
+        "--layer", type=int, help="block after which to plant, from 0 (default: the middle)"
     )
     parser.add_argument(
-        "--detect", type=int, help="block to detect and mitigate at (default: the one after)"
+        "--detect", type=int, help="block at which to detect and mitigate (default: the next)"
     )
     parser.add_argument(
         "--planted",
         type=float,
         default=0.05,
-        help="mean outliers per image; below 1, a share of the patches (default: 0.05)",
+        help="mean number of outliers per image, or a share of the patches if below 1 "
+        "(default: 0.05)",
     )
     parser.add_argument(
         "--fixed", action="store_true", help="the same number of outliers in every image"
@@ -77,29 +78,31 @@ def register(commands: argparse._SubParsersAction) -> None:
         "--at",
         type=float,
         default=4,
-        help="strength of the detector x mitigator table (default: 4)",
+        help="strength for the table of detectors by mitigators (default: 4)",
     )
     parser.add_argument(
         "--channel-share",
         type=float,
         default=0.25,
-        help="energy of the disturbance in the loud channel (default: 0.25)",
+        help="share of the disturbance's energy in the outlier channel (default: 0.25)",
     )
     parser.add_argument("--detectors", nargs="+", help="default: all")
     parser.add_argument("--mitigators", nargs="+", help="default: all")
-    parser.add_argument("--batch", type=positive, default=8, help="images per forward (default: 8)")
+    parser.add_argument("--batch", type=positive, default=8, help="images per batch (default: 8)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the planted patches (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the planted patches (default: 0)"
+    )
 
 
 def crops(folder: Path, count: int, size: int) -> Iterator[NDArray[np.uint8]]:
-    """Centre crops of the images of a folder, in order of their names: (size, size, 3) RGB each."""
+    """Centre crops of the images in a folder, ordered by name: (size, size, 3) RGB each."""
     from sfp.data.images import read_image, resize_short_side
     from sfp.data.listing import list_units
 
     units = [unit for unit in list_units([folder]) if not unit.is_archive]
     if not units:
-        raise FileNotFoundError(f"{folder} holds archives only: plant takes images")
+        raise FileNotFoundError(f"{folder} holds only archives: `sfp plant` needs image files")
     for unit in units[:count]:
         image = resize_short_side(read_image(unit.path), size, long_side=2**31)
         top, left = ((n - size) // 2 for n in image.shape[:2])
@@ -107,12 +110,12 @@ def crops(folder: Path, count: int, size: int) -> Iterator[NDArray[np.uint8]]:
 
 
 def normalised_crops(clip: CLIP, folder: Path | None, count: int, size: int | None) -> Tensor:
-    """Square images as a model takes them, (n, 3, size, size).
+    """Square images, normalised for a model: (n, 3, size, size).
 
     Args:
         clip: the model.
-        folder: of images, see `crops`; None for drawn scenes of the mini world.
-        count: most images.
+        folder: folder of images, see `crops`; None for drawn scenes of the mini world.
+        count: largest number of images.
         size: side in pixels; None for the model's own.
     """
     import numpy as np
@@ -131,7 +134,7 @@ def normalised_crops(clip: CLIP, folder: Path | None, count: int, size: int | No
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plants, and scores."""
+    """Plants outliers and scores detectors and mitigators."""
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -143,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     from sfp.outliers import report as plant_report
 
     paths = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "png", "md")}
-    plant_report.frame(paths["md"])  # before the work, not after
+    plant_report.frame(paths["md"])  # a page that cannot be updated fails here, not at the end
     setting = plant.Setting(
         layer=args.layer,
         detect=args.detect,

@@ -1,4 +1,4 @@
-"""`sfp segment`: a few pictures and words in, label maps out."""
+"""`sfp segment`: label maps of a few images."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ if TYPE_CHECKING:
     from sfp.result import Result
 
 TEXT = """\
-Segments images with your own words and prints what is in them.
+Segments images with your own words and prints the classes found in each.
 
 Examples:
     sfp segment photo.jpg --classes "cat, grass, sky" --out out
-    sfp segment photos --classes "cat|kitten, sofa|couch" --background "wall, floor" --out out --overlay
-    sfp segment street.jpg --classes cityscapes --short-side 560 --method sclip --out out --coco
-    sfp segment a.jpg --classes car --method sam3 --weights none --guide sam3=sam3:model=facebook/sam3
+    sfp segment photos --classes "cat|kitten, sofa|couch" --background "wall, floor" --out out
+    --overlay sfp segment street.jpg --classes cityscapes --short-side 560 --method sclip --out out
+    --coco sfp segment a.jpg --classes car --method sam3 --weights none --guide
+    sam3=sam3:model=facebook/sam3
 
-With --out it writes OUT/labels/<name>.png, the label of each pixel as a palette picture; with --overlay
-also OUT/overlay/<name>.jpg, a picture to look at; with --coco also OUT/coco.json, all images as COCO
-annotations. Very many images: `sfp label`, which continues where it was stopped.
+With --out it writes the labels as palette PNGs, OUT/labels/<name>.png; with --overlay also the
+labels drawn over each image, OUT/overlay/<name>.jpg; with --coco also COCO annotations of all
+images, OUT/coco.json. For very many images use `sfp label`, which resumes where it was interrupted.
 
-Exit codes: 0 done; 1 some images could not be read or written; 2 wrong command line or settings; 3 the
-only image, or the weights, are missing or damaged.
+Exit codes: 0 done; 1 some images could not be read or written; 2 wrong command line or settings; 3
+the weights, or the only image, are missing or damaged.
 """
 
 
@@ -44,16 +45,18 @@ def register(commands: argparse._SubParsersAction) -> None:
         required=True,
         help=options.CLASSES,
     )
-    parser.add_argument("--out", type=Path, help="folder of the results (default: only print)")
-    parser.add_argument("--overlay", action="store_true", help="write pictures to look at")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: only print)")
+    parser.add_argument(
+        "--overlay", action="store_true", help="also write the labels drawn over each image"
+    )
     parser.add_argument("--coco", action="store_true", help="write coco.json")
     parser.add_argument(
         "--parts", action="store_true", help="in coco.json, one annotation per connected region"
     )
     parser.add_argument(
         "--background",
-        help="words for what is none of the classes, separated by commas; or a number: pixels whose "
-        "best probability is less are background (default: every pixel gets a class)",
+        help="words for everything else, separated by commas; or a threshold: pixels whose best "
+        "probability is lower become background (default: every pixel gets a class)",
     )
     parser.add_argument("--method", default="sfp", help=f"{options.METHOD} (default: sfp)")
     options.add_guide(parser)
@@ -64,21 +67,24 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--short-side",
         type=int,
-        help="pixels (default: 336; 224 for the mini CLIP)",
+        help="resize the short side to this many pixels (default: 336; 224 for the mini CLIP)",
     )
-    parser.add_argument("--pamr", type=int, default=0, metavar="STEPS", help="refinement at edges")
+    parser.add_argument(
+        "--pamr", type=int, default=0, metavar="STEPS", help="steps of PAMR, which sharpens edges"
+    )
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument(
         "--precision",
         default="auto",
-        choices=["auto", "fp32", "fp16", "bf16", "int8"],
-        help="default: auto",
+        choices=["auto", "half", "fp32", "fp16", "bf16", "int8"],
+        help="default: auto, which is fp16 on a GPU and fp32 on a CPU; half: bf16 on CPUs that "
+        "have instructions for it",
     )
     options.add_import(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Segments the images of a command line: 0, or 1 if some failed."""
+    """Segments the images; returns 1 if some failed."""
     import sfp
     from sfp.files import atomic_write
     from sfp.functional.room import RoomError
@@ -88,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
     units = _units(args)
     classes, background = options.parse_classes(args.classes), parse_background(args.background)
-    vocabulary = as_vocabulary(classes, background)  # errors show before weights are loaded
+    vocabulary = as_vocabulary(classes, background)  # raises before weights are loaded
     threshold = background_threshold(background)
     method = build_method(options.parse_method(args.method))
     if method.decision is None:
@@ -107,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         memory_mb=0,  # each image is seen once
     )
     failures: list[Exception] = []
+    bad = (sfp.ImageError, RoomError, OSError, FloatingPointError)
 
     def results() -> Iterator[tuple[str, Result]]:
         for unit in units:
@@ -114,12 +121,7 @@ def run(args: argparse.Namespace) -> int:
                 result = model.segment(unit.path, vocabulary, background=threshold)
                 if args.out:
                     _write(args, unit, result)
-            except (
-                sfp.ImageError,
-                RoomError,
-                OSError,
-                FloatingPointError,
-            ) as error:  # the others go on
+            except bad as error:  # continue with the others
                 if len(units) == 1:
                     raise
                 print(f"failed: {error}", file=sys.stderr)
@@ -143,17 +145,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _units(args: argparse.Namespace) -> list[Unit]:
-    """The images, if the options go together."""
+    """The images to segment, after checking that the options are compatible."""
     from sfp.data.listing import list_units
 
     if args.out is None and (args.overlay or args.coco):
-        raise ValueError("--overlay and --coco write files: say where with --out FOLDER")
+        raise ValueError("--overlay and --coco write files: add --out FOLDER")
     if args.parts and not args.coco:
-        raise ValueError("--parts says how coco.json is written: give --coco too")
+        raise ValueError("--parts applies to coco.json: add --coco")
     units = list_units(args.images)
     shards = [unit.path for unit in units if unit.is_archive]
     if shards:
-        raise ValueError(f"{shards[0]} is an archive: `sfp label` reads those")
+        raise ValueError(f"{shards[0]} is an archive: use `sfp label` for archives")
     return units
 
 
@@ -164,7 +166,7 @@ def _write(args: argparse.Namespace, unit: Unit, result: Result) -> None:
 
 
 def parse_background(text: str | None) -> list[str] | float | None:
-    """A threshold, or words by commas.
+    """A threshold, or words separated by commas.
 
     Example:
         >>> parse_background("wall, floor"), parse_background("0.3")

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def progress(*more: str) -> Progress:
-    """A progress bar; `more` are further columns, e.g. "{task.fields[rate]}"."""
+    """A progress bar; `more` adds columns, e.g. "{task.fields[rate]}"."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -22,9 +22,9 @@ def progress(*more: str) -> Progress:
 
 
 def console(width: int = 160) -> Console:
-    """Standard output; a file or a pipe has no width to fit and gets at least `width` columns.
+    """Standard output. A file or pipe has no width of its own and gets at least `width` columns.
 
-    More if the environment's COLUMNS, from which Console takes its width, says so.
+    The environment variable COLUMNS, which rich reads, can make it wider.
     """
     found = Console()
     if not found.is_terminal:

@@ -1,4 +1,4 @@
-"""`sfp version`: which versions of what are at work."""
+"""`sfp version`: versions of sfp and of the libraries it uses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from sfp.cli.options import add_command
 from sfp.version import __version__
 
 TEXT = """\
-Prints the versions of sfp, Python and the libraries that numbers depend on, and which GPU there is.
+Prints the versions of sfp, Python and the libraries that affect results, and the GPU if there is
+one.
 
 Example:
     sfp version
 """
-LIBRARIES = (  # of each line the first that is installed
+LIBRARIES = (  # from each line the first that is installed
     ("torch",),
     ("onedl-mmsegmentation", "mmsegmentation"),
     ("onedl-mmengine", "mmengine"),
@@ -27,11 +28,11 @@ LIBRARIES = (  # of each line the first that is installed
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
-    add_command(commands, "version", run, help="print all versions, for a bug report", text=TEXT)
+    add_command(commands, "version", run, help="print versions, for bug reports", text=TEXT)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints them."""
+    """Prints the versions."""
     import torch
 
     print(f"sfp {__version__}")

@@ -1,4 +1,4 @@
-"""`sfp visualize`: pictures of what happens inside."""
+"""`sfp visualize`: pictures of the attention, outliers and features inside a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEXT = """\
-Draws what happens inside: outliers, attention, norms, purification and the segmentation.
+Draws what happens inside a model: outliers, attention, norms, purification and the segmentation.
 
-Writes one PNG file per picture and overview.png, which shows them all. Without an image it draws a
+Writes one PNG file per picture and overview.png, which shows them all. Without an image it uses a
 scene of the mini world.
 
 Examples:
@@ -24,7 +24,7 @@ Examples:
     sfp visualize photo.jpg --weights ViT-B/16 --classes "cat, sofa, wall"
     sfp visualize photo.jpg --weights clip.pt --classes names.txt --detectors som lof
 
-Exit codes: 0 drawn; 1 unexpected error; 2 wrong command line; 3 the image or the weights are missing
+Exit codes: 0 done; 1 unexpected error; 2 wrong command line; 3 the image or the weights are missing
 or cannot be read (the message says which).
 """
 LAYERS = (0, 5, 7, 10)  # of 12 blocks
@@ -33,39 +33,43 @@ LAYERS = (0, 5, 7, 10)  # of 12 blocks
 def register(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "visualize", run, help="draw outliers, attention and more of an image", text=TEXT
+        commands, "visualize", run, help="draw outliers, attention and more for an image", text=TEXT
     )
     parser.add_argument("image", nargs="?", help="path of a picture")
-    parser.add_argument("--scene", type=int, default=900_009, help="drawn if there is no image")
-    parser.add_argument("--out", type=Path, default=Path("work/visualize"), help="folder")
+    parser.add_argument("--scene", type=int, default=900_009, help="scene to use without an image")
+    parser.add_argument("--out", type=Path, default=Path("work/visualize"), help="output folder")
     parser.add_argument(
         "--layers",
         type=int,
         nargs="+",
-        help="blocks whose output is shown, from 0, or negative from the end (default: 0 5 7 10, "
-        "at the same relative depth of deeper models)",
+        help="blocks to show, counted from 0, or negative from the end (default: 0 5 7 10, at the "
+        "same relative depth in deeper models)",
     )
     parser.add_argument(
         "--detectors",
         nargs="+",
         default=["som", "l2_norm", "lof"],
-        help="whose outliers are shown (default: som l2_norm lof)",
+        help="detectors whose outliers are shown (default: som l2_norm lof)",
     )
     parser.add_argument("--method", default="sfp", help="preset that purifies and segments")
     parser.add_argument("--weights", default="mini", help=f"{WEIGHTS} (default: mini)")
     parser.add_argument(
         "--classes",
-        help="names, separated by commas, or a class file; the mini world's by default with its "
-        "weights, else nothing is segmented",
+        help="names separated by commas, or a class file (default: the mini world's with its "
+        "weights; with others nothing is segmented)",
     )
     parser.add_argument(
-        "--patch", type=int, nargs=2, metavar=("ROW", "COL"), help="default: the middle"
+        "--patch",
+        type=int,
+        nargs=2,
+        metavar=("ROW", "COL"),
+        help="patch to show (default: the middle)",
     )
     parser.add_argument("--size", type=int, help="short side in pixels (default: 336, scenes 224)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws."""
+    """Draws all pictures."""
     import torch
     from matplotlib.image import imsave
 
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
-    """All pictures by file name, as they get ready."""
+    """The pictures with their file names, one at a time."""
     import sfp
     from sfp import visualize
 
@@ -92,7 +96,7 @@ def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     model = sfp.load(args.weights, args.method, short_side=side)
     image = model.resized(photo)
 
-    # layers that are given are the model's own; the default is written for twelve blocks
+    # layers given by the user are absolute; the defaults are for twelve blocks
     plain = sfp.build_method("clip", depth=None if args.layers else 12)
     trace = model.trace(image, method=plain)
     layers = args.layers or LAYERS
@@ -113,14 +117,14 @@ def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     else:
         print(f"method {args.method} replaces no outliers: no purification.png")
     if classes is None:
-        print('no segmentation.png: say what to look for, e.g. --classes "cat, sofa, wall"')
+        print('no segmentation.png: name classes to draw it, e.g. --classes "cat, sofa, wall"')
         return
     result = model.segment(image, classes)
     yield "segmentation", visualize.segmentation(image, {args.method: result}, result.names)
 
 
 def class_names(args: argparse.Namespace) -> str | list[str] | list[list[str]] | None:
-    """What `--classes` means: a file, names, or what the weights suggest."""
+    """The classes of `--classes`, or the mini world's for its weights."""
     from sfp import mini
     from sfp.vocabulary import parse_words
 

@@ -1,4 +1,4 @@
-"""`sfp weights`: which weights there are, getting them, and looking whether a file is sound."""
+"""`sfp weights`: lists published weights, downloads them and checks files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sfp.clip.tokenizers import Tokenizer
 
 TEXT = """\
-Published weights by name, and files of one's own.
+Lists and downloads published weights, and checks weights in files, yours included.
 
 Examples:
     sfp weights list
@@ -53,26 +53,24 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     actions = parser.add_subparsers(metavar="{list,get,check}", required=True)
     listing = actions.add_parser(
-        "list", help="published weights, and which of them are on this machine"
+        "list", help="list published weights, and which of them are on this machine"
     )
     listing.add_argument(
         "--markdown", action="store_true", help="print the table of docs/weights.md"
     )
     listing.set_defaults(run=list_weights)
-    get = actions.add_parser(
-        "get", help="download weights; what was interrupted is continued by the next get"
-    )
+    get = actions.add_parser("get", help="download weights; an interrupted download is resumed")
     get.add_argument("names", nargs="+", metavar="NAME", help="as `sfp weights list` prints them")
     get.set_defaults(run=get_weights)
     check = actions.add_parser(
-        "check", help="read a file and say what it is; exit code 3 if it is damaged or unknown"
+        "check", help="read a file and describe it; exit code 3 if it is damaged or unknown"
     )
     check.add_argument("source", metavar="FILE|NAME", help="a file, or the name of weights on disk")
     check.set_defaults(run=check_weights)
 
 
 def families() -> dict[str, list[list[str]]]:
-    """The table of published weights, in words, by family."""
+    """The rows of the table of published weights, by family."""
     result: dict[str, list[list[str]]] = {}
     for name, row in PUBLISHED.items():
         assert row.architecture is not None
@@ -121,7 +119,9 @@ def list_weights(args: argparse.Namespace) -> int:
 
     from sfp.cli.terminal import console
 
-    table = Table(caption="sfp weights get NAME downloads; any other name on the Hub works as well")
+    table = Table(
+        caption="`sfp weights get NAME` downloads one; --weights also takes Hub repositories"
+    )
     columns = [COLUMNS.index(name) for name in LISTED]
     for name in (*LISTED, "on disk"):
         table.add_column(name, overflow="fold", no_wrap=name in ("name", "on disk"))
@@ -137,7 +137,7 @@ def list_weights(args: argparse.Namespace) -> int:
 
 
 def get_weights(args: argparse.Namespace) -> int:
-    """Downloads what is not on disk yet, and verifies all of it."""
+    """Downloads missing weights and verifies all that were named."""
     from sfp.clip.checkpoints.loading import complete, known_names, locate, verify
 
     for name in args.names:
@@ -153,7 +153,7 @@ def get_weights(args: argparse.Namespace) -> int:
 
 
 def check_weights(args: argparse.Namespace) -> int:
-    """Reads weights to the last number and prints what they are; damage is raised."""
+    """Reads weights completely and describes them; raises if they are damaged."""
     from rich.table import Table
     from rich.text import Text
 
@@ -166,7 +166,7 @@ def check_weights(args: argparse.Namespace) -> int:
 
     name = str(split_activation(args.source)[0])
     if name in PUBLISHED and on_disk(name) is None:
-        raise WeightsError(f"{name} is not on this machine: sfp weights get {name} downloads it")
+        raise WeightsError(f"{name} is not on this machine: run `sfp weights get {name}` first")
     checkpoint = open_weights(args.source)
     clip = checkpoint.build()
     assert checkpoint.path is not None

@@ -1,4 +1,4 @@
-"""8-bit products on CPUs: two to four times as fast as float32, and close to it, but not equal."""
+"""8-bit products on CPUs: close to float32, not equal; faster where a CPU has instructions for them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sfp.clip.blocks import Attention, HeadProjections
 from sfp.clip.dispatch import plain
 from sfp.clip.vit import VisionTransformer
+from sfp.functional.precision import cpu_has
 
 
 class Int8Linear(nn.Module):
@@ -60,8 +61,9 @@ def _row_scale(x: Tensor) -> Tensor:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Products x W^T of int8 matrices (M, K) and (N, K): (M, N) float32.
 
-    By an operator that PyTorch has no public name for (torchao uses it too), where it has been found
-    to be right and nothing looks on that does not know it; else by `F.linear` in float32.
+    By an operator that PyTorch has no public name for (torchao uses it too), where the CPU has 8-bit
+    instructions, the operator has been found to be right, and nothing looks on that does not know it;
+    else by `F.linear` in float32.
     """
     if plain(x, weight) and works():
         return torch._int_mm(x, weight.T).float()
@@ -70,7 +72,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def works() -> bool:
-    """Whether this PyTorch has the operator, and it gives what `F.linear` gives; asked once."""
+    """Whether the operator is fast here, and gives what `F.linear` gives; asked once."""
+    if cpu_has("int8") is False:  # it would take tens of times as long
+        return False
     x = torch.arange(-127, 128, dtype=torch.int16)[:240].to(torch.int8).reshape(10, 24)
     weight = x.flip(0)[:8]
     try:

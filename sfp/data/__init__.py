@@ -1,7 +1,6 @@
-"""Pictures and datasets: which files count, how they are read, and where benchmarks come from.
+"""Images and datasets.
 
-`images` reads pictures and `listing` finds them. `benchmarks` has a row per benchmark, `ids` what the
-numbers in its label maps mean, `convert` and `conversions` write label maps, `check` looks into every
-file: `sfp data` is the command line to all of it. `datasets` are the benchmarks as mmsegmentation reads
-them.
+`images` reads images and `listing` finds them. `benchmarks` has a row per benchmark, `ids` the meaning
+of the numbers in label maps, `convert` and `conversions` write label maps, and `check` reads every
+file; the command `sfp data` uses all of these. `datasets` defines the benchmarks for mmsegmentation.
 """

@@ -1,4 +1,4 @@
-"""The benchmarks, one row each: names, classes, config, files on disk, and where those come from.
+"""The benchmarks, one row each: names, classes, config, files on disk, and their sources.
 
 To add one, add its row here, a config cfg_<name>.py, its class file cls_<name>.txt, and, if
 mmsegmentation has no class that reads it, one in `sfp.data.datasets`. If its label maps are not
@@ -30,7 +30,7 @@ CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 
 @dataclass(frozen=True)
 class Download:
-    """A file to fetch: its name, where it is offered, and the folder it is unpacked in."""
+    """A file to download: its name, its address, and the folder to unpack it in."""
 
     file: str
     url: str
@@ -42,21 +42,21 @@ class Benchmark:
     """A benchmark.
 
     Attributes:
-        name: that of its config, configs/cfg_<name>.py.
-        title: what papers call it.
-        classes: how many.
-        dataset: mmseg's node, as in its config without `data_root` and `pipeline`.
-        class_file: its words, in the folder of the configs; empty if they come with its files.
-        aliases: other names that people use.
-        renamed: classes that the dataset calls otherwise than the first synonym of the class file.
-        images: how many are evaluated; several numbers if releases differ, the usual one first. None
-            if they are not downloaded.
-        folder: of its files, below the root of all data.
-        suffixes: how the files of images and label maps end.
-        downloads: what to fetch; folders are below the root of all data.
-        terms: of use.
-        layout: a file of each kind below `folder`, and what to know about it.
-        note: what else one should know.
+        name: name of its config, configs/cfg_<name>.py.
+        title: its name in papers.
+        classes: number of classes.
+        dataset: mmseg's dataset node, as in its config without `data_root` and `pipeline`.
+        class_file: its class file in the folder of the configs; empty if the data contains it.
+        aliases: other common names.
+        renamed: classes whose name in the dataset differs from the first synonym in the class file.
+        images: number of images; several numbers if releases differ, the usual one first. None if
+            they are not downloaded.
+        folder: folder of its files, relative to the data root.
+        suffixes: suffixes of image and label files.
+        downloads: files to download, with folders relative to the data root.
+        terms: terms of use.
+        layout: a file of each kind in `folder`, with a remark.
+        note: further remarks.
     """
 
     name: str
@@ -76,29 +76,30 @@ class Benchmark:
 
     @property
     def config(self) -> Path:
-        """Its config."""
+        """The path of its config."""
         return CONFIGS / f"cfg_{self.name}.py"
 
     @property
     def words(self) -> Path:
-        """Its class file.
+        """The path of its class file.
 
         Raises:
-            FileNotFoundError: if it comes with the benchmark's files.
+            FileNotFoundError: if the data contains it.
         """
         if not self.class_file:
             raise FileNotFoundError(
-                f"the class names of {self.name} come with its files (`sfp data prepare {self.name}`): "
-                f"give the path of {self.dataset['names_file']} below DATA_ROOT/{self.folder}"
+                f"the class names of {self.name} are part of its data: run "
+                f"`sfp data prepare {self.name}`, and give the path of "
+                f"{self.dataset['names_file']} in DATA_ROOT/{self.folder}"
             )
         return CONFIGS / self.class_file
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Its classes in the order of the labels, as the dataset calls them.
+        """The dataset's names of its classes, in label order.
 
         Raises:
-            FileNotFoundError: if they come with the benchmark's files.
+            FileNotFoundError: if the data contains them.
         """
         lines = self.words.read_text(encoding="utf-8").splitlines()
         firsts = (line.split(", ")[0].strip() for line in lines)
@@ -106,16 +107,16 @@ class Benchmark:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """What converts its label maps, in order; each step finds what those before have written."""
+        """The conversions of its label maps, in order; each can use the files of earlier ones."""
         from sfp.data.conversions import STEPS  # imports OpenCV
 
         return STEPS.get(self.name, ())
 
     def stems(self, root: Path) -> list[str]:
-        """The images, by their list or folder: paths below the image folder, without suffix.
+        """The images, from their list or folder: paths relative to the image folder, without suffix.
 
         Args:
-            root: of all data.
+            root: the data root.
 
         Raises:
             FileNotFoundError: if there are none.
@@ -153,10 +154,10 @@ class Benchmark:
         return image / f"{stem}{self.suffixes[0]}", label / f"{stem}{self.suffixes[1]}"
 
     def state(self, root: Path) -> tuple[int, str]:
-        """What is there, at a look into the folders.
+        """Which files exist, from a look into the folders.
 
         Returns:
-            The number of images, and "ready", "missing", or what is.
+            The number of images, and "ready", "missing" or a list of what is missing.
         """
         try:
             files = [self.paths(root, stem) for stem in self.stems(root)]
@@ -174,13 +175,13 @@ class Benchmark:
         return len(files), ", ".join(lacks) or "ready"
 
     def build(self, root: Path) -> LocalFiles:
-        """The dataset with a pipeline that only reads; its images and labels need not be there.
+        """The dataset with a pipeline that only reads; its images and labels need not exist.
 
         Args:
-            root: of all data.
+            root: the data root.
 
         Raises:
-            FileNotFoundError: if its class names come with its files and are not there.
+            FileNotFoundError: if its class names are part of the data and missing.
         """
         from sfp.data.datasets import reading  # imports mmsegmentation
 
@@ -188,7 +189,7 @@ class Benchmark:
 
 
 def absent(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Those of many paths that do not exist, at one look per folder, not one per file."""
+    """Those of many paths that do not exist, found by one look per folder instead of per file."""
 
     @cache
     def names(folder: str) -> frozenset[str]:
@@ -199,13 +200,13 @@ def absent(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
 
 
 def find(name: str) -> Benchmark | None:
-    """The benchmark of this name or alias, if there is one."""
+    """The benchmark with a name or alias, if there is one."""
     aliases = {alias: row for row in BENCHMARKS.values() for alias in row.aliases}
     return BENCHMARKS.get(name) or aliases.get(name)
 
 
 def by_dataset(kind: str) -> Benchmark | None:
-    """The benchmark that an mmseg dataset class, by its name, reads."""
+    """The benchmark that an mmseg dataset class of this name reads."""
     return next((row for row in BENCHMARKS.values() if row.dataset["type"] == kind), None)
 
 
@@ -279,7 +280,7 @@ def _context(name: str, classes: int) -> Benchmark:
     ]
     layout = {
         CONTEXT_LIST: "5104 or 5105 names; written by prepare",
-        "ImageSets/Main/val.txt": "what it is written from: 5105 names",
+        "ImageSets/Main/val.txt": "5105 names, from which that list is written",
         "JPEGImages/2008_000002.jpg": "",
         "trainval/2008_000002.mat": "10103 files, LabelMap with 459 classes",
         f"{labels}/2008_000002.png": "written by prepare",
@@ -302,9 +303,9 @@ def _context(name: str, classes: int) -> Benchmark:
         downloads=tuple(downloads),
         terms=f"{_FLICKR}; for the annotations see their page.",
         layout=layout,
-        note="A list or label maps that are there are kept (--force replaces them): "
-        "mmsegmentation's converter makes them from trainval_merged.json (the Detail API), for 5104 "
-        "of the 5105 images. That file is not read here.",
+        note="An existing list and label maps are kept (--force replaces them): mmsegmentation's "
+        "converter makes them from trainval_merged.json (the Detail API), for 5104 of the 5105 "
+        "images. That file is not read here.",
     )
 
 
@@ -334,7 +335,7 @@ _OBJECT = Benchmark(
         "annotations/instances_val2017.json": "",
         "annotations/val2017/000000000139_instanceTrainIds.png": "written by prepare",
     },
-    note="The images are those of COCO-Stuff; a link to its folder images saves a copy.",
+    note="The images are those of COCO-Stuff; a link to its folder images avoids a copy.",
 )
 _STUFF = Benchmark(
     name="coco_stuff164k",
@@ -381,8 +382,8 @@ _COARSE = replace(
         **_STUFF.layout,
         "annotations/val2017/000000000139_label27Ids.png": "written by prepare, from the one above",
     },
-    note="Papers on unsupervised segmentation evaluate a part of val2017, the images that a list of "
-    "theirs names; with that list as ann_file the config does too. See docs/data.md.",
+    note="Papers on unsupervised segmentation evaluate a subset of val2017, given by a list of "
+    "images; set ann_file to that list to do the same. See docs/data.md.",
 )
 _ADE = Benchmark(
     name="ade20k",
@@ -434,13 +435,13 @@ _ADE_FULL = Benchmark(
     layout={
         "images/ADE/validation/urban/street/ADE_val_00000001.jpg": "in a folder for each scene",
         "images/ADE/validation/urban/street/ADE_val_00000001_seg.png": "objects, by colour",
-        ADE_LIST: "yours: 847 lines '2978: wall', see the note",
+        ADE_LIST: "written by you: 847 lines like '2978: wall', see the note",
         ADE_CLASSES: "the same as a class file; written by prepare",
         "annotations847/validation/urban/street/ADE_val_00000001.png": "written by prepare",
     },
-    note="Which 847 of over 3000 objects count is a list of MaskFormer's code "
-    "(ADE20K_SEM_SEG_FULL_CATEGORIES), which this repository has not: write it to "
-    f"{ADE_LIST}, for each entry in the order of trainId a line '<id>: <name>'.",
+    note="The 847 classes among over 3000 objects are listed in MaskFormer's code "
+    "(ADE20K_SEM_SEG_FULL_CATEGORIES), but not in this repository: write them to "
+    f"{ADE_LIST}, one line '<id>: <name>' per entry, ordered by trainId.",
 )
 
 

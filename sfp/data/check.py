@@ -1,9 +1,9 @@
-"""Whether a dataset is whole: every image and label map is read, and every problem named.
+"""Checks a dataset: reads every image and label map and reports every problem.
 
-The rules are those of an evaluation (`datasets.LocalFiles`), which stops at the first problem; here
-all are collected. A manifest, with hashes of a sample of the files, tells whether two machines have the
-same data: of images the bytes count, of label maps the numbers, since two converters that agree may
-still compress differently.
+The rules are those of an evaluation (`datasets.LocalFiles`), which stops at the first problem; here all
+are collected. A manifest, with hashes of a sample of the files, tells whether two machines have the
+same data. It hashes the bytes of images but the values of label maps, since equal label maps may be
+compressed differently.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from sfp.data.images import DataError, read_labels
 from sfp.evaluation.journal import fingerprint
 from sfp.files import atomic_write, sha256_file
 
-SAMPLE = 100  # images of a manifest
+SAMPLE = 100  # number of images in a manifest
 
 
 @dataclass
 class Report:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        images: how many the list or folder names.
-        occurring: how many classes occur in the label maps.
-        ignored: share of the pixels that do not count.
-        problems: by kind, a line for each file that has it.
+        images: number of images in the list or folder.
+        occurring: number of classes that occur in the label maps.
+        ignored: share of ignored pixels.
+        problems: by kind, one line for each file affected.
     """
 
     images: int
@@ -51,12 +51,12 @@ def check(benchmark: Benchmark, root: Path, *, workers: int = WORKERS) -> Report
     """Reads every file of a dataset.
 
     Args:
-        benchmark: which.
-        root: of all data.
-        workers: threads.
+        benchmark: the benchmark.
+        root: the data root.
+        workers: number of threads.
 
     Raises:
-        FileNotFoundError: if there are no images at all, or no list or names of classes.
+        FileNotFoundError: if there are no images at all, or the list or class names are missing.
     """
     dataset = benchmark.build(root)
     records = dataset.records()
@@ -92,7 +92,7 @@ def check(benchmark: Benchmark, root: Path, *, workers: int = WORKERS) -> Report
 
 
 def _look(dataset: LocalFiles, classes: int, record: dict) -> np.ndarray | DataError:
-    """Pixels of each class and, last, of those that do not count; or what is wrong."""
+    """Pixels of each class and, last, ignored pixels; or the problem."""
     try:
         labels = dataset.load(record)["data_samples"].gt_sem_seg.data.numpy()
     except DataError as error:
@@ -107,7 +107,7 @@ def _kind(error: DataError) -> str:
 
 
 def _orphans(dataset: LocalFiles, records: list[dict]) -> list[str]:
-    """Label maps that no image belongs to; where a list names the images, others are no problem."""
+    """Label maps without an image; if a list names the images, further label maps are fine."""
     if dataset.ann_file:
         return []
     known = {os.path.normpath(record["seg_map_path"]) for record in records}
@@ -121,7 +121,7 @@ def _orphans(dataset: LocalFiles, records: list[dict]) -> list[str]:
 
 
 def manifest(benchmark: Benchmark, root: Path, *, workers: int = WORKERS) -> dict[str, Any]:
-    """Hashes of evenly spread images and their label maps, and of the list of all images.
+    """Hashes of evenly spaced images and their label maps, and of the list of all images.
 
     Raises:
         FileNotFoundError: if files are missing.
@@ -157,18 +157,18 @@ def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def compare(path: Path, ours: Mapping[str, Any]) -> list[str]:
-    """In what a manifest differs from ours, a line each.
+    """The differences between a manifest and ours, one line each.
 
     Raises:
-        FileNotFoundError: if there is none.
-        DataError: if it is none.
+        FileNotFoundError: if there is no such file.
+        DataError: if it is not a manifest.
     """
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
         number, names, hashes = (theirs[key] for key in ("images", "list_sha256", "sha256"))
         hashes = dict(hashes)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no manifest ({type(error).__name__}: {error})") from None
-    if names != ours["list_sha256"]:  # another list has another sample
-        return [f"the list of images is another: {ours['images']} here, {number} in {path}"]
+        raise DataError(f"{path} is not a manifest ({type(error).__name__}: {error})") from None
+    if names != ours["list_sha256"]:  # a different list has a different sample
+        return [f"the list of images differs: {ours['images']} here, {number} in {path}"]
     return [name for name, digest in ours["sha256"].items() if hashes.get(name) != digest]

@@ -49,14 +49,15 @@ def coco_document(
 ) -> dict[str, Any]:
     """Segmented images as one COCO document, ready for `json.dump`.
 
-    There is an annotation for each class of each image, as COCO-Stuff has it: a class's pixels say
-    nothing about how many things they show. With `parts` each connected region (diagonal neighbours
-    included) has one. The class "background" is what nobody looks for, and has none. Category ids are
-    labels plus 1, as COCO's start there; "score" is the mean confidence.
+    There is one annotation per class and image, as in COCO-Stuff, because the pixels of a class do not
+    tell how many objects they show. With `parts` there is one per connected region (including diagonal
+    neighbours). The class "background" has none. Category ids are labels plus 1, since COCO's start at
+    1; "score" is the mean confidence.
 
     Args:
-        results: by the file name of their image, a mapping or pairs; all with the same classes.
-        parts: whether regions are separate.
+        results: results by the file names of their images, a mapping or pairs; all with the same
+            classes.
+        parts: whether connected regions are separate annotations.
 
     Raises:
         ValueError: if their classes differ.
@@ -69,7 +70,8 @@ def coco_document(
         names = result.names if names is None else names
         if result.names != names:
             raise ValueError(
-                f"{file} has other classes than the first image: one COCO document has one list"
+                f"{file} has other classes than the first image: a COCO document needs the same "
+                "classes for all images"
             )
         height, width = result.labels.shape
         images.append(dict(id=number, file_name=file, height=height, width=width))

@@ -1,10 +1,10 @@
-"""COCO's instances drawn into label maps, for the COCO-Object benchmark.
+"""Draws COCO's instances into label maps, for the COCO-Object benchmark.
 
-0 is background, 1 to 80 are the things in the order of their category ids. Where instances overlap,
-the smaller one is on top (by the "area" of the annotation; a spoon on a plate stays visible), and crowd
-regions lie below everything else. A polygon covers the pixels whose centre is inside; pycocotools
-rounds corners to a fifth of a pixel first, so single pixels of a border can differ from maps made with
-it.
+0 is background, 1 to 80 are the object classes in the order of their category ids. Where instances
+overlap, the smaller one is on top (by the "area" of the annotation, so that a spoon on a plate stays
+visible), and crowd regions are below everything else. A polygon covers the pixels whose centre is
+inside it; pycocotools first rounds corners to a fifth of a pixel, so single border pixels can differ
+from its maps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SUFFIX = "_instanceTrainIds.png"
 
 
 def object_jobs(root: Path, split: str = "val2017") -> list[Job]:
-    """The label map of each image that COCO's instances name.
+    """Jobs for the label maps of all images in COCO's instances file.
 
     Args:
         root: folder of COCO-Object, with annotations/instances_<split>.json; the maps go to
@@ -35,13 +35,13 @@ def object_jobs(root: Path, split: str = "val2017") -> list[Job]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DataError: if it is not COCO's instances.
+        DataError: if it is not COCO's instances file.
     """
     path = root / "annotations" / f"instances_{split}.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no {path}. Unpack COCO's 2017 annotations so that it exists, or name the "
-            "folder of COCO-Object (see docs/data.md)"
+            f"there is no {path}: unpack COCO's 2017 annotations there, or give the folder of "
+            "COCO-Object (see docs/data.md)"
         )
     folder = root / "annotations" / split
     return [
@@ -70,10 +70,10 @@ def _images(path: Path) -> list[dict[str, Any]]:
             )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise DataError(
-            f"{path} is not COCO's instances file ({type(error).__name__}: {error}); it may be cut off"
+            f"{path} is not COCO's instances file ({type(error).__name__}: {error}), or truncated"
         ) from error
     if len(labels) != THINGS:
-        raise DataError(f"{path} has {len(labels)} categories, COCO's instances have {THINGS}")
+        raise DataError(f"{path} has {len(labels)} categories: expected {THINGS}, those of COCO")
     return list(images.values())
 
 
@@ -84,7 +84,7 @@ def image_labels(image: dict[str, Any]) -> NDArray[np.uint8]:
         image: with "height", "width", "file_name" and "instances" as in `label_map`.
 
     Raises:
-        DataError: if its annotations are not right; the message names the image.
+        DataError: if its annotations are invalid; the message names the image.
     """
     try:
         return label_map(image["height"], image["width"], image["instances"])
@@ -151,7 +151,7 @@ def polygon_mask(points: np.ndarray, height: int, width: int) -> NDArray[np.bool
     result = np.zeros((height, width), bool)
     if not len(points):
         return result
-    # only the box around it: most instances are small
+    # only inside the bounding box: most instances are small
     (left, top), (right, bottom) = np.floor(points.min(0)), np.ceil(points.max(0))
     left, right = (int(np.clip(x, 0, width)) for x in (left, right))
     top, bottom = (int(np.clip(y, 0, height)) for y in (top, bottom))
@@ -172,9 +172,9 @@ def polygon_mask(points: np.ndarray, height: int, width: int) -> NDArray[np.bool
 def decode_counts(text: str) -> list[int]:
     """Run lengths from COCO's text form.
 
-    A number is written as digits of five bits, lowest first, each in a character from "0" on; the
-    bit of value 32 says that another digit follows, and the highest bit of the last digit is the
-    sign. From the fourth number on it is the difference to the last but one run.
+    A number is written in digits of five bits, lowest first, each as a character from "0" upwards; the
+    bit of value 32 means that another digit follows, and the highest bit of the last digit is the sign.
+    From the fourth number on, the difference to the run two before is stored.
 
     Args:
         text: Such as "52203".

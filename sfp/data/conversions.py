@@ -1,4 +1,4 @@
-"""How the label maps of each benchmark are made from what its authors offer; needs no PyTorch."""
+"""The conversions from each benchmark's published labels to label maps; needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Step:
     """A conversion.
 
     Attributes:
-        what: it writes.
-        jobs: from the benchmark and the root of all data to the files to make.
+        what: what it writes.
+        jobs: from the benchmark and the data root to the jobs.
     """
 
     what: str
@@ -36,7 +36,7 @@ class Step:
 def _per_image(
     source: str, function: Callable[[Path], convert.Labels]
 ) -> Callable[[Benchmark, Path], list[Job]]:
-    """A label map for each image, from the file of that pattern below the benchmark's folder."""
+    """One label map per image, from the file matching a pattern in the benchmark's folder."""
     return lambda benchmark, root: convert.per_image(
         benchmark, root, root / benchmark.folder / source, function
     )

@@ -1,8 +1,8 @@
-"""Label maps out of what the datasets' authors publish: jobs, and what runs them.
+"""Converts published labels of datasets into label maps, by jobs.
 
-A job is a file to write and a function that gives its content. Files that exist are kept, each appears
-under its name only when it is whole, and one that cannot be made does not stop the others: a killed or
-failed conversion is continued by starting it again.
+A job is a file to write and a function that returns its contents. Existing files are kept, a file
+appears only when it is complete, and a failure does not stop the other jobs, so an interrupted or
+failed conversion resumes when started again.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Job:
-    """A file to make.
+    """A file to write.
 
     Attributes:
-        target: its path; a PNG, or text.
-        make: gives labels (H, W), or text. Raises DataError if what it reads is not right.
-        source: what it reads, if that is a file of its own.
+        target: its path, a PNG or text file.
+        make: returns labels (H, W) or text. Raises DataError if its source is invalid.
+        source: the file it reads, if it has one of its own.
     """
 
     target: Path
@@ -54,39 +54,40 @@ class Job:
 def run(
     jobs: Sequence[Job], what: str, *, workers: int = WORKERS, force: bool = False
 ) -> tuple[int, int]:
-    """Makes the files that are not there yet.
+    """Writes the files that do not exist yet.
 
     Args:
-        jobs: what to make.
+        jobs: the jobs.
         what: name of the progress bar, on stderr.
-        workers: threads; NumPy and OpenCV leave the interpreter to the others.
-        force: whether files that exist are made again.
+        workers: number of threads; NumPy and OpenCV release the interpreter's lock.
+        force: whether to overwrite existing files.
 
     Returns:
-        How many files were written, and how many were there.
+        The numbers of files written and of files that already existed.
 
     Raises:
-        FileNotFoundError: if sources are missing; nothing is made then.
-        DataError: if some could not be made; all others are.
+        FileNotFoundError: if sources are missing, before anything is written.
+        DataError: if some could not be converted; all others are written.
     """
     missing = set(absent(job.target for job in jobs))
     todo = [job for job in jobs if force or str(job.target) in missing]
     sources = [job.source for job in todo if job.source is not None]
     if lost := absent(sources):
         raise FileNotFoundError(
-            f"{what}: {len(lost)} of {len(sources)} files to convert are missing, first {lost[0]}"
+            f"{what}: {len(lost)} of {len(sources)} files to convert are missing, the first is "
+            f"{lost[0]}"
         )
     failures = [error for error in parallel(_make, todo, what, workers) if error]
     if failures:
         raise DataError(
-            f"{what}: {len(failures)} of {len(todo)} files could not be made (all others are), first: "
-            f"{failures[0]}"
+            f"{what}: {len(failures)} of {len(todo)} files could not be converted (all others were); "
+            f"the first: {failures[0]}"
         )
     return len(todo), len(jobs) - len(todo)
 
 
 def _make(job: Job) -> str:
-    """Writes the file of a job; returns what is wrong, if its source is."""
+    """Runs a job; returns an error message, or "" if there is none."""
     try:
         content = job.make()
     except DataError as error:
@@ -113,7 +114,7 @@ def parallel(fn: Callable[[T], R], items: Sequence[T], what: str, workers: int) 
 def _cancelling(
     pool: ThreadPoolExecutor, fn: Callable[[T], R], items: Iterable[T]
 ) -> Generator[R, None, None]:
-    """`pool.map`; whoever stops reading, with Ctrl-C for example, stops the pool as well."""
+    """`pool.map` that cancels the rest if iteration stops early, e.g. by Ctrl-C."""
     try:
         yield from pool.map(fn, items)
     finally:
@@ -126,13 +127,13 @@ def _cancelling(
 def per_image(
     benchmark: Benchmark, root: Path, source: Path | str, convert: Callable[[Path], Labels]
 ) -> list[Job]:
-    """A label map for each image of a benchmark, from a file that belongs to the image.
+    """Jobs for the label maps of a benchmark, each from the image's own source file.
 
     Args:
-        benchmark: whose label maps are made.
-        root: of all data.
-        source: path with `{}` in the place of the image's name, which is its path below the
-            image folder without its suffix.
+        benchmark: the benchmark.
+        root: the data root.
+        source: path with `{}` for the image's name, its path relative to the image folder without
+            suffix.
         convert: from such a file to labels, (H, W).
 
     Raises:
@@ -146,34 +147,34 @@ def per_image(
 
 
 def translate(path: Path, table: Mapping[int, int]) -> NDArray[np.uint8]:
-    """A label map with other numbers.
+    """Reads a label map and replaces its numbers.
 
     Args:
-        path: of an image file with a number for each pixel.
-        table: what becomes of each number that may occur.
+        path: image file with one number per pixel.
+        table: new number for each number that may occur.
 
     Raises:
-        DataError: if there are others.
+        DataError: if other numbers occur.
     """
     return _looked_up(read_labels(path), table, str(path)).astype(np.uint8)
 
 
 def _looked_up(numbers: Labels, table: Mapping[int, int], name: str) -> NDArray[np.int32]:
     if numbers.ndim != 2 or not numbers.size or numbers.min() < 0:
-        raise DataError(f"{name}: {numbers.shape}; expected a number from 0 on for each pixel")
+        raise DataError(f"{name} has shape {numbers.shape}: expected one number per pixel")
     row = np.full(max(*table, int(numbers.max())) + 1, -1, np.int32)
     row[list(table)] = list(table.values())
     result = row[numbers]
     if (wrong := numbers[result < 0]).size:
         raise DataError(
-            f"{name}: number {int(wrong[0])} in {int((wrong == wrong[0]).sum())} pixels is none of "
-            f"those that this dataset has ({min(table)} to {max(table)}); is it another dataset's?"
+            f"{name}: {int((wrong == wrong[0]).sum())} pixels have the number {int(wrong[0])}, which "
+            f"this dataset does not use ({min(table)} to {max(table)}); is it from another dataset?"
         )
     return result
 
 
 def stuff_labels(path: Path) -> NDArray[np.uint8]:
-    """A map of stuffthingmaps as labels of 171 classes, 255 where nobody labelled."""
+    """A map of stuffthingmaps as labels of 171 classes, 255 where unlabelled."""
     table = {pixel: label for label, pixel in enumerate(ids.COCO_STUFF_PIXELS)}
     return translate(path, table | {IGNORED: IGNORED})
 
@@ -191,8 +192,8 @@ def cityscapes_labels(path: Path, classes: Sequence[str]) -> NDArray[np.uint8]:
     """A _labelIds map of Cityscapes as labels of some of its classes, 255 elsewhere.
 
     Args:
-        path: of the map.
-        classes: their names in the order of the labels.
+        path: path of the map.
+        classes: names of these classes, in label order.
     """
     table = dict.fromkeys(range(ids.CITYSCAPES_FIRST), IGNORED)
     for number, name in enumerate(ids.CITYSCAPES_27, start=ids.CITYSCAPES_FIRST):
@@ -204,18 +205,18 @@ def cityscapes_labels(path: Path, classes: Sequence[str]) -> NDArray[np.uint8]:
 
 
 def read_names(path: Path, *, count: int, consecutive: bool = True) -> dict[int, str]:
-    """A list of classes, a line "<number>: <name>" for each, as Pascal Context's labels.txt.
+    """Reads a list of classes with lines "<number>: <name>", like Pascal Context's labels.txt.
 
     Args:
-        path: of the list; a number 0 is left out.
-        count: how many there must be.
+        path: path of the list; a number 0 is skipped.
+        count: expected number of classes.
         consecutive: whether numbers must be 1, 2, 3, ...
 
     Returns:
         The name of each number, in the order of the file.
 
     Raises:
-        DataError: if it is another list.
+        DataError: if the list does not have this form.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -232,18 +233,18 @@ def read_names(path: Path, *, count: int, consecutive: bool = True) -> dict[int,
         if key == 0:
             continue
         if key in names or name in names.values():
-            raise DataError(f"{path}, line {number}: {line!r}, of which one part was there before")
+            raise DataError(f"{path}, line {number}: {line!r} repeats an earlier number or name")
         names[key] = name
     if len(names) != count or (consecutive and list(names) != list(range(1, count + 1))):
         raise DataError(
-            f"{path} names {len(names)} classes, expected {count}"
+            f"{path} has {len(names)} classes, expected {count}"
             + ", numbered from 1 without gaps" * consecutive
         )
     return names
 
 
 def class_file(names: Iterable[str]) -> str:
-    """Names as a class file; a synonym that a class repeats is left out, since each is a query."""
+    """Names as a class file, without synonyms that a class repeats."""
     lines = (", ".join(dict.fromkeys(name.split(", "))) for name in names)
     return "".join(f"{line}\n" for line in lines)
 
@@ -254,16 +255,16 @@ def context_map(path: Path) -> Labels:
 
     data = read_bytes(path)
     try:
-        labels = loadmat(io.BytesIO(data))["LabelMap"].astype(np.int32)  # MATLAB knows few integers
-    except Exception as error:  # of a format with many ways to be damaged
+        labels = loadmat(io.BytesIO(data))["LabelMap"].astype(np.int32)  # stored as floats
+    except Exception as error:  # damaged files raise many kinds of errors
         raise DataError(
-            f"{path}: no LabelMap can be read ({type(error).__name__}: {error}); fetch it again"
+            f"{path}: cannot read its LabelMap ({type(error).__name__}: {error}); download it again"
         ) from error
     return labels
 
 
 def context_all(path: Path) -> NDArray[np.uint16]:
-    """All 459 classes as 1 to 459, 0 where nobody labelled."""
+    """All 459 classes as 1 to 459, 0 where unlabelled."""
     table = {number: number for number in range(460)}
     return _looked_up(context_map(path), table, str(path)).astype(np.uint16)
 
@@ -276,17 +277,17 @@ def context_frequent(path: Path) -> NDArray[np.uint8]:
 
 
 def check_context_names(path: Path) -> None:
-    """Refuses a labels.txt that has one of the 59 classes at another number than we know.
+    """Checks that labels.txt has the 59 classes at the known numbers.
 
     Raises:
-        DataError: if it does.
+        DataError: if it does not.
     """
     number = {name: key for key, name in read_names(path, count=459).items()}
     for name, known in zip(BENCHMARKS["context59"].class_names, ids.CONTEXT_59, strict=True):
         if number.get(name, known) != known:
             raise DataError(
-                f"{path}: {name!r} is number {number[name]}, expected {known}: this is another "
-                "release of Pascal Context than the one whose numbers are known"
+                f"{path}: {name!r} has the number {number[name]}, expected {known}: this is not the "
+                "supported release of Pascal Context"
             )
 
 
@@ -296,17 +297,15 @@ def ade_objects(path: Path, labels: Mapping[int, int]) -> NDArray[np.uint16]:
     An object's number is 256 times the tens of red, plus green (ADE20K's development kit).
 
     Args:
-        path: of the file.
+        path: path of the file.
         labels: label of each object's number; others become 0.
 
     Raises:
-        DataError: if it is no such file.
+        DataError: if it is not such a file.
     """
     pixels = read_labels(path)
     if pixels.ndim != 3 or pixels.shape[2] < 3:
-        raise DataError(
-            f"{path}: {pixels.shape}, expected the red, green and blue of ADE20K's maps"
-        )
+        raise DataError(f"{path} has shape {pixels.shape}: expected the RGB image of an ADE20K map")
     row = np.zeros(max(26 * 256, *labels) + 1, np.uint16)
     row[list(labels)] = list(labels.values())
     return row[pixels[..., 0] // 10 * np.uint16(256) + pixels[..., 1]]

@@ -1,7 +1,7 @@
 """The benchmarks and the mini world as mmseg datasets.
 
-mmseg has most of them; `LocalFiles` adds what people miss when a file is not where it should be.
-Importing this module registers them in mmseg's `DATASETS`.
+Most are mmseg's own; `LocalFiles` adds clear errors for missing files. Importing this module registers
+them in mmseg's `DATASETS`.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from sfp.palette import colour_map
 DATASETS = mmseg.registry.DATASETS
 TRANSFORMS = mmseg.registry.TRANSFORMS
 
-IGNORED = 255  # what stands for "does not count"
-WIDE_IGNORED = 65535  # what stands for "does not count" in labels of more than 255 classes
-LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # of pipelines
+IGNORED = 255  # label of ignored pixels
+WIDE_IGNORED = 65535  # label of ignored pixels with more than 255 classes
+LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # pipeline steps that load labels
 FILES = {"img_path": "image", "seg_map_path": "label"}  # key in mmseg's records and what it holds
 
 
 class LabelSizeError(DataError):
-    """A label map of another size than its image, or with several numbers for a pixel."""
+    """A label map whose size differs from its image, or with several numbers per pixel."""
 
 
 class LabelValueError(DataError):
-    """A label map with numbers that are no class."""
+    """A label map with numbers that are not classes."""
 
 
 @TRANSFORMS.register_module(force=True)  # modules may be imported again
 class KeepImage(BaseTransform):
-    """Keeps the image as it is at this step, before it is resized, as `full_image`.
+    """Stores the image, before it is resized, as `full_image`.
 
-    With `PackSegInputs(meta_keys=(..., "full_image"))` the segmentor gets it, for masks that are found
-    at full resolution. Steps that flip come after it.
+    With `PackSegInputs(meta_keys=(..., "full_image"))` it is passed to the segmentor, for masks at full
+    resolution. Steps that flip must come after it.
     """
 
     def transform(self, results: dict) -> dict:
@@ -65,14 +65,14 @@ class KeepImage(BaseTransform):
 
 @TRANSFORMS.register_module(force=True)
 class CentreCrop(BaseTransform):
-    """The square at the centre of an image, and of its label map, as CLIP's own preprocessing has it.
+    """Crops an image and its label map to the centre square, as in CLIP's own preprocessing.
 
-    The short side is resized first (bicubic with antialiasing; labels nearest). What is measured is the
-    square. It comes after the labels are loaded.
+    The short side is resized first (bicubic with antialiasing; labels by nearest neighbour), and only
+    the square is evaluated. This step must come after the labels are loaded.
 
     Args:
         size: side of the square, in pixels.
-        void: id that pixels take which do not count (255), so that they do; None leaves them out.
+        void: class id given to ignored pixels (255), so that they are evaluated; None ignores them.
     """
 
     def __init__(self, size: int, void: int | None = None) -> None:
@@ -101,14 +101,14 @@ class CentreCrop(BaseTransform):
 
 @TRANSFORMS.register_module(force=True)
 class LoadImage(BaseTransform):
-    """`read_image` as the first step of a pipeline, for images of every kind.
+    """The first step of a pipeline for images of every kind, by `read_image`.
 
-    The benchmarks keep mmsegmentation's `LoadImageFromFile`, whose pixels these are too for what they
-    consist of (8-bit JPEG and PNG without transparency), and which mmseg's own tools look for by name.
+    The benchmarks keep mmsegmentation's `LoadImageFromFile`, because mmseg's own tools look for it by
+    name; for their images (8-bit JPEG and PNG without transparency) both give the same pixels.
     """
 
     def transform(self, results: dict) -> dict:
-        """Reads `img_path`; sets what `LoadImageFromFile` does."""
+        """Reads `img_path` and sets the same fields as `LoadImageFromFile`."""
         image = read_image(results["img_path"], bgr=True)
         results.update(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
         return results
@@ -116,10 +116,10 @@ class LoadImage(BaseTransform):
 
 @TRANSFORMS.register_module(force=True)
 class LoadLabels(BaseTransform):
-    """Label maps of 8 or 16 bits; mmsegmentation's `LoadAnnotations` keeps eight.
+    """Loads label maps of 8 or 16 bits; mmsegmentation's `LoadAnnotations` keeps only 8.
 
     Args:
-        ignored: what unlabelled pixels become if the dataset has `reduce_zero_label`.
+        ignored: label given to unlabelled pixels if the dataset has `reduce_zero_label`.
     """
 
     def __init__(self, ignored: int = WIDE_IGNORED) -> None:
@@ -127,7 +127,7 @@ class LoadLabels(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Reads `seg_map_path`, if there is one; sets `gt_seg_map`, (H, W) int32."""
-        if "seg_map_path" not in results:  # mmseg's inference_model has images alone
+        if "seg_map_path" not in results:  # mmseg's inference_model only has images
             return results
         path = results["seg_map_path"]
         labels = read_labels(path).astype(np.int32)
@@ -144,17 +144,17 @@ class LoadLabels(BaseTransform):
 def check_labels(
     labels: Tensor, sizes: Sequence[Sequence[int]], classes: int, ignore: int, name: str
 ) -> None:
-    """Refuses a label map of another size than its image, and ids that are no class.
+    """Checks that a label map has the size of its image and only ids of classes.
 
     Args:
         labels: (1, H, W) or (H, W).
-        sizes: those that are right.
-        classes: ids go from 0 to one less.
-        ignore: the one other id, of pixels that do not count.
-        name: what errors call the label map.
+        sizes: the valid sizes.
+        classes: number of classes; ids go from 0 to one less.
+        ignore: the id of ignored pixels.
+        name: name of the label map for errors.
 
     Raises:
-        LabelSizeError: if it is of another size.
+        LabelSizeError: if its size is wrong.
         LabelValueError: if it has other ids.
     """
     if (
@@ -177,15 +177,15 @@ def check_labels(
 class LocalFiles(mmseg.datasets.BaseSegDataset):
     """Checks, before anything runs, that each image and label file is there; then each file itself.
 
-    Without this a missing folder is an assertion without words, an empty one an evaluation of
-    nothing, a missing file an error after half of the images, a truncated JPEG a half grey picture,
-    and labels of another dataset a low score. Every error names the file.
+    In mmseg itself, a missing folder is a bare assertion, an empty one an evaluation of nothing, a
+    missing file an error after half of the images, a truncated JPEG a half-grey picture, and the labels
+    of another dataset a low score. Here every error names the file.
     """
 
     def records(self) -> list[dict]:
-        """Records, as mmseg has them, of the images that the list or folder names.
+        """The records, as in mmseg, of the images in the list or folder.
 
-        Labels need not be there.
+        Labels need not exist.
 
         Raises:
             FileNotFoundError: If the image folder or the list is missing, or empty.
@@ -220,19 +220,22 @@ class LocalFiles(mmseg.datasets.BaseSegDataset):
         """The record of an image after the pipeline.
 
         Raises:
-            DataError: if the image or its label map is not right; the message names the file.
+            DataError: if the image or its label map is invalid; the message names the file.
         """
         return self.load(self.get_data_info(idx))
 
     def load(self, record: dict) -> Any:
-        """A record of `records` after the pipeline; errors as in `prepare_data`."""
+        """Runs the pipeline on a record of `records`; errors as in `prepare_data`."""
         image, label = record["img_path"], record.get("seg_map_path")
         narrow = not any(isinstance(step, LoadLabels) for step in self.pipeline.transforms)
         for path in filter(None, (image, label)):
             data = read_bytes(path)
             check_whole(data, path)
             if narrow and path == label and data[:4] == b"\x89PNG" and data[24] == 16:
-                raise DataError(f"{label}: a 16-bit label map, of which mmseg would keep 8 bits")
+                raise DataError(
+                    f"{label}: a 16-bit label map, of which LoadAnnotations would keep 8 bits: use "
+                    "dict(type='LoadLabels') in the pipeline"
+                )
         try:
             data = self.pipeline(record)
         except Exception as error:  # of any step of any pipeline: the file is what it lacks
@@ -250,8 +253,8 @@ class LocalFiles(mmseg.datasets.BaseSegDataset):
             raise self._missing(f"there is no {FILES[key]} folder", self.data_prefix[key])
 
     def _missing(self, what: str, path: str) -> FileNotFoundError:
-        """The error that says what is missing, and what to do about it."""
-        root = os.environ.get("DATA_ROOT") or "not set, which means ./data"
+        """The error for a missing file or folder, with advice."""
+        root = os.environ.get("DATA_ROOT") or "not set, so ./data is used"
         benchmark = by_dataset(type(self).__name__)
         advice = ""
         if benchmark and benchmark.downloads:
@@ -264,14 +267,14 @@ class LocalFiles(mmseg.datasets.BaseSegDataset):
 
 
 def reading(node: Mapping[str, Any], folder: Path) -> LocalFiles:
-    """A dataset with a pipeline that only reads; its images and labels need not be there.
+    """A dataset with a pipeline that only reads; its images and labels need not exist.
 
     Args:
-        node: mmseg's, without `data_root` and `pipeline`.
-        folder: of its files.
+        node: mmseg's dataset node, without `data_root` and `pipeline`.
+        folder: folder of its files.
 
     Raises:
-        FileNotFoundError: if its class names come with its files and are not there.
+        FileNotFoundError: if its class names are part of the data and missing.
     """
     kind = DATASETS.get(node["type"])
     assert kind is not None
@@ -291,7 +294,7 @@ def image_name(dataset: LocalFiles, record: Mapping[str, Any]) -> str:
     return Path(path).as_posix().removesuffix(dataset.img_suffix)
 
 
-# mmseg's own Pascal classes add nothing to their names and colours but assertions without words
+# mmseg's own Pascal classes add only bare assertions to their names and colours
 
 
 @DATASETS.register_module(force=True)
@@ -390,11 +393,11 @@ class Cityscapes27Dataset(LocalFiles):
 
 
 class NamedLabels(LocalFiles):
-    """A dataset whose class names come with its files: labels of 16 bits, 0 does not count.
+    """A dataset whose data contains the class names, with 16-bit labels in which 0 is ignored.
 
     Args:
-        names_file: a class file below `data_root`; line k names label k.
-        **kwargs: What `BaseSegDataset` takes.
+        names_file: a class file relative to `data_root`; line k names label k.
+        **kwargs: Arguments of `BaseSegDataset`.
     """
 
     def __init__(self, names_file: str, data_root: str | None = None, **kwargs: Any) -> None:
@@ -422,12 +425,12 @@ class ADE20K847Dataset(NamedLabels):
 
 @DATASETS.register_module(force=True)
 class MiniSceneDataset(LocalFiles):
-    """The painted scenes of `sfp.mini`, rendered on first use.
+    """The drawn scenes of `sfp.mini`, rendered on first use.
 
     Args:
-        data_root: Folder of the scenes, one in the cache folder by default.
-        scenes: How many there are.
-        **kwargs: What `BaseSegDataset` takes.
+        data_root: Folder of the scenes, by default in the cache folder.
+        scenes: Number of scenes.
+        **kwargs: Arguments of `BaseSegDataset`.
     """
 
     METAINFO = dict(classes=CLASSES, palette=[list(colour) for colour in PALETTE])
@@ -445,6 +448,6 @@ class MiniSceneDataset(LocalFiles):
         except OSError as error:
             raise OSError(
                 f"cannot write the {scenes} scenes of the mini world to {folder}: {error}. Set "
-                "SFP_CACHE to a folder that can be written, on a disk with some megabytes left"
+                "SFP_CACHE to a writable folder on a disk with a few megabytes left"
             ) from error
         super().__init__(data_root=str(root), img_suffix=img_suffix, **kwargs)

@@ -1,4 +1,4 @@
-"""What the numbers in label maps mean, as the datasets publish it.
+"""The meaning of the numbers in label maps, as published by the datasets.
 
 COCO's category ids and their supercategories are those of its annotation files (Lin et al. 2014; Caesar
 et al. 2018, COCO-Stuff), Cityscapes' names, ids and colours those of cityscapesScripts' labels.py
@@ -7,7 +7,7 @@ et al. 2018, COCO-Stuff), Cityscapes' names, ids and colours those of cityscapes
 
 from __future__ import annotations
 
-# COCO planned 91 things and annotated 80: these category ids are in no file.
+# COCO planned 91 object classes and annotated 80: these category ids do not occur.
 COCO_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 # A pixel of stuffthingmaps is its category id minus 1; class k of the 171 is the k-th id that occurs.
 COCO_STUFF_PIXELS = tuple(i - 1 for i in range(1, 183) if i not in COCO_UNUSED)
@@ -82,7 +82,7 @@ CITYSCAPES_27: dict[str, list[int]] = {  # and their colours
     "bicycle": [119, 11, 32],
 }
 
-# Where the 59 frequent classes stand among the 459, in alphabetical order, which is mmseg's as well.
+# Numbers of the 59 frequent classes among the 459, in alphabetical order, like mmseg's.
 CONTEXT_59 = (
     *(2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113),
     *(

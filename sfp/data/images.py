@@ -1,13 +1,13 @@
-"""The one reader of pictures: files, bytes, Pillow, NumPy, PyTorch -> 8-bit RGB, (H, W, 3), upright.
+"""Reads images: files, bytes, Pillow, NumPy, PyTorch -> 8-bit RGB, (H, W, 3), upright.
 
-8-bit grey and RGB files in JPEG and PNG, what benchmarks consist of, are decoded by OpenCV, so that
-their pixels equal those of mmsegmentation's `LoadImageFromFile` to the last bit. Other kinds go through
-Pillow, which knows more of them: transparency is put on white, 16 bits keep the upper eight, palettes
-and CMYK become RGB, an animation shows its first frame. The orientation tag (EXIF, or XMP where there
-is none) is applied to all of them.
+8-bit grey and RGB JPEG and PNG files, as in benchmarks, are decoded by OpenCV, so that their pixels
+equal those of mmsegmentation's `LoadImageFromFile` to the last bit. Other kinds are decoded by Pillow,
+which supports more of them: transparent images are composited on white, 16-bit values keep their upper
+eight bits, palettes and CMYK become RGB, and of an animation the first frame is used. The orientation
+tag (EXIF, or XMP if there is none) is always applied.
 
-Files whose end is missing are refused: decoders fill the rest with grey. Bytes behind the end do no
-harm: phones append videos there, cameras a second picture.
+Truncated files are refused, because decoders fill the missing part with grey. Bytes after the end of an
+image are allowed: phones append videos there, cameras a second picture.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 MAX_PIXELS = 2**28  # 268 million, a third more than 20,000 x 10,000; 0.8 GB as RGB
-MAX_BYTES = 2**31  # of a file
-LONG_SIDE = 2048  # of the benchmarks: longer images are resized by their long side
-SLACK = 1e-3  # by which resampling may leave the range 0 to 1
+MAX_BYTES = 2**31  # largest file
+LONG_SIDE = 2048  # as in the benchmarks: longer images are resized by their long side
+SLACK = 1e-3  # resampled floats may leave the range 0 to 1 by this much
 FORMATS = "JPEG, PNG, BMP, GIF, TIFF, WebP and PPM"
-# Formats by their first bytes. `Image.open` would refuse pictures above a limit that is a global of
-# Pillow's (MAX_IMAGE_PIXELS); the limit here is an argument. Pillow's rarer formats stay closed: some
-# start other programs.
+# Formats by their first bytes. `Image.open` is not used, because its size limit is a global variable of
+# Pillow (MAX_IMAGE_PIXELS); here it is an argument. Pillow's rarer formats are not supported, since
+# some start other programs.
 _READERS: tuple[tuple[re.Pattern[bytes], Callable[..., ImageFile]], ...] = (
     (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
@@ -75,14 +75,14 @@ class DataError(ValueError):
 
 
 class ImageError(DataError):
-    """A file that is no readable picture."""
+    """A file that is not a readable image."""
 
 
 # -- pictures in every form ----------------------------------------------------------------------
 
 
 def as_image(source: Any, *, name: str = "") -> NDArray[np.uint8]:
-    """A picture as RGB, (H, W, 3), in memory of its own.
+    """An image as RGB, (H, W, 3), copied to new memory.
 
     Args:
         source: one of
@@ -95,11 +95,11 @@ def as_image(source: Any, *, name: str = "") -> NDArray[np.uint8]:
             * a tensor in PyTorch's layout, (3, H, W), (1, H, W) or (4, H, W), on any device, of the
               same types and ranges; not normalised.
 
-            What is transparent is put on white; floats are rounded to 8 bits.
-        name: what errors call the picture; by default its path or its type.
+            Transparent images are composited on white; floats are rounded to 8 bits.
+        name: the image's name in errors; by default its path or type.
 
     Raises:
-        ImageError: if a file is no readable picture, or an array of another shape, type or range.
+        ImageError: if a file is not a readable image, or an array has a wrong shape, type or range.
         TypeError: if it is none of these.
     """
     if isinstance(source, (str, os.PathLike)):
@@ -116,7 +116,7 @@ def as_image(source: Any, *, name: str = "") -> NDArray[np.uint8]:
                 + _advice(source.shape, "array")
             )
         return _from_array(source, name)
-    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    torch = sys.modules.get("torch")  # a tensor implies that it has been imported
     if torch is not None and isinstance(source, torch.Tensor):
         name = name or "the tensor"
         if source.ndim != 3 or source.shape[0] not in (1, 3, 4):
@@ -134,7 +134,7 @@ def as_image(source: Any, *, name: str = "") -> NDArray[np.uint8]:
 
 
 def _local(address: str) -> str:
-    """The path behind a `file://` URL; paths pass.
+    """The path of a `file://` URL; paths are returned unchanged.
 
     Raises:
         ImageError: for other kinds of URLs.
@@ -145,12 +145,12 @@ def _local(address: str) -> str:
     if len(parts.scheme) < 2:  # one letter is a Windows drive
         return address
     if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
-        raise ImageError(f"{address}: only local files are read; download it, and pass the path")
+        raise ImageError(f"{address}: only local files can be read; download it and pass the path")
     return url2pathname(parts.path)
 
 
 def _advice(shape: tuple[int, ...], kind: str) -> str:
-    """What is probably meant by a wrong shape."""
+    """Advice for an array with a wrong shape."""
     if len(shape) == 4:
         return f"; for a batch pass a list: list({kind})"
     if len(shape) == 3 and kind == "array" and shape[0] in (1, 3):
@@ -170,7 +170,7 @@ def _from_pillow(image: Image.Image, name: str) -> NDArray[np.uint8]:
         return turned(_pillow_pixels(image, name), orientation(image))
     except ImageError:
         raise
-    except _DECODING as error:  # Pillow decodes a file only now
+    except _DECODING as error:  # Pillow decodes files lazily
         raise ImageError(f"{name}: damaged or truncated image ({error})") from error
 
 
@@ -180,7 +180,7 @@ def _from_array(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
         raise ImageError(f"{name} is empty: its shape is {array.shape}")
     if array.dtype.kind == "f":
         low, high = float(array.min()), float(array.max())
-        if not (low >= -SLACK and high <= 1 + SLACK):  # NaN is not, either
+        if not (low >= -SLACK and high <= 1 + SLACK):  # also true for NaN
             raise ImageError(
                 f"{name} has floats from {low:.4g} to {high:.4g}, expected 0 to 1, or uint8 from 0 "
                 "to 255; pass pixels that are not normalised"
@@ -193,7 +193,7 @@ def _from_array(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim == 3 and array.shape[2] == 3:
-        return np.array(array, order="C")  # a copy: results keep it
+        return np.array(array, order="C")  # a copy, since results keep it
     return _from_pillow(Image.fromarray(np.ascontiguousarray(array)), name)
 
 
@@ -211,9 +211,9 @@ def read_image(
 
     Args:
         source: path, or the bytes of a file.
-        bgr: whether the channels come in the order of OpenCV and mmsegmentation instead.
-        name: what errors call it; by default the path.
-        max_pixels: larger pictures are refused by what their header says, before memory is taken.
+        bgr: return channels in the order of OpenCV and mmsegmentation instead.
+        name: its name in errors; by default the path.
+        max_pixels: larger images are refused from their header, before memory is allocated.
 
     Raises:
         ImageError: if the file is missing, empty, truncated, too large or no picture.
@@ -285,13 +285,13 @@ def orientation(source: str | os.PathLike[str] | Image.Image) -> int:
         source = _open(read_bytes(source), str(source), MAX_PIXELS)
     try:
         tag = source.getexif().get(_ORIENTATION, 1)
-    except _DECODING:  # damaged metadata say nothing
+    except _DECODING:  # damaged metadata are ignored
         return 1
     return tag if tag in range(1, 9) else 1
 
 
 def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Stored pixels (H, W) or (H, W, C) as they are to be seen, by the orientation tag (1 to 8)."""
+    """Turns stored pixels (H, W) or (H, W, C) upright, by the orientation tag (1 to 8)."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -302,12 +302,12 @@ def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 
 def check_whole(data: bytes, name: str) -> None:
-    """Refuses empty files, and JPEG and PNG files that stop before their end.
+    """Checks that a file is not empty, nor a truncated JPEG or PNG.
 
-    It walks from part to part, so that marks inside thumbnails or behind the picture do not count.
+    It walks from segment to segment, so that markers inside thumbnails or after the image are ignored.
 
     Raises:
-        ImageError: if a file is.
+        ImageError: if it is.
     """
     if not data:
         raise ImageError(f"{name}: the file is empty")
@@ -316,10 +316,12 @@ def check_whole(data: bytes, name: str) -> None:
         ("PNG", b"\x89PNG", _whole_png),
     ):
         if data.startswith(start) and not whole(data):
-            raise ImageError(f"{name}: truncated {kind} file, its end is missing; fetch it again")
+            raise ImageError(
+                f"{name}: truncated {kind} file, its end is missing; download it again"
+            )
 
 
-# a marker, but for those inside of compressed data: stuffed zeros, fill bytes and restarts (D0 to D7)
+# a marker, except those within compressed data: stuffed zeros, fill bytes and restarts (D0 to D7)
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _SEGMENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE} - {0xC8}  # ITU-T T.81, table B.1
 
@@ -335,14 +337,14 @@ def _whole_jpeg(data: bytes) -> bool:
             continue
         length = int.from_bytes(data[position : position + 2], "big")
         if marker not in _SEGMENTS or length < 2:
-            return False  # other bytes than the picture's, after a cut
+            return False  # not a segment: the file was truncated
         scanned |= marker == 0xDA
         position += length
     return False
 
 
 def _whole_png(data: bytes) -> bool:
-    """Whether the chunks go on to the last, IEND."""
+    """Whether the chunks continue up to the last one, IEND."""
     position = 8
     while position + 12 <= len(data):
         if data[position + 4 : position + 8] == b"IEND":
@@ -352,12 +354,12 @@ def _whole_png(data: bytes) -> bool:
 
 
 def _open(data: bytes, name: str, max_pixels: int) -> ImageFile:
-    """The picture's header, nothing decoded."""
+    """Reads the header without decoding the image."""
     if not data:
         raise ImageError(f"{name}: the file is empty")
     reader = next((reader for start, reader in _READERS if start.match(data)), None)
     if reader is None:
-        raise ImageError(f"{name}: not an image of a known kind; {FORMATS} are read")
+        raise ImageError(f"{name}: not an image in a supported format ({FORMATS})")
     try:
         image = reader(io.BytesIO(data))
     except _DECODING as error:
@@ -371,7 +373,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> ImageFile:
 
 
 def _is_plain(image: ImageFile) -> bool:
-    """Whether it is of the kinds that benchmarks consist of."""
+    """Whether it is of a kind used by benchmarks."""
     return (
         image.format in ("JPEG", "PNG")
         and image.mode in ("L", "RGB")
@@ -381,7 +383,7 @@ def _is_plain(image: ImageFile) -> bool:
 
 
 def _opencv_pixels(data: bytes) -> NDArray[np.uint8] | None:
-    """BGR as stored, (H, W, 3); None if OpenCV gives up."""
+    """BGR as stored, (H, W, 3); None if OpenCV cannot decode it."""
     try:
         pixels = cv2.imdecode(
             np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
@@ -392,12 +394,12 @@ def _opencv_pixels(data: bytes) -> NDArray[np.uint8] | None:
 
 
 def _pillow_pixels(image: Image.Image, name: str) -> NDArray[np.uint8]:
-    """RGB as stored, (H, W, 3), of a Pillow image of any mode; Pillow's errors are not translated.
+    """RGB as stored, (H, W, 3), of a Pillow image in any mode; Pillow's errors are passed on.
 
     Raises:
         ImageError: if its pixels have no known range.
     """
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would clip
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{name}: grey values beyond 16 bits; save it with 8 or 16")
@@ -417,7 +419,7 @@ def _pillow_pixels(image: Image.Image, name: str) -> NDArray[np.uint8]:
 
 
 def check_short_side(pixels: object) -> int:
-    """The size that the short side of images is resized to, as an int.
+    """Checks the size to which the short side of images is resized, and returns it as an int.
 
     Raises:
         ValueError: unless it is a whole number from 1 to `LONG_SIDE`.
@@ -434,11 +436,11 @@ def check_short_side(pixels: object) -> int:
 def resize_short_side(
     image: NDArray[np.uint8], short_side: int, long_side: int = LONG_SIDE
 ) -> NDArray[np.uint8]:
-    """The picture (H, W, C) at the size of the benchmarks, bilinear.
+    """Resizes an image (H, W, C) bilinearly, as in the benchmarks.
 
-    The short side becomes `short_side`, unless the long one would exceed `long_side`: then that one
-    is the limit. Equal to mmcv's `Resize(scale=(long_side, short_side), keep_ratio=True)` to the last
-    bit; sides that it would round to no pixel have one.
+    The short side becomes `short_side`, unless the long one would then exceed `long_side`, which is the
+    limit. Equals mmcv's `Resize(scale=(long_side, short_side), keep_ratio=True)` to the last bit,
+    except that sides which would be rounded to 0 pixels become 1.
     """
     height, width = image.shape[:2]
     scale = min(

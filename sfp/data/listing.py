@@ -1,14 +1,14 @@
-"""Which files count: the images behind folders, lists and archives, each with the name of its results.
+"""Finds the images in folders, lists and archives, and names their results.
 
-* Folders are searched with all folders below them, links included. A folder that several links lead to,
-  or one that contains itself, is searched once. Hidden files and folders do not count: they are
-  somebody's half-written files, thumbnails or metadata.
-* Lists are text files (`.txt`) with a path per line, relative ones seen from the list; blank lines and
-  lines that begin with "#" do not count.
+* Folders are searched recursively, including links. A folder reached by several links, or one that
+  contains itself, is searched once. Hidden files and folders are skipped: they are usually incomplete
+  files, thumbnails or metadata.
+* Lists are text files (`.txt`) with one path per line, relative to the list; blank lines and lines that
+  start with "#" are skipped.
 * Archives are `.zip` and `.tar`, also compressed by gzip, bzip2 or xz; their images are read one by one
   from the file. Archives inside archives are not opened.
 
-Endings count in upper and lower case. What is left out is said in a warning.
+Suffixes may be in upper or lower case. A warning lists the files that are skipped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sfp.data.images import MAX_BYTES
 
 IMAGES = re.compile(
     r"\.(jpe?g|jpe|jfif|png|bmp|dib|gif|webp|tiff?|p[bgpn]m)$", re.IGNORECASE
-)  # what `read_image` reads
+)  # formats of `read_image`
 ARCHIVES = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 LIST = ".txt"
 _DAMAGE = (  # archives that are damaged, encrypted, or packed by a rare method
@@ -45,20 +45,20 @@ _DAMAGE = (  # archives that are damaged, encrypted, or packed by a rare method
 
 @dataclass(frozen=True)
 class Unit:
-    """A file to work on, an image or an archive, and its name: a relative path without ending."""
+    """A file to process, an image or an archive, and its name: a relative path without suffix."""
 
     path: str
     name: str
 
     @property
     def is_archive(self) -> bool:
-        """Whether there are many images in it."""
+        """Whether it is an archive, which may hold many images."""
         return bool(ARCHIVES.search(self.path))
 
 
 @dataclass(frozen=True)
 class Item:
-    """An image: its name, and its bytes or the path that has them."""
+    """An image: its name, and its bytes or its path."""
 
     name: str
     path: str = ""
@@ -67,7 +67,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image: "done", "skipped" (it was done before) or "failed", and why."""
+    """The outcome for an image: "done", "skipped" (already done) or "failed", with the reason."""
 
     name: str
     status: str
@@ -75,14 +75,14 @@ class Outcome:
 
 
 def list_units(inputs: Sequence[str | os.PathLike[str]]) -> list[Unit]:
-    """The files behind inputs: folders (searched), lists (.txt), archives, images.
+    """The files in folders (searched), lists (.txt), archives and single images.
 
-    Names keep the folders below an input folder or a list. A file that comes twice under one name
-    counts once. What folders hold besides images is warned about.
+    Names keep the folders inside an input folder, or relative to a list. A file that appears twice with
+    the same name is used once. Other files in folders cause a warning.
 
     Raises:
         FileNotFoundError: if an input does not exist or has no images.
-        ValueError: if a list is no text, or two files would be written to one label map.
+        ValueError: if a list is not text, or two files would be written to the same label map.
     """
     if isinstance(inputs, (str, os.PathLike)):
         raise ValueError(f"inputs={str(inputs)!r}: expected a list of paths")
@@ -98,8 +98,8 @@ def _check_names(units: Sequence[Unit]) -> None:
         first = taken.setdefault((unit.name, unit.is_archive), unit.path)
         if first != unit.path:
             raise ValueError(
-                f"{first} and {unit.path} would both become {unit.name}"
-                f"{'/' if unit.is_archive else '.png'}: rename one, or take the folders one by one"
+                f"{first} and {unit.path} would both be written to {unit.name}"
+                f"{'/' if unit.is_archive else '.png'}: rename one, or process the folders separately"
             )
     archives = {name: path for (name, is_archive), path in taken.items() if is_archive}
     for unit in units if archives else ():
@@ -107,22 +107,22 @@ def _check_names(units: Sequence[Unit]) -> None:
             if parent in archives:
                 raise ValueError(
                     f"{unit.path} would be written among the images of {archives[parent]}, as "
-                    f"{unit.name}: rename one, or take them one by one"
+                    f"{unit.name}: rename one, or process them separately"
                 )
 
 
 def _units(path: Path) -> list[Unit]:
-    """What one input stands for."""
+    """The files of one input."""
     if path.is_dir():
         units = _in_folder(path)
         if not units:
             raise FileNotFoundError(
-                f"no image or archive in {path}: expected files with the endings of JPEG, PNG, BMP, "
+                f"no image or archive in {path}: expected files with the suffixes of JPEG, PNG, BMP, "
                 "GIF, TIFF, WebP, PPM, zip or tar"
             )
         return units
     if not path.is_file():
-        broken = " is a link to what" if path.is_symlink() else ""
+        broken = ", a broken link," if path.is_symlink() else ""
         raise FileNotFoundError(
             f"{path}{broken} does not exist: give a folder, a list, an archive or an image"
         )
@@ -132,7 +132,7 @@ def _units(path: Path) -> list[Unit]:
 
 
 def _stem(name: str) -> str:
-    """A path without the ending of an image or archive; other dots stay."""
+    """A path without the suffix of an image or archive; other dots are kept."""
     return (ARCHIVES if ARCHIVES.search(name) else IMAGES).sub("", name)
 
 
@@ -140,14 +140,14 @@ def _stem(name: str) -> str:
 
 
 def _in_folder(root: Path) -> list[Unit]:
-    """Images and archives in a folder and below, sorted; warns about everything else."""
+    """Images and archives in a folder, recursively, sorted; warns about everything else."""
     found: list[Path] = []
     others: Counter[str] = Counter()
     hidden: list[Path] = []
     again: list[Path] = []
     unreadable: list[str] = []
     seen: set[tuple[int, int]] = set()
-    # the folders themselves before links to folders, so that names do not depend on links
+    # folders before links to folders, so that names do not depend on links
     waiting = [root]
     while waiting:
         start, links = waiting.pop(0), []
@@ -162,7 +162,7 @@ def _in_folder(root: Path) -> list[Unit]:
                 elif path.is_symlink():
                     links.append(path)
                 elif _first_visit(path, seen):
-                    continue  # os.walk goes there
+                    continue  # os.walk visits it
                 else:
                     again.append(path)
                 folders.remove(name)
@@ -183,7 +183,7 @@ def _first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
     try:
         status = folder.stat()
     except OSError:
-        return True  # whoever lists it gets the error
+        return True  # the error is raised where it is listed
     key = (status.st_dev, status.st_ino)
     new = key not in seen
     seen.add(key)
@@ -201,12 +201,12 @@ def _say_what_is_left_out(
     if hidden:
         parts.append(f"hidden: {_some(hidden)}")
     if again:
-        parts.append(f"folders that are there already under another name: {_some(again)}")
+        parts.append(f"folders already searched under another name: {_some(again)}")
     if others:
         kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(8))
         parts.append(f"other files: {kinds}")
     if parts:
-        warnings.warn(f"{root}: left out: {'; '.join(parts)}", stacklevel=5)
+        warnings.warn(f"{root}: skipped: {'; '.join(parts)}", stacklevel=5)
 
 
 def _some(paths: Sequence[Path], most: int = 3) -> str:
@@ -218,13 +218,13 @@ def _some(paths: Sequence[Path], most: int = 3) -> str:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A text file as editors save them: UTF-8, or UTF-16 with its mark; lines end with a line feed.
+    """Reads a text file in UTF-8, or UTF-16 with a byte-order mark; line ends become line feeds.
 
-    Bytes that are not UTF-8 become surrogates, as Python has them in the names of files.
+    Bytes that are not UTF-8 become surrogates, as in Python's file names.
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is no text.
+        ValueError: if it is not text.
     """
     data = Path(path).read_bytes()
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -232,7 +232,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
             text = data.decode("utf-16")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-16 text ({error}): save it as UTF-8") from None
-        warnings.warn(f"{path} is read as UTF-16; UTF-8 is what most tools expect", stacklevel=3)
+        warnings.warn(f"{path} is read as UTF-16; most tools expect UTF-8", stacklevel=3)
     else:
         text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     if "\0" in text:
@@ -241,14 +241,14 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def _in_list(path: Path) -> list[Unit]:
-    """The files that a list names; those that do not exist fail when they are read."""
+    """The files in a list; those that do not exist fail when they are read."""
     units = []
     for number, raw in enumerate(read_text(path).split("\n"), 1):
         line = raw.strip()
         file = Path(os.path.normpath(path.parent / line))
         if not line or (line.startswith("#") and not file.exists()):
             continue
-        # a file name may have other bytes than UTF-8, but then the file is there
+        # a file name may contain bytes that are not UTF-8 if such a file exists
         if any("\ud800" <= letter <= "\udfff" for letter in line) and not os.path.lexists(file):
             raise ValueError(
                 f"{path}, line {number}: {line!a} is not UTF-8 text, and there is no such file; "
@@ -266,12 +266,12 @@ def _in_list(path: Path) -> list[Unit]:
         else:
             units.append(Unit(str(file), _stem(name.as_posix())))
     if not units:
-        raise FileNotFoundError(f"{path} names no files: expected one path per line")
+        raise FileNotFoundError(f"{path} lists no files: expected one path per line")
     return units
 
 
 def _below(path: Path, root: Path) -> Path:
-    """A path seen from `root` if it lies there, else from the top of the file system."""
+    """A path relative to `root` if it is inside, else relative to the file system's root."""
     path, root = path.absolute(), Path(os.path.normpath(root.absolute()))
     return path.relative_to(root if path.is_relative_to(root) else path.anchor)
 
@@ -280,14 +280,14 @@ def _below(path: Path, root: Path) -> Path:
 
 
 def items(unit: Unit, done: Callable[[str], bool]) -> Iterator[Item | Outcome]:  # noqa: C901 - a list of reasons
-    """The images of a unit; those that are done or cannot be had as outcomes, without their bytes.
+    """The images of a unit; outcomes for images that are done or cannot be read.
 
-    Tar files are read as a stream, from the first byte to the last. Archives and links inside them are
-    outcomes too, and hidden files are warned about.
+    Tar files are read as a stream. Archives and links inside archives are outcomes too; hidden files
+    cause a warning.
 
     Args:
         unit: an image or an archive.
-        done: whether an image, by its name, needs no work.
+        done: whether the image with a name is already done.
     """
     if not unit.is_archive:
         yield (
@@ -324,15 +324,15 @@ def items(unit: Unit, done: Callable[[str], bool]) -> Iterator[Item | Outcome]: 
             else:
                 try:
                     item = Item(name, data=read())
-                except _DAMAGE as error:  # the others may be whole
+                except _DAMAGE as error:  # the others may be intact
                     yield Outcome(name, "failed", f"{where}: {error}")
                 else:
                     yield item
             seen.add(name)
     except _DAMAGE as error:
-        yield Outcome(unit.name, "failed", f"{unit.path}: {error}; the rest of it is left out")
+        yield Outcome(unit.name, "failed", f"{unit.path}: {error}; the rest of it is skipped")
     if hidden:
-        warnings.warn(f"{unit.path}: left out: hidden: {_some(hidden)}", stacklevel=2)
+        warnings.warn(f"{unit.path}: skipped: hidden: {_some(hidden)}", stacklevel=2)
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes] | None]]:

@@ -1,5 +1,5 @@
-"""A page to try methods in: `sfp demo`.
+"""The demo page, `sfp demo`.
 
-`pictures` draws arrays, as pure functions; `session` runs the model and caches what is slow; `tabs`
+`pictures` has pure functions that draw arrays; `session` runs the model and caches slow results; `tabs`
 and `page` are the layout and its events, and the only modules that need gradio.
 """

@@ -1,4 +1,4 @@
-"""The page: its inputs, its tabs, and what happens when something is clicked or typed."""
+"""The page: its inputs, its tabs and its event handlers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfp.demo.session import Session
 from sfp.demo.tabs import Attention, Compare, Inputs, Outliers, Segmentation, Tab, Values
 from sfp.mini import scene, vocabulary_note
 
-SCENES = {  # seed: words for it, one of them without a place in the picture
+SCENES = {  # seed: words, one of which is not in the picture
     900_047: "house, mushroom, cat|kitten, sand, boat",
     900_060: "box|crate, cat, water, night, ball",
     900_032: "ball, house, sand, brick wall, car",
@@ -27,18 +27,18 @@ SCENES = {  # seed: words for it, one of them without a place in the picture
 }
 MAX_FILE = "100mb"
 CSS = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
-FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")  # of the system: none is fetched
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")  # system fonts: no download
 MONO = ("ui-monospace", "Consolas", "monospace")
 START = "Drop a photo, or pick a scene below it, then type words and press Segment."
-EXPECTED = (ValueError, OSError, FloatingPointError)  # errors whose message tells what to do
+EXPECTED = (ValueError, OSError, FloatingPointError)  # errors whose message says what to do
 
 
 class Page:
-    """The page around a model.
+    """The demo page for a model.
 
     Args:
-        session: has the model.
-        method: that is chosen at first.
+        session: holds the model.
+        method: the method selected at first.
 
     Attributes:
         blocks: the page, for gradio.
@@ -46,7 +46,7 @@ class Page:
 
     def __init__(self, session: Session, method: str) -> None:
         self.session = session
-        # gradio would report the start of the page to its makers
+        # otherwise gradio reports the launch to its developers
         with gr.Blocks(
             title="sfp", analytics_enabled=False, delete_cache=(3600, 3600)
         ) as self.blocks:
@@ -66,15 +66,15 @@ class Page:
         share: bool = False,
         browser: bool = False,
     ) -> str:
-        """Starts to serve the page, in threads of its own.
+        """Serves the page in background threads.
 
         Args:
-            host, port: to listen at; None takes the first free port from 7860.
-            share: whether gradio's servers lend it a public address.
-            browser: whether to open one.
+            host, port: where to listen; None takes the first free port from 7860.
+            share: whether to get a public address through gradio's servers.
+            browser: whether to open a browser.
 
         Returns:
-            Its address.
+            The address.
 
         Raises:
             OSError: if the port is taken.
@@ -153,7 +153,7 @@ class Page:
     def _add_events(self) -> None:
         photo, words, cell = self.inputs.photo, self.inputs.words, self.attention.cell
         quiet: Values = dict(api_visibility="private", show_progress="hidden")
-        # not preprocessed: gradio's Pillow reads fewer files, and does not name what is wrong
+        # not preprocessed: gradio reads fewer kinds of files and gives no useful errors
         taken = photo.upload(
             self._take,
             photo,
@@ -216,23 +216,23 @@ class Page:
             show_progress_on=self.status,
             api_visibility="private",
             concurrency_id="model",
-            trigger_mode="always_last",  # a slider that is dragged asks often
+            trigger_mode="always_last",  # dragging a slider triggers many events
         )
 
     def _draw(self, values: Values, *, submitted: bool = False) -> Values:
-        """Draws the open tab; nothing is missed before the button is pressed."""
+        """Draws the open tab; missing inputs are an error only once the button is pressed."""
         tab = self.tabs[values[self.open]]
         if not values[self.inputs.photo]:
             if submitted:
                 raise ValueError("first drop a photo, or pick a scene")
-            return {self.status: gr.skip()}  # which may say why there is none
+            return {self.status: gr.skip()}  # it may say why there is no photo
         if tab.needs_words and not submitted and not (values[self.inputs.words] or "").strip():
             return {self.status: status("Now type words and press Segment.")}
         drawing = tab.draw(values)
         return drawing.values | {self.status: status(drawing.status, warning=drawing.warning)}
 
     def _submit(self, values: Values) -> Values:
-        """The button; a tab without words makes way for the segmentation."""
+        """Handles the button; from a tab that does not use words it goes to the segmentation."""
         if self.tabs[values[self.open]].needs_words:
             return self._draw(values, submitted=True)
         title = Segmentation.title
@@ -240,7 +240,7 @@ class Page:
         return {self.open: title, self.bar: gr.Tabs(selected=title), **drawn}
 
     def _take(self, upload: dict[str, Any]) -> Values:
-        """A new photo: what cannot be read goes, what can comes back as the server read it."""
+        """Handles a new photo: removes it if unreadable, else shows it as the server read it."""
         photo = self.inputs.photo
         blank = dict.fromkeys([*self._outputs(), self.attention.cell])
         try:
@@ -253,7 +253,7 @@ class Page:
         return blank | {self.status: status(START)}
 
     def _pick(self, number: int) -> tuple[np.ndarray, str, None]:
-        """The picture and the words of a scene, and no patch clicked."""
+        """The picture and words of a scene, with no patch selected."""
         seed, words = list(SCENES.items())[number]
         return scene(seed)[0], words, None
 
@@ -271,9 +271,9 @@ def _uploaded(upload: dict[str, Any]) -> str:
     """The path of an upload.
 
     Raises:
-        ValueError: if it is another file of this machine.
+        ValueError: if it is not in gradio's upload folder.
     """
     path = Path(upload["path"]).resolve()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()):
-        raise ValueError("this is no uploaded file")
+        raise ValueError("this is not an uploaded file")
     return str(path)

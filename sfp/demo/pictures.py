@@ -1,4 +1,4 @@
-"""What the page shows, as pure functions from arrays to pixels and HTML."""
+"""The pictures of the page, as pure functions from arrays to pixels and HTML."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sfp.result import Result
 from sfp.visualize.canvas import draw_image, mark, rendered
 from sfp.visualize.labels import write_names
 
-LONGEST = 1600  # pixels of a photo's long side; more is scaled down on arrival
+LONGEST = 1600  # pixels; photos with a longer side are scaled down when uploaded
 SHOWN = 900  # pixels of a picture's long side
-DPI = 220  # by which its letters have their size
-BAR = 0.36  # inches of a colour bar with its numbers
+DPI = 220  # determines the size of text
+BAR = 0.36  # height in inches of a colour bar with its numbers
 
 Pixels = NDArray[np.uint8]
 
@@ -45,10 +45,10 @@ def patch_at(
         point: (x, y) of the click, in the shown picture.
         size: (height, width) of the shown picture.
         shape: (height, width) of the pixels that the network saw.
-        patch: pixels of a patch's side, of those.
+        patch: side of a patch in those pixels.
 
     Returns:
-        The patch; at pixels behind the last whole patch, the one before them.
+        The patch; beyond the last whole patch, the nearest one.
     """
     x, y = point
     row, column = (
@@ -59,7 +59,7 @@ def patch_at(
 
 
 def labelled(result: Result) -> Pixels:
-    """The classes in their colours over the picture, with their names inside, (h, w, 3)."""
+    """The classes' colours over the picture, with names inside the regions, (h, w, 3)."""
     height, width = result.labels.shape
     scale = SHOWN / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
@@ -76,7 +76,7 @@ def labelled(result: Result) -> Pixels:
 
 def marked(image: Pixels, mask: NDArray[np.bool_], patch: int) -> Pixels:
     """The patches of a mask (h, w) over a pale picture."""
-    figure, axes = _whole(image, below=BAR)  # as large as its neighbour, which has a bar
+    figure, axes = _whole(image, below=BAR)  # the same size as the neighbouring picture with a bar
     draw_image(axes, image, patch, pale=True)
     mark(axes, mask)
     axes.set_axis_off()
@@ -133,7 +133,7 @@ def _frame(axes: Axes, chosen: tuple[int, int], image: Pixels, patch: int) -> No
 
 
 def _whole(image: Pixels, below: float = 0) -> tuple[Figure, Axes]:
-    """A figure that a picture fills from edge to edge, with some inches left below."""
+    """A figure filled by a picture, with some inches left below."""
     height, width = (length / max(image.shape[:2]) * SHOWN / DPI for length in image.shape[:2])
     figure = Figure(figsize=(width, height + below), dpi=DPI, facecolor="white")
     share = below / (height + below)
@@ -144,7 +144,7 @@ def _whole(image: Pixels, below: float = 0) -> tuple[Figure, Axes]:
 
 
 def legend(results: Sequence[Result]) -> str:
-    """The classes that occur, in their colours, with their share of each picture."""
+    """A legend of the classes that occur, with their colours and shares of each picture."""
     names = [n for n in results[0].names if any(n in each.shares for each in results)]
     names.sort(key=lambda name: -sum(each.shares.get(name, 0) for each in results))
     items = []
@@ -156,12 +156,12 @@ def legend(results: Sequence[Result]) -> str:
             f"{escape(name)} <small>{shares}</small></li>"
         )
     missing = [n for n in results[0].names if n not in names]
-    none = f'<p class="faint">nowhere: {escape(", ".join(missing))}</p>' if missing else ""
+    none = f'<p class="faint">not found: {escape(", ".join(missing))}</p>' if missing else ""
     return f'<ul class="legend" aria-label="Classes">{"".join(items)}</ul>{none}'
 
 
 def status(text: str, *, error: bool = False, warning: str = "") -> str:
-    """A line about what was done, or went wrong, as screen readers announce it; and a warning."""
+    """The status line, announced by screen readers, with an optional warning."""
     role, kind = ("alert", "error") if error else ("status", "fine")
     line = f'<p class="told {kind}" role="{role}">{escape(text)}</p>'
     return line + (f'<p class="told warning" role="alert">{escape(warning)}</p>' if warning else "")

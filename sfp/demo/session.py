@@ -22,15 +22,15 @@ from sfp.trace import Trace
 from sfp.visualize.tokens import as_map, named_detectors, patch_index
 from sfp.vocabulary import Vocabulary, as_vocabulary, parse_words
 
-MAX_PIXELS = 2**27  # 134 million, 0.4 GB while they are read
+MAX_PIXELS = 2**27  # 134 million, 0.4 GB in memory
 MAX_QUERIES = 256  # each is a batch of prompts for the text encoder
 OWN = "the method's own"
-FALLBACK = "som"  # for methods that look for no outliers
+FALLBACK = "som"  # for methods without a detector
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A result, and the seconds that its words and its image took."""
+    """A result, and the time in seconds for its words and its image."""
 
     result: Result
     text: float
@@ -45,11 +45,11 @@ class Timed:
 
 @dataclass(frozen=True)
 class Found:
-    """What a detector marks in a layer.
+    """The patches that a detector marks in a layer.
 
     Attributes:
         mask: (h, w).
-        norms: lengths of plain CLIP's tokens that leave the layer, (h, w).
+        norms: norms of plain CLIP's tokens in the layer's output, (h, w).
         detector: its name and knobs.
         replaced: whether the method replaces these patches in this layer.
     """
@@ -61,15 +61,15 @@ class Found:
 
 
 def typed_vocabulary(words: str | None, background: str | None = None) -> Vocabulary:
-    """The words of the page's two fields; never a file, since others may have typed them.
+    """The words of the page's two fields, never taken as file names, since anyone may type them.
 
     Raises:
-        ValueError: if there is none, one is there twice, or there are too many.
+        ValueError: if there are none, one appears twice, or there are too many.
     """
     classes = parse_words(words or "")
     typed = [word for synonyms in classes for word in synonyms]
     if twice := sorted({word for word in typed if typed.count(word) > 1}):
-        raise ValueError(f"{twice[0]!r} is there twice: remove one, their scores would tie")
+        raise ValueError(f"{twice[0]!r} appears twice, so the scores would tie: remove one")
     rest = parse_words(background) if background and background.strip() else []
     vocabulary = as_vocabulary(classes, [word for names in rest for word in names] or None)
     if (count := len(vocabulary.queries)) > MAX_QUERIES:
@@ -78,17 +78,17 @@ def typed_vocabulary(words: str | None, background: str | None = None) -> Vocabu
 
 
 class Session:
-    """Computes what the page shows.
+    """Computes the results shown by the page.
 
-    Photos are given as paths, by which they are cached: gradio's have the hash of their contents in
-    them.
+    Photos are given as paths, which are also the cache keys: gradio's paths contain a hash of the
+    contents.
 
     Args:
-        model: as `sfp.load` makes it.
-        weights: their name.
+        model: from `sfp.load`.
+        weights: name of the weights.
 
     Attributes:
-        blocks: how many the image encoder has.
+        blocks: number of blocks of the image encoder.
         patch: side of a patch in pixels.
         methods: names of the presets that run with the model's guides.
     """
@@ -121,17 +121,18 @@ class Session:
             return Timed(result, encoded - start, time.perf_counter() - encoded)
 
     def resized(self, path: str) -> Pixels:
-        """The photo at the size at which traces see it."""
+        """The photo at the size used for traces."""
         return self.model.resized(self.photo(path))
 
     def outliers(self, path: str, method: str, detector: str, layer: int) -> Found:
-        """What a detector finds in the output of a layer.
+        """The outliers that a detector finds in the output of a layer.
 
         Args:
-            path: of the photo.
-            method: whose run is looked at.
-            detector: name of one, for plain CLIP's tokens; or `OWN`, the method's in its own run.
-            layer: absolute, any but the last.
+            path: path of the photo.
+            method: name of the method.
+            detector: name of a detector, applied to plain CLIP's tokens; or `OWN` for the method's own,
+                applied in its own run.
+            layer: absolute number of any layer but the last.
         """
         purify = next((e for e in build_method(method).edits if isinstance(e, Purify)), None)
         with self._lock, torch.inference_mode():
@@ -151,10 +152,10 @@ class Session:
     def attention(
         self, path: str, method: str, layer: int, patch: tuple[int, int]
     ) -> tuple[NDArray[np.float32], float]:
-        """Where a patch (row, column) looks in a block, heads averaged.
+        """The attention of a patch (row, column) in a block, averaged over heads.
 
         Returns:
-            Its attention to each patch, (h, w), and to the class token; together they are 1.
+            Its attention to each patch, (h, w), and to the class token; they sum to 1.
         """
         with self._lock, torch.inference_mode():
             trace = self._trace(path, method)

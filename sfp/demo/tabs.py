@@ -1,4 +1,4 @@
-"""The tabs of the page: each lays out its components and says what they show.
+"""The tabs of the page: each lays out its components and computes their contents.
 
 A new tab is a subclass of `Tab`, listed in `Page`.
 """
@@ -24,11 +24,11 @@ Values = dict[Any, Any]  # the value of each component
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all tabs read.
+    """The inputs common to all tabs.
 
     Attributes:
         photo: path of a picture.
-        words, background: text, as people type it.
+        words, background: text as typed.
         method: name of a preset.
     """
 
@@ -40,12 +40,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a tab shows.
+    """The contents of a tab.
 
     Attributes:
-        values: of its components.
-        status: a line on what was done.
-        warning: a line on what the result cannot be trusted for; empty if there is none.
+        values: values of its components.
+        status: a line that says what was done.
+        warning: a line that says why the result may be unreliable; empty if there is no warning.
     """
 
     values: Values
@@ -54,14 +54,14 @@ class Drawing:
 
 
 class Tab(ABC):
-    """A tab; making one adds it to the `gr.Tabs` that is being laid out.
+    """A tab; creating one adds it to the `gr.Tabs` being laid out.
 
     Attributes:
-        title: on it, and its name.
-        needs_words: whether it shows nothing before words are typed.
-        tab: gradio's.
-        controls: its own inputs, a change of which draws it again.
-        outputs: the components that it draws in.
+        title: its title and name.
+        needs_words: whether it needs words.
+        tab: the gradio component.
+        controls: its own inputs; changing one redraws the tab.
+        outputs: the components that it updates.
     """
 
     title: ClassVar[str]
@@ -77,14 +77,14 @@ class Tab(ABC):
 
     @abstractmethod
     def _lay_out(self) -> None:
-        """Makes the components; sets `controls` and `outputs`."""
+        """Creates the components; sets `controls` and `outputs`."""
 
     @abstractmethod
     def draw(self, values: Values) -> Drawing:
-        """What to show for the values of all inputs and controls.
+        """The contents for the values of all inputs and controls.
 
         Raises:
-            ValueError: if one of them is not right.
+            ValueError: if one of them is invalid.
             OSError: if the photo cannot be read.
         """
 
@@ -129,7 +129,7 @@ class Segmentation(Tab):
 
 
 class Outliers(Tab):
-    """The patches that a detector marks in a layer, and the norms of all."""
+    """The patches that a detector marks in a layer, and the norms of all patches."""
 
     title = "Outliers"
 
@@ -154,7 +154,7 @@ class Outliers(Tab):
         image = self.session.resized(photo)
         found = self.session.outliers(photo, method, values[self.detector], layer)
         count = f"{int(found.mask.sum())} of {found.mask.size} patches"
-        fate = "which the method replaces" if found.replaced else "which stay as they are"
+        fate = "which the method replaces" if found.replaced else "which are not replaced"
         ratio = found.norms.max() / np.median(found.norms)
         return Drawing(
             {
@@ -176,10 +176,10 @@ class Outliers(Tab):
 
 
 class Attention(Tab):
-    """Where the patch that was clicked looks.
+    """The attention of the selected patch.
 
     Attributes:
-        cell: (row, column) of that patch; None takes the one in the middle.
+        cell: (row, column) of that patch; None for the middle one.
     """
 
     title = "Attention"
@@ -208,7 +208,7 @@ class Attention(Tab):
             {
                 self.clicked: gr.Image(
                     framed(image, cell, patch),
-                    alt_text=f"The photo; the patch at {place} is framed. Click another one.",
+                    alt_text=f"The photo; the patch at {place} is framed. Click to select another.",
                 ),
                 self.share: gr.Image(
                     heat(
@@ -219,12 +219,12 @@ class Attention(Tab):
                         chosen=cell,
                         ticks=PercentFormatter(1),
                     ),
-                    alt_text=f"Where the patch at {place} looks in layer {layer}",
+                    alt_text=f"Attention of the patch at {place} in layer {layer}",
                 ),
                 self.caption: caption(
-                    f"The patch at {place} in layer {layer}, heads averaged: {share[cell]:.1%} of "
+                    f"The patch at {place} in layer {layer}, averaged over heads: {share[cell]:.1%} of "
                     f"its attention goes to itself, {to_class:.1%} to the class token. Click "
-                    "another patch in the left picture."
+                    "another patch in the left picture to see its attention."
                 ),
             },
             f"{method}: attention of the patch at {place}",
@@ -271,7 +271,7 @@ class Compare(Tab):
             {
                 self.left: segmented(left, first),
                 self.right: segmented(right, second),
-                self.legend: caption(f"Left: {first}, right: {second}; same class in {same:.0%}.")
+                self.legend: caption(f"Left: {first}, right: {second}; {same:.0%} of pixels agree.")
                 + legend([left.result, right.result]),
             },
             f"{first}: {left}; {second}: {right}",
@@ -280,7 +280,7 @@ class Compare(Tab):
 
 
 def picture(name: str, height: int) -> gr.Image:
-    """A place for a picture, `height` pixels tall."""
+    """An image component, `height` pixels tall."""
     return gr.Image(
         show_label=False,
         interactive=False,
@@ -294,6 +294,6 @@ def picture(name: str, height: int) -> gr.Image:
 
 
 def segmented(timed: Timed, method: str) -> gr.Image:
-    """A segmentation for a place of `picture`."""
+    """A segmentation for an image component."""
     alt = f"Segmentation by {method}: {timed.result.summary()}"
     return gr.Image(labelled(timed.result), alt_text=alt)

@@ -1,1 +1,1 @@
-"""Evaluation of configs: runs that continue, tables, ablations, reproduction cards."""
+"""Evaluation of configs: resumable runs, tables, ablations, reproduction cards."""

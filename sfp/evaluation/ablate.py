@@ -1,9 +1,8 @@
 """The ablation tables of SFP, CLIPtrase and GCLIP, on any config, with published numbers beside ours.
 
-A study is data: rows of a label, a method with its knobs, and what the registry of published numbers
-has of it. `ablate` runs
-all rows image by image with `compare.measure`, which shares the trunk's run and continues after a
-kill.
+A study is data: each row has a label, a method with its knobs, and its published numbers. `ablate` runs
+all rows image by image with `compare.measure`, which shares runs of the trunk and resumes interrupted
+studies.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from sfp.files import atomic_write
 from sfp.registry import list_ops, suggest
 from sfp.tables import markdown
 
-COLUMNS = scores.COLUMNS[:3]  # as the papers' tables have them
-# two of Okabe and Ito's colours, told apart by every common kind of colour vision, bright under black
+COLUMNS = scores.COLUMNS[:3]  # as in the papers' tables
+# two of Okabe and Ito's colours, distinguishable with any common kind of colour vision
 OURS, PUBLISHED = "#56B4E9", "#D55E00"
 
 
@@ -46,10 +45,10 @@ class Row:
     """A variant.
 
     Attributes:
-        label: in tables and plots.
-        method: what `build_method` takes; None if this package cannot run it.
-        published: its numbers in the registry.
-        guide: external encoder that it needs; without one of that name in the config it is not run.
+        label: its name in tables and plots.
+        method: argument of `build_method`; None if this package cannot run it.
+        published: its published numbers.
+        guide: external encoder that it needs; it is skipped if the config has none of that name.
     """
 
     label: str
@@ -64,9 +63,9 @@ class Study:
 
     Attributes:
         title: what is varied.
-        rows: in the order of the table.
-        axis: what the labels count, if they are numbers: the plot is then a line.
-        note: what to know about rows, for the caption.
+        rows: the variants, in the order of the table.
+        axis: meaning of the labels if they are numbers; the plot is then a line.
+        note: remarks on rows, for the caption.
     """
 
     title: str
@@ -76,7 +75,7 @@ class Study:
 
 
 def _numbers(table: str, *rows: str) -> list[Number]:
-    """What the registry has of rows of a table as mIoU, averages aside."""
+    """The published mIoU of rows of a table, without averages."""
     found = [n for row in rows for n in published().row(table, row).values()]
     return [n for n in found if n.benchmark in CONFIGS and n.metric == "mIoU"]
 
@@ -108,10 +107,10 @@ def _backbones(label: str, method: str | None, row: str, guide: str | None = Non
 
 @cache
 def _papers() -> dict[str, Study]:
-    """The studies that papers have, or could have."""
+    """The studies taken from papers, and similar ones."""
     return {
         "modules": Study(
-            "SFP: the modules, one after the other",
+            "SFP: modules added one by one",
             [
                 _poster("none", "modules", "none", purify=False, enhancer="qk", integrator=False),
                 _poster("SOM", "modules", "SOM", enhancer="qk", integrator=False),
@@ -145,7 +144,7 @@ def _papers() -> dict[str, Study]:
                 _paper("inner product", 2, "inner product", correlation="softmax", product=True),
                 _paper("features clustered", 2, "features clustered", features=True),
                 *(
-                    # SCR, and the correlations that are clustered, in a layer counted from 1
+                    # SCR, and the correlations to cluster, from a layer counted from 1
                     _paper(f"layer {n}", 2, f"layer {n}", restore=n - 1, layer=n - 1)
                     for n in (9, 10, 11)
                 ),
@@ -156,11 +155,12 @@ def _papers() -> dict[str, Study]:
                 _paper("DINOv2 masks", 5, "CLIPtrase + DINOv2", guide="dino"),
                 Row("heads concatenated", _paper("", 2, "SCR + PC + D", concat=True).method),
             ],
-            note="Inner product, clustered features, earlier layers and <x_i, x_i> are our reading of "
-            "rows whose formulas the paper does not print; it prints no number for concatenated heads",
+            note="Inner product, clustered features, earlier layers and <x_i, x_i> are our "
+            "interpretation of rows for which the paper gives no formula; it gives no number for "
+            "concatenated heads",
         ),
         "cliptrase_release": Study(
-            "CLIPtrase as released: what its code does otherwise than its paper",
+            "CLIPtrase as released: differences between its code and its paper",
             [
                 _row("none", "cliptrase", correlation="none", cluster=False),
                 _row("SCR", "cliptrase", cluster=False),
@@ -198,10 +198,10 @@ def _papers() -> dict[str, Study]:
 
 
 def studies() -> dict[str, Study]:
-    """All studies by name, with those whose rows depend on what is registered."""
+    """All studies by name, including those whose rows depend on the registry."""
     off = _row("none", "sfp", purify=False)
     detectors = [off, *(_row(name, "sfp", pm=name) for name in list_ops("detector"))]
-    found = Study("SFP as released: the detector of outliers", detectors)
+    found = Study("SFP as released: the outlier detector", detectors)
     return {**_papers(), "detectors": found}
 
 
@@ -209,7 +209,7 @@ def find_study(name: str) -> Study:
     """A study.
 
     Raises:
-        ValueError: if there is none of that name; the message names the closest.
+        ValueError: if there is none of that name; the message suggests the closest.
     """
     known = studies()
     if name not in known:
@@ -230,23 +230,25 @@ def ablate(
 
     Args:
         config: from `evaluate.load_config`; its `model.method` is not used.
-        name: of the study.
-        weights: of the study "backbones", one model in memory at a time; by default the config's.
+        name: name of the study.
+        weights: weights for the study "backbones", loaded one at a time; by default the config's.
         resume: False starts over.
-        paired: label of the row that the others are paired with (of each weights' own), or "previous".
-        progress: called with the weights that run, the images done and all of them.
+        paired: label of the row that the others are paired with (for the same weights), or "previous".
+        progress: called with the current weights, the number of finished images and the total.
 
     Returns:
-        "rows": label, method, mIoU, mAcc and aAcc in percent, None for variants that are not run, and
-        "published": benchmark, value, "tag" (what makes it another measurement than ours) of each
-        published mIoU; with `paired` also "difference", None for a row that has no base.
+        "rows": label, method, mIoU, mAcc and aAcc in percent (None for variants that are not run), and
+        "published": benchmark, value and "tag" (how its setting differs from ours) of each published
+        mIoU; with `paired` also "difference", None for a row without a base.
 
     Raises:
-        ValueError: for an unknown study or row, or weights for one that takes the config's.
+        ValueError: for an unknown study or row, or several weights for a study other than "backbones".
     """
     study = find_study(name)
     if weights and name != "backbones":
-        raise ValueError("several weights are for the study 'backbones'; others take the config's")
+        raise ValueError(
+            f"several --weights work only with the study 'backbones'; {name!r} takes one"
+        )
     guides = config.model.get("guides") or {}
     runs = [r for r in study.rows if r.method and (r.guide is None or r.guide in guides)]
     if paired:
@@ -258,7 +260,7 @@ def ablate(
         own.model.weights = source
         short = Path(str(source)).stem if Path(str(source)).is_file() else str(source)
         prefix = f"{short}: " if len(sources) > 1 else ""
-        # names of journals, too: the study keeps rows of one label apart
+        # also the names of journals: the study's name keeps equal labels apart
         named = {f"{name} {prefix}{row.label}": row.method for row in runs if row.method}
         base = f"{name} {prefix}{paired}" if paired and paired != bootstrap.PREVIOUS else paired
         record = measure(
@@ -306,7 +308,7 @@ def _write(result: Mapping[str, Any], base: Path) -> None:
 
 
 def _of_weights(row: Row, weights: str) -> list[Number]:
-    """Published numbers of the same backbone, or else of ViT-B/16, the papers' own."""
+    """Published numbers for the same backbone, or else for ViT-B/16, the papers' default."""
     same = [n for n in row.published if n.backbone == weights]
     return same or [n for n in row.published if n.backbone == "ViT-B/16"]
 
@@ -314,7 +316,7 @@ def _of_weights(row: Row, weights: str) -> list[Number]:
 def _shown(
     number: Number, weights: str, benchmark: str | None, groups: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A number as results hold it."""
+    """A number in the format of results."""
     protocol = published().protocols[number.protocol]
     if number.benchmark == benchmark:
         why = reservation(number, groups)
@@ -325,13 +327,13 @@ def _shown(
 
 
 def same_benchmark(result: Mapping[str, Any]) -> bool:
-    """Whether there are published numbers of the benchmark that was run."""
+    """Whether there are published numbers for the benchmark that was run."""
     numbers = (n for row in result["rows"] for n in row["published"])
     return any(n["benchmark"] == result["benchmark"] for n in numbers)
 
 
 def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: ours, then what is published on this benchmark, or else on others."""
+    """Header and rows: our numbers, then published ones for this benchmark, or else for others."""
     columns: dict[tuple[str, str], None] = {}
     for row in result["rows"]:
         columns.update({(n["benchmark"], n["tag"]): None for n in row["published"]})
@@ -350,17 +352,15 @@ def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def caption(result: Mapping[str, Any]) -> str:
-    """What was run, and where the published numbers are from."""
+    """The caption: what was run, and the sources of the published numbers."""
     weights = ", ".join(result["weights"])
     text = f"{result['config']}, {result['images']} images, weights {weights}."
     text += f" Published numbers: {', '.join(result['sources']) or 'none'}"
     if result["sources"] and not same_benchmark(result):
-        text += "; they are of other benchmarks than ours"
+        text += "; they are for other benchmarks"
     text += f". {result['note']}" if result["note"] else ""
     if idle := [row["label"] for row in result["rows"] if row["mIoU"] is None]:
-        text += (
-            f". Not run: {', '.join(idle)} (not implemented, or without the guide that it needs)"
-        )
+        text += f". Not run: {', '.join(idle)} (not implemented, or the guide is missing)"
     return text + "."
 
 
@@ -400,7 +400,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axis = figure.add_subplot()
         axis.barh(range(len(rows)), ours, height=0.6, color=OURS, label="here")
         for i, number in enumerate(ours):
-            # at the foot of the bar, where no published point covers it
+            # at the foot of the bar, where published points do not cover it
             text = "not run" if math.isnan(number) else f"{number:.1f}"
             axis.annotate(text, (0, i), (4, 0), textcoords="offset points", va="center")
         axis.plot(

@@ -1,8 +1,8 @@
 """Boundary IoU: IoU of the pixels near contours (Cheng et al., Boundary IoU, CVPR 2021).
 
-IoU hardly feels where a large object ends. Boundary IoU compares, of each mask, only the pixels within
-a distance d of its contour: |G_d ∩ P_d| / |G_d ∪ P_d|. Here the masks are those of the classes, and
-intersections and unions are summed over all images, as for mIoU.
+For large objects IoU hardly depends on the contour. Boundary IoU compares only the pixels of each mask
+within a distance d of its contour: |G_d ∩ P_d| / |G_d ∪ P_d|. Here the masks are those of the classes,
+and intersections and unions are summed over all images, as for mIoU.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _OUTSIDE = 65535
 
 
 def near_contour(labels: Tensor, distance: int) -> Tensor:
-    """Whether another label, or the outside of the image, is within a distance: (H, W) bool.
+    """Whether another label or the image border is within a distance: (H, W) bool.
 
-    These are the pixels that erosion by a square of side `2 * distance + 1` takes from the mask of
-    their label, for all labels at once.
+    For all labels at once, these are the pixels removed from a label's mask by erosion with a square of
+    side `2 * distance + 1`.
 
     Args:
         labels: (H, W) integers in 0..65535.
@@ -36,20 +36,20 @@ def near_contour(labels: Tensor, distance: int) -> Tensor:
 def count_boundaries(
     predicted: Tensor, truth: Tensor, classes: int, ignored: int, ratio: float
 ) -> Tensor:
-    """The confusion matrix of boundaries, as `journal.count` has that of pixels.
+    """The confusion matrix of boundary pixels, in the format of `journal.count`.
 
     Args:
         predicted: labels, (H, W).
         truth: labels, (H, W).
         classes: K; labels are 0..K-1.
-        ignored: truth of pixels that do not count. They end a mask, as any other label does.
-        ratio: the distance, as a share of the image's diagonal; at least a pixel.
+        ignored: label of ignored pixels in the truth; like any other label it bounds a mask.
+        ratio: the distance as a share of the image diagonal, at least one pixel.
 
     Returns:
-        Entries (3, n) int64: truth, prediction, pixels. Label K stands for pixels that are not near a
+        Entries (3, n) int64: truth, prediction, pixels. Label K stands for pixels that are not near the
         contour of their own mask. Ignored pixels have no entry.
     """
-    if truth.ndim < 2:  # mmseg squeezes images of one row or column: all of their pixels are near
+    if truth.ndim < 2:  # mmseg squeezes images of one row or column; all their pixels are boundary
         predicted, truth = predicted.reshape(1, -1), truth.reshape(1, -1)
     height, width = truth.shape
     distance = max(1, round(ratio * (height**2 + width**2) ** 0.5))

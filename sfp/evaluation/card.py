@@ -1,6 +1,6 @@
-"""Reproduction cards: what determines a result and what came out, and whether two results compare.
+"""Reproduction cards: everything that determines a result, its scores, and comparisons of cards.
 
-A card is the groups of `settings` with the scores: `card.json`, and `card.md` to read.
+A card holds the groups of `settings` and the scores: `card.json`, and `card.md` for reading.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def write_card(folder: Path, groups: Mapping[str, Any], result: Mapping[str, Any
     """Writes card.json and card.md.
 
     Args:
-        folder: where they go.
+        folder: output folder.
         groups: from `settings`.
-        result: has the scores of `COLUMNS`, and "classes" with "IoU" and "Acc" of each.
+        result: the scores of `COLUMNS`, and "classes" with "IoU" and "Acc" of each.
     """
     card = dict(groups)
     card["scores"] = {k: result[k] for k in (*COLUMNS, "classes")}
@@ -55,7 +55,7 @@ def _page(card: Mapping[str, Any]) -> str:
 
 
 def read_side(path: str | Path) -> dict[str, Any]:
-    """One side of a comparison: a card (.json), a work folder that has one, or a config.
+    """Reads one side of a comparison: a card (.json), a work folder with a card, or a config.
 
     Raises:
         ConfigError: if there is no such file.
@@ -68,13 +68,13 @@ def read_side(path: str | Path) -> dict[str, Any]:
         path = find_config(path)
     elif not path.is_file():
         raise ConfigError(
-            f"there is no card {path}: give a card.json, a work folder of `sfp eval` that has one, or "
-            "a config"
+            f"there is no card {path}: give a card.json, a work folder of `sfp eval` that contains "
+            "one, or a config"
         )
     if path.suffix == ".py":
         config = read_config(path, "model.type", "model.classes", "test_dataloader.dataset.type")
         groups = settings(config)
-        return {k: v for k, v in groups.items() if k not in NOTED}  # of a run, and there was none
+        return {k: v for k, v in groups.items() if k not in NOTED}  # those describe runs
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -95,9 +95,9 @@ class Difference:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
-    """In which settings two sides differ, of those that both know.
+    """The settings known on both sides in which they differ.
 
-    Weights of one hash are the same under any name; words are compared class by class.
+    Weights with equal hashes are equal whatever their names; words are compared class by class.
     """
     found: list[Difference] = []
     for group in GROUPS:
@@ -107,7 +107,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
         if group == "vocabulary" and left and right:
             found += _words(left["classes"], right["classes"])
             continue
-        if left.get("type") != right.get("type"):  # methods: each has knobs of its own
+        if left.get("type") != right.get("type"):  # different methods have different knobs
             left, right = ({"type": side.get("type")} for side in (left, right))
         found += [
             Difference(group, k, *(json.dumps(x, ensure_ascii=False) for x in (v, right[k])))
@@ -127,7 +127,7 @@ def _words(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> Iterator[D
 
 
 def unknown(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Settings that decide comparability and that only one side knows."""
+    """Settings that decide comparability but are known on one side only."""
     return [
         f"{group} {key}"
         for group in STRICT

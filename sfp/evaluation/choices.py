@@ -1,8 +1,8 @@
-"""What somebody chose for a result, and what its models have seen besides images and their captions.
+"""Constants tuned for a result, and training data of its models besides images and captions.
 
-Tables of this field mix methods with constants for each data set, chosen on its labels, with methods
-without; and methods with CLIP alone with methods that read models trained on masks. Neither makes two
-numbers incomparable, but both say what a difference is worth.
+Tables in this field mix methods whose constants were tuned per dataset, on its labels, with methods
+without such constants, and methods that use only CLIP with methods that use models trained on masks.
+This does not make two numbers incomparable, but it matters for the meaning of a difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sfp.evaluation.settings import method_settings
 from sfp.registry import METHODS
 from sfp.segmentor import SETTINGS
 
-# of the protocol: what configs set for a data set
+# protocol settings that configs set for a dataset
 CONSTANTS = (
     "logit_scale",
     "prob_thd",
@@ -33,17 +33,17 @@ CONSTANTS = (
     "pamr_dilations",
     "pamr_unit",
 )
-# by a word in the name of a model or its type, in this order; from the models' own papers and pages
+# by a word in the model's name or type, in this order; from the models' own papers and pages
 SEEN = {
     "sam3": "masks of concepts, named by phrases (SA-Co)",
     "sam": "1.1 billion masks of 11 million images (SA-1B)",
     "clipseg": "masks named by phrases (PhraseCut)",
-    "mask2former": "labelled masks, of the data set in its name",
-    "eomt": "labelled masks, of the data set in its name",
+    "mask2former": "labelled masks of the dataset in its name",
+    "eomt": "labelled masks of the dataset in its name",
     "dinov3": "images without labels (LVD-1689M)",
     "dinov2": "images without labels (LVD-142M)",
     "dino": "images without labels (ImageNet, unless its name says otherwise)",
-    "radio": "what its teachers have seen: CLIP, DINOv2, SAM",
+    "radio": "the data of its teachers: CLIP, DINOv2, SAM",
     "tips": "images with two captions each (WebLI)",
     "siglip": "images with texts in many languages (WebLI)",
     "pe-core": "images and videos with texts",
@@ -52,10 +52,10 @@ SEEN = {
 
 
 def constants(card: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Constants of a card or config that are not the defaults: name, value and default as text.
+    """Non-default constants of a card or config: name, value and default as text.
 
-    For a method these are its preset's defaults; where the knob `dataset` of a preset chooses among
-    constants for each data set, they are named with it.
+    A method's defaults are those of its preset. If the knob `dataset` of a preset selects constants for
+    a dataset, they are listed with it.
     """
     method = dict(card["method"])
     name = method.get("type")
@@ -80,13 +80,13 @@ def constants(card: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def seen(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The models of a card or config that have seen more than images and captions, and what.
+    """The models of a card or config that were trained on more than images and captions.
 
-    CLIPs that nothing is known of are left out, and proposers without a model.
+    Yields each with its training data. Unknown CLIPs and proposers without a model are left out.
     """
     weights = str(card["weights"].get("name", ""))
     row = find(weights)
-    local = row is None and Path(weights).exists()  # a name of the user's own says nothing
+    local = row is None and Path(weights).exists()  # a user's own file name says nothing
     if known := None if local else _known(f"{weights} {row.family if row else ''}"):
         yield weights, known
     protocol = card["protocol"]
@@ -94,11 +94,11 @@ def seen(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     parts |= {name: protocol[name] for name in ("masks", "regions") if protocol.get(name)}
     for part, node in parts.items():
         for kind, model in _models(node):
-            yield f"{part} ({model})", _known(f"{model} {kind}") or "data that are not known here"
+            yield f"{part} ({model})", _known(f"{model} {kind}") or "unknown data"
 
 
 def _models(node: Any) -> Iterator[tuple[str, str]]:
-    """The type and the model of every node of a config that has one, `node` included."""
+    """The type and model of each config node that has a model, including `node`."""
     if isinstance(node, Mapping):
         if isinstance(node.get("model"), str):
             yield str(node.get("type", "")), node["model"]
@@ -107,7 +107,7 @@ def _models(node: Any) -> Iterator[tuple[str, str]]:
 
 
 def _known(name: str) -> str | None:
-    """What a model has seen whose name has one of the words of `SEEN` in it, as in "sam2.1-tiny"."""
+    """The training data of a model whose name contains a word of `SEEN`, e.g. "sam2.1-tiny"."""
     found = (
         text
         for part, text in SEEN.items()

@@ -1,9 +1,9 @@
-"""Segmentation without words: clusters of a dataset's patch features take the place of text.
+"""Segmentation without words: cluster centres of a dataset's patch features replace text features.
 
-`spherical_kmeans` gives unit vectors in the space of the features, so a patch's cluster is the centre
-of largest cosine, just as its class is the text of largest cosine. The centres therefore are
-`query_features` of an `OpenVocabSegmentor`, and windows, merging, thresholds, refiners and masks work
-as they do with words. `HungarianMetric` scores the result.
+`spherical_kmeans` gives unit vectors in the feature space, so a patch's cluster is the centre with the
+largest cosine, just as its class is the text with the largest cosine. The centres are therefore passed
+as `query_features` to an `OpenVocabSegmentor`, and windows, merging, thresholds, refiners and masks
+work as with words. `HungarianMetric` scores the result.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ FILE = "clusters.safetensors"
 
 
 def cluster_config(config: Config) -> Config:
-    """A config with the node `clusters`, with the words replaced by clusters (not yet fitted).
+    """Replaces the words of a config that has a node `clusters` by clusters, not yet fitted.
 
     Raises:
-        ValueError: if the node or the metric is not right.
+        ValueError: if the node or the metric is wrong.
     """
     node = config.clusters
     check_knobs(fit_clusters, node, "clusters")
@@ -46,8 +46,8 @@ def cluster_config(config: Config) -> Config:
     evaluators = [evaluators] if isinstance(evaluators, Mapping) else evaluators
     if [evaluator["type"] for evaluator in evaluators] != ["HungarianMetric"]:
         raise ValueError(
-            "clusters have no names: set test_evaluator=dict(type='HungarianMetric'), which finds out "
-            "which class each of them is"
+            "clusters have no names: set test_evaluator=dict(type='HungarianMetric'), which matches "
+            "them to classes"
         )
     config = config.copy()
     config.test_evaluator = dict(evaluators[0], clusters=node["count"])
@@ -56,14 +56,14 @@ def cluster_config(config: Config) -> Config:
 
 
 def ensure_clusters(config: Config) -> Config:
-    """A config ready to evaluate: its clusters fitted, or found in the work folder.
+    """Fits the clusters of a config, or finds them in the work folder.
 
     Args:
-        config: with the node `clusters`, the knobs of `fit_clusters`.
+        config: a config with the node `clusters`, the knobs of `fit_clusters`.
 
     Returns:
-        A copy whose `model.query_features` names the file `clusters.safetensors` of the work folder.
-        The file says what it was fitted with; if that has changed, it is fitted again.
+        A copy whose `model.query_features` names the file `clusters.safetensors` in the work folder.
+        The file records the settings it was fitted with; if they change, it is fitted again.
     """
     config = cluster_config(config)
     path = Path(config.work_dir, FILE)
@@ -74,14 +74,14 @@ def ensure_clusters(config: Config) -> Config:
         wanted = fingerprint(groups)
         if not path.is_file() or _made_for(path) != wanted:
             print(
-                f"clustering the patches of {len(dataset)} images ({path} will keep the clusters)",
+                f"clustering the patches of {len(dataset)} images (clusters are saved in {path})",
                 file=sys.stderr,
             )
             centres, score = fit_clusters(config, **config.clusters)
             meta = dict(fingerprint=wanted, mean_cosine=f"{score:.6f}")
             with atomic_write(path) as temporary:
                 save_file(dict(queries=centres.cpu().contiguous()), temporary, meta)
-    barrier()  # k-means on several kinds of device may differ: one process does it for all
+    barrier()  # k-means may differ between devices, so one process does it for all
     config.model.query_features = str(path)
     return config
 
@@ -105,14 +105,14 @@ def fit_clusters(
     restarts: int = 10,
     seed: int = 0,
 ) -> tuple[Tensor, float]:
-    """k-means over the patch features of a dataset.
+    """k-means on the patch features of a dataset.
 
     Args:
-        config: whose model gives the features, as it will see the images.
+        config: config whose model computes the features, with its own preprocessing.
         count: number of clusters.
-        dataset: whose images are clustered; None for the test set's own. Labels are not looked at.
-        patches: drawn from each image, from all of its windows.
-        iterations, restarts, seed: of `spherical_kmeans`.
+        dataset: dataset whose images are clustered; None for the test set. Labels are not used.
+        patches: number of patches drawn from each image, among all of its windows.
+        iterations, restarts, seed: as for `spherical_kmeans`.
 
     Returns:
         (count, C) unit centres, and the mean cosine of a patch with its own.
@@ -120,7 +120,7 @@ def fit_clusters(
     init_default_scope(config.get("default_scope", "mmseg"))
     segmentor = MODELS.build(config.model).to(choose_device()).eval()
     built = _dataset(config, dataset)
-    # all images in this process: mmengine's samplers would wait for the others, and share the images
+    # all images in this process: mmengine's samplers would divide them among the processes
     loader = Batches(config.test_dataloader, built, range(len(built)))
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Several methods over one benchmark: one model, one text bank, one trunk per group of methods."""
+"""Evaluates several methods on one benchmark, sharing the model, the text bank and trunk runs."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ def build_segmentor(config: Config) -> OpenVocabSegmentor:
 
 @dataclass
 class _Plan:
-    """What is compared on what, and what of it is done.
+    """The work of a comparison and its progress.
 
     Attributes:
         dataset: the test set.
         images: names of its images.
-        ignored: label of pixels that do not count.
-        methods: by the name that tables show.
-        journals, counts: of each method; counts are those read or made so far, by image.
+        ignored: label of ignored pixels.
+        methods: the methods by their names in tables.
+        journals, counts: by method; counts are those known so far, by image.
         chosen: indices of the images for the sheet.
-        batches: indices of images that go through the network together, and for which methods.
+        batches: indices of the images that go through the network together, and their methods.
     """
 
     dataset: Any
@@ -89,35 +89,35 @@ def measure(
     paired: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Evaluates methods on the test set of a config, all of them image by image.
+    """Evaluates several methods on the test set of a config, image by image.
 
-    Every method has a journal of its own below `journal` in the work folder (`journal.py`). A batch is
-    run for those methods that lack one of its images, and is not loaded if there is none.
+    Each method has its own journal inside `journal` in the work folder (`journal.py`). A batch runs
+    only for those methods that lack one of its images, and is not loaded if there are none.
 
     Args:
         config: from `evaluate.load_config`; its `model.method` is not used.
-        methods: what `build_method` takes, by the name that tables show.
-        pictures: images on the sheet `compare.png` in the work folder, run again for it if they are
-            done; 0 for none.
-        resume: False forgets what the journals have of these methods.
-        paired: name of the method that the others are paired with, or "previous": see `paired`.
-        progress: called with the images done and all of them.
+        methods: arguments of `build_method`, by the methods' names in tables.
+        pictures: number of images on the sheet `compare.png` in the work folder, rerun for it if
+            already done; 0 for none.
+        resume: False discards the journals of these methods.
+        paired: name of the method that the others are paired with, or "previous", see `paired`.
+        progress: called with the number of finished images and the total.
 
     Returns:
         "methods": for each name mIoU, mAcc, aAcc, fwIoU and the classes' IoU, in percent. With
         `paired` also "paired", that name, and "differences", by name as in `paired.differences`.
 
     Raises:
-        ValueError: if `paired` is no method's name.
-        DataError: if a file cannot be used, with its name, or if no pixel of the ground truth counts.
+        ValueError: if `paired` is not the name of a method.
+        DataError: if a file cannot be used, with its name, or if all ground truth is ignored.
     """
     if "clusters" in config:
         raise ValueError(
-            "clusters are fitted to one method's features: evaluate configs without words one by one, "
-            "with `sfp eval --method`"
+            "clusters are fitted to the features of one method: evaluate configs without words "
+            "separately, with `sfp eval --method`"
         )
     if paired:
-        bases(methods, paired)  # a name that is wrong is so before anything runs
+        bases(methods, paired)  # raises for a wrong name before anything runs
     init_default_scope(config.get("default_scope", "mmseg"))
     built = {name: build_method(method) for name, method in methods.items()}
     model = config.model.copy()
@@ -154,9 +154,9 @@ def _plan(
     pictures: int,
     resume: bool,
 ) -> _Plan:
-    """What is left to do, in the batches of an undisturbed run.
+    """The remaining work, in the same batches as in an uninterrupted run.
 
-    The same images go through the network together, whatever was done before.
+    Thus the same images go through the network together, however far an earlier run got.
     """
     dataset = DATASETS.build(config.test_dataloader.dataset)
     _, images = image_names(dataset)
@@ -233,10 +233,10 @@ def _run(
 def _record(
     plan: _Plan, batch: range, samples: Sequence[Any], labels: Mapping[str, Sequence[Tensor]]
 ) -> None:
-    """Counts the images of a batch for the methods that lack them, in their journals and the plan.
+    """Counts a batch for the methods that lack it, and stores the counts in journals and plan.
 
     Raises:
-        DataError: if a label map does not fit; the message names the file.
+        DataError: if a label map does not fit its image; the message names the file.
     """
     classes = len(plan.dataset.metainfo["classes"])
     for name, each in labels.items():
@@ -270,26 +270,26 @@ def compare(
     paired: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """`measure`, written into the work folder: compare.json, compare.md, and pictures.
+    """Runs `measure` and writes compare.json, compare.md and pictures into the work folder.
 
     Args:
-        config, methods, resume, progress: as of `measure`.
-        words: vocabularies (see `with_words`) that each method is run with, one after the other; none
-            for the config's. The names of methods then end with that of the vocabulary.
-        pictures: images on the sheet, of the first vocabulary.
-        paired: as of `measure`, within each vocabulary.
+        config, methods, resume, progress: as in `measure`.
+        words: vocabularies (see `with_words`) with which each method is run, one after the other; by
+            default only the config's. With several, methods' names end with that of the vocabulary.
+        pictures: number of images on the sheet, for the first vocabulary.
+        paired: as in `measure`, within each vocabulary.
 
     Returns:
-        What `measure` does, and "published": what is published of each method on this benchmark with
-        these weights, and whether it compares, in words.
+        The result of `measure`, and "published": published numbers of each method on this benchmark
+        with these weights, and whether they are comparable, in words.
 
     Raises:
-        ValueError: if a vocabulary has not one entry per class of the benchmark, or `paired` is no
-            method's name.
+        ValueError: if a vocabulary does not have one entry per class of the benchmark, or `paired` is
+            not the name of a method.
     """
     if paired:
         bases(methods, paired)
-    configs = [with_words(config, each) for each in words] or [config]  # all before the first runs
+    configs = [with_words(config, each) for each in words] or [config]  # raises before any run
     record: dict[str, Any] = dict(methods={}, differences={}, published={})
     for n, (own, each) in enumerate(zip(configs, words or [""], strict=True)):
         tag = f" [{each}]" if words else ""
@@ -317,7 +317,7 @@ def compare(
 def part_of(
     progress: Callable[[int, int], None], n: int, parts: int, done: int, total: int
 ) -> None:
-    """Progress of the n-th of equal parts, as that of the whole."""
+    """Converts the progress of the n-th of several equal parts to that of the whole."""
     progress(n * total + done, parts * total)
 
 
@@ -326,12 +326,12 @@ def with_words(config: Config, words: str) -> Config:
 
     Args:
         config: from `evaluate.load_config`.
-        words: "shipped": the class file of the benchmark; "names": the dataset's own names of its
-            classes, one query each; or the path of a class file.
+        words: "shipped": the class file of the benchmark; "names": the dataset's own class names, one
+            query each; or the path of a class file.
 
     Raises:
         FileNotFoundError: if there is no such file, or no class file is shipped.
-        ValueError: if it has not one entry per class.
+        ValueError: if it does not have one entry per class.
     """
     own = copy.deepcopy(config)  # `copy()` shares the model's settings
     dataset = DATASETS.build(config.test_dataloader.dataset)
@@ -345,8 +345,8 @@ def with_words(config: Config, words: str) -> Config:
         own.model.classes = words
     if (number := load_vocabulary(own.model.classes).num_classes) != len(names):
         raise ValueError(
-            f"{words} names {number} classes, {type(dataset).__name__} has {len(names)}: the labels "
-            "would not be theirs"
+            f"{words} has {number} classes, but {type(dataset).__name__} has {len(names)}: expected "
+            "one line per class, in label order"
         )
     return own
 
@@ -354,7 +354,7 @@ def with_words(config: Config, words: str) -> Config:
 def beside_published(
     config: Config, methods: Mapping[str, str | Mapping[str, Any] | Method]
 ) -> dict[str, list[str]]:
-    """Published numbers of the methods that have their preset's own knobs, by the methods' names."""
+    """Published numbers of those methods that use their preset's defaults, by name."""
     benchmark, weights = benchmark_of(config), str(config.model.weights)
     if benchmark is None:
         return {}
@@ -385,6 +385,6 @@ def compare_sheet(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def compare_markdown(record: Mapping[str, Any]) -> str:
-    """A comparison as a Markdown table, and what is published."""
+    """A comparison as a Markdown table, followed by published numbers."""
     lines = [f"* {line}\n" for line in published_lines(record)]
     return markdown(*compare_sheet(record)) + "\n" * bool(lines) + "".join(lines)

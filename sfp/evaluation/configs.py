@@ -20,7 +20,7 @@ CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 
 
 class ConfigError(ValueError):
-    """A config that does not exist or says something that nobody understands."""
+    """A config that does not exist or is invalid."""
 
 
 def config_names() -> list[str]:
@@ -32,11 +32,11 @@ def find_config(name: str | Path) -> Path:
     """The file of a config.
 
     Args:
-        name: a path; or a shipped config in one of the forms voc21, cfg_voc21, cfg_voc21.py and
-            configs/cfg_voc21.py. A file that exists comes first.
+        name: a path; or the name of a shipped config in one of the forms voc21, cfg_voc21,
+            cfg_voc21.py and configs/cfg_voc21.py. An existing file takes precedence.
 
     Raises:
-        ConfigError: if there is none; the message names the closest.
+        ConfigError: if there is none; the message suggests the closest name.
     """
     path = Path(name)
     if path.is_file():
@@ -50,20 +50,20 @@ def find_config(name: str | Path) -> Path:
 
 
 def read_config(path: Path, *settings: str) -> Config:
-    """A config, parsed.
+    """Reads a config.
 
     Args:
-        path: of the file.
-        settings: dotted names of what it has to have.
+        path: path of the file.
+        settings: dotted names of required settings.
 
     Raises:
-        ConfigError: if it is no config, or lacks a setting.
+        ConfigError: if it is not a config, or lacks a setting.
     """
     try:
         with quiet():
             config = Config.fromfile(str(path))
-    except Exception as error:  # a config is a program: whatever goes wrong in it is wrong with it
-        raise ConfigError(f"{path} is no config: {type(error).__name__}: {error}") from error
+    except Exception as error:  # configs are programs, which can raise anything
+        raise ConfigError(f"{path} is not a config: {type(error).__name__}: {error}") from error
     require(config, *settings)
     return config
 
@@ -76,18 +76,18 @@ def load_config(
     work_dir: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Config:
-    """A config with what the command line says put on top of it.
+    """Reads a config and applies the options of a command line.
 
     Args:
-        path: of the config file, or the name of a shipped one (`find_config`).
-        method: preset that replaces the whole `model.method` (a merge would leave the other
-            method's flags behind).
+        path: path of the config file, or the name of a shipped one (`find_config`).
+        method: preset that replaces all of `model.method` (merging would keep the other method's
+            flags).
         weights: replaces `model.weights`.
-        work_dir: where results go; by default work/<name of the config>.
+        work_dir: folder for results; by default work/<name of the config>.
         options: dotted keys and values, e.g. {"model.method.pm": "lof"}; applied last.
 
     Raises:
-        ConfigError: if there is no such file, or it is no config.
+        ConfigError: if there is no such file, or it is not a config.
     """
     path = find_config(path)
     config = read_config(path, "model.type")
@@ -103,17 +103,17 @@ def load_config(
 
 
 def require(config: Config, *settings: str) -> None:
-    """Looks whether settings are there.
+    """Checks that settings exist.
 
     Raises:
-        ConfigError: naming the first that is missing.
+        ConfigError: if one is missing; the message names it.
     """
     for name in settings:
         node: Any = config
         for key in name.split("."):
             if key not in node:
                 raise ConfigError(
-                    f"{config.filename or 'the config'} has no {name}: a config starts from "
-                    "base_config.py and adds its data and classes, as cfg_voc21.py does"
+                    f"{config.filename or 'the config'} has no {name}: a config must inherit from "
+                    "base_config.py and add its data and classes, as cfg_voc21.py does"
                 )
             node = node[key]

@@ -1,9 +1,9 @@
-"""Hashes of a test set's files, so that results are never mixed with those of other files.
+"""Hashes of a test set's files, so that results of different files are never mixed.
 
-Reading tens of thousands of files takes a while, so hashes are kept in the cache folder and used again
-while size, modification time, change time and inode of a file are what they were. The change time is
-the one that programs cannot set: a file of another content cannot pass for the old one by having its
-size and modification time restored. (`cp -p`, `rsync -t` and archives do restore them.)
+Reading tens of thousands of files takes a while, so hashes are cached as long as the size, modification
+time, change time and inode of a file stay the same. Programs can restore the modification time
+(`cp -p`, `rsync -t` and archives do) but cannot set the change time, so a file with new contents is
+always noticed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from sfp.data.images import orientation
 from sfp.evaluation.scores import note
 from sfp.files import atomic_write, cache_dir
 
-TIFF = (b"II*\0", b"MM\0*")  # which needs no EXIF to have an orientation
+TIFF = (b"II*\0", b"MM\0*")  # can have an orientation without EXIF
 TAGGED = (b"Exif", b"eXIf", b"EXIF", b"Orientation")  # EXIF in JPEG, PNG and WebP; XMP
-READERS = 16  # threads: on network drives most of the time is waiting
-SETTLED = 2.0  # seconds after a change in which a clock of coarse ticks may hide another one
-LARGE = 2**30  # bytes to read from which the user is told why nothing happens
+READERS = 16  # threads: network drives spend most of the time waiting
+SETTLED = 2.0  # seconds after a change in which a coarse file clock may hide another change
+LARGE = 2**30  # bytes to read above which the user gets a message
 
 
 @dataclass(frozen=True)
 class Content:
-    """What is in a file: its SHA-256, and the orientation tag of a picture (1: upright)."""
+    """The SHA-256 of a file, and the orientation tag of a picture (1: upright)."""
 
     sha256: str
     orientation: int = 1
 
 
 def contents(paths: Sequence[str]) -> list[Content]:
-    """What is in each of many files, read or remembered.
+    """The contents of many files, read or cached.
 
     Raises:
         OSError: if one cannot be read.
@@ -59,7 +59,7 @@ def contents(paths: Sequence[str]) -> list[Content]:
             if known.get(path, [None])[0] != state
         }
         if (size := sum(state[0] for state in unread.values())) > LARGE:
-            note(f"reading {len(unread)} files of {root} for their hashes ({size / 2**30:.1f} GiB)")
+            note(f"hashing {len(unread)} files of {root} ({size / 2**30:.1f} GiB)")
         read = dict(zip(unread, threads.map(_read, unread), strict=True))
     now = time.time_ns()
     found = [read.get(path) or Content(*known[path][1:]) for path in paths]
@@ -85,13 +85,13 @@ def _read(path: str) -> Content:
 
 
 def _orientation(data: bytes) -> int:
-    """The orientation tag of a picture, 1 if it does not say."""
+    """The orientation tag of a picture, 1 if it has none."""
     if not data.startswith(TIFF) and not any(mark in data for mark in TAGGED):
         return 1  # spares Pillow nearly all files
     try:
         with Image.open(io.BytesIO(data)) as image:
             return orientation(image)
-    except Exception:  # damaged or no picture: the loader says so when it is its turn
+    except Exception:  # damaged or not a picture: the loader raises later
         return 1
 
 

@@ -1,4 +1,4 @@
-"""Several processes that evaluate together: how they find each other, and what wraps the model."""
+"""Distributed evaluation: starting the process group, and wrapping the model."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import nn
 
 @MODEL_WRAPPERS.register_module(force=True)  # modules may be imported again
 class FrozenReplica(nn.Module):
-    """Takes the place of DistributedDataParallel: nothing is trained, so nothing is synchronised."""
+    """Replaces DistributedDataParallel, since without training nothing needs synchronising."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def test_step(self, data: Any) -> Any:
-        """The wrapped model's."""
+        """Calls the wrapped model."""
         return self.module.test_step(data)  # type: ignore[operator]
 
 
 def start_processes(config: Config) -> None:
-    """Joins this process to the others that `config.launcher` has started, if it is not "none".
+    """Joins the process group of `config.launcher`, unless that is "none".
 
     Raises:
-        ValueError: if the launcher's environment variables are not there.
+        ValueError: if the launcher's environment variables are missing.
     """
     launcher = config.get("launcher", "none")
     if launcher == "none":
@@ -39,19 +39,19 @@ def start_processes(config: Config) -> None:
     if torch.distributed.is_initialized():
         return
     if not torch.cuda.is_available():
-        # mmengine's own start asks for CUDA, and leaves a group that is there alone
+        # mmengine's own function requires CUDA, but accepts an existing group
         if launcher == "slurm":
             os.environ.update(slurm_group())
         torch.distributed.init_process_group("gloo")
-    elif "clusters" in config:  # else the runner does it
+    elif "clusters" in config:  # otherwise the runner does it
         init_dist(launcher, **config.env_cfg.dist_cfg)
 
 
 def slurm_group() -> dict[str, str]:
-    """What `torch.distributed` reads from the environment, out of what `srun` sets there.
+    """The environment variables for `torch.distributed`, from those that `srun` sets.
 
     Raises:
-        ValueError: if nothing of that is set, or the first node cannot be told.
+        ValueError: if they are not set, or the first node cannot be determined.
     """
     try:
         rank, size, nodes = (
@@ -59,8 +59,8 @@ def slurm_group() -> dict[str, str]:
         )
     except KeyError as error:
         raise ValueError(
-            f"--launcher slurm goes by the variables of srun, and {error} is not set: start it with "
-            "srun (docs/scaling.md), or use torchrun and --launcher pytorch"
+            f"--launcher slurm needs the environment variables of srun, but {error} is not set: start "
+            "it with srun (docs/scaling.md), or use torchrun and --launcher pytorch"
         ) from None
     address = os.environ.get("MASTER_ADDR")
     if address is None and not set(nodes) & set("[,"):
@@ -71,8 +71,8 @@ def slurm_group() -> dict[str, str]:
             listed = subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise ValueError(
-                f"--launcher slurm: scontrol cannot tell the first of the nodes {nodes} ({error}): set "
-                "MASTER_ADDR to its address"
+                f"--launcher slurm: scontrol could not determine the first of the nodes {nodes} "
+                f"({error}): set MASTER_ADDR to its address"
             ) from None
         address = listed.stdout.split()[0]
     port = os.environ.get("MASTER_PORT", "29500")

@@ -1,13 +1,13 @@
-"""Per-image confusion counts on disk as an evaluation goes, so that a killed one continues.
+"""Per-image confusion counts, written to disk during an evaluation so that it can be resumed.
 
-A journal is a folder. Every process of every start appends to a file of its own, one line per image,
-and no file is touched again once its process has ended: nothing has to be repaired, merged or locked.
-A line is a checksum and a JSON record; a line that was cut off or damaged fails its checksum and its
-image is evaluated again. The first line of a file says which evaluation it belongs to, by a
-fingerprint of everything that determines the results; files of other evaluations are left alone.
+A journal is a folder. Each process of each run appends to its own file, one line per image, and no file
+is modified after its process has ended, so nothing has to be repaired, merged or locked. A line is a
+checksum and a JSON record; a truncated or damaged line fails its checksum, and its image is evaluated
+again. The first line of a file identifies the evaluation by a fingerprint of everything that determines
+the results; files of other evaluations are ignored.
 
-A record goes to the operating system in one write, before the next image starts: `kill -9` at any
-moment loses the images of the current batch, and only a crash of the whole machine can lose more.
+A record is passed to the operating system in a single write before the next image starts. `kill -9`
+therefore loses only the images of the current batch, and only a crash of the machine can lose more.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from sfp.evaluation.scores import IGNORED
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of settings that JSON can hold, independent of the order of keys."""
+    """SHA-256 of JSON-serialisable settings, independent of the order of keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def count(predicted: Tensor, truth: Tensor, classes: int, ignored: int) -> Tensor:
     """The non-zero entries of an image's confusion matrix, (3, n) int64: truth, prediction, pixels.
 
-    All later scores follow from these, and an image has tens of them, whatever the number of classes.
-    Ignored pixels, if there are any, are the last entry, with `IGNORED` as both labels.
+    All scores can be computed from these; an image has only tens of them, whatever the number of
+    classes. Ignored pixels, if there are any, are the last entry, with `IGNORED` as both labels.
 
     Args:
         predicted: labels, of any shape.
         truth: labels of the same shape.
         classes: K; labels are 0..K-1.
-        ignored: truth of pixels that do not count.
+        ignored: label of ignored pixels in the truth.
 
     Raises:
-        ValueError: if shapes differ, or a label that counts is not one of the classes.
+        ValueError: if shapes differ, or a label that is not ignored is not one of the classes.
     """
     if predicted.shape != truth.shape:
         raise ValueError(
@@ -58,9 +58,9 @@ def count(predicted: Tensor, truth: Tensor, classes: int, ignored: int) -> Tenso
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise ValueError(
                 f"{what} has labels {int(labels.min())}..{int(labels.max())}, expected 0.."
-                f"{classes - 1} (and {ignored}, ignored): the labels are of another class list"
+                f"{classes - 1} (and {ignored}, ignored): the labels use another class list"
             )
-    # only classes that occur get a cell: thousands of classes squared would not fit
+    # cells only for classes that occur: the square of thousands of classes would not fit
     (used,) = torch.cat([truth, predicted]).bincount(minlength=classes).nonzero(as_tuple=True)
     number = used.new_zeros(classes)
     number[used] = torch.arange(len(used), device=used.device)
@@ -78,11 +78,11 @@ class Journal:
     """The records of one evaluation.
 
     Attributes:
-        folder: of the files.
-        settings: everything that determines the results, in groups, as JSON can hold it.
+        folder: folder of the files.
+        settings: everything that determines the results, in groups of JSON values.
         rank: number of this process.
-        damaged: lines of the last `read` that failed their checksum.
-        others: settings of other evaluations that the last `read` met.
+        damaged: number of lines that failed their checksum in the last `read`.
+        others: settings of other evaluations that the last `read` found.
     """
 
     folder: Path
@@ -103,7 +103,7 @@ class Journal:
             lines = self._lines(path)
             header = next(lines, None)
             if not header or "fingerprint" not in header:
-                continue  # killed within its first write, or damaged: nothing says whose it is
+                continue  # interrupted in its first write, or damaged: its evaluation is unknown
             if header["fingerprint"] != self.fingerprint:
                 self.others.append(header.get("settings") or {})
                 continue
@@ -122,10 +122,10 @@ class Journal:
                 self.damaged += 1
 
     def append(self, image: str, counts: Tensor) -> None:
-        """Adds an image, on disk when this returns.
+        """Adds an image; the record is written when this returns.
 
         Raises:
-            OSError: if the disk is full or the folder cannot be written.
+            OSError: if the disk is full or the folder is not writable.
         """
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -143,12 +143,12 @@ class Journal:
             raise OSError(f"could not write to the journal in {self.folder}: is the disk full?")
 
     def clear(self) -> None:
-        """Removes the files of this evaluation, and no other's."""
+        """Removes the files of this evaluation only."""
         for path in self.folder.glob(f"{self.fingerprint[:12]}.*.jsonl"):
             path.unlink()
 
     def close(self) -> None:
-        """Ends this process's file; a later `append` begins another."""
+        """Closes this process's file; a later `append` starts another one."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

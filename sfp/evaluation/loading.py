@@ -18,7 +18,7 @@ OF_WORKERS = ("num_workers", "prefetch_factor", "persistent_workers", "timeout",
 
 
 class _Samples(Dataset):
-    """A dataset of mmseg's kind whose errors name the files of the sample."""
+    """Wraps an mmseg dataset so that errors name the files of the sample."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -27,17 +27,17 @@ class _Samples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        # mmengine's own `__getitem__` may put another image in the place of one that it cannot load
+        # mmengine's own `__getitem__` may replace an image that it cannot load by another one
         prepare = getattr(self.dataset, "prepare_data", self.dataset.__getitem__)
         try:
             sample = prepare(index)
-        except Exception as error:  # of any step of any pipeline: the file is what it lacks
-            text = " ".join(str(error).split())  # one line, for the way out of a worker
+        except Exception as error:  # from any step of a pipeline: add the file's name
+            text = " ".join(str(error).split())  # one line, to be passed on by a worker
             if isinstance(error, DataError):
                 raise type(error)(text) from error
             raise DataError(f"{self.name(index)}: {type(error).__name__}: {text}") from error
         if sample is None:
-            raise DataError(f"{self.name(index)}: the pipeline gives nothing for it")
+            raise DataError(f"{self.name(index)}: the pipeline returned nothing for this sample")
         return sample
 
     def name(self, index: int) -> str:
@@ -48,14 +48,14 @@ class _Samples(Dataset):
 
 
 class Batches:
-    """Batches of chosen samples, in order; iterated by test loops in place of a `DataLoader`.
+    """Batches of given samples, in order; replaces a `DataLoader` in test loops.
 
-    Workers send each batch as bytes through a pipe. PyTorch's own way, tensors in shared memory, waits
-    for ever when /dev/shm is full (64 MB in a container), and a pipe is fast enough for images.
+    Workers send each batch as bytes through a pipe. PyTorch's own way, tensors in shared memory, hangs
+    when /dev/shm is full (64 MB in a container), and a pipe is fast enough for images.
 
     Args:
         loader: a config's `test_dataloader`, with `num_workers`, `batch_size`, ...
-        dataset: built from it.
+        dataset: the dataset built from it.
         order: indices of the samples.
 
     Attributes:
@@ -94,10 +94,9 @@ class Batches:
                     raise
                 names = [self._samples.name(i) for i in self._order[done : done + size]]
                 raise DataError(
-                    f"{', '.join(names)}, or an image soon after: the process that loads it has "
-                    "ended without a word, which mostly means that memory ran out. Fewer of them "
-                    "need less: --cfg-options test_dataloader.num_workers=0 loads in the main "
-                    "process"
+                    f"{', '.join(names)}, or an image soon after: the worker process that loads it "
+                    "died without an error, probably because memory ran out. Use fewer workers; "
+                    "--cfg-options test_dataloader.num_workers=0 loads images in the main process"
                 ) from error
             yield pickle.loads(batch) if self._packed else batch
             done += size
@@ -105,15 +104,15 @@ class Batches:
     def _start(self) -> Iterator[Any]:
         try:
             return iter(self._loader)
-        except OSError as error:  # no room for the workers' locks, which are files in /dev/shm
-            note(f"images are loaded in the main process: no workers can be started ({error})")
+        except OSError as error:  # the workers' locks are files in /dev/shm, which may be full
+            note(f"loading images in the main process: cannot start workers ({error})")
             self._node = {k: v for k, v in self._node.items() if k not in OF_WORKERS}
             self._loader = self._build()
             return iter(self._loader)
 
 
 def _collate(node: Any) -> Callable[[Sequence[Any]], Any]:
-    """What makes a batch of samples, as mmengine's configs write it."""
+    """The collate function named by a config node of mmengine."""
     if not isinstance(node, Mapping):
         return node
     fn = node["type"]
@@ -126,7 +125,7 @@ def _pack(collate: Callable[[Sequence[Any]], Any], samples: Sequence[Any]) -> by
 
 
 def _last_line(error: Exception) -> str:
-    """What an error says; one from a worker comes as a traceback that ends with it."""
+    """An error's message; errors of a worker hold a traceback that ends with it."""
     text = str(error).strip()
     if "Traceback (most recent call last)" in text:
         text = text.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Towers by methods: `sfp compare` over several weights, with what each was trained on."""
+"""Tables of towers by methods: `sfp compare` on several weights, with their training data."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sfp.method import Method, build_method
 from sfp.registry import guides_of
 from sfp.tables import markdown
 
-# what towers learnt from besides captions written by people, where a source of the table says it
+# training data of towers other than captions written by people, where a source states it
 TOWERS = {"TIPSv2": "synthetic captions", "CLIP of this package": "captions of drawn scenes only"}
-# what models beside the tower learnt from, by a word in their settings
+# training data of other models, by a word in their settings
 OTHERS = {
     "sam3": "masks with words",  # before "sam", which is in its name
     "sam": "masks",
@@ -39,24 +39,24 @@ def matrix(
     resume: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Evaluates methods with several weights; writes matrix.json and matrix.md into `folder`.
+    """Evaluates methods on several weights; writes matrix.json and matrix.md into `folder`.
 
-    Each weights have a folder of their own below it, whose journals another run continues. A method
-    that a tower refuses (for want of a class token, say) is a row that says so.
+    Each tower has its own folder inside it, whose journals a later run resumes. If a method does not
+    run on a tower (for lack of a class token, say), its row gives the reason.
 
     Args:
         configs: by the name of weights, from `evaluate.load_config`.
         methods: as in `measure`.
-        folder: for the results.
+        folder: output folder.
         resume, progress: as in `measure`.
 
     Returns:
-        "rows": for each weights and method "weights", "method", "supervision", "extra", and "scores"
-        as of `measure` or "refused", the reason.
+        "rows": for all weights and methods "weights", "method", "supervision", "extra", and either
+        "scores", as in `measure`, or "refused", the reason.
 
     Raises:
-        ValueError: if a method is none; nothing has run then.
-        DataError: as of `measure`.
+        ValueError: for an unknown method, before anything runs.
+        DataError: as in `measure`.
     """
     for method in methods.values():
         build_method(method)
@@ -84,7 +84,7 @@ def _measured(
     resume: bool,
     progress: Callable[[int, int], None],
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Scores by method: of all at once, or one by one where some cannot run with this tower."""
+    """Scores by method: of all together, or separately if some cannot run on this tower."""
     try:
         scores = measure(config, methods, resume=resume, progress=progress)["methods"]
         yield from scores.items()
@@ -100,9 +100,9 @@ def _measured(
 
 
 def extra_models(config: Config, method: str | Mapping[str, Any] | Method) -> dict[str, str]:
-    """The models beside the tower that a method runs with, and what they learnt from.
+    """The other models that a method uses besides the tower, and their training data.
 
-    Those are the guides that it asks for, and what proposes masks and regions for all methods.
+    These are the guides it needs, and the mask and region proposers of the config.
     """
     model, named = config.model, guides_of(build_method(method))
     nodes = {k: v for k, v in (model.get("guides") or {}).items() if k in named}
@@ -116,7 +116,7 @@ def extra_models(config: Config, method: str | Mapping[str, Any] | Method) -> di
 
 
 def supervision(weights: str, extra: Mapping[str, str]) -> str:
-    """What a tower and the models beside it were trained on, in words."""
+    """The training data of a tower and of other models, in words."""
     row = find(weights)
     tower = TOWERS.get(row.family, "") if row else ""
     own = [] if weights == NONE else ["captions", tower]

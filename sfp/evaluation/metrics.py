@@ -1,4 +1,4 @@
-"""The benchmark's metric: per-class IoU and accuracy, and their means."""
+"""Metrics: per-class IoU and accuracy, and their means."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class SegmentationMetric(IoUMetric):
     """Pixel counts, summed exactly over all images and processes, with fwIoU and per-class numbers.
 
     Args:
-        ignore_index: label of pixels that do not count.
-        output_dir: folder for each image's labels, as PNG.
-        format_only: write those and score nothing; there need not be labels.
-        collect_device, prefix: of mmengine's `BaseMetric`.
+        ignore_index: label of ignored pixels.
+        output_dir: folder for predicted labels as PNGs.
+        format_only: only write these, without scores; needs no ground truth.
+        collect_device, prefix: as in mmengine's `BaseMetric`.
 
     Attributes:
-        summary: what `summarize` gave, after an evaluation; empty before, and on other processes
-            than the first.
-        confusion: the matrix it was computed from, (K, K) int64, rows are truth; likewise.
-        coverage: what the ground truth consists of (`scores.coverage`); likewise.
-        records: entries of each image, by name, if there is a journal; likewise.
+        summary: the result of `summarize`. This and the following are set after an evaluation, on the
+            first process only.
+        confusion: the confusion matrix, (K, K) int64, rows are truth.
+        coverage: statistics of the ground truth (`scores.coverage`).
+        records: entries of each image, by name, if there is a journal.
     """
 
     default_prefix = ""  # plain names, without mmengine's warning about them
@@ -52,7 +52,7 @@ class SegmentationMetric(IoUMetric):
         collect_device: str = "cpu",
         prefix: str | None = None,
     ) -> None:
-        # mmseg's own takes any other argument, too, and says nothing
+        # mmseg's own metric silently accepts any other argument
         super().__init__(
             ignore_index=ignore_index,
             iou_metrics=["mIoU"],
@@ -70,10 +70,10 @@ class SegmentationMetric(IoUMetric):
         self._by_path: dict[str, str] = {}
 
     def keep(self, journal: Journal, paths: Sequence[str], names: Sequence[str]) -> None:
-        """Writes counts into a journal as they come, and computes the scores from it in the end.
+        """Writes counts into a journal during the evaluation, and computes scores from it at the end.
 
         Args:
-            journal: in a folder that all processes share.
+            journal: a journal in a folder that all processes share.
             paths, names: of all images of the dataset, whichever process evaluates them.
         """
         self._journal, self._names = journal, names
@@ -83,14 +83,14 @@ class SegmentationMetric(IoUMetric):
     def intersect_and_union(
         pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
     ) -> Tensor:
-        """Exact integers where mmseg's float histogram stops counting at 2**24 pixels."""
+        """Exact integer counts; mmseg's float histogram stops counting at 2**24 pixels."""
         return count(pred_label, label, num_classes, ignore_index)
 
     def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
         """Counts a batch.
 
         Raises:
-            DataError: if a label map does not fit; the message names the file.
+            DataError: if a label map does not fit its image; the message names the file.
         """
         for sample in data_samples:
             before = len(self.results)
@@ -103,25 +103,25 @@ class SegmentationMetric(IoUMetric):
                     self._journal.append(self._by_path[sample["img_path"]], counts)
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """Scores of all images: from the journal if there is one, else from all processes' results.
+        """Scores of all images, from the journal if there is one, else from all processes' results.
 
         Raises:
-            RuntimeError: if the journal lacks images after all processes are done.
+            RuntimeError: if the journal lacks images when all processes are done.
         """
         if self._journal is None or self.format_only:
             return super().evaluate(size)
         self._journal.close()
         self.results.clear()
-        barrier()  # every process has written what it had to write
+        barrier()  # wait until every process has written its records
         scores: list[Any] = [None]
         if is_main_process():
             self.records = self._journal.read()
             lost = [name for name in self._names if name not in self.records]
             if lost:
                 raise RuntimeError(
-                    f"{len(lost)} of {len(self._names)} images, first {lost[0]}, are not in "
+                    f"{len(lost)} of {len(self._names)} images, the first {lost[0]}, are missing in "
                     f"{self._journal.folder}: all processes must share the work folder, and no other "
-                    "run may start over in it (--no-resume) meanwhile"
+                    "run may start over in it (--no-resume) at the same time"
                 )
             scores = [self.compute_metrics([self.records[name] for name in self._names])]
         broadcast_object_list(scores)
@@ -158,34 +158,34 @@ class SegmentationMetric(IoUMetric):
 
 @METRICS.register_module(force=True)
 class BoundaryMetric(SegmentationMetric):
-    """The same scores, and Boundary IoU beside them (`boundaries`): "bIoU", a mean over classes.
+    """The scores of `SegmentationMetric` and Boundary IoU (`boundaries`): "bIoU", a mean over classes.
 
     Args:
-        ratio: the distance from contours that counts, as a share of the image's diagonal.
-        **kwargs: of `SegmentationMetric`.
+        ratio: distance from contours, as a share of the image diagonal.
+        **kwargs: as for `SegmentationMetric`.
 
     Attributes:
-        boundary_iou: of each class in percent, NaN where it has none, after an evaluation.
+        boundary_iou: Boundary IoU of each class in percent after an evaluation; NaN if undefined.
     """
 
     def __init__(self, *, ratio: float = 0.02, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 < ratio <= 1:
-            raise ConfigError(f"BoundaryMetric: ratio={ratio}, expected a share of the diagonal")
+            raise ConfigError(f"BoundaryMetric: ratio={ratio}: expected a share of the diagonal")
         self.ratio = ratio
         self.boundary_iou: list[float] = []
 
     def intersect_and_union(  # type: ignore[override]
         self, pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
     ) -> Tensor:
-        """Entries of both confusion matrices; the labels of boundaries follow those of pixels."""
+        """Entries of both confusion matrices; labels of the second follow those of the first."""
         pixels = count(pred_label, label, num_classes, ignore_index)
         edges = count_boundaries(pred_label, label, num_classes, ignore_index, self.ratio)
         edges[:2] += num_classes
         return torch.cat([pixels, edges], dim=1)
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """As in `SegmentationMetric`; `records` are those of pixels."""
+        """As in `SegmentationMetric`; `records` are the pixel counts."""
         scores = super().evaluate(size)
         self.records = {name: self._pixels(each) for name, each in self.records.items()}
         return scores
@@ -209,10 +209,10 @@ class BoundaryMetric(SegmentationMetric):
 
 
 def complete(nodes: Any) -> list[dict[str, Any]]:
-    """The metrics of a config, with one that tables and cards are made of.
+    """The metrics of a config, including one for tables and cards.
 
-    A `SegmentationMetric` is put in front if there is none of its kind, unless all metrics have
-    `format_only`: then there need not be labels.
+    A `SegmentationMetric` is added in front if there is none of its kind, unless all metrics have
+    `format_only` and need no labels.
 
     Raises:
         ConfigError: for an unknown metric.
@@ -227,7 +227,7 @@ def complete(nodes: Any) -> list[dict[str, Any]]:
 
 
 def ignored_label(nodes: Any) -> int:
-    """The label of pixels that do not count, as the metrics of a config have it."""
+    """The label of ignored pixels according to the metrics of a config."""
     metric = METRICS.build(complete(nodes)[0])
     return metric.ignore_index
 
@@ -241,18 +241,18 @@ def _metric_type(name: str | type) -> type:
 
 
 def main_metric(evaluator: Evaluator) -> SegmentationMetric | None:
-    """The metric that tables and cards are made of, if there is one that scores."""
+    """The metric that provides the scores of tables and cards, if any does."""
     own = (m for m in evaluator.metrics if hasattr(m, "keep") and not m.format_only)
     return next(own, None)
 
 
 def needs_every_image(evaluator: Evaluator) -> bool:
-    """Whether counts in a journal do not make up for an image that is not run again."""
+    """Whether some metric needs every image to be run, even if the journal has its counts."""
     return len(evaluator.metrics) > 1 or evaluator.metrics[0].output_dir is not None
 
 
 def name_apart(evaluator: Evaluator) -> None:
-    """Gives metrics beside the main one a prefix, by their type, so that no two results clash."""
+    """Prefixes the other metrics' results with their type, so that names do not clash."""
     main = main_metric(evaluator)
     taken = set() if main is None else {main.prefix}
     for metric in evaluator.metrics:
@@ -267,13 +267,13 @@ def name_apart(evaluator: Evaluator) -> None:
 
 
 def match(matrix: Tensor) -> Tensor:
-    """The cluster of each class that together agree on most pixels (Hungarian matching).
+    """The one-to-one assignment of clusters to classes with the most pixels (Hungarian matching).
 
     Args:
         matrix: pixels by class and cluster, (K, C), K and C of any size.
 
     Returns:
-        (K,) int64: every cluster at most once, and min(K, C) of them; -1 for classes without one.
+        The cluster of each class, (K,) int64, using min(K, C) clusters; -1 for classes without one.
     """
     from scipy.optimize import linear_sum_assignment  # slow to import
 
@@ -285,16 +285,16 @@ def match(matrix: Tensor) -> Tensor:
 
 @METRICS.register_module(force=True)  # modules may be imported again
 class HungarianMetric(SegmentationMetric):
-    """Scores of clusters without names: each class is given the cluster that fits it best.
+    """Scores of unnamed clusters, each matched to a class.
 
     The protocol of unsupervised segmentation (IIC, PiCIE, STEGO): one matching for the whole dataset,
-    the one-to-one assignment of clusters to classes with the most pixels right; then mIoU, and pixel
-    accuracy (`aAcc`). Pixels of clusters that no class was given are wrong, and classes without a
-    cluster score 0. The journal holds counts per cluster, so that a killed run continues.
+    the one-to-one assignment of clusters to classes with the most correct pixels; then mIoU, and pixel
+    accuracy (`aAcc`). Pixels of unmatched clusters are wrong, and classes without a cluster score 0.
+    The journal holds counts per cluster, so that an interrupted run can resume.
 
     Args:
         clusters: number of clusters; None for as many as there are classes.
-        **kwargs: of `SegmentationMetric`.
+        **kwargs: as for `SegmentationMetric`.
 
     Attributes:
         assignment: cluster of each class, as in `match`, after an evaluation.
@@ -308,7 +308,7 @@ class HungarianMetric(SegmentationMetric):
 
     @property
     def _labels(self) -> int:
-        """How many numbers there are for classes and clusters."""
+        """The number of labels, for classes or clusters."""
         classes = len(self.dataset_meta["classes"])
         return max(classes, self.clusters or 0)
 
@@ -324,12 +324,12 @@ class HungarianMetric(SegmentationMetric):
         self.assignment = match(matrix[:classes, : self.clusters or classes])
         chosen = self.assignment.tolist()
         others = [c for c in range(self._labels) if c not in chosen]
-        # a class without a cluster: all clusters are given away, so the others' columns are empty
+        # if a class has no cluster, all clusters are matched and there are no further columns
         order = [c if c >= 0 else others.pop() for c in chosen]
         return matrix[:, order + others]
 
     def relabel(self, labels: Tensor) -> Tensor:
-        """Clusters as the classes that they were given; 255 for none."""
+        """Maps clusters to their classes; 255 for unmatched ones."""
         assert self.assignment is not None
         table = torch.full((self._labels,), 255)
         given = self.assignment >= 0

@@ -1,4 +1,4 @@
-"""Keeps OpenMMLab's advice to developers off the terminal of people who evaluate."""
+"""Suppresses OpenMMLab's notices for developers during an evaluation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mmengine.logging import MMLogger
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """For a block, or as a decorator `@quiet()` for a function; errors still show.
+    """Suppresses notices in a block, or in a function as the decorator `@quiet()`; keeps errors.
 
-    mmengine's default logger is meant, which speaks until a run brings its own.
+    This concerns mmengine's default logger, which is used until a run creates its own.
     """
     logger = MMLogger.get_current_instance()
     level = logger.level

@@ -1,9 +1,9 @@
-"""Which differences between methods are real: a paired bootstrap over images.
+"""Confidence intervals for differences between methods, by a paired bootstrap over images.
 
-Two methods see the same images, so what makes an image hard for both cancels in their difference. The
-bootstrap (Efron, 1979) draws as many images as there are, with replacement, and scores both methods on
-the same draw, many times over; the middle 95 % of the differences are the interval. mIoU is no mean
-over images: each draw sums the pixel counts first, as the score itself does.
+Both methods see the same images, so the difficulty of an image cancels in their difference. The
+bootstrap (Efron, 1979) repeatedly draws as many images as there are, with replacement, and scores both
+methods on the same draw; the interval covers the middle 95 % of the differences. mIoU is not a mean
+over images, so each draw sums the pixel counts first, as the score itself does.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from sfp.evaluation.scores import IGNORED
 
 RESAMPLES = 2000
-BYTES = 2**26  # of the sums of one chunk of draws
-PREVIOUS = "previous"  # as base of a study: the row before each row
+BYTES = 2**26  # memory for the sums of one chunk of draws
+PREVIOUS = "previous"  # base of each row: the row before it
 
 
 def class_pixels(entries: Iterable[Tensor], classes: int) -> np.ndarray:
     """Pixels by class and image, (images, 3, K) int64: right, predicted, true.
 
     Args:
-        entries: of each image, as `journal.count` gives them.
+        entries: for each image, the result of `journal.count`.
         classes: K.
     """
     images = []
@@ -52,25 +52,25 @@ def class_iou(counts: np.ndarray) -> np.ndarray:
 def paired(
     counts: np.ndarray, base: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, float]:
-    """How much a method's mIoU lies above another's on the same images.
+    """The difference between the mIoU of two methods on the same images, with its interval.
 
-    A class that occurs in neither truth nor prediction of a draw does not count in it, as in the score.
+    As in the score, a class that occurs in neither truth nor prediction of a draw is left out.
 
     Args:
-        counts, base: of both, (images, 3, K), from `class_pixels`.
-        resamples: of the bootstrap.
-        seed: of its draws.
+        counts, base: the counts of both methods, (images, 3, K), from `class_pixels`.
+        resamples: number of draws.
+        seed: seed of the draws.
 
     Returns:
-        "difference", and "low" and "high", the ends of its 95 % interval, in points of mIoU.
+        "difference", and the ends "low" and "high" of its 95 % interval, in points of mIoU.
 
     Raises:
-        ValueError: if the two are not of the same images and classes.
+        ValueError: if the counts differ in images or classes.
     """
     if counts.shape != base.shape:
         raise ValueError(
             f"counts {counts.shape} and {base.shape} (images, 3, classes) cannot be paired: both "
-            "methods must have seen the same images"
+            "methods must be evaluated on the same images"
         )
     images, _, classes = counts.shape
     both = np.stack([counts, base], 1).reshape(images, -1).astype(float)  # (images, 2 * 3 * K)
@@ -87,13 +87,13 @@ def paired(
 
 
 def _difference(sums: np.ndarray, classes: int) -> np.ndarray:
-    """MIoU of the first less that of the second: (draws, 2 * 3 * K) -> (draws,)."""
+    """The mIoU of the first minus that of the second: (draws, 2 * 3 * K) -> (draws,)."""
     mean = np.nanmean(class_iou(sums.reshape(len(sums), 2, 3, classes)), -1)
     return mean[:, 0] - mean[:, 1]
 
 
 def bases(names: Iterable[str], base: str) -> dict[str, str]:
-    """What each method is paired with: the base, or with "previous" the method before it.
+    """The method with which each is paired: the base, or with "previous" the one before it.
 
     Raises:
         ValueError: if there is no method of that name.
@@ -103,8 +103,8 @@ def bases(names: Iterable[str], base: str) -> dict[str, str]:
         return dict(zip(names[1:], names[:-1], strict=True))
     if base not in names:
         raise ValueError(
-            f"--paired {base}: it is not among what is compared, which is {', '.join(names)} (or "
-            f'"{PREVIOUS}", the one before each)'
+            f"--paired {base}: expected one of {', '.join(names)}, or "
+            f'"{PREVIOUS}" for the one before each'
         )
     return {name: base for name in names if name != base}
 
@@ -115,12 +115,12 @@ def differences(
     """`paired` of every method with its base.
 
     Args:
-        counts: by method, of each image, as `journal.count` gives them, in the same order.
+        counts: by method, the result of `journal.count` for each image, in the same order.
         classes: K.
-        base: of `bases`.
+        base: as for `bases`.
 
     Returns:
-        By method that has a base: "base", its name, and what `paired` gives, rounded.
+        For each method with a base: "base", its name, and the result of `paired`, rounded.
     """
     pixels = {name: class_pixels(each, classes) for name, each in counts.items()}
     return {
@@ -133,7 +133,7 @@ def differences(
 
 
 def cell(difference: Mapping[str, Any] | None) -> str:
-    """A difference and its interval as a table shows them; a dash where there is none."""
+    """A difference and its interval as a table cell; a dash if there is none."""
     if difference is None:
         return "-"
     value, low, high = (difference[k] for k in ("difference", "low", "high"))
@@ -141,5 +141,5 @@ def cell(difference: Mapping[str, Any] | None) -> str:
 
 
 def heading(base: str) -> str:
-    """Of the column of such cells."""
+    """The heading of the column of such cells."""
     return f"mIoU less {base if base != PREVIOUS else 'the row before'} [95 %]"

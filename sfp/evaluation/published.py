@@ -1,8 +1,8 @@
-"""Numbers that papers print, with where they stand and under which protocol they were measured.
+"""Published numbers, with their sources and the protocols under which they were measured.
 
-They are data, `published.json`, table by table as in the sources; nobody here measured any of them. A
-number compares with another only under the same protocol: `Number.protocol` says which, and tables that
-mix protocols have to show it.
+They are stored in `published.json`, table by table as in the sources; none of them was measured here.
+Numbers are comparable only under the same protocol, `Number.protocol`; tables that mix protocols must
+show it.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ CONFIGS = {
     "COCO-27": "coco27",
     "Cityscapes-27": "city_scapes27",
 }
-EIGHT = tuple(CONFIGS)[:8]  # what papers of this field evaluate
+EIGHT = tuple(CONFIGS)[:8]  # the usual benchmarks of this field
 SEEN = ("text", "transcript", "second-hand")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where numbers stand.
+    """A source of numbers.
 
     Attributes:
-        text: name, for people.
-        seen: "text": checked against the source's text; "transcript": written down from a picture or
-            page that is not at hand; "second-hand": quoted by somebody else.
-        note: what to know about it.
+        text: its name, to display.
+        seen: "text": checked against the source's text; "transcript": copied from a picture or page
+            that is no longer available; "second-hand": quoted by another source.
+        note: remarks.
     """
 
     text: str
@@ -66,11 +66,11 @@ class Protocol:
     """How numbers were measured.
 
     Attributes:
-        name: for tables.
-        text: for people.
-        options: what differs from the shipped configs, by benchmark, "*" for all: dotted names as in
-            `--cfg-options`, "short_side" in pixels, and "words", a pair of which the first is replaced
-            by the second in every query. None if the settings are not known, or cannot be written so.
+        name: its name in tables.
+        text: its description.
+        options: differences from the shipped configs, by benchmark, "*" for all: dotted names as in
+            `--cfg-options`, "short_side" in pixels, and "words", a pair whose first word is replaced by
+            the second in every query. None if the settings are unknown or cannot be expressed so.
     """
 
     name: str
@@ -83,8 +83,8 @@ class Table:
     """A table of a source.
 
     Attributes:
-        title: what it is about.
-        note: what to know about it.
+        title: its subject.
+        note: remarks.
     """
 
     title: str
@@ -104,12 +104,12 @@ class Number:
         source: key of `Published.sources`.
         table: key of `Published.tables`.
         row: name in that table: a method, or a variant of one.
-        method: the preset of this package that it belongs to; None if there is none.
-        by: who ran a method that is not theirs; "" for its authors, or where nobody says.
+        method: the corresponding preset of this package; None if there is none.
+        by: who ran the method if not its authors; "" for its authors, or if unknown.
         extra: models used besides CLIP.
-        trained: whether the method trains something.
-        ablation: whether the row is a variant of a method in a table of variants.
-        note: what to know about the row.
+        trained: whether the method involves training.
+        ablation: whether the row is a variant in a table of variants.
+        note: remarks on the row.
     """
 
     value: float | str
@@ -130,7 +130,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Published:
-    """The registry.
+    """All published numbers.
 
     Attributes:
         sources, protocols, tables: by the keys that numbers use.
@@ -156,7 +156,7 @@ class Published:
         """A row's numbers by benchmark.
 
         Raises:
-            ValueError: if there is none; the message names the closest.
+            ValueError: if there is none; the message suggests the closest.
         """
         rows: dict[str, dict[str, Number]] = {}
         for number in self.find(table=table):
@@ -169,22 +169,22 @@ class Published:
 
 
 def benchmark_of(config: Config) -> str | None:
-    """The benchmark that a config evaluates, by its name in papers' tables; None if it is none."""
+    """The benchmark that a config evaluates, by its name in papers' tables; None for others."""
     found = by_dataset(config.test_dataloader.dataset.type)
     names = {config_name: name for name, config_name in CONFIGS.items()}
     return names.get(found.name) if found else None
 
 
 def settings_of(protocol: str, benchmark: str) -> dict[str, Any] | None:
-    """The settings of a protocol on a benchmark, in the groups of `settings` that decide.
+    """The settings of a protocol on a benchmark, in those groups of `settings` that decide.
 
     Args:
         protocol: key of `Published.protocols`.
         benchmark: one of `CONFIGS`.
 
     Returns:
-        "protocol", "vocabulary" and "data"; None if they are not known, or cannot be written as
-        options of a shipped config.
+        "protocol", "vocabulary" and "data"; None if they are unknown or cannot be expressed as options
+        of a shipped config.
     """
     options = published().protocols[protocol].options
     if options is None:
@@ -206,11 +206,11 @@ def settings_of(protocol: str, benchmark: str) -> dict[str, Any] | None:
 
 
 def reservation(number: Number, groups: Mapping[str, Any]) -> str:
-    """Why a number does not compare with a run on the same benchmark; "" if nothing is known.
+    """Why a number is not comparable with a run on the same benchmark; "" if no reason is known.
 
     Args:
-        number: a published one.
-        groups: of the run, from `settings`.
+        number: a published number.
+        groups: the run's settings, from `settings`.
     """
     own = settings_of(number.protocol, number.benchmark)
     if own is None:
@@ -221,10 +221,10 @@ def reservation(number: Number, groups: Mapping[str, Any]) -> str:
 
 
 def beside(number: Number, groups: Mapping[str, Any]) -> str:
-    """A number in words, and whether it compares with a run; arguments as of `reservation`."""
+    """A number in words, and whether it is comparable; arguments as for `reservation`."""
     by = f"; run by {number.by}" if number.by else ""
     source = published().sources[number.source].text
-    why = reservation(number, groups) or "protocol the same as far as it is known"
+    why = reservation(number, groups) or "same protocol, as far as known"
     return f"published {number.value} ({source}{by}), {why}"
 
 
@@ -234,21 +234,21 @@ def _short(text: str) -> str:
 
 @cache
 def published() -> Published:
-    """The registry that comes with the package."""
+    """The published numbers that come with the package."""
     return parse(json.loads(FILE.read_text(encoding="utf-8")))
 
 
 def parse(data: Mapping[str, Any]) -> Published:
-    """A registry from what its file holds.
+    """Reads the contents of the file.
 
     Args:
         data: "sources" and "protocols" by key, and "tables": each with "table", "title", "columns",
-            "rows" and attributes of `Number` that a row may have otherwise. A row has "row" and
-            "values", one per column, null where the source has none.
+            "rows" and attributes of `Number` that rows may override. A row has "row" and "values", one
+            per column, null where the source has none.
 
     Raises:
-        ValueError: naming the table and row, if a key is unknown or missing, a row has not one value
-            per column, a value is no percentage, or a number is there twice.
+        ValueError: naming the table and row, if a key is unknown or missing, a row does not have one
+            value per column, a value is not a percentage, or a number appears twice.
     """
     sources = {k: _build(Source, v, f"source {k!r}") for k, v in data["sources"].items()}
     protocols = {k: _build(Protocol, v, f"protocol {k!r}") for k, v in data["protocols"].items()}
@@ -294,7 +294,7 @@ def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
         _one_of("key", name, names, where)
     try:
         return kind(**values)
-    except TypeError as error:  # names what is missing
+    except TypeError as error:  # names the missing attribute
         raise ValueError(f"{where}: {error}") from None
 
 
@@ -307,5 +307,5 @@ def _percentage(value: Any, where: str) -> None:
     number = isinstance(value, float) and 0 <= value <= 100
     if not number and not (isinstance(value, str) and re.fullmatch(r"\d{1,2}\.x", value)):
         raise ValueError(
-            f"{where}: {value!r} is neither a percentage nor one whose last digit is cut off, as '62.x'"
+            f"{where}: {value!r} is neither a percentage nor one with an unreadable digit, like '62.x'"
         )

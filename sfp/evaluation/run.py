@@ -1,4 +1,4 @@
-"""Evaluation of a config from start to end: run, table, metrics file, picture sheet."""
+"""Evaluates a config: run, table, metrics file, picture sheet."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from sfp.vocabulary import load_vocabulary
 
 @HOOKS.register_module(force=True)  # modules may be imported again
 class ProgressHook(Hook):
-    """A progress bar over the test images; every process counts its own, the first one shows it."""
+    """A progress bar over the test images, shown by the first process."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -79,12 +79,12 @@ class ProgressHook(Hook):
 
 @quiet()
 def check(config: Config) -> None:
-    """Looks for the data and the weights of a config, and builds its method, in seconds.
+    """Checks within seconds that a config's data and weights exist, and builds its method.
 
     Raises:
-        FileNotFoundError: if images or labels are missing; the message says what to put where.
+        FileNotFoundError: if images or labels are missing; the message says where they belong.
         WeightsError: likewise for weights.
-        ValueError: if a setting, the method or the vocabulary is not right.
+        ValueError: if a setting, the method or the vocabulary is wrong.
     """
     init_default_scope(config.get("default_scope", "mmseg"))
     if "clusters" in config:
@@ -103,14 +103,14 @@ def check(config: Config) -> None:
     build_method(config.model.get("method", "sfp"))
     try:
         dataset = DATASETS.build(config.test_dataloader.dataset)
-    except (TypeError, KeyError) as error:  # of an argument, or a type, that there is not
+    except (TypeError, KeyError) as error:  # for an unknown argument or type
         raise ConfigError(f"test_dataloader.dataset: {error.args[0]}") from None
-    names = load_vocabulary(config.model.classes).names  # some come with the data
+    names = load_vocabulary(config.model.classes).names  # some class files belong to the data
     expected = dataset.metainfo.get("classes") or names
     if len(names) != len(expected):
         raise ValueError(
-            f"{config.model.classes} names {len(names)} classes, {type(dataset).__name__} has "
-            f"{len(expected)}: the labels would not be theirs"
+            f"{config.model.classes} has {len(names)} classes, but {type(dataset).__name__} has "
+            f"{len(expected)}: expected one line per class, in label order"
         )
     if config.model.weights != NONE:
         locate(config.model.weights)
@@ -120,25 +120,25 @@ def check(config: Config) -> None:
 def evaluate(
     config: Config, *, pictures: int = 6, show_dir: str | None = None, resume: bool = True
 ) -> dict[str, Any]:
-    """Runs the test set of a config and writes what came out into its work folder.
+    """Runs the test set of a config and writes the results into its work folder.
 
-    Counts of every image are kept in the folder `journal` there; a run that was killed continues.
+    Per-image counts are stored in its folder `journal`, so that an interrupted run can resume.
 
     Args:
         config: from `load_config`.
-        pictures: images on the sheet `sheet.png`; 0 for none.
-        show_dir: folder for one picture per image, by mmseg's visualization hook; images that were
-            done by an earlier start are not drawn again.
+        pictures: number of images on the sheet `sheet.png`; 0 for none.
+        show_dir: folder for one picture per image, drawn by mmseg's visualization hook.
         resume: False starts over.
 
     Returns:
-        "mIoU", "mAcc", "aAcc", "fwIoU" in percent, "classes" with IoU and Acc of each, and what was
-        evaluated (without words also "assignment", the cluster of each class; with other metrics
-        beside, "metrics", their results); written to `metrics.json` as well, and with every setting
-        to the reproduction card, `card.json` and `card.md`. Empty on processes other than the first.
+        "mIoU", "mAcc", "aAcc", "fwIoU" in percent, "classes" with IoU and Acc of each, and a
+        description of what was evaluated (without words also "assignment", the cluster of each class;
+        with further metrics also "metrics", their results). They are also written to `metrics.json`,
+        and with all settings to the reproduction card, `card.json` and `card.md`. Empty on processes
+        other than the first.
 
     Raises:
-        DataError: if a file cannot be used, with its name, or if no pixel of the ground truth counts.
+        DataError: if a file cannot be used, with its name, or if all ground truth is ignored.
     """
     config = config.copy()
     start_processes(config)
@@ -153,11 +153,11 @@ def evaluate(
     work_dir = Path(config.work_dir)
     text = json.dumps(
         result, indent=2, default=float
-    )  # other people's metrics give NumPy's numbers
-    result = json.loads(text)  # what is returned is what the file holds: lists, no tuples
+    )  # third-party metrics may return NumPy numbers
+    result = json.loads(text)  # return exactly what the file contains, e.g. lists for tuples
     with atomic_write(work_dir / "metrics.json") as path:
         path.write_text(text + "\n")
-    if metric is None:  # results were only formatted, maybe of images without labels
+    if metric is None:  # results were only written, perhaps for images without labels
         return result
     note_coverage(metric.coverage, len(metric.dataset_meta["classes"]), metric.ignore_index)
     if (groups := getattr(runner.test_loop, "settings", None)) is not None:
@@ -169,19 +169,19 @@ def evaluate(
 
 
 def _for_runner(config: Config, show_dir: str | None, resume: bool) -> Config:
-    """The config as mmengine's runner gets it."""
+    """The config for mmengine's runner."""
     config.test_evaluator = complete(config.test_evaluator)
     if config.test_cfg.type == "TestLoop":
-        # a picture of each image needs each image to be run
+        # drawing every image requires running every image
         config.test_cfg.update(type="ResumableTestLoop", resume=resume and show_dir is None)
     config.custom_hooks = [*config.get("custom_hooks", []), dict(type="ProgressHook", priority=90)]
     if show_dir is not None:
-        # of every image: by default some versions of mmseg draw one in fifty
+        # for every image: by default some versions of mmseg draw one in fifty
         config.default_hooks.visualization = dict(
             type="SegVisualizationHook", draw=True, interval=1
         )
         config.visualizer.save_dir = str(Path(show_dir).absolute())
-    # mmengine keeps visualizers and logs by name: each evaluation of a process needs names of its own
+    # mmengine keeps visualizers and logs by name: each evaluation in a process needs its own names
     config.visualizer.pop("name", None)
     config.setdefault("experiment_name", f"{Path(config.work_dir).name}_{time.time_ns()}")
     return config
@@ -205,17 +205,20 @@ def _result(
     model = runner.cfg.model
     result["method"] = model.get("method", "sfp")
     result["weights"] = str(model.weights)
+    if (groups := getattr(runner.test_loop, "settings", None)) is not None:
+        result["precision"] = groups["protocol"]["precision"]
     return result
 
 
 def _finite(value: Any) -> Any:
-    """None for NaN, for which JSON has no word."""
+    """None for NaN, which JSON does not have."""
     return number(value) if isinstance(value, float) else value
 
 
 def per_class_table(result: Mapping[str, Any]) -> Table:
     """The classes of a result, and the means below them."""
-    table = Table(title=f"{_method_name(result['method'])}, {result['images']} images")
+    title = f"{_method_name(result['method'])}, {result['images']} images"
+    table = Table(title=", ".join([title, *filter(None, [result.get("precision")])]))
     table.add_column("class")
     for column in ("IoU", "Acc"):
         table.add_column(column, justify="right")
@@ -246,7 +249,7 @@ def _write_sheet(runner: Runner, path: Path, count: int, metric: SegmentationMet
     name = _method_name(runner.cfg.model.get("method", "sfp"))
     named = {"SFP" if name == "sfp" else name: ours}
     if not isinstance(metric, HungarianMetric) and model.clip.visual.blocks:
-        # clusters of one method's features mean nothing in another's; without CLIP there is no plain
+        # clusters are only valid for their own method's features; without CLIP there is no plain CLIP
         named = {"plain CLIP": build_method("clip"), **named}
     columns: dict[str, list[Panel]] = {"image": [], "ground truth": []}
     for i in chosen:

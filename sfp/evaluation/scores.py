@@ -1,7 +1,7 @@
-"""What is reported: scores from pixel counts, the columns of tables, rounding, and notes to the user.
+"""Scores from pixel counts, the columns of tables, rounding, and notes to the user.
 
-Class scores that are not defined (a class that does not occur) are NaN in tensors, None in results and
-JSON, and a dash in tables.
+Undefined scores (of a class that does not occur) are NaN in tensors, None in results and JSON, and a
+dash in tables.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from sfp.data.images import DataError
 
 COLUMNS = ("mIoU", "mAcc", "aAcc", "fwIoU")
-IGNORED = -1  # stands for both labels in the entry that counts an image's ignored pixels
-NAMED = 8  # most classes that a note lists
+IGNORED = -1  # used for both labels in the entry for an image's ignored pixels
+NAMED = 8  # largest number of classes listed in a note
 
 
 def summarize(intersect: Tensor, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
@@ -26,13 +26,13 @@ def summarize(intersect: Tensor, predicted: Tensor, truth: Tensor) -> dict[str, 
 
     Args:
         intersect: pixels labelled and predicted as the class.
-        predicted: pixels predicted as it.
-        truth: pixels labelled as it.
+        predicted: pixels predicted as the class.
+        truth: pixels labelled as the class.
 
     Returns:
         "mIoU", "mAcc", "aAcc", "fwIoU" (IoU weighted by the class's share of the truth), and "IoU",
-        "Acc" per class. A class that occurs in neither truth nor prediction has NaN and does not
-        count; nor does the accuracy of a class that does not occur in the truth.
+        "Acc" per class. The IoU of a class that occurs in neither truth nor prediction is NaN and left
+        out of means, as is the accuracy of a class that does not occur in the truth.
     """
     intersect, predicted, truth = (x.double() for x in (intersect, predicted, truth))
     iou = 100 * intersect / (predicted + truth - intersect)
@@ -57,7 +57,7 @@ def confusion(entries: Iterable[Tensor], classes: int) -> Tensor:
 
 
 def rounded(summary: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """What `summarize` gives as results hold it.
+    """The result of `summarize` in the format of result files.
 
     Returns:
         The scores of `COLUMNS`, and "classes": IoU and Acc by name; four decimals, None for NaN.
@@ -70,33 +70,33 @@ def rounded(summary: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def number(value: float) -> float | None:
-    """Four decimals; None for NaN, for which JSON has no word."""
+    """Rounds to four decimals; None for NaN, which JSON does not have."""
     return None if math.isnan(value) else round(value, 4)
 
 
 def cell(value: float | None, decimals: int = 2) -> str:
-    """A score in a table; a dash where there is none."""
+    """A score as a table cell; a dash for None."""
     return "-" if value is None else f"{value:.{decimals}f}"
 
 
 def cells(scores: Mapping[str, float | None], decimals: int = 2) -> list[str]:
-    """The scores of `COLUMNS` in a table."""
+    """The scores of `COLUMNS` as table cells."""
     return [cell(scores[column], decimals) for column in COLUMNS]
 
 
 def coverage(entries: Iterable[Tensor], classes: Sequence[str]) -> dict[str, Any]:
-    """What the ground truth of all images consists of.
+    """Statistics of the ground truth of all images.
 
     Args:
-        entries: of each image, as `journal.count` gives them.
-        classes: names.
+        entries: for each image, the result of `journal.count`.
+        classes: names of the classes.
 
     Returns:
-        "absent_classes", the names of those without a pixel, and "ignored_percent", the share of
-        pixels that do not count.
+        "absent_classes", the names of classes without a pixel, and "ignored_percent", the share of
+        ignored pixels.
 
     Raises:
-        DataError: if no pixel counts: no score is defined.
+        DataError: if all pixels are ignored, so that no score is defined.
     """
     pixels = torch.zeros(len(classes), dtype=torch.int64)
     ignored = 0
@@ -107,20 +107,20 @@ def coverage(entries: Iterable[Tensor], classes: Sequence[str]) -> dict[str, Any
     total = int(pixels.sum())
     if not total:
         raise DataError(
-            f"no pixel of the ground truth counts: all {ignored} are ignored. Labels are class numbers "
-            f"from 0 to {len(classes) - 1}; is 255 meant as a class here?"
+            f"all {ignored} pixels of the ground truth are ignored. Labels must be class numbers from "
+            f"0 to {len(classes) - 1}; is 255 meant as a class here?"
         )
     absent = [name for name, n in zip(classes, pixels.tolist(), strict=True) if not n]
     return dict(absent_classes=absent, ignored_percent=round(100 * ignored / (total + ignored), 4))
 
 
 def note_coverage(found: Mapping[str, Any], count: int, ignored: int) -> None:
-    """Says on stderr which classes the ground truth lacks, if it lacks any.
+    """Prints to stderr which classes never occur in the ground truth, if there are any.
 
     Args:
         found: from `coverage`.
         count: number of classes.
-        ignored: label of pixels that do not count.
+        ignored: label of ignored pixels.
     """
     absent = found["absent_classes"]
     if not absent:
@@ -133,34 +133,34 @@ def note_coverage(found: Mapping[str, Any], count: int, ignored: int) -> None:
 
 
 def note_progress(done: int, count: int, what: str, damaged: int = 0) -> None:
-    """Says on stderr where an interrupted run continues, if there is something to continue.
+    """Prints to stderr where an interrupted run resumes, if there is anything to resume.
 
     Args:
-        done: images that were evaluated before.
-        count: all images.
-        what: who has evaluated them, and where that is recorded.
-        damaged: records that could not be read; their images are evaluated again.
+        done: number of images already evaluated.
+        count: number of all images.
+        what: description of the methods and the journal, for the message.
+        damaged: number of unreadable records, whose images are evaluated again.
     """
     if damaged:
-        note(f"torn or damaged records: {damaged} (their images are evaluated again)")
+        note(f"incomplete or damaged records: {damaged} (their images are evaluated again)")
     if done or damaged:
         note(f"continuing: {done} of {count} images are done {what}; --no-resume starts over")
 
 
 def note_turned(data: Mapping[str, Any]) -> None:
-    """Says on stderr that images are turned by their EXIF orientation, if there are such.
+    """Prints to stderr how many images are rotated by their EXIF orientation, if there are any.
 
     Args:
         data: the group "data" of `settings`.
     """
     if number := data.get("turned_by_exif"):
         note(
-            f"{number} of {data['images']} images have an EXIF orientation, first "
-            f"{data['first_turned']}: they are turned upright when loaded, so their label maps must "
-            "show the picture upright, too. If labels follow the stored pixels, remove the tag"
+            f"{number} of {data['images']} images have an EXIF orientation, the first is "
+            f"{data['first_turned']}: images are turned upright when loaded, so their label maps must "
+            "be upright as well. If labels match the stored pixels, remove the EXIF tag"
         )
 
 
 def note(text: str) -> None:
-    """A line on stderr."""
+    """Prints a line to stderr."""
     print(text, file=sys.stderr)

@@ -1,15 +1,15 @@
-"""Everything that determines a result, as JSON holds it: the key of whatever is kept of an evaluation.
+"""Everything that determines a result, as JSON: the key for all stored values of an evaluation.
 
-`settings` reads a config with all defaults resolved, in groups:
+`settings` reads a config with all defaults filled in, in groups:
 
-* protocol, vocabulary, data: two numbers compare only if these are equal;
-* method, weights: what one compares;
-* versions, run: what may change last digits (and, for `code`, anything).
+* protocol, vocabulary, data: two numbers are comparable only if these are equal;
+* method, weights: the subjects of a comparison;
+* versions, run: what may change the last digits (or, for `code`, anything).
 
-One rule for journals, fitted clusters and reproduction cards: a value that was kept counts only if
-these groups, with the contents of all files that were read, are what they were. So whatever has no
-name that stands for its content goes in by its content (weights, images, label maps, class files), and
-what has neither, such as a function written in a console, equals nothing that another process made.
+Journals, fitted clusters and reproduction cards follow one rule: a stored value is valid only if these
+groups, including the contents of all files read, are unchanged. Weights, images, label maps and class
+files are therefore identified by their contents. Something without identifiable contents, such as a
+function written in a console, never equals anything from another process.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ from sfp.segmentor import SETTINGS, OpenVocabSegmentor
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary
 
-STRICT = ("protocol", "vocabulary", "data")  # numbers compare only if these are equal
-FREE = ("method", "weights")  # what one compares
+STRICT = ("protocol", "vocabulary", "data")  # numbers are comparable only if these are equal
+FREE = ("method", "weights")  # these may differ between compared numbers
 NOTED = ("versions", "run")
 GROUPS = STRICT + FREE + NOTED
-OPENMMLAB = ("mmcv", "mmengine", "mmsegmentation")  # and OneDL's line of the same
+OPENMMLAB = ("mmcv", "mmengine", "mmsegmentation")  # and the corresponding forks of OneDL
 PACKAGES = [f"{line}{name}" for name in OPENMMLAB for line in ("onedl-", "")]
-PACKAGES += ["scipy", "scikit-learn", "transformers"]  # of detectors, matching, guides and masks
-OTHERS = {"sfp", "mmcv", "mmengine", "mmseg", "torch"}  # whose code has a hash or version already
+PACKAGES += ["scipy", "scikit-learn", "transformers"]  # for detectors, matching, guides and masks
+OTHERS = {"sfp", "mmcv", "mmengine", "mmseg", "torch"}  # their code already has a hash or version
 REGISTRIES = ("DATASETS", "TRANSFORMS", "MODELS", "METRICS", "HOOKS", "LOOPS")
 FILES = ("img_path", "seg_map_path")  # keys of mmseg's records
-# arguments of the segmentor that are not protocol, or that stand elsewhere on the card
+# arguments of the segmentor that are not part of the protocol, or are elsewhere on the card
 _ELSEWHERE = {
     "weights",
     "classes",
@@ -82,11 +82,11 @@ _tokens: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it; equal results mean equal values.
+    """Converts a value to JSON such that equal results mean equal values.
 
-    Tuples become lists, paths text; arrays, tensors and modules become hashes of their contents;
-    functions that can be imported are named with a hash of their file. Of anything else that does not
-    show its contents nobody can tell whether it is the same again: it gets a name of its own.
+    Tuples become lists and paths text; arrays, tensors and modules become hashes of their contents;
+    importable functions become their name with a hash of their file. Anything else whose contents
+    cannot be read gets a unique name, so that it never compares equal.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -128,7 +128,7 @@ def _callable(value: Any) -> str:
 
 
 def _token(value: Any) -> str:
-    """The same for the same object, and for no other of any process."""
+    """A token unique to an object across all processes."""
     try:
         return _tokens.setdefault(value, uuid.uuid4().hex)
     except TypeError:  # it has no hash, or no weak references
@@ -142,10 +142,10 @@ def settings(
     dataset: Any = None,
     device: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Everything that determines the result of a config, in groups, as JSON holds it.
+    """Everything that determines the result of a config, in groups, as JSON.
 
-    What a config alone cannot tell (the precision that "auto" becomes, the list of images) is left
-    out unless the parts that know it are given.
+    Values that do not follow from the config alone (the precision behind "auto", the list of images)
+    are left out unless the objects that know them are given.
 
     Args:
         config: from `sfp.evaluation.run.load_config`.
@@ -176,7 +176,7 @@ def settings(
 
 
 def _run(config: Config, device: str | None) -> dict[str, Any]:
-    """What the config says of how it is run."""
+    """The config's settings for how it is run."""
     result: dict[str, Any] = {
         name: config.model.get(name) for name in ("window_batch", "compiled", "graphs")
     }
@@ -212,11 +212,8 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
     own = own_templates(node.weights) if model is None else model.clip.text.templates
     templates = model_templates(node.get("templates", "auto"), own)
     result["templates"] = f"{len(templates)} {fingerprint(dict(templates=templates))[:16]}"
-    precision = node.get("precision", "auto")
-    if model is not None and precision != "int8":  # which the parameters do not tell
-        precision = str(model.clip.dtype).removeprefix("torch.")
-        precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[precision]
-    if precision != "auto":
+    precision = node.get("precision", "auto") if model is None else model.engine.computes_in
+    if precision not in ("auto", "half"):  # what these come to depends on the machine
         result["precision"] = precision
     if steps := _pipeline(config):
         for step in steps:
@@ -234,7 +231,7 @@ def _protocol(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any
 
 
 def _pipeline(config: Config) -> Sequence[Mapping[str, Any]]:
-    """The steps from file to network: the test set's, or those for images of one's own."""
+    """The pipeline steps from file to network, of the test set or of the config."""
     dataset = config.get("test_dataloader", {}).get("dataset", {})
     return dataset.get("pipeline") or config.get("test_pipeline") or ()
 
@@ -253,10 +250,10 @@ def _vocabulary(config: Config, model: OpenVocabSegmentor | None) -> dict[str, A
 
 
 def image_names(dataset: Any) -> tuple[list[str], list[str]]:
-    """Paths of a dataset's images, and the same below its image folder, with forward slashes.
+    """Paths of a dataset's images, and the same relative to its image folder, with forward slashes.
 
     Raises:
-        ValueError: if an image is there twice with different label maps: its name stands for one.
+        ValueError: if an image appears twice with different label maps.
     """
     records = _records(dataset)
     labels: dict[str, Any] = {}
@@ -265,7 +262,7 @@ def image_names(dataset: Any) -> tuple[list[str], list[str]]:
         if labels.setdefault(record["img_path"], label) != label:
             raise ValueError(
                 f"{record['img_path']} is in the test set with two label maps, "
-                f"{labels[record['img_path']]} and {label}: evaluate them one after the other"
+                f"{labels[record['img_path']]} and {label}: evaluate them separately"
             )
     paths = [record["img_path"] for record in records]
     root = getattr(dataset, "data_prefix", {}).get("img_path")
@@ -279,7 +276,7 @@ def _records(dataset: Any) -> list[Mapping[str, Any]]:
 
 
 def _files(dataset: Any) -> list[list[Content]]:
-    """What is in the images and in the label maps of a dataset."""
+    """The contents of a dataset's images and label maps."""
     records = _records(dataset)
     return [contents([record[key] for record in records if key in record]) for key in FILES]
 
@@ -300,10 +297,10 @@ def _data(config: Config, dataset: Any) -> dict[str, Any]:
 def truth_hash(records: Mapping[str, Tensor]) -> str:
     """Hash of the pixels per class in the ground truth of every image.
 
-    Equal for equal labels, however they are stored, and different for another conversion of them.
+    It depends on the labels but not on how they are stored; a different conversion changes it.
 
     Args:
-        records: entries of each image, as `sfp.evaluation.journal.count` gives them.
+        records: for each image, the result of `sfp.evaluation.journal.count`.
     """
     pixels: dict[str, dict[int, int]] = {}
     for name, entries in records.items():
@@ -341,14 +338,14 @@ def _weights(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any]
 
 
 def _others(model: OpenVocabSegmentor) -> str | None:
-    """The hash of weights that are not CLIP's, of guides and proposers of masks, if there are any."""
+    """The hash of weights other than CLIP's, of guides and mask proposers, if there are any."""
     clip = next(name for name, part in model.named_modules() if isinstance(part, CLIP))
     state = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(f"{clip}.")}
     return digest_of(state) if state else None
 
 
 def _digest(source: Any, model: OpenVocabSegmentor | None) -> str | None:
-    """The hash of CLIP's weights, if they are at hand."""
+    """The hash of CLIP's weights, if they are available."""
     clip = source if model is None else model.clip
     if isinstance(clip, CLIP):
         return clip.digest
@@ -357,7 +354,7 @@ def _digest(source: Any, model: OpenVocabSegmentor | None) -> str | None:
     try:
         return weights_digest(source)
     except (WeightsError, FileNotFoundError):
-        return None  # of a config one may only want to know what it asks for
+        return None  # a config can be compared without its weights
 
 
 def _versions() -> dict[str, Any]:
@@ -382,7 +379,7 @@ def _version(package: str) -> str | None:
 
 
 def _code() -> str:
-    """Hash of this package's source, and of the packages in which other people's parts are."""
+    """Hash of this package's source, and of third-party packages that define parts in use."""
     parts = list(_registered())
     packages = {str(part.__module__).partition(".")[0] for part in parts} - OTHERS
     files = set(Path(__file__).parents[1].rglob("*.py"))

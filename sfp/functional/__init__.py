@@ -1,1 +1,1 @@
-"""Pure tensor functions: no models, no registries, no mm-packages."""
+"""Pure tensor functions, without models, registries or OpenMMLab's packages."""

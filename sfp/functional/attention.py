@@ -1,4 +1,4 @@
-"""Parts of attention maps without the maps."""
+"""Functions of attention weights, some without computing the full map."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CHUNK = 2**24  # attention logits held at once
 
 
 def hide(weights: Tensor, hidden: Tensor) -> Tensor:
-    """Weights (..., M, T) without the columns that are hidden, each row's sum as it was.
+    """Sets hidden columns of weights (..., M, T) to zero and rescales each row to its former sum.
 
-    A row that has weight on hidden columns only stays as it is: there is nothing to move it to.
+    A row with weight only on hidden columns is not changed.
 
     Args:
         weights: not negative.
@@ -31,7 +31,7 @@ def hide(weights: Tensor, hidden: Tensor) -> Tensor:
 def diagonal_weights(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None = None) -> Tensor:
     """The diagonal of softmax(scale * q k^T) in chunks of rows: (B, H, T, d) -> (B, H, T).
 
-    Keys that are `hidden`, (B, 1, 1, T) bool, take no part; their own weight is 0.
+    Keys that are `hidden`, (B, 1, 1, T) bool, are excluded; their own weight is 0.
     """
     q, k = upcast(q) * scale, upcast(k)
     rows = max(CHUNK // (k.shape[0] * k.shape[1] * k.shape[2]), 1)
@@ -46,10 +46,10 @@ def diagonal_weights(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None =
 
 
 def centred_softmax(similarity: Tensor, gain: float, centre: float) -> Tensor:
-    """softmax(gain * (S - centre * mean S)) over what lies at or above the centre.
+    """softmax(gain * (S - centre * mean S)) over the entries at or above centre * mean S.
 
-    The mean is over the rows and columns of each map, never over the batch. A row that has nothing
-    above the centre (the released codes divide by zero there) becomes uniform.
+    The mean is over the rows and columns of each map, never over the batch. A row without such entries
+    (where the released codes divide by zero) becomes uniform.
 
     Args:
         similarity: S, (..., M, T).
@@ -57,7 +57,7 @@ def centred_softmax(similarity: Tensor, gain: float, centre: float) -> Tensor:
         centre: factor on the mean (1.2 in ProxyCLIP, 1 in SC-CLIP and SFP).
     """
     logits = gain * (similarity - centre * similarity.mean((-2, -1), keepdim=True))
-    # the lowest finite number instead of -inf: equal where a row has survivors, no NaN where not
+    # the lowest finite number instead of -inf: the same result, but no NaN in rows without entries
     return logits.masked_fill(logits < 0, torch.finfo(logits.dtype).min).softmax(-1)
 
 
@@ -66,7 +66,7 @@ def mean_cosine(*projections: Tensor, concat: bool = False) -> Tensor:
 
     Args:
         *projections: queries, keys, ...
-        concat: the heads of a projection, side by side, are one vector.
+        concat: concatenate the heads of a projection into one vector.
     """
     if concat:
         projections = tuple(x.transpose(1, 2).flatten(2)[:, None] for x in projections)
@@ -79,7 +79,7 @@ def mean_product(*projections: Tensor) -> Tensor:
 
 
 def _mean_product(projections: Sequence[Tensor]) -> Tensor:
-    # the mean of products is the product of what lies end to end: no map for each head
+    # the mean of products is the product of the concatenated vectors: no separate map per head
     heads = torch.cat(list(projections), dim=1)
     rows = heads.transpose(1, 2).flatten(2)  # (B, T, projections * H * d)
     return rows @ rows.mT / heads.shape[1]
@@ -95,5 +95,5 @@ def gaussian_prior(grid: tuple[int, int], std: float, device: torch.device | Non
 
 
 def pad_prefix(prior: Tensor, prefix: int) -> Tensor:
-    """Zeros for the prefix tokens around a map of the patches: (..., N, N) -> (..., T, T)."""
+    """Adds zeros for the prefix tokens to a map of the patches: (..., N, N) -> (..., T, T)."""
     return F.pad(prior, (prefix, 0, prefix, 0))

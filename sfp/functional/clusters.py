@@ -1,4 +1,4 @@
-"""Patches grouped by how they attend, groups grown to pixels, pixels voting (CLIPtrase)."""
+"""CLIPtrase's clustering: clusters of patches, segments of pixels, and votes of pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from sfp.functional.precision import sum_over_pixels, upcast
 from sfp.functional.windows import interpolation
 
-BUDGET = 2**24  # numbers held at once
+BUDGET = 2**24  # numbers in memory at once
 
 
 def dbscan(
@@ -22,11 +22,11 @@ def dbscan(
     """Density clusters of the patches of one image (scikit-learn's DBSCAN, Euclidean).
 
     Args:
-        rows: affinities, (N, N), or features, (N, C): patches are near if their rows are.
-        eps: distance of neighbours.
-        min_samples: neighbours, with itself, that make a patch the core of a cluster.
-        keep: (N,) bool; other patches are left out, with their row and, of affinities, their column.
-        affinities: whether `rows` are those.
+        rows: affinities, (N, N), or features, (N, C); patches are neighbours if their rows are close.
+        eps: largest distance of neighbours.
+        min_samples: number of neighbours, including itself, that makes a patch a core point.
+        keep: (N,) bool; other patches are left out: their rows and, for affinities, their columns.
+        affinities: whether `rows` are affinities.
 
     Returns:
         (N,) int64 cluster numbers from 0; -1 for patches without a cluster.
@@ -43,26 +43,26 @@ def dbscan(
 
 
 def prototypes(rows: Tensor, labels: Tensor) -> Tensor:
-    """Mean row of each cluster, (K, N); rows labelled -1 take no part."""
+    """Mean row of each cluster, (K, N), without rows labelled -1."""
     member = labels == torch.arange(int(labels.max()) + 1, device=labels.device)[:, None]  # (K, N)
     member = member.to(rows)
     return member @ rows / member.sum(1, keepdim=True)
 
 
 def cluster_peaks(rows: Tensor, labels: Tensor, grid: tuple[int, int], count: int = 1) -> Tensor:
-    """Points that stand for clusters, at the centres of patches: (K, count, 2).
+    """Points that represent clusters, at the centres of patches: (K, count, 2).
 
-    The first is where the prototype is largest among the cluster's patches; each further one is the
-    patch farthest from those before (a cluster with fewer patches repeats its first).
+    The first is the cluster's patch where its prototype is largest; each further one is the patch
+    farthest from the previous ones (a cluster with fewer patches repeats its first).
 
     Args:
         rows: affinities of one image, (N, N).
         labels: clusters of the patches, (N,); -1 for none.
         grid: rows and columns of patches.
-        count: points of each cluster.
+        count: points per cluster.
 
     Returns:
-        x and y, in 0..1 of the image's width and height; K is 0 if no patch has a cluster.
+        x and y, from 0 to 1 of the image's width and height; K is 0 if no patch has a cluster.
     """
     height, width = grid
     maps = prototypes(rows, labels)
@@ -92,7 +92,7 @@ def median_filter(maps: Tensor, window: int = 7) -> Tensor:
     """Median of the `window` x `window` square around each cell, edges mirrored: (K, h, w)."""
     half = window // 2
     for dim in (1, 2):
-        # mirrored with the edge repeated (c b a | a b c); torch's "reflect" does not repeat it
+        # mirrored including the edge (c b a | a b c), unlike torch's "reflect"
         cells = torch.arange(-half, maps.shape[dim] + half, device=maps.device)
         cells = torch.where(cells < 0, -1 - cells, cells) % (2 * maps.shape[dim])
         maps = maps.index_select(dim, torch.minimum(cells, 2 * maps.shape[dim] - 1 - cells))
@@ -100,7 +100,7 @@ def median_filter(maps: Tensor, window: int = 7) -> Tensor:
 
 
 def smooth_maps(maps: Tensor, *, up: int = 4, window: int = 7) -> Tensor:
-    """Cluster maps (K, h, w) enlarged `up` times and median-filtered."""
+    """Cluster maps (K, h, w), upsampled `up` times and median-filtered."""
     height, width = maps.shape[1:]
     return median_filter(resize(maps, (up * height, up * width)), window)
 
@@ -115,11 +115,11 @@ def segments(rows: Tensor, labels: Tensor, grid: tuple[int, int], size: tuple[in
         size: (H, W).
     """
     maps = smooth_maps(prototypes(rows, labels).unflatten(1, grid))
-    return resize(maps, size).max(0).indices  # many times as fast as argmax
+    return resize(maps, size).max(0).indices  # many times faster than argmax
 
 
 def vote_shares(masks: Tensor, choice: Tensor, classes: int) -> Tensor:
-    """Which share of its mask votes for each class, at every pixel.
+    """For every pixel, the share of its mask that votes for each class.
 
     Args:
         masks: mask number of each pixel, (H, W).
@@ -139,7 +139,7 @@ def mask_means(masks: Tensor, logits: Tensor) -> Tensor:
     """Each pixel's logits (Q, H, W) averaged over its mask (H, W)."""
     values, own = upcast(logits).flatten(1), masks.flatten()
     numbers = torch.arange(int(masks.max()) + 1, device=masks.device)[:, None]
-    # a mask takes a row of all pixels, so not all at once
+    # in chunks, because each mask is a row over all pixels
     sums = [
         sum_over_pixels(values, (own == some).to(values))
         for some in numbers.split(max(BUDGET // len(own), 1))

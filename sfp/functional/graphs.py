@@ -1,7 +1,7 @@
-"""Graphs of patches or pixels, and values that spread along their edges (LPOSS).
+"""Graphs of patches or pixels, and propagation of values along their edges (LPOSS).
 
-F = Y + alpha W_n F, solved for F: every node keeps its own value and takes over its neighbours'. The
-same `propagate` serves a sparse matrix of patches and a square stencil of pixels.
+F = Y + alpha W_n F, solved for F: every node combines its own value with those of its neighbours. The
+function `propagate` works for a sparse matrix of patches and for a square stencil of pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 2**24  # similarities held at once
+CHUNK = 2**24  # similarities in memory at once
 
 
 def propagate(
@@ -24,17 +24,17 @@ def propagate(
     steps: int = 10,
     tolerance: float = 1e-6,
 ) -> Tensor:
-    """Solves (1 - alpha W) F = Y by conjugate gradients from 0, a column at its own pace.
+    """Solves (1 - alpha W) F = Y by conjugate gradients from 0, separately for each column.
 
-    Few steps do not converge for alpha near 1, so that the result depends on their number: LPOSS
+    For alpha near 1 a few steps do not converge, so that the result depends on their number; LPOSS
     takes 10.
 
     Args:
         spread: x -> W x for x of the values' shape; W is symmetric, its eigenvalues at most 1.
-        values: Y, (N, Q); columns do not influence each other.
-        alpha: how much of the neighbours' values a node takes over; 0 leaves Y as it is.
-        steps: at most.
-        tolerance: a column is done when its residual is at most this times the norm of its Y.
+        values: Y, (N, Q); columns are independent.
+        alpha: weight of the neighbours' values; 0 returns Y.
+        steps: largest number of steps.
+        tolerance: a column stops when its residual is at most this times the norm of its Y.
 
     Returns:
         F, (N, Q).
@@ -57,7 +57,7 @@ def propagate(
 
 
 def normalised(degree: Tensor) -> Tensor:
-    """D^-1/2 of the degrees, where a node without edges counts as one of degree 1."""
+    """D^-1/2 of the degrees; nodes without edges are treated as having degree 1."""
     return torch.where(degree > 0, degree, 1.0).rsqrt()
 
 
@@ -66,15 +66,16 @@ def neighbour_graph(
 ) -> Tensor:
     """W_n of the nearest neighbours in feature space, damped by distance: sparse (N, N).
 
-    w_ij = max(0, f_i . f_j)^power exp(-decay |p_i - p_j|) for the `neighbours` j of largest f_i . f_j,
-    i among them; then W + W^T, so that mutual pairs count twice; no loops; D^-1/2 W D^-1/2.
+    w_ij = max(0, f_i . f_j)^power exp(-decay |p_i - p_j|) for the `neighbours` j with the largest
+    f_i . f_j, including i; then W + W^T, so that mutual pairs count twice; without loops;
+    D^-1/2 W D^-1/2.
 
     Args:
         features: unit rows, (N, C).
-        positions: of the nodes in pixels, (N, 2).
+        positions: positions of the nodes in pixels, (N, 2).
         neighbours: k; all nodes if there are fewer.
         power: gamma.
-        decay: per pixel.
+        decay: rate per pixel.
     """
     count, k = len(features), min(neighbours, len(features))
     rows, columns, weights = [], [], []
@@ -109,9 +110,9 @@ class PixelGraph:
     """W_n of the pixels in a square around each pixel, as a stencil.
 
     Attributes:
-        weights: of the edges to the pixels at `offsets`, (edges, H, W), 0 beyond the image; the edges
-            back have the same.
-        offsets: (row, column) to one of each pair of opposite neighbours.
+        weights: weights of the edges to the pixels at `offsets`, (edges, H, W), 0 outside the image;
+            edges are symmetric.
+        offsets: (row, column) of one from each pair of opposite neighbours.
     """
 
     weights: Tensor
@@ -122,9 +123,9 @@ class PixelGraph:
         """exp(-distance of colours / tau) between the pixels of a square, normalised.
 
         Args:
-            lab: colours, (3, H, W), scaled as distances are to be taken.
-            side: of the square, in pixels; odd.
-            tau: of the distance.
+            lab: colours, (3, H, W), scaled for the distance.
+            side: side of the square in pixels; odd.
+            tau: scale of the distance.
         """
         reach = side // 2
         offsets = tuple(
@@ -156,7 +157,7 @@ class PixelGraph:
 
 
 def pairs(size: tuple[int, ...], offsets: tuple[tuple[int, int], ...]) -> Iterator[tuple[Any, Any]]:
-    """The pixels that have a neighbour at each offset, and those neighbours, as indices of maps."""
+    """For each offset, indices of the pixels with such a neighbour, and of the neighbours."""
     height, width = size
     for y, x in offsets:
         rows = (slice(0, max(height - y, 0)), slice(y, None))

@@ -1,4 +1,4 @@
-"""Position tables on other grids."""
+"""Resampling of position embeddings."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ def resample_positions(
     mode: str = "bicubic",
     antialias: bool = False,
 ) -> Tensor:
-    """A position table on another grid: (h0, w0, D) -> (h, w, D).
+    """Resamples a position embedding for another grid: (h0, w0, D) -> (h, w, D).
 
     Args:
-        table: the trained table.
-        grid: rows and columns wanted.
-        offset: added to the grid before it is divided by the table's size to give the sampling
-            scale. 0.1 is what DINO and the segmentation forks of CLIP do (it guards against the
-            floor of a rounding error, and shifts the samples slightly); 0 samples the exact grid
-            (GEM, CLIP Surgery).
+        table: the trained position embedding.
+        grid: rows and columns of the result.
+        offset: added to the grid before dividing by the table's size, which gives the sampling scale.
+            DINO and the segmentation forks of CLIP use 0.1 (which avoids rounding down by accident, and
+            shifts the samples slightly); 0 samples the exact grid (GEM, CLIP Surgery).
         mode: "bicubic" or "bilinear" (CLIP Surgery).
-        antialias: low-pass when shrinking (GEM); needs `offset` 0.
+        antialias: low-pass filter when downsampling (GEM); needs `offset` 0.
     """
     source = upcast(table).permute(2, 0, 1)[None]  # (1, D, h0, w0)
     if offset:

@@ -1,6 +1,6 @@
-"""Small tensors made on the host from sizes and settings alone, kept for the next call.
+"""Caches small tensors that depend only on sizes and settings.
 
-What is made on the host would otherwise go to a GPU at every call, which waits for it.
+They are computed on the host, and without a cache every call would wait for their transfer to the GPU.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from torch import Tensor
 from sfp.clip.dispatch import intercepted
 
 T = TypeVar("T")
-KEPT = 2**20  # most numbers of what is kept
+KEPT = 2**20  # largest number of elements of a cached tensor
 
 
 def kept(numbers: int, make: Callable[..., T], like: Tensor, *args: Any) -> T:
-    """`make(like, *args)` of so many numbers, of the type and on the device of `like`.
+    """`make(like, *args)`, cached by the dtype and device of `like`. The result must not be modified.
 
-    It is not to be written to. Whoever traces gets a new one: what its tracer makes is of no use
-    afterwards.
+    Nothing is cached during tracing, because traced tensors cannot be used afterwards.
 
     Args:
-        numbers: that it has; large ones are not kept.
-        make: looks at the type and the device of its first argument only.
+        numbers: number of elements of the result; large ones are not cached.
+        make: the function; it may only use the dtype and device of its first argument.
         like: any tensor.
-        *args: hashable.
+        *args: hashable arguments.
     """
     if numbers > KEPT or intercepted():
         return make(like, *args)
@@ -36,7 +35,7 @@ def kept(numbers: int, make: Callable[..., T], like: Tensor, *args: Any) -> T:
 
 
 def constant(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Python numbers as a tensor on the device of `like`, as long as `values`, not to be written to."""
+    """Python numbers as a cached tensor on the device of `like`, which must not be modified."""
     return kept(len(values), _constant, like, tuple(values), dtype)
 
 
@@ -46,5 +45,5 @@ def _constant(like: Tensor, values: tuple[float, ...], dtype: torch.dtype | None
 
 @lru_cache(maxsize=64)
 def _kept(make: Callable[..., Any], dtype: torch.dtype, device: torch.device, *args: Any) -> Any:
-    with torch.inference_mode(False):  # what is kept also serves callers with gradients
+    with torch.inference_mode(False):  # cached for callers with gradients, too
         return make(torch.empty(0, dtype=dtype, device=device), *args)

@@ -1,4 +1,4 @@
-"""Clusters of directions: k-means by cosine."""
+"""Spherical k-means: clustering by cosine."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from torch.nn import functional as F
 
 from sfp.functional.precision import exact
 
-CHUNK = 2**24  # similarities held at once
+CHUNK = 2**24  # similarities in memory at once
 
 
 def spherical_kmeans(
     points: Tensor, count: int, *, iterations: int = 100, restarts: int = 10, seed: int = 0
 ) -> tuple[Tensor, float]:
-    """Unit centres that have a large mean cosine with the points nearest to them.
+    """Finds unit centres that maximise the mean cosine with the points nearest to them.
 
-    Lloyd's iterations: every point joins its most similar centre, every centre becomes the normalised
-    sum of its points, until nothing changes. Starts are k-means++ (each further centre is a point,
-    drawn with probability in proportion to 1 - its cosine with the nearest centre so far). A centre
-    that loses all of its points moves to the point that fits worst.
+    Lloyd's algorithm: every point joins its most similar centre, every centre becomes the normalised
+    sum of its points, until nothing changes. Initialisation is by k-means++ (each further centre is a
+    point, drawn with probability proportional to 1 - its cosine with the nearest centre so far). A
+    centre that loses all points moves to the point that fits worst.
 
     Args:
         points: unit vectors, (N, D) float32.
         count: number of centres.
-        iterations: at most this many for each start.
-        restarts: starts, of which the best is kept.
-        seed: of the starts; equal seeds give equal starts on every device.
+        iterations: largest number of iterations per initialisation.
+        restarts: number of initialisations, of which the best result is kept.
+        seed: seed of the initialisations; equal seeds give equal ones on every device.
 
     Returns:
         (count, D) centres and the mean cosine.
@@ -41,7 +41,8 @@ def spherical_kmeans(
     """
     if not 0 < count <= len(points):
         raise ValueError(
-            f"{count} clusters of {len(points)} points: there must be 1 or more of each"
+            f"{count} clusters of {len(points)} points: expected at least 1 cluster, and no more "
+            "clusters than points"
         )
     generator = torch.Generator().manual_seed(seed)
     best: tuple[Tensor, float] | None = None
@@ -66,7 +67,7 @@ def spherical_kmeans(
 
 
 def _sums(points: Tensor, nearest: Tensor, count: int) -> Tensor:
-    """The sum of each centre's points, (count, D), with an error that does not grow with them."""
+    """The sum of each centre's points, (count, D), with an error independent of their number."""
     sums = torch.zeros(count, points.shape[1], dtype=exact(points.device), device=points.device)
     step = max(CHUNK // points.shape[1], 1)
     for part, own in zip(points.split(step), nearest.split(step), strict=True):

@@ -15,7 +15,7 @@ from sfp.functional.room import check_room
 from sfp.functional.windows import LogitSheet
 
 Threshold: TypeAlias = "float | Sequence[float]"
-BUDGET = {"cpu": 2**20, "cuda": 2**26}  # probabilities held at once; on a CPU its cache holds them
+BUDGET = {"cpu": 2**20, "cuda": 2**26}  # probabilities at once; on a CPU they fit into its cache
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Labels:
 
     Attributes:
         labels: (H, W) int64.
-        confidence: (H, W), the winning class's probability before `prob_thd` acts.
-        scores: (K, H, W) class probabilities, or None if they were not asked for.
+        confidence: (H, W), the winning class's probability before `prob_thd` is applied.
+        scores: (K, H, W) class probabilities, or None if not requested.
     """
 
     labels: Tensor
@@ -84,11 +84,11 @@ def decided(
     scale: float,
     decision: Callable[..., Callable[[int, int], Tensor]] | None,
 ) -> dict[str, Any]:
-    """Arguments of `assign` for a method's own way from merged logits to class scores.
+    """Arguments of `assign` for a method that may have its own decision.
 
     Args:
         sheet: the merged logits.
-        rows: the same by rows of the image, as `assign` takes them.
+        rows: the same by rows of the image, as in `assign`.
         index, scale: as in `assign`.
         decision: an op of that kind (`sfp.kinds.Decision`), or None for the softmax.
     """
@@ -100,7 +100,7 @@ def decided(
 
 def best_of_class(probs: Tensor, index: Sequence[int]) -> Tensor:
     """The best query of each class, (Q, ...) -> (K, ...)."""
-    if len(index) == index[-1] + 1:  # one query each
+    if len(index) == index[-1] + 1:  # one query per class
         return probs
     sizes = [len(list(own)) for _, own in groupby(index)]
     return torch.stack([part.amax(0) for part in probs.split(sizes)])
@@ -116,16 +116,16 @@ def assign(
     area_thd: float | None = None,
     keep_scores: bool = False,
 ) -> Labels:
-    """Labels every pixel, a slab of rows at a time, so that memory does not grow with the classes.
+    """Labels every pixel, one slab of rows at a time, so that memory does not grow with the classes.
 
     Args:
-        rows: gives the logits (Q, stop - start, W) of rows start to stop.
-        size: of the image, (H, W).
-        index, scale: as in `class_scores`; without a scale, `rows` are scores already.
-        prob_thd: pixels whose best class is less probable become class 0 (`within`).
-        area_thd: a class other than 0 that wins no more than this share of the pixels that classes
-            other than 0 win is left out (SCLIP's protocol for VOC21).
-        keep_scores: whether to return the class probabilities too, (K, H, W).
+        rows: returns the logits (Q, stop - start, W) of rows start to stop.
+        size: size of the image, (H, W).
+        index, scale: as in `class_scores`; without a scale, `rows` are already scores.
+        prob_thd: pixels whose best probability is below this become class 0 (`within`).
+        area_thd: a class other than 0 that wins at most this share of the pixels not won by class 0 is
+            removed (SCLIP's protocol for VOC21).
+        keep_scores: whether to return the class probabilities as well, (K, H, W).
 
     Raises:
         RoomError: if these do not fit into memory.
@@ -135,7 +135,7 @@ def assign(
     if keep_scores:
         what = f"probabilities of {height} x {width} pixels and {index[-1] + 1} classes"
         numbers = height * width * (index[-1] + 1)
-        check_room(numbers, first.device, what, "use a smaller image, or go without scores")
+        check_room(numbers, first.device, what, "use a smaller image, or do without scores")
     step = max(BUDGET.get(first.device.type, BUDGET["cuda"]) // (len(index) * width), 1)
     classes = constant(index, first)
     confidence = first.new_empty(size)
@@ -145,7 +145,7 @@ def assign(
     def sweep(dropped: Tensor | None = None) -> Tensor:
         for start in range(0, height, step):
             own = slice(start, min(start + step, height))
-            # queries last: a pixel's softmax and maximum run over adjacent numbers
+            # queries last, so that a pixel's softmax and maximum run over adjacent memory
             logits = rows(own.start, own.stop).permute(1, 2, 0)
             probs = logits if scale is None else (logits * scale).softmax(-1)
             if dropped is not None:

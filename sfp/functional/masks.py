@@ -17,13 +17,13 @@ BUDGET = 2**24  # numbers held at once
 
 @dataclass(frozen=True)
 class MaskSheet:
-    """Masks of an image as small maps of logits, positive inside; any slab of rows on demand.
+    """Masks of an image as small maps of logits, positive inside, rendered in slabs on demand.
 
     Attributes:
         maps: (M, h, w).
         row_matrix: (H, h).
         column_matrix: (W, w).
-        scores: how sure the proposer is of each, (M,), or None.
+        scores: the proposer's confidence in each, (M,), or None.
     """
 
     maps: Tensor
@@ -42,15 +42,15 @@ class MaskSheet:
 
 
 def same_area(image: Tensor, side: int, multiple: int = 1) -> Tensor:
-    """An image (3, H, W) resized to about the area of a square, its shape kept: (3, h, w).
+    """Resizes an image (3, H, W) to about the area of a square, keeping its aspect ratio: (3, h, w).
 
-    What is tuned for the number of patches of a square, DBSCAN's distance for one, then fits images of
-    every shape and size.
+    Parameters tuned for the number of patches of a square, such as DBSCAN's distance, then suit images
+    of any shape and size.
 
     Args:
-        image: of floats.
-        side: of the square, in pixels.
-        multiple: both sides become multiples of it, at least one.
+        image: floats.
+        side: side of the square in pixels.
+        multiple: both sides become multiples of this, and at least this.
     """
     height, width = image.shape[-2:]
     scale = side / (height * width) ** 0.5
@@ -60,17 +60,17 @@ def same_area(image: Tensor, side: int, multiple: int = 1) -> Tensor:
 
 
 def paint_masks(masks: MaskSheet, paint: Literal["smallest", "largest", "score"]) -> Tensor:
-    """An id map out of masks that may overlap: (H, W) int64, 0 where there is none, else from 1.
+    """An id map from masks that may overlap: (H, W) int64, 0 where there is no mask, else from 1.
 
-    Images of any size take little memory: masks are rendered a slab of rows at a time, twice.
+    Memory is small for images of any size, since masks are rendered one slab of rows at a time, twice.
 
     Args:
         masks: mask logits; pixels above 0 belong to the mask.
-        paint: which of its masks a pixel belongs to: the smallest, the largest, or that of highest
-            score; of equal ones the first.
+        paint: where masks overlap, use the smallest, the largest, or the one with the highest score; of
+            equal ones the first.
 
     Raises:
-        ValueError: if scores decide and the proposer gave none.
+        ValueError: for "score" if the proposer gives no scores.
     """
     height, width = masks.size
     count = len(masks.maps)
@@ -81,7 +81,9 @@ def paint_masks(masks: MaskSheet, paint: Literal["smallest", "largest", "score"]
     slabs = [slice(start, min(start + step, height)) for start in range(0, height, step)]
     if paint == "score":
         if masks.scores is None:
-            raise ValueError('paint="score": this proposer gives no scores')
+            raise ValueError(
+                'paint="score": this proposer gives no scores; use "smallest" or "largest"'
+            )
         rank = masks.scores.double().cpu()
     else:
         areas = sum((masks.rows(s.start, s.stop) > 0).flatten(1).sum(1).cpu() for s in slabs)
@@ -116,26 +118,26 @@ def box_overlaps(boxes: Tensor) -> Tensor:
 
 
 def stability(maps: Tensor, offset: float = 1.0) -> Tensor:
-    """How little masks change with their threshold, (M,): area above `offset` to that above minus it.
+    """Stability of masks, (M,): the ratio of the areas above `offset` and above `-offset`.
 
     Args:
         maps: mask logits, (M, h, w).
-        offset: of the threshold, 0.
+        offset: distance from the threshold 0.
     """
     high, low = ((maps > t).flatten(1).sum(1) for t in (offset, -offset))
     return high / low.clamp_min(1)
 
 
 def without_doubles(maps: Tensor, scores: Tensor, overlap: float) -> Tensor:
-    """Non-maximum suppression: masks whose box overlaps none of a better kept one's by more, in order.
+    """Non-maximum suppression of masks by their boxes.
 
     Args:
         maps: mask logits, (M, h, w).
         scores: (M,); of equal ones the first is better.
-        overlap: largest intersection over union of boxes.
+        overlap: largest intersection over union with the box of a better mask.
 
     Returns:
-        Their numbers, ascending.
+        The indices of the masks that are kept, ascending.
     """
     near = (box_overlaps(mask_boxes(maps > 0)) > overlap).cpu()
     kept: list[int] = []
@@ -148,19 +150,19 @@ def without_doubles(maps: Tensor, scores: Tensor, overlap: float) -> Tensor:
 def fuse_contained(
     maps: Tensor, seen: Tensor, *, boxes: float = 0.2, share: float = 0.8
 ) -> tuple[Tensor, Tensor]:
-    """Masks that hold most of one another become one, the maximum of their logits (TextRegion).
+    """Fuses masks that largely contain one another, by the maximum of their logits (TextRegion).
 
-    A mask joins the first earlier one, itself in nobody, with which its box and its area overlap
-    enough.
+    A mask joins the first earlier mask that has not itself joined another and whose box and area
+    overlap enough.
 
     Args:
         maps: mask logits, (M, h, w); wholes before their parts.
-        seen: the part of the same maps by which that is decided, (M, h', w').
-        boxes: the boxes' intersection over union must be larger.
-        share: the intersection to the smaller area must be larger.
+        seen: the part of the same maps that decides about overlap, (M, h', w').
+        boxes: the intersection over union of the boxes must exceed this.
+        share: the ratio of the intersection to the smaller area must exceed this.
 
     Returns:
-        (G, h, w), and the number of the first mask of each, (G,).
+        (G, h, w), and the index of the first mask of each, (G,).
     """
     member = (seen > 0).flatten(1).float()
     both, area = member @ member.T, member.sum(1)
@@ -189,30 +191,30 @@ def vote_in_masks(
     share: float = 0.0,
     prob_thd: float = 0.0,
 ) -> Labels:
-    """Gives the pixels of each mask one label, by the vote of all of them.
+    """Gives all pixels of a mask one label, by their vote.
 
-    Of mask m with pixels P_m, class k gets the share s_mk = (1 / |P_m|) sum over p in P_m of b_pk. The
-    ballot b_p is 1 for the label of p and else 0 (a majority vote), or with `mean` the class
-    probabilities of p. Pixels take the class of largest share (the first of equal ones) of the smallest
-    mask that they lie in (the first of equal ones), since small masks are parts that large ones blur.
-    Pixels in no mask stay as they are, and so does everything if there is no mask.
+    In mask m with pixels P_m, class k gets the share s_mk = (1 / |P_m|) sum over p in P_m of b_pk. The
+    ballot b_p is 1 for the label of p and otherwise 0 (a majority vote), or with `mean` the class
+    probabilities of p. A pixel takes the class with the largest share (the first of equal ones) in the
+    smallest mask that contains it (the first of equal ones), since small masks are parts of larger
+    ones. Pixels in no mask are not changed.
 
-    Images of any size take little memory: masks are rendered a slab of rows at a time, twice.
+    Memory is small for images of any size, since masks are rendered one slab of rows at a time, twice.
 
     Args:
         masks: mask logits at the size of the labels; pixels above 0 belong to the mask.
-        labels: of the image; with scores if `mean`.
+        labels: labels of the image; with scores if `mean`.
         classes: number of classes K.
-        mean: whether probabilities are averaged instead of labels counted.
-        share: masks whose winner has less than this share do not count.
-        prob_thd: with `mean`, pixels of masks whose winner has less become class 0, as in `assign`,
-            whose threshold acted before the mean.
+        mean: average probabilities instead of counting labels.
+        share: masks whose winner has a smaller share are ignored.
+        prob_thd: with `mean`, pixels of masks whose winner has a smaller share become class 0; like the
+            threshold of `assign`, which was applied before the mean.
 
     Returns:
-        Labels; in the masks, `confidence` is the winner's share and `scores`, if given, are all shares.
+        Labels; inside masks, `confidence` is the winner's share and `scores`, if given, are all shares.
 
     Raises:
-        ValueError: if `mean` and there are no scores.
+        ValueError: for `mean` without scores.
     """
     if mean and labels.scores is None:
         raise ValueError("the mean of probabilities needs labels with scores")

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from sfp.functional.room import check_room
 from sfp.functional.windows import LogitSheet
 
-CHUNK = 2**18  # pixels of masks refined at once
+CHUNK = 2**18  # number of mask pixels refined at once
 Unit: TypeAlias = Literal["deviation", "mean"]
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """`pamr` of an image's merged logits, at their size.
+    """Applies `pamr` to an image's merged logits, at full size.
 
     Attributes:
         image: normalised, (3, H, W), of any size.
@@ -33,13 +33,13 @@ class Refinement:
     unit: Unit = "deviation"
 
     def __call__(self, sheet: LogitSheet) -> Callable[[int, int], Tensor]:
-        """Rows (Q, stop - start, W) of the refined logits, which are computed all at once.
+        """Returns rows (Q, stop - start, W) of the refined logits, which are all computed first.
 
         Raises:
             RoomError: if they do not fit into memory.
         """
         (height, width), queries = sheet.size, sheet.tiles.shape[-1]
-        # of each neighbour three differences, twice, and a weight; logits before and after
+        # per neighbour two times three differences and a weight; logits before and after
         numbers = height * width * (56 * len(self.dilations) + 2 * queries)
         what = f"PAMR of {height} x {width} pixels and {queries} queries"
         check_room(numbers, sheet.tiles.device, what, "use a smaller image, or pamr_steps=0")
@@ -57,18 +57,18 @@ def pamr(
     dilations: Sequence[int] = (8, 16),
     unit: Unit = "deviation",
 ) -> Tensor:
-    """Lets masks flow along similar colours.
+    """Diffuses masks between pixels with similar colours.
 
-    Each pixel repeatedly becomes the mean of its eight neighbours at several distances, weighted by
+    Each pixel repeatedly becomes the mean of its eight neighbours at several distances, weighted by the
     softmax over neighbours of the channel mean of -|x - x_n| / (0.1 std), std over the neighbourhood.
 
     Args:
         image: (B, 3, H, W), normalised.
         masks: (B, K, h, w); resized to the image first (corners aligned).
-        steps: repetitions.
-        dilations: distances of the neighbours, in pixels.
-        unit: in what differences of colours are measured: a tenth of their "deviation" (PAMR), or the
-            "mean" of their sizes over the neighbours (S2C2Seg).
+        steps: number of iterations.
+        dilations: distances of the neighbours in pixels.
+        unit: unit of colour differences: a tenth of their "deviation" (PAMR), or the "mean" of their
+            absolute values over the neighbours (S2C2Seg).
 
     Returns:
         (B, K, H, W).
@@ -79,7 +79,7 @@ def pamr(
         _closeness(image, dilations, unit).softmax(1)[:, :, None].unbind(1)
     )  # (B, 1, H, W) each
     refined = []
-    # few at a time: they stay in the cache, and so do their neighbours
+    # a few at a time, so that they and their neighbours stay in the cache
     for part in masks.split(max(CHUNK // image[:, 0].numel(), 1), dim=1):
         for _ in range(steps):
             total = torch.zeros_like(part)
@@ -91,9 +91,9 @@ def pamr(
 
 
 def _closeness(image: Tensor, dilations: Sequence[int], unit: Unit) -> Tensor:
-    """How near in colour the neighbours are, (B, 8 * dilations, H, W), 0 at most.
+    """Similarity in colour to the neighbours, (B, 8 * dilations, H, W), at most 0.
 
-    The deviation is that of the neighbours and, once for each distance, the pixel itself.
+    The deviation is over the neighbours and, once for each distance, the pixel itself.
     """
     apart = torch.stack([near - image for near in _neighbours(image, dilations)], 1)
     if unit == "mean":
@@ -103,12 +103,12 @@ def _closeness(image: Tensor, dilations: Sequence[int], unit: Unit) -> Tensor:
     count = apart.shape[1] + itself
     mean = apart.sum(1, keepdim=True) / count  # (B, 1, 3, H, W)
     squares = (apart - mean).square_().sum(1, keepdim=True) + itself * mean.square()
-    std = (squares / (count - 1)).sqrt()  # by hand: torch.std is ten times as slow along this axis
+    std = (squares / (count - 1)).sqrt()  # torch.std is ten times slower along this axis
     return (apart.abs_() / (-1e-8 - 0.1 * std)).mean(2)
 
 
 def _neighbours(x: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """The eight neighbours of every pixel at each distance, views of the shape of `x`."""
+    """The eight neighbours of every pixel at each distance, as views with the shape of `x`."""
     height, width = x.shape[-2:]
     reach = max(dilations)
     padded = F.pad(x, (reach,) * 4, mode="replicate")

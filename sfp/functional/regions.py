@@ -1,4 +1,4 @@
-"""Maps of ids: which pixel belongs to which region of an image. 0 is no region."""
+"""Functions of id maps, which give the region of each pixel. 0 is no region."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def components(joined: Tensor) -> Tensor:
     """
     number = torch.arange(len(joined), device=joined.device)
     joined = joined | torch.eye(len(joined), dtype=torch.bool, device=joined.device)
-    while True:  # each node takes the smallest number around it, until nothing changes
+    while True:  # each node takes the smallest number among its neighbours, until nothing changes
         smallest = torch.where(joined, number, len(joined)).amin(1)
         if torch.equal(smallest, number):
             return number.unique(return_inverse=True)[1]
@@ -57,9 +57,9 @@ def cells_of_masks(member: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def region_distances(features: Tensor, ids: Tensor) -> Tensor:
-    """How far apart the mean features of regions are, in the order of their ids, (R, R).
+    """Distances between the mean features of regions, in the order of their ids, (R, R).
 
-    max(f f^T) - f f^T of the unit means f, which is never negative.
+    max(f f^T) - f f^T for the unit means f, which is never negative.
 
     Args:
         features: unit rows, (N, D).
@@ -73,9 +73,10 @@ def region_distances(features: Tensor, ids: Tensor) -> Tensor:
 
 
 def merge_regions(features: Tensor, ids: Tensor, eps: float) -> Tensor:
-    """Regions that look alike become one; 0 stays, the others are numbered from 1.
+    """Merges similar regions; 0 is kept, the others are renumbered from 1.
 
-    Connected components of the pairs at most `eps` apart, which is DBSCAN with `min_samples=1`.
+    The result is the connected components of pairs at most `eps` apart, that is, DBSCAN with
+    `min_samples=1`.
 
     Args:
         features: unit rows, (N, D).
@@ -92,15 +93,15 @@ def merge_regions(features: Tensor, ids: Tensor, eps: float) -> Tensor:
 
 
 def vote_in_regions(labels: Labels, ids: Tensor, classes: int) -> Labels:
-    """The pixels of each region take the most frequent of their labels, the smallest of equals.
+    """Gives all pixels of a region their most frequent label, the smallest of equals.
 
     Args:
-        labels: of the image, (H, W).
-        ids: region of each pixel, (H, W); those of region 0 stay as they are.
+        labels: labels of the image, (H, W).
+        ids: region of each pixel, (H, W); region 0 is not changed.
         classes: number of classes.
 
     Returns:
-        Labels whose confidence, in regions, is the share of their winner; scores stay as they were.
+        Labels whose confidence inside regions is the winner's share; scores are not changed.
     """
     inside = ids != 0
     known, index = ids[inside].unique(return_inverse=True)

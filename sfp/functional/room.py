@@ -1,4 +1,4 @@
-"""Refuses what does not fit into memory, before the system ends the process for it."""
+"""Checks that tensors fit into memory, before the system kills the process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 class RoomError(ValueError):
-    """Something that needs more memory than there is."""
+    """Raised for something that needs more memory than there is."""
 
 
 def memory(device: torch.device) -> int | None:
-    """Bytes of memory of a device, in use or not; None where they cannot be told."""
+    """Total memory of a device in bytes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     try:
@@ -22,13 +22,13 @@ def memory(device: torch.device) -> int | None:
 
 
 def check_room(numbers: int, device: torch.device, what: str, instead: str) -> None:
-    """Refuses so many float32 numbers if the device has less memory in all.
+    """Raises an error if float32 numbers need more than the total memory of a device.
 
     Args:
-        numbers: that are held at once.
-        device: where.
-        what: needs them, for the message.
-        instead: what to do.
+        numbers: how many are in memory at once.
+        device: the device.
+        what: what needs them, for the message.
+        instead: advice for the message.
 
     Raises:
         RoomError: if they cannot fit.
@@ -36,6 +36,6 @@ def check_room(numbers: int, device: torch.device, what: str, instead: str) -> N
     room = memory(device)
     if room is not None and 4 * numbers > room:
         raise RoomError(
-            f"{what} takes about {4 * numbers / 2**30:.0f} GiB, the {device.type.upper()} has "
+            f"{what} takes about {4 * numbers / 2**30:.0f} GiB, but the {device.type.upper()} has "
             f"{room / 2**30:.0f}: {instead}"
         )

@@ -1,10 +1,11 @@
 """Sliding windows, and their logits merged and upsampled by two small matrix products.
 
-Every step from a window's patch logits to the final image is linear, and acts on rows and columns
-separately: upsample to the window, place it, divide by how many windows cover a pixel (a product of a
-row count and a column count, because the windows form a grid), resize to the original image. So the
-whole chain is `rows @ tiles @ columns.T` with two matrices that depend on sizes only. No
-full-resolution window, no accumulator, and any slab of the result can be had alone.
+Every step from a window's patch logits to the final image is linear and acts separately on rows and
+columns: upsampling to the window, placing it, dividing by the number of windows that cover a pixel (the
+product of a row count and a column count, because the windows form a grid), and resizing to the
+original image. So the whole chain is `rows @ tiles @ columns.T` with two matrices that depend only on
+sizes. It needs no full-resolution windows and no accumulator, and any slab of the result can be
+computed separately.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch.nn import functional as F
 from sfp.functional.kept import kept
 
 T = TypeVar("T")
-BLOCK = 256  # pixels of a side above which the merging matrices are used in parts
+BLOCK = 256  # pixels along a side for which a merging matrix is used at once
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:
-    """Where windows begin along one side; the last is shifted inside, as mmseg does.
+    """Starts of windows along one side; the last is shifted inside, as in mmseg.
 
     Raises:
         ValueError: if the stride would leave pixels uncovered.
@@ -39,7 +40,7 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
 def interpolation(source: int, target: int, like: Tensor) -> Tensor:
     """Bilinear resampling along one side (`align_corners=False`) as a matrix, (target, source).
 
-    It has the type and device of `like` and may be kept: it is not to be written to.
+    It has the dtype and device of `like`. It may be cached, so do not modify it.
     """
     return kept(source * target, _interpolation, like, source, target)
 
@@ -66,7 +67,7 @@ def from_square(cells: int, side: int, inner: int, target: int, like: Tensor) ->
 
 
 def nearest(ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map of whole numbers (..., h, w) at another size, without mixing them: (..., H, W).
+    """Resizes a map of integers (..., h, w) by nearest neighbour: (..., H, W).
 
     Row i comes from row floor(i * h / H), and so do columns.
     """
@@ -81,12 +82,12 @@ def squeezed(
     size: tuple[int, int],
     resample: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> Tensor:
-    """Images (B, C, H, W) at another size and shape: (B, C, h, w).
+    """Resizes images (B, C, H, W), ignoring their aspect ratio: (B, C, h, w).
 
     Args:
-        image: of floats.
+        image: floats.
         size: rows and columns.
-        resample: "bicubic" with antialiasing, as pictures are resized; "bilinear" without.
+        resample: "bicubic" with antialiasing, or "bilinear" without.
     """
     if image.shape[-2:] == size:
         return image
@@ -97,7 +98,7 @@ def squeezed(
 def merge_matrix(
     starts: Sequence[int], window: int, cells: int, length: int, target: int, padding: int = 0
 ) -> Tensor:
-    """One side of the chain from patch logits to the final image, as a matrix.
+    """The chain from patch logits to the final image along one side, as a matrix.
 
     Args:
         starts: first pixel of each window.
@@ -105,7 +106,7 @@ def merge_matrix(
         cells: patches of a window.
         length: pixels of the network's input.
         target: pixels of the final image.
-        padding: pixels that each window was padded by, half of them (rounded down) in front.
+        padding: pixels by which each window was padded, half of them (rounded down) in front.
 
     Returns:
         (target, len(starts) * cells) float64, on the host.
@@ -117,17 +118,17 @@ def merge_matrix(
         placed[start : start + window, i] = up
         covered[start : start + window] += 1
     merged = placed.flatten(1) / covered  # (length, windows * cells)
-    # resampled column by column: `interpolation` as a matrix would have length x target numbers
+    # resampled column by column, since `interpolation` would need a matrix of length x target
     return F.interpolate(merged.T[None], target, mode="linear", align_corners=False)[0].T
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of an image: how its pixels follow from the cells of all windows along it.
+    """The matrix for one side of an image, from the cells of all windows along it to its pixels.
 
     Attributes:
         matrix: (pixels, cells).
-        first, last: of each pixel, the first and the last cell whose weight is not zero.
+        first, last: for each pixel, the first and the last cell with a nonzero weight.
     """
 
     matrix: Tensor
@@ -136,7 +137,7 @@ class Side:
 
     @classmethod
     def of(cls, like: Tensor, *merged: Any) -> Side:
-        """Of a `merge_matrix` with these arguments, in the type and on the device of `like`."""
+        """From `merge_matrix` with these arguments, with the dtype and device of `like`."""
         matrix = merge_matrix(*merged)
         used = (matrix != 0).to(torch.uint8)
         first, after = used.argmax(1), used.flip(1).argmax(1)
@@ -151,23 +152,23 @@ class Side:
         return own, self.matrix[start:stop, own]
 
     def cpu(self) -> Side:
-        """The same in the host's memory."""
+        """A copy in the host's memory."""
         return replace(self, matrix=self.matrix.cpu())
 
 
 def overlaps(
     starts: Sequence[int], window: int, cells: int, length: int, canvas: int, *, floor: bool = False
 ) -> Tensor:
-    """How much of each canvas cell each window's cells cover along one side, in pixels.
+    """The overlap in pixels of each canvas cell with each window's cells, along one side.
 
     Args:
         starts: first pixel of each window.
         window: pixels of a window, which its cells divide evenly.
-        cells: of a window.
+        cells: number of cells of a window.
         length: pixels of the canvas, which its cells divide evenly.
-        canvas: cells of the canvas.
-        floor: a window's cells are moved back to whole cells of the canvas instead, as in the
-            releases: by up to one cell where origins are no multiples of it.
+        canvas: number of cells of the canvas.
+        floor: move a window's cells back to whole cells of the canvas, as in the releases; this shifts
+            them by up to one cell if origins are not multiples of it.
 
     Returns:
         (canvas, windows, cells) float64.
@@ -193,12 +194,12 @@ def _overlaps(like: Tensor, *args: Any) -> Tensor:
 
 
 def _stitching(like: Tensor, *args: Any) -> Tensor:
-    """Canvas cells from all windows' cells along one side, (canvas, windows * cells)."""
+    """Matrix from all windows' cells to canvas cells along one side, (canvas, windows * cells)."""
     return F.normalize(_overlaps(like, *args).flatten(1), p=1, dim=1).to(like)
 
 
 def _unstitching(like: Tensor, *args: Any) -> Tensor:
-    """All windows' cells from canvas cells along one side, (windows * cells, canvas)."""
+    """Matrix from canvas cells to all windows' cells along one side, (windows * cells, canvas)."""
     return F.normalize(_overlaps(like, *args).movedim(0, -1), p=1, dim=-1).flatten(0, 1).to(like)
 
 
@@ -208,15 +209,15 @@ def _padding(side: int, multiple: int, least: int) -> int:
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """Where the windows of one image lie.
+    """The positions of the windows of one image.
 
     Attributes:
         size: rows and columns of the image, in pixels.
         window: rows and columns of every window.
-        ys, xs: first rows and first columns; each row start meets each column start.
+        ys, xs: first rows and first columns; windows are all combinations of both.
         padding: rows and columns of zeros around each window, half of them in front.
-        direct: logits go from patches straight to the output size, not through the image's own.
-        shape: rows and columns that windows are resized to; None leaves them as they are cut.
+        direct: resize logits from patches directly to the output size, not via the image's own size.
+        shape: rows and columns to which windows are resized; None does not resize them.
     """
 
     size: tuple[int, int]
@@ -451,7 +452,7 @@ class LogitSheet:
         return len(self.vertical), len(self.horizontal)
 
     def cpu(self) -> LogitSheet:
-        """The same in the host's memory."""
+        """A copy in the host's memory."""
         regions = None if self.regions is None else self.regions.cpu()
         return LogitSheet(self.tiles.cpu(), self.vertical.cpu(), self.horizontal.cpu(), regions)
 

@@ -1,11 +1,11 @@
-"""The embedded mini world: generated scenes, and a small CLIP that was trained on nothing else.
+"""The built-in mini world: generated scenes, and a small CLIP trained only on them.
 
-The model knows the eighteen names in `CLASSES` and their `ALIASES`; any other word has an embedding
-of zero. Its training used the generator's patch labels besides captions (see `train`), so that its
-middle layers group patches as those of real CLIPs do. Its outlier tokens were trained in (see
-`outliers`), as a stand-in for what happens by itself in large CLIPs, and labels restrict them to
-background. What methods score on it says whether they run as intended, and shows what outliers do; it
-is no evidence of how they fare with real images.
+The model knows the eighteen names in `CLASSES` and their `ALIASES`; any other word has an embedding of
+zero. It was trained with the generator's patch labels as well as captions (see `train`), so that its
+middle layers group patches like those of real CLIPs. Its outlier tokens were trained in (see
+`outliers`), as a stand-in for those that large CLIPs develop on their own, and confined to the
+background by labels. Scores on it show whether methods run as intended and what outliers do; they say
+nothing about real images.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def checkpoint() -> Path:
 
 
 def unknown_words(weights: object, vocabulary: Vocabulary) -> list[str]:
-    """The queries that the mini CLIP has never seen in a caption; none if other weights are in use.
+    """The queries that occur in no caption of the mini CLIP; none if other weights are in use.
 
-    Its text encoder has no embedding for them, so what it finds for them means nothing.
+    Its text encoder has no embedding for them, so results for them are meaningless.
 
     Args:
         weights: as in `sfp.load`.
-        vocabulary: what is looked for.
+        vocabulary: the words.
 
     Example:
         >>> from sfp.vocabulary import load_vocabulary
@@ -72,11 +72,11 @@ def unknown_words(weights: object, vocabulary: Vocabulary) -> list[str]:
 
 
 def vocabulary_note(weights: object, vocabulary: Vocabulary | None = None) -> str:
-    """What to tell a user of the mini CLIP about its words; empty if other weights are in use.
+    """A note for users of the mini CLIP about its words; empty if other weights are in use.
 
     Args:
         weights: as in `sfp.load`.
-        vocabulary: what is looked for; None if nothing is yet.
+        vocabulary: the words; None if there are none yet.
     """
     if not _is_mini(weights):
         return ""
@@ -84,7 +84,7 @@ def vocabulary_note(weights: object, vocabulary: Vocabulary | None = None) -> st
     real = "for photos use real weights, --weights ViT-B/16 (`sfp weights get ViT-B/16` downloads them)"
     unknown = unknown_words(weights, vocabulary) if vocabulary else []
     if unknown:
-        return f"{', '.join(unknown)}: never seen by the mini CLIP, which {knows}; {real}"
+        return f"{', '.join(unknown)}: unknown to the mini CLIP, which {knows}; {real}"
     return f"the mini CLIP {knows}; {real}"
 
 
@@ -93,5 +93,5 @@ def _is_mini(weights: object) -> bool:
 
 
 def _spoken(query: str) -> str:
-    """A query as captions spell it: in small letters, single blanks, without an article."""
+    """A query as spelled in captions: in lower case, with single blanks, without an article."""
     return re.sub(r"^(an?|the) ", "", " ".join(query.lower().split()))

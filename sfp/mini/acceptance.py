@@ -1,8 +1,8 @@
-"""Whether a mini CLIP shows what SFP is about: `python -m sfp.mini.acceptance --weights FILE`.
+"""Tests whether a mini CLIP shows SFP's phenomenon: `python -m sfp.mini.acceptance --weights FILE`.
 
-It is judged by the phenomenon, not by the order of the methods, on scenes that no choice was made on:
-purification matters, outliers look like those of large CLIPs, plain CLIP suffers from them, and the
-level stays. Differences come with 95 % intervals of a paired bootstrap over scenes.
+The criteria concern the phenomenon, not the ranking of methods, on scenes that no choice was based on:
+purification matters, outliers resemble those of large CLIPs, plain CLIP suffers from them, and scores
+remain high. Differences have 95 % intervals of a paired bootstrap over scenes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from sfp.method import build_method
 from sfp.mini.scenes import CLASSES, scene
 from sfp.trace import Trace
 
-ROWS: Mapping[str, Mapping[str, Any]] = dict(  # the poster's, by whether there is SOM, SAE, HAI
+ROWS: Mapping[str, Mapping[str, Any]] = dict(  # the poster's rows, by their modules SOM, SAE, HAI
     none=dict(purify=False, enhancer="qk", integrator=False),
     som=dict(enhancer="qk", integrator=False),
     sae=dict(purify=False, integrator=False),
@@ -64,14 +64,14 @@ STRONGEST = 5
 
 @dataclass(frozen=True)
 class Point:
-    """One thing that is asked for.
+    """A criterion and its measurement.
 
     Attributes:
-        name: of it.
-        value: measured.
-        low, high: 95 % interval, NaN where there is none.
-        wanted: in words.
-        holds: whether it is so.
+        name: its name.
+        value: the measured value.
+        low, high: 95 % interval, NaN if there is none.
+        wanted: the requirement, in words.
+        holds: whether it is met.
     """
 
     name: str
@@ -85,19 +85,19 @@ class Point:
 def measure(
     clip: CLIP, scenes: int, first_seed: int, methods: Mapping[str, Mapping[str, Any]] = METHODS
 ) -> dict[str, Any]:
-    """What methods score on scenes, and what the model's attention and norms look like there.
+    """Measures methods' scores on scenes, and statistics of the model's attention and norms.
 
     Args:
         clip: the model.
-        scenes: how many.
-        first_seed: of the first; the others count on.
-        methods: what `build_method` takes, by name.
+        scenes: number of scenes.
+        first_seed: seed of the first scene; the others follow.
+        methods: arguments of `build_method`, by name.
 
     Returns:
-        "counts": by method the pixels of each class that are right, predicted and true,
-        (scenes, 3, 18) int64. "blocks": by figure one mean over scenes for each of `BLOCKS`, see
-        `look`. "top_k": share of visible classes among the class token's first k names, k being how
-        many are visible.
+        "counts": by method the correct, predicted and true pixels of each class, (scenes, 3, 18) int64.
+        "blocks": for each statistic (see `look`), its mean over scenes for each of `BLOCKS`. "top_k":
+        share of the visible classes among the k names closest to the class token, where k is the number
+        of visible classes.
     """
     text = text_bank(clip, CLASSES)
     built = {name: build_method(method) for name, method in methods.items()}
@@ -106,7 +106,7 @@ def measure(
     for image, labels in _draw(clip, scenes, first_seed):
         traces: dict[Any, Trace] = {}
         for name, method in built.items():
-            if method.trunk not in traces:  # the same run serves all that do not edit it
+            if method.trunk not in traces:  # methods with equal trunks share a run
                 traces[method.trunk] = method.run(clip.visual, image, text=text)
             logits = method.read_logits(traces[method.trunk])
             guess = F.interpolate(logits, labels.shape, mode="bilinear").argmax(1)[0]
@@ -144,12 +144,12 @@ def _count(guess: Tensor, labels: Tensor) -> np.ndarray:
 
 
 def look(trace: Trace) -> dict[str, list[float]]:
-    """Figures of one image by block, of `BLOCKS`.
+    """Statistics of one image for each of `BLOCKS`.
 
     Returns:
-        "norm": largest norm over the median of what leaves the block (NaN for the last).
-        "class": share of the class token's attention to patches on the patches it attends to most.
-        "patches": share of the patches' attention to patches on those they attend to most.
+        "norm": ratio of the largest to the median norm in the block's output (NaN for the last).
+        "class": share of the class token's attention to patches that its strongest patches receive.
+        "patches": share of the patches' attention to patches that their strongest patches receive.
         "both": share of the former patches that are among the latter.
     """
     figures: dict[str, list[float]] = {"norm": [], "class": [], "patches": [], "both": []}
@@ -170,7 +170,7 @@ def look(trace: Trace) -> dict[str, list[float]]:
 
 
 def points(measured: Mapping[str, Any]) -> list[Point]:
-    """What is asked of the shipped checkpoint, and whether `measured` has it."""
+    """The acceptance criteria of the shipped checkpoint, applied to `measured`."""
     counts = measured["counts"]
     iou = {name: class_iou(each.sum(0)) for name, each in counts.items()}
     level = {name: float(np.nanmean(each)) for name, each in iou.items()}
@@ -206,7 +206,7 @@ def points(measured: Mapping[str, Any]) -> list[Point]:
 
 
 def report(measured: Mapping[str, Any]) -> str:
-    """All of it as text."""
+    """All measurements and criteria as text."""
     counts = measured["counts"]
     lines = [f"{len(counts['sfp'])} scenes", "", "mIoU"]
     for name, each in counts.items():

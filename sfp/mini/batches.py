@@ -1,4 +1,4 @@
-"""What the mini CLIP learns from: windows of drawn scenes, captions, and which of them match."""
+"""Training batches of the mini CLIP: windows of drawn scenes, captions, and which of them match."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ GRID = 14  # tokens along a side of a scene
 WINDOW = 7  # tokens along a side of a training window
 PATCH = 8  # pixels, while training
 SIDE = GRID * PATCH
-VOCABULARY = 49408  # of OpenAI's tokenizer
+VOCABULARY = 49408  # size of OpenAI's vocabulary
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's pixel statistics
 STD = (0.26862954, 0.26130258, 0.27577711)
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of {}.", *IMAGENET)
@@ -80,7 +80,7 @@ def token_areas(labels: np.ndarray) -> np.ndarray:
 
 
 class Tokenizer:
-    """OpenAI's tokens, renumbered so that only those that captions can contain have a row.
+    """OpenAI's tokens, renumbered so that only tokens that occur in captions have a row.
 
     Attributes:
         used: Original ids in ascending order, (V,); the end-of-text token stays the highest.
@@ -114,10 +114,10 @@ class Batch:
 
     Attributes:
         pixels: Normalised windows, (B, 3, 8h, 8w).
-        places: Row of each token in the position table, (B, h*w).
+        places: Row of each token in the position embedding, (B, h*w).
         cells: Class that covers most of each token, (B, h*w).
         ids: Captions, (T, L).
-        match: Whether all that a caption names is visible in the image, (B, T).
+        match: Whether everything named in a caption is visible in the image, (B, T).
     """
 
     pixels: Tensor
@@ -144,17 +144,17 @@ def draw_batch(
     """Windows of scenes with their captions and the pool's captions.
 
     Args:
-        data: where scenes are taken from.
-        tokens: of captions.
-        side: of a window, in tokens.
-        rng: draws scenes, windows, flips and captions.
-        count: windows.
+        data: the scenes.
+        tokens: tokenizer of the captions.
+        side: side of a window, in tokens.
+        rng: random generator for scenes, windows, flips and captions.
+        count: number of windows.
         pool: further captions per class, each with one name.
         visible: area in tokens from which a class counts as visible.
     """
     pixels, places, areas = [], [], []
     for index in rng.integers(len(data.images), size=count):
-        # the better of two windows: things are rare, stuff is everywhere
+        # the better of two windows, since objects are rare and stuff is everywhere
         corners = rng.integers(0, GRID - side + 1, (2, 2))
         views = [data.areas[index, y : y + side, x : x + side] for y, x in corners]
         best = int(np.argmax([view[..., : len(THINGS)].sum(dtype=int) for view in views]))

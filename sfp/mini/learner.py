@@ -1,18 +1,18 @@
 """The first stage of the mini CLIP's training: its settings, the model, the losses.
 
-What makes a thing this small work on one CPU core:
+These choices make training feasible on one CPU core:
 
-* a sample is a window of 7x7 tokens with the position embeddings of its place, so a step costs a
+* a sample is a window of 7x7 tokens with the position embeddings of its position, so a step costs a
   quarter of a whole scene; whole scenes follow in the last part;
-* an image matches every caption whose names are all visible in it, and each caption of the batch
-  weighs the same in a sigmoid loss, so rare things count as much as sky;
-* in six of ten steps the class token joins only before the last block. It cannot collect the
-  picture on the way then, and the patches have to carry the names in their values.
+* an image matches every caption whose names are all visible in it, and all captions of a batch have
+  the same weight in a sigmoid loss, so rare objects count as much as sky;
+* in six of ten steps the class token joins only before the last block. It then cannot collect the
+  picture in earlier blocks, so the patches must carry the names in their values.
 
-The generator's patch labels guide block 8 during the first half, and the kinship loss asks that
-patches of one class resemble and attend to one another. The shipped log, `train.log`, shows that loss
-from minute 45 on, in its present form from minute 60 on; the run was interrupted there to add it, and
-a few steps occur twice.
+The generator's patch labels guide block 8 during the first half, and the kinship loss makes patches of
+one class resemble and attend to one another. The shipped log, `train.log`, contains that loss from
+minute 45 on, and in its current form from minute 60 on, where the run was interrupted to add it; a few
+steps occur twice.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from sfp.mini.scenes import CLASSES
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is learnt; either `steps` or `minutes` ends the training."""
+    """The training settings; training ends after either `steps` or `minutes`."""
 
     minutes: float = 95.0
     steps: int | None = None
@@ -49,10 +49,10 @@ class Recipe:
     late: float = 0.6  # share of steps in which the class token joins before the last block
     aux: float = 0.5  # first part, with patch labels at `aux_block`
     aux_block: int = 8
-    attended: int = 3  # blocks whose attention the kinship loss looks at in a step
+    attended: int = 3  # number of blocks whose attention the kinship loss uses in a step
     kin_blocks: tuple[int, ...] = (3, 8)  # blocks whose patches it compares
     visible: float = 3.0  # area in tokens from which a class counts as visible
-    bias: float = -4.0  # of the caption loss, at first
+    bias: float = -4.0  # initial bias of the caption loss
     seed: int = 0
 
 
@@ -77,12 +77,12 @@ def initialise(clip: CLIP) -> None:
 
 
 class Learner(nn.Module):
-    """The CLIP and what is thrown away after the training: loss bias and patch classifier."""
+    """The CLIP, with a loss bias and a patch classifier that are used only in training."""
 
     def __init__(self, recipe: Recipe, tokens: Tokenizer) -> None:
         super().__init__()
         self.recipe = recipe
-        self.seen: dict[str, float] = {}  # what the log shows of a step besides its losses
+        self.seen: dict[str, float] = {}  # further values of a step, for the log
         self.clip = CLIP(
             embed_dim=recipe.width,
             image_size=SIDE,
@@ -112,13 +112,13 @@ class Learner(nn.Module):
         """The losses of one step, whose sum is minimised, by name.
 
         Args:
-            batch: what to learn from.
-            done: share of the schedule that is done.
-            rng: for what is left to chance.
+            batch: the training batch.
+            done: completed share of the schedule.
+            rng: random generator.
         """
         recipe = self.recipe
         late = bool(rng.random() < recipe.late)
-        blocks = recipe.layers - 1  # the last one keeps its own ways
+        blocks = recipe.layers - 1  # the last one is not constrained
         attended = rng.choice(blocks, min(recipe.attended, blocks), replace=False).tolist()
         image, entering = self.look(batch.pixels, batch.places, late)
         text = F.normalize(self.clip.encode_text(batch.ids), dim=-1)
@@ -133,15 +133,15 @@ class Learner(nn.Module):
         return losses
 
     def kinship(self, entering: list[Tensor], cells: Tensor, attended: Sequence[int]) -> Tensor:
-        """Patches of one class should resemble and attend to one another, as in middle layers of CLIP.
+        """Makes patches of one class resemble and attend to one another, as in CLIP's middle layers.
 
-        Without it the mini model's middle layers attend anywhere, and methods that read similarity or
-        attention from there (SFP, SC-CLIP, ResCLIP) have nothing to read.
+        Without this loss the attention of the mini model's middle layers is arbitrary, and methods that
+        use their similarity or attention (SFP, SC-CLIP, ResCLIP) cannot work.
 
         Args:
-            entering: Tokens (B, P + N, D) that entered each block.
+            entering: Input tokens of each block, (B, P + N, D).
             cells: Class of each patch, (B, N).
-            attended: Blocks whose attention is looked at.
+            attended: Blocks whose attention is used.
         """
         kin = (cells[:, :, None] == cells[:, None]).float()  # (B, N, N)
         share = 1 / kin.sum(-1)  # so that each class of an image counts the same, however small
@@ -161,7 +161,7 @@ class Learner(nn.Module):
         return torch.stack(losses).sum()
 
     def patches(self, pixels: Tensor, places: Tensor) -> Tensor:
-        """The patches that enter the first block, (B, N, D)."""
+        """The patch tokens that enter the first block, (B, N, D)."""
         visual = self.clip.visual
         patches = visual.conv1(pixels).flatten(2).mT + visual.positional_embedding[places]
         return visual.ln_pre(patches)
@@ -206,9 +206,9 @@ class Learner(nn.Module):
 
 
 def likeness(x: Tensor) -> Tensor:
-    """Cosines of patches (B, N, D), those below 0.3 cut: (B, N, N).
+    """Cosines of patches (B, N, D), softly cut below 0.3: (B, N, N).
 
-    About what methods do that set cosines below 0.4 to zero, with a slope to learn from.
+    A differentiable approximation of methods that set cosines below 0.4 to zero.
     """
     unit = F.normalize(x, dim=-1)
     cosine = unit @ unit.mT
@@ -216,20 +216,20 @@ def likeness(x: Tensor) -> Tensor:
 
 
 def impurity(weights: Tensor, total: Tensor, kin: Tensor, share: Tensor) -> Tensor:
-    """How little of each patch's weight lies on its kin: mean of -log.
+    """Mean negative log of the share of each patch's weight on patches of its class.
 
     Args:
         weights: (..., B, N, N).
-        total: all of a patch's weight, (..., B, N).
-        kin: which patches are of one class, (B, N, N).
-        share: of each patch in the mean, (B, N).
+        total: sum of a patch's weights, (..., B, N).
+        kin: which patches are of the same class, (B, N, N).
+        share: weight of each patch in the mean, (B, N).
     """
     purity = (weights * kin).sum(-1) / total.clamp_min(1e-6)
     return -(share * purity.clamp_min(1e-4).log()).sum()
 
 
 def caption_loss(logits: Tensor, match: Tensor) -> Tensor:
-    """Sigmoid loss of images and captions, (B, T) each; a caption counts the same however common."""
+    """Sigmoid loss of images and captions, (B, T) each, with equal weights for all captions."""
     return -2 * (per_caption(logits, match) + per_caption(-logits, ~match))
 
 

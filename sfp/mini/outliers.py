@@ -1,24 +1,25 @@
-"""The second stage of the mini CLIP's training, in which outlier tokens come about.
+"""The second stage of the mini CLIP's training, which creates outlier tokens.
 
-In large CLIPs some background patches turn into registers by themselves: their norm grows, they carry
-what the image shows and not what is at their place, the class token reads little else, and all
-patches attend to them, which makes bright stripes in attention maps (Darcet et al., 2024; CLIPtrase;
-SFP). A CLIP of width 128 has no need of that, so here it is *trained in*, as a stand-in: one loss for
-each of these observations. Which patches become registers is left to the model, among those that the
-generator's labels say lie inside background; that they are background is asked for, too.
+In large CLIPs some background patches turn into registers during training: their norms grow, they
+describe the whole image instead of their own position, the class token reads little else, and all
+patches attend to them, which shows as bright stripes in attention maps (Darcet et al., 2024; CLIPtrase;
+SFP). A CLIP of width 128 does not do this on its own, so here it is *trained in*, as a stand-in, with
+one loss for each of these observations. The model chooses which patches become registers, but only
+among those inside the background according to the generator's labels; that they are background is thus
+imposed, too.
 
-What makes it work is a bottleneck: in some of the steps the class token sees nothing but the hubs,
-from `first` on, and nothing before. Then captions can only be matched by what hubs have collected.
-Without it hubs become loud constants, which the class token avoids. Norms grow later, since a token
-that is large has little room for what it collects.
+The essential part is a bottleneck: in some steps the class token sees only the hubs, from block `first`
+on, and nothing before. Captions can then only be matched through what the hubs have collected. Without
+it, hubs become large constants, which the class token avoids. Norms are raised later in training,
+because a large token has little room for what it collects.
 
-Two losses stand for no observation about outliers. `balance` keeps the class token about as large as
-what the patches hand on, which SFP's release takes for granted when it adds 0.3 of it to each patch.
-`stripes_self`, that softmax(q q^T) and softmax(k k^T) of the last block attend to the hubs as well,
-follows from them in large CLIPs, but here it is asked for, and it is what hurts methods by
-self-self attention.
+Two losses do not correspond to an observation about outliers. `balance` keeps the class token about as
+large as the patches' values, which SFP's release relies on when it adds 0.3 of it to each patch.
+`stripes_self` makes softmax(q q^T) and softmax(k k^T) of the last block attend to the hubs as well. In
+large CLIPs this happens on its own, but here it is imposed, and it is what hurts methods with self-self
+attention.
 
-No weight and no activation is written by hand. None of this is evidence about real images.
+No weight or activation is set by hand. None of this is evidence about real images.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from sfp.mini.scenes import THINGS
 
 @dataclass(frozen=True)
 class OutlierRecipe(Recipe):
-    """Everything that decides what the second stage does; it starts from the first one's weights."""
+    """The settings of the second stage, which starts from the weights of the first."""
 
     steps: int | None = 820
     rate: float = 8e-4
@@ -46,10 +47,10 @@ class OutlierRecipe(Recipe):
     whole: float = 1.0
     batch: int = 16  # 8 whole scenes
     hubs: int = 8  # outliers per scene
-    first: int = 5  # block from which on the class token reads them
-    thinned: float = 0.25  # share of steps in which a quarter of the patches is left out, at random
-    thinned_until: float = 0.7  # not in the last part of the schedule
-    narrow: float = 0.6  # share of steps in which the class token sees nothing but the hubs
+    first: int = 5  # first block in which the class token reads them
+    thinned: float = 0.25  # share of steps in which a random quarter of the patches is dropped
+    thinned_until: float = 0.7  # share of the schedule after which none are dropped
+    narrow: float = 0.6  # share of steps in which the class token sees only the hubs
     late: float = 0.3
     read: float = 2.0
     stripes: float = 0.5
@@ -80,10 +81,10 @@ class Run:
     """A forward run of the image tower.
 
     Attributes:
-        entering: tokens that enter each block, and what leaves the last, (B, 1 + N, D) each.
+        entering: input tokens of each block, and the output of the last, (B, 1 + N, D) each.
         maps: mean attention of each block, (B, 1 + N, 1 + N); the class token's as if it saw all.
         selfself: softmax(q q^T) and softmax(k k^T) of the last block's patches, (B, N, N) each.
-        values: what the last block's patches hand on, (B, N, D).
+        values: projected values of the last block's patches, (B, N, D).
         hubs: (B, N) bool.
     """
 
@@ -95,7 +96,7 @@ class Run:
 
 
 class Outliers(Learner):
-    """The mini CLIP in its second stage. The text tower stays as it is."""
+    """The mini CLIP in its second stage, with a frozen text tower."""
 
     def __init__(self, recipe: OutlierRecipe, tokens: Tokenizer) -> None:
         super().__init__(recipe, tokens)
@@ -112,8 +113,8 @@ class Outliers(Learner):
 
         Args:
             batch: whole scenes.
-            done: share of the schedule that is done.
-            rng: for what is left to chance.
+            done: completed share of the schedule.
+            rng: random generator.
         """
         r: OutlierRecipe = self.recipe  # type: ignore[assignment]
         patches = self.patches(batch.pixels, batch.places)  # (B, N, D)
@@ -162,13 +163,13 @@ class Outliers(Learner):
         return losses
 
     def run(self, patches: Tensor, cells: Tensor, inside: Tensor, narrow: bool) -> Run:
-        """A run of the tower, in which the class token chooses the hubs.
+        """A run of the tower, in which the class token's attention selects the hubs.
 
         Args:
-            patches: that enter the first block, (B, N, D).
+            patches: input tokens of the first block, (B, N, D).
             cells: class of each, (B, N).
-            inside: those inside background, (B, N) bool.
-            narrow: whether the class token sees the hubs only, and nothing before they are chosen.
+            inside: those inside the background, (B, N) bool.
+            narrow: whether the class token sees only the hubs, and nothing before they are chosen.
         """
         r: OutlierRecipe = self.recipe  # type: ignore[assignment]
         x = torch.cat([self.class_token(len(patches)), patches], 1)
@@ -188,17 +189,17 @@ class Outliers(Learner):
         return Run(entering, maps, selfself, self.handed(v), hubs)
 
     def values(self, x: Tensor) -> Tensor:
-        """What patches of (B, 1 + N, D) would hand on in the last block, (B, N, D)."""
+        """The last block's projected values for the patches of (B, 1 + N, D): (B, N, D)."""
         last = self.clip.visual.blocks[-1]
         return self.handed(last.attn.project(last.ln_1(x))[2])
 
     def handed(self, v: Tensor) -> Tensor:
-        """The last block's values (B, H, 1 + N, d) of patches, through its projection: (B, N, D)."""
+        """Projects the last block's values (B, H, 1 + N, d) of patches: (B, N, D)."""
         values = v[:, :, 1:].transpose(1, 2).flatten(2)
         return self.clip.visual.blocks[-1].attn.out_proj(values)
 
     def kin_tokens(self, entering: list[Tensor], cells: Tensor, hubs: Tensor) -> Tensor:
-        """Ordinary patches of one class resemble one another: the first stage's kinship."""
+        """The first stage's kinship loss, for patches other than hubs."""
         kin, share = kinship(cells, hubs)
         ordinary = ~hubs[:, None]
         maps = [likeness(entering[i + 1][:, 1:]) * ordinary for i in self.kin_blocks]
@@ -210,7 +211,7 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A block's output (B, T, D), its mean attention (B, T, T), its queries, keys and values.
 
-    The class token reads with `hidden`, (B, T), added to its logits; the attention is without it.
+    `hidden`, (B, T), is added to the class token's logits, but not in the returned attention.
     """
     q, k, v = block.attn.project(block.ln_1(x))
     scores = q @ k.mT * q.shape[-1] ** -0.5
@@ -223,14 +224,14 @@ def attend(
 
 @torch.no_grad()
 def class_row(block: Block, x: Tensor) -> Tensor:
-    """The class token's mean attention to the patches in a block that `x` enters, (B, N)."""
+    """The class token's mean attention to the patches in a block with input `x`, (B, N)."""
     q, k, _ = block.attn.project(block.ln_1(x))
     weights = (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     return weights.mean(1)[:, 0, 1:]
 
 
 def sample(shape: Sequence[int], count: int, rng: np.random.Generator) -> Tensor:
-    """For each of B rows `count` of N places, at random: (B, count) for a shape (B, N)."""
+    """`count` of N positions at random for each of B rows: (B, count) for a shape (B, N)."""
     order = rng.permuted(np.tile(np.arange(shape[1]), (shape[0], 1)), axis=1)
     return torch.from_numpy(order[:, :count])
 
@@ -243,12 +244,12 @@ def interior(cells: Tensor) -> Tensor:
 
 
 def choose(read_from: Tensor, cells: Tensor, inside: Tensor, count: int) -> Tensor:
-    """The background patches that the class token reads most already: (B, N) bool.
+    """The background patches that the class token already attends to most: (B, N) bool.
 
     Args:
-        read_from: class attention, (B, N).
+        read_from: attention of the class token, (B, N).
         cells: class of each patch, (B, N).
-        inside: patches inside background; in scenes with too few of them others follow.
+        inside: patches inside the background; if there are too few, others are used as well.
         count: patches per scene.
     """
     rank = read_from + 1e3 * inside + 1e2 * (cells >= len(THINGS))
@@ -261,25 +262,19 @@ def over(values: Tensor, where: Tensor) -> Tensor:
 
 
 def read(rows: Tensor, hubs: Tensor) -> Tensor:
-    """The class token reads few proxies: its attention (L, B, N) lies on the hubs.
-
-    Nothing is gained beyond a share of 0.92.
-    """
+    """Loss: the class token's attention (L, B, N) lies on the hubs, up to a share of 0.92."""
     return -(rows * hubs).sum(-1).clamp(1e-4, 0.92).log().mean()
 
 
 def late(maps: Sequence[Tensor]) -> Tensor:
-    """The class token collects late: in early blocks, maps (B, T, T), it attends to itself.
-
-    Nothing is gained beyond a share of 0.9.
-    """
+    """Loss: in early blocks, (B, T, T), the class token attends to itself, up to a share of 0.9."""
     return torch.stack([-m[:, 0, 0].clamp(1e-4, 0.9).log().mean() for m in maps]).mean()
 
 
 def stripes(maps: Sequence[Tensor], share: float, hubs: Tensor) -> Tensor:
-    """All patches attend to the hubs: bright stripes in attention between patches (B, N, N).
+    """Loss: all patches attend to the hubs, which gives bright stripes in their attention (B, N, N).
 
-    Each ordinary row has a certain share of its weight on them, neither less nor more.
+    Each row of another patch has exactly a given share of its weight on the hubs.
     """
     losses = []
     for weights in maps:
@@ -289,19 +284,19 @@ def stripes(maps: Sequence[Tensor], share: float, hubs: Tensor) -> Tensor:
 
 
 def growth(norms: Tensor, usual: Tensor, hubs: Tensor, times: float) -> Tensor:
-    """The hubs' norm grows: norms (..., B, N) reach a multiple of the usual ones (..., B, 1)."""
+    """Loss: the hubs' norms, of (..., B, N), reach a multiple of the usual norm (..., B, 1)."""
     return over((times * usual.detach() / norms).log().clamp_min(0), hubs)
 
 
 def louder(values: Tensor, hubs: Tensor, times: float) -> Tensor:
-    """So does that of what they hand on, the values (B, N, D) of the last block."""
+    """Loss: likewise for the norms of their projected values (B, N, D) in the last block."""
     norms = values.norm(dim=-1)
     usual = (norms * ~hubs).sum(-1, keepdim=True) / (~hubs).sum(-1, keepdim=True)
     return growth(norms, usual, hubs, times)
 
 
 def content(named: Tensor, first: Tensor, hubs: Tensor) -> Tensor:
-    """They carry the image's content: what they hand on names what the class token names first.
+    """Loss: the hubs' values represent the image, by the name that the class token ranks first.
 
     Args:
         named: scores of the eighteen names, (B, N, 18).
@@ -312,15 +307,15 @@ def content(named: Tensor, first: Tensor, hubs: Tensor) -> Tensor:
 
 
 def place(named: Tensor, cells: Tensor, hubs: Tensor) -> Tensor:
-    """The other patches keep what is at their place: what they hand on names it."""
+    """Loss: the other patches' values still represent the class at their own position."""
     _, share = kinship(cells, hubs)
     return (F.cross_entropy(named.mT, cells, reduction="none") * share).sum()
 
 
 def kinship(cells: Tensor, hubs: Tensor) -> tuple[Tensor, Tensor]:
-    """Which ordinary patches are of one class, (B, N, N), and the share of each in a mean, (B, N).
+    """Which patches other than hubs share a class, (B, N, N), and each one's weight in a mean, (B, N).
 
-    Each class of an image has the same share, however small it is.
+    Each class of an image has the same total weight, however small it is.
     """
     ordinary = (~hubs).float()
     kin = (cells[:, :, None] == cells[:, None]) * ordinary[:, None] * ordinary[..., None]
@@ -329,7 +324,7 @@ def kinship(cells: Tensor, hubs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kin_attention(maps: Sequence[Tensor], cells: Tensor, hubs: Tensor) -> Tensor:
-    """Besides the hubs patches attend to those of their class.
+    """Loss: apart from the hubs, patches attend to patches of their own class.
 
     Args:
         maps: attention of the patches, (B, N, N), or (B, N, 1 + N) with the class token first, which
@@ -347,7 +342,7 @@ def kin_attention(maps: Sequence[Tensor], cells: Tensor, hubs: Tensor) -> Tensor
 
 
 def balance(cls: Tensor, values: Tensor, hubs: Tensor, most: float) -> Tensor:
-    """The class token (B, D) is at most so many times as large as what patches hand on, (B, N, D)."""
+    """Loss: the class token (B, D) is at most `most` times as large as patches' values (B, N, D)."""
     usual = values.norm(dim=-1).masked_fill(hubs, torch.nan).nanmedian(-1).values
     return (cls.norm(dim=-1) / usual / most).log().clamp_min(0).mean()
 
@@ -356,7 +351,7 @@ def balance(cls: Tensor, values: Tensor, hubs: Tensor, most: float) -> Tensor:
 def sight(
     rows: Tensor, striped: Sequence[Tensor], norms: Tensor, values: Tensor, hubs: Tensor
 ) -> dict[str, float]:
-    """What the log shows of the hubs."""
+    """Statistics of the hubs, for the log."""
     shares = [over((m * hubs[:, None]).sum(-1), ~hubs).item() for m in striped]
     loud = values.norm(dim=-1)
     return dict(

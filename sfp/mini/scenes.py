@@ -248,7 +248,7 @@ def _intact(root: Path, recipe: dict) -> bool:
 
 
 def _background(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One texture, or two that meet at a rough horizon: float picture and labels."""
+    """One texture, or two that meet at an uneven horizon: float picture and labels."""
     upper = str(rng.choice(["sky", "night", "brick wall"]))
     lower = str(rng.choice(["grass", "sand", "water"]))
     if rng.random() < 0.2:
@@ -272,7 +272,7 @@ def _background(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
 def _free_spot(
     rng: np.random.Generator, placed: list[tuple[float, float, float]], largest: float
 ) -> tuple[float, float, float] | None:
-    """Find centre and extent (as fractions of the picture) that barely touch what is there."""
+    """Find a centre and extent (as fractions of the picture) that hardly overlap other objects."""
     for _ in range(30):
         extent = rng.uniform(0.30, largest)
         x, y = rng.uniform(0.42 * extent, 1 - 0.42 * extent, 2)
@@ -290,7 +290,7 @@ def _place(
     y: float,
     extent: float,
 ) -> None:
-    """Paint a thing upright on a tile of its own, then turn, flip and stamp it (in place)."""
+    """Paint an object upright on its own tile, then rotate, flip and paste it (in place)."""
     size = len(labels)
     tile = _Tile(2 * int(extent * size))  # twice the final size: the warp halves it smoothly
     _THINGS[name](rng, tile)
@@ -717,5 +717,5 @@ _THINGS: dict[str, Callable[[np.random.Generator, _Tile], None]] = {
     "cat": _cat,
 }
 
-# Largest turn in degrees where it is not the usual 14.
+# Largest rotation in degrees where it is not the usual 14.
 _TURN = {"ball": 180, "sun": 180, "star": 40, "fish": 30, "box": 30}

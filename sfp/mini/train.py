@@ -254,8 +254,8 @@ class Training:
 def export(clip: CLIP, used: Tensor) -> dict[str, Tensor]:
     """OpenAI's layout at patch 16 and 224 px, matrices in half precision.
 
-    Each pixel of the small kernel becomes 2x2 pixels of a quarter of its weight. That is exact for
-    a picture whose 2x2 means are the picture of 112 px. Tokens outside `used` get zero rows.
+    Each pixel of the small kernel becomes 2x2 pixels with a quarter of its weight. This is exact, since
+    the 2x2 means of a picture are the training picture of 112 px. Tokens outside `used` get zero rows.
     """
     state = {name: value.detach().float().cpu() for name, value in clip.state_dict().items()}
     kernel = state["visual.conv1.weight"]  # (D, 3, 8, 8)
@@ -267,7 +267,7 @@ def export(clip: CLIP, used: Tensor) -> dict[str, Tensor]:
 
 
 def reload(path: Path, used: Tensor) -> dict[str, Tensor]:
-    """What `export` wrote, as the learner has it."""
+    """Converts what `export` wrote back to the learner's layout."""
     state = {name: value.float() for name, value in load_file(path).items()}
     state["visual.conv1.weight"] = state["visual.conv1.weight"][:, :, ::2, ::2] * 4
     state["token_embedding.weight"] = state["token_embedding.weight"][used]
@@ -284,13 +284,13 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=OutlierRecipe.steps, help="length of the second stage"
     )
-    parser.add_argument("--start", type=Path, help="a result of the first stage, which is left out")
+    parser.add_argument("--start", type=Path, help="result of the first stage, to skip that stage")
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="NAME=NUMBER",
-        help="settings of the second stage, for ablations: selfself=0 leaves that loss out",
+        help="settings of the second stage, for ablations: selfself=0 drops that loss",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -317,8 +317,8 @@ def main() -> None:
         folder, cache = args.out / name, args.out / "cache"
         goes_on = (folder / "state.pt").exists()
         training = Training(recipe, folder, args.device, goes_on, kind, start, cache)
-        if shutil.which(os.environ.get("CXX", "g++")):  # without a compiler all is slower
-            torch._dynamo.config.suppress_errors = True  # one that fails is as good as none
+        if shutil.which(os.environ.get("CXX", "g++")):  # without a compiler it only runs slower
+            torch._dynamo.config.suppress_errors = True  # as if there were no compiler
             torch._dynamo.config.recompile_limit = 64  # two towers, windows, scenes
             training.learner.compile_blocks()
         training.run()

@@ -1,6 +1,6 @@
-"""Affinities: how alike are two patches? `(trace, *, knobs) -> (B, N, N)`.
+"""Affinities: similarities of patches, `(trace, *, knobs) -> (B, N, N)`.
 
-Use them through `trace.once(affinity)`: several parts of a method ask for the same one.
+Call them as `trace.once(affinity)`, since several parts of a method may need the same one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def similarity(
     """Cosine similarity of a layer's patches.
 
     Args:
-        layer: method layer whose output is compared.
+        layer: method layer whose output is used.
         cut: smaller entries become 0 (0.4 in SC-CLIP and SFP).
-        fill: mitigator applied first, to the outliers that an edit found at `fill_from`.
-        fill_from: method layer of those outliers; nothing is filled if no edit ran there.
+        fill: mitigator applied first, to the outliers found by an edit at `fill_from`.
+        fill_from: method layer of those outliers; no effect if no edit ran there.
     """
     tokens = trace.output(layer)
     mask = trace.masks.get(trace.layer(fill_from))

@@ -25,13 +25,13 @@ def self_self(heads: Heads, trace: Trace, *, pairs: Sequence[str] = ("qq", "kk")
     maps = (heads.logits(pair[0], pair[1]).softmax(-1) for pair in pairs)
     total = next(maps)
     for weights in maps:
-        total = total + weights  # not in place: autograd keeps the maps
+        total = total + weights  # not in place, because autograd needs the maps
     return total
 
 
 @op("attention")
 def identity(heads: Heads, trace: Trace) -> Tensor:
-    """Every token attends to itself alone, (B, 1, T, T): the values pass as they are (MaskCLIP)."""
+    """Every token attends only to itself, (B, 1, T, T), so that values are unchanged (MaskCLIP)."""
     batch, _, tokens, _ = heads.v.shape
     eye = torch.eye(tokens, device=heads.v.device, dtype=heads.v.dtype)
     return eye.expand(batch, 1, tokens, tokens)
@@ -42,7 +42,8 @@ def neighbour(heads: Heads, trace: Trace, *, std: float = 5.0, pair: str = "kk")
     """softmax(a b^T / sqrt(d) + Gaussian of the patch distance), (B, H, T, T) (NACLIP).
 
     Args:
-        std: of the Gaussian, in patches. It is added as it is, and is 0 from and to the class token.
+        std: standard deviation of the Gaussian, in patches. The Gaussian is added unscaled, and is 0
+            from and to the class token.
         pair: the projections a and b.
     """
     prior = pad_prefix(gaussian_prior(heads.grid, std, heads.k.device), heads.prefix)  # (T, T)
@@ -60,21 +61,21 @@ def fuse_layers(
     pairs: Sequence[str] = ("qk",),
     head_average: bool = False,
 ) -> Tensor:
-    """Weights of a rule mixed with the attention of earlier layers (GCLIP, ITACLIP).
+    """Mixes the weights of a rule with the attention of earlier layers (GCLIP, ITACLIP).
 
     (1 - share) * rule + share * mean over layers of `self_self`.
 
     Args:
-        rule: gives the weights of the block that reads.
+        rule: rule for the weights of the readout's own block.
         layers: method layers.
-        share: of the layers' mean.
-        pairs: attention of those layers, as in `self_self`; ("qk",) is what they ran with.
-        head_average: whether the heads share their mean of each map.
+        share: weight of the layers' mean.
+        pairs: attention of those layers, as in `self_self`; ("qk",) is their own.
+        head_average: average both maps over heads.
     """
     earlier = trace.once(Op(earlier_layers, (("layers", tuple(layers)), ("pairs", tuple(pairs)))))
-    skip = trace.embedded.prefix - heads.prefix  # a readout of patches alone
+    skip = trace.embedded.prefix - heads.prefix  # for a readout without prefix tokens
     own, earlier = rule(heads, trace), earlier[..., skip:, skip:]
-    if head_average or own.shape[1] != earlier.shape[1]:  # a pool may have other heads than blocks
+    if head_average or own.shape[1] != earlier.shape[1]:  # a pool may have another number of heads
         own, earlier = own.mean(1, keepdim=True), earlier.mean(1, keepdim=True)
     return own + share * (earlier - own)
 
@@ -86,7 +87,7 @@ def earlier_layers(trace: Trace, *, layers: Sequence[int], pairs: Sequence[str])
         LookupError: if there are no layers.
     """
     if not layers:
-        raise LayerError("fuse_layers: layers=(), expected at least one")
+        raise LayerError("fuse_layers: layers=(): expected at least one layer")
     maps = (self_self(trace.heads(trace.layer(i)), trace, pairs=pairs) for i in layers)
     total = next(maps).clone()
     for weights in maps:
@@ -105,8 +106,8 @@ def affinity_attention(
 ) -> Tensor:
     """Attention from an affinity of the patches, one map for all heads, (B, 1, T, T).
 
-    softmax(gain * (S - centre * mean S)) where that is not negative. A prefix token, which has no
-    affinity, attends to itself and is attended by nobody else.
+    softmax(gain * (S - centre * mean S)) where that is not negative. Prefix tokens, which have no
+    affinity, attend only to themselves, and no other token attends to them.
     """
     weights = centred_softmax(trace.once(affinity), gain, centre)
     if heads.prefix:
@@ -118,13 +119,13 @@ def affinity_attention(
 
 @op("attention")
 def unrotated(heads: Heads, trace: Trace, *, rule: Rule) -> Tensor:
-    """A rule's weights as if queries and keys were not turned by their positions (EVA-02, PE).
+    """A rule's weights without rotary positions of queries and keys (EVA-02, PE).
 
-    Scores of self-self attention contain what rotary positions make of the distance alone; whether that
-    helps is not known. In towers without rotary positions nothing changes.
+    With rotary positions, self-self attention depends on the distance of patches; whether this helps is
+    not known. No effect in towers without rotary positions.
 
     Args:
-        rule: gives the weights.
+        rule: rule for the weights.
     """
     return rule(heads.unrotated(), trace)
 

@@ -1,4 +1,4 @@
-"""Comparisons: how features meet words. `(features, trace, *, knobs) -> logits (B, Q, h, w)`."""
+"""Comparisons of features with words: `(features, trace, *, knobs) -> logits (B, Q, h, w)`."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from sfp.trace import Trace
 
 @op("comparison", words=True)
 def cosines(features: Tokens, trace: Trace) -> Tensor:
-    """Cosine of every patch with every query, as CLIP was trained."""
+    """Cosine of every patch with every query, as in CLIP's training."""
     return cosine_logits(features, trace.query_features())

@@ -1,9 +1,9 @@
-"""Decisions: how merged logits become class scores. `(sheet, rows, index, *, knobs) -> rows`.
+"""Decisions, from merged logits to class scores: `(sheet, rows, index, *, knobs) -> rows`.
 
-`sheet` holds the logits at patch resolution. `rows(start, stop)` gives the maps of some output rows,
-(Q, stop - start, W), refined if the engine refines them, so that no image is held with all its queries;
-what a decision returns gives class scores, (K, stop - start, W), the same way. The largest score of a
-pixel is its confidence, to which thresholds apply.
+`sheet` holds the logits at patch resolution. `rows(start, stop)` returns the logits of some output
+rows, (Q, stop - start, W), after the engine's refinement if any, so that the full maps of all queries
+are never in memory. A decision returns a function of the same form for class scores, (K, stop - start,
+W). The largest score of a pixel is its confidence, to which thresholds apply.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from sfp.registry import op
 
 @op("decision")
 def as_scores(sheet: LogitSheet, rows: Rows, index: Sequence[int], *, rest: bool = False) -> Rows:
-    """The maps are scores already, of which each class has its best: no softmax.
+    """Uses the maps as scores, without a softmax; a class gets the best of its queries.
 
     Args:
-        rest: whether class 0 is what the others leave: 1 - the largest of their scores.
+        rest: give class 0 the remainder, 1 - the largest score of the others.
     """
 
     def scores(start: int, stop: int) -> Tensor:

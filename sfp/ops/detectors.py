@@ -15,7 +15,7 @@ from sfp.trace import Trace
 
 
 def largest(score: Tensor, count: int | None) -> Tensor:
-    """Marks each row's finite scores, at most the `count` largest of them: (B, N) -> (B, N) bool."""
+    """Marks at most the `count` largest finite scores of each row: (B, N) -> (B, N) bool."""
     marked = score.isfinite()
     if count is None or count >= score.shape[-1]:
         return marked
@@ -48,28 +48,28 @@ def som(trace: Trace, layer: int, *, gain: float = 1.0, top_k: int | None = None
 def cls_self_ratio(
     trace: Trace, layer: int, *, above: float = 10.0, top_k: int | None = None
 ) -> Tensor:
-    """SOM's comparison as a quotient, head by head, against the image's own median.
+    """SOM's comparison as a ratio, computed per head, relative to the image's median.
 
-    r_j = mean over heads of A[cls, j] / A[j, j]; an outlier's is more than `above` times the median
-    of its image. It differs from `som` where heads disagree (a mean of quotients is no quotient of
-    means: one head in which a patch hardly attends to itself is enough) and in that a layer whose
-    class token attends much to all patches has no outliers for that. "In the style of SegEarth-OV"
-    in the list of detectors that this repository set out to offer; no code of that form was at hand,
-    so normalisation and threshold are our reading.
+    r_j = mean over heads of A[cls, j] / A[j, j]; a patch is an outlier if its ratio is more than
+    `above` times the median of its image. This differs from `som` where heads disagree, since the mean
+    of ratios is not the ratio of means: one head in which a patch hardly attends to itself is enough.
+    It also ignores whether the class token attends much to all patches of a layer. The detector is "in
+    the style of SegEarth-OV"; we had no code of that form, so normalisation and threshold are our
+    interpretation.
 
     Args:
         above: multiple of the median; ours, an order of magnitude.
-        top_k: keep only those of largest quotient.
+        top_k: keep only those with the largest ratios.
     """
     own = trace.self_weight(layer)  # (B, H, N)
-    # a hidden patch has neither weight: quotient 0
+    # a hidden patch has neither weight: its ratio is 0
     quotient = trace.cls_row(layer) / own.clamp_min(torch.finfo(own.dtype).tiny)
     return standing_out(quotient.mean(1), above, top_k)
 
 
 @op("detector")
 def cls_attention(trace: Trace, layer: int, *, top_k: int = 10) -> Tensor:
-    """The `top_k` patches that the class token attends to most, heads averaged.
+    """The `top_k` patches that the class token attends to most, averaged over heads.
 
     SOM's ranking without its comparison; ten as in the release of SFP.
     """
@@ -82,8 +82,9 @@ def attention_received(
 ) -> Tensor:
     """Patches that all patches attend to: CLIPtrase's "global patches" (Shao et al., ECCV 2024).
 
-    Column means of the patch-to-patch attention, heads averaged; an outlier's is more than `above`
-    times the median of its image. The paper shows them as bright columns and gives no threshold.
+    These are patches whose column mean of the patch-to-patch attention, averaged over heads, is more
+    than `above` times the median of the image. The paper shows them as bright columns and gives no
+    threshold.
 
     Args:
         above: multiple of the median; ours.
@@ -104,16 +105,15 @@ def l2_norm(trace: Trace, layer: int, *, top_k: int = 10) -> Tensor:
 def weight_norm_channel(
     trace: Trace, layer: int, *, channels: int = 1, above: float = 6.0
 ) -> Tensor:
-    """Patches loud in the channel that the block's weights make loud (GCLIP's view).
+    """Patches with extreme values in the channel that the block's weights amplify most (GCLIP).
 
-    GCLIP (arXiv:2502.06818) finds the channel that carries outliers in the weights: the row of
-    largest norm of the MLP's second layer. Which patches are loud there is our reading: those whose
-    value is more than `above` robust deviations (1.4826 times the median absolute deviation) from
-    the image's median.
+    GCLIP (arXiv:2502.06818) identifies the channel that carries outliers from the weights: the row of
+    the MLP's second layer with the largest norm. The criterion for patches is ours: a value more than
+    `above` robust deviations (1.4826 times the median absolute deviation) from the image's median.
 
     Args:
-        channels: how many, by falling row norm; a patch need be loud in one of them only.
-        above: in deviations.
+        channels: number of channels, by decreasing row norm; one extreme value is enough.
+        above: threshold in robust deviations.
     """
     chosen = loud_channels(trace, layer, channels)  # (C,)
     value = upcast(trace.outputs[layer].patches)[..., chosen]  # (B, N, C)
@@ -123,7 +123,7 @@ def weight_norm_channel(
 
 
 def loud_channels(trace: Trace, layer: int, count: int = 1) -> Tensor:
-    """The channels that block `layer`'s MLP writes with the largest weights, loudest first."""
+    """The channels with the largest output weights of block `layer`'s MLP, largest first."""
     rows = trace.vit.blocks[layer].get_parameter("mlp.c_proj.weight")  # (D, 4D)
     return upcast(rows).norm(dim=1).topk(min(count, len(rows))).indices
 
@@ -143,12 +143,12 @@ def lof(trace: Trace, layer: int, *, neighbours: int = 30, contamination: float 
 def lof_scores(x: Tensor, neighbours: int) -> Tensor:
     """SC-CLIP's local outlier factor, (B, N, D) -> (B, N).
 
-    Not the textbook's: distances are squared, and the reachability of a point uses its own
+    Unlike the textbook's, it uses squared distances, and the reachability of a point uses its own
     k-distance, so that its density is the inverse of that distance.
     """
     x = upcast(x)
     k = min(neighbours, x.shape[1] - 1)
-    exact = "donot_use_mm_for_euclid_dist"  # differences of near points survive
+    exact = "donot_use_mm_for_euclid_dist"  # accurate for close points
     distance = torch.cdist(x, x, compute_mode=exact).square()  # (B, N, N)
     nearest = distance.topk(k + 1, dim=-1, largest=False)
     reach = nearest.values[..., -1]  # (B, N); 0 where more than k tokens are the same

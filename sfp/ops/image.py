@@ -1,4 +1,4 @@
-"""Image stages, `(trace of all windows of an image, *, knobs) -> the trace that is read`."""
+"""Image stages, `(trace of all windows of an image, *, knobs) -> the trace for readouts`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ OF_PIXELS = (
 
 
 def window_grid(trace: Trace) -> WindowGrid:
-    """Where the windows of a trace lie in their image.
+    """The positions of a trace's windows in their image.
 
     Raises:
-        LookupError: if the trace is not that of all windows of one image.
+        LookupError: if the trace does not hold all windows of one image.
     """
     if trace.whole is None:
         raise LookupError(
@@ -41,23 +41,22 @@ def window_grid(trace: Trace) -> WindowGrid:
 
 @op("image", whole=True)
 def canvas(trace: Trace, *, floor: bool = False) -> Trace:
-    """The windows' tokens on one grid of the whole image, which is then read like a single window.
+    """Stitches the windows' tokens into one grid of the whole image, which is read like a window.
 
-    Each cell is the mean of the windows' patches that cover it, weighted by area, in every layer;
-    prefix tokens are the mean of the windows'. Whatever a method does in its last block then reaches
-    across windows: the inferred general form of what OV-Stitcher (CVPR 2026 Findings) does
-    for one method. Guides still see windows, and their outputs are stitched too. With a single window
-    nothing changes.
+    In every layer, each cell is the mean of the windows' patches that cover it, weighted by area;
+    prefix tokens are averaged over windows. A method's last block then attends across windows. This
+    generalises what OV-Stitcher (CVPR 2026 Findings) does for one method. Guides still see windows, and
+    their outputs are stitched too. No effect with a single window.
 
     Args:
-        floor: windows are moved back to whole cells of the grid, as in the releases of OV-Stitcher and
-            Trident, instead of placed where they lie.
+        floor: move windows back to whole cells of the grid, as in the releases of OV-Stitcher and
+            Trident, instead of using their exact positions.
     """
     whole = trace.whole
     assert whole is not None
 
     def on_canvas(marks: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patches that most of the windows over them mark, (B, N) -> (1, N')."""
+        """Patches that most of the windows covering them mark, (B, N) -> (1, N')."""
         return stitched(marks.unflatten(1, grid)[:, None].float()).flatten(1) > 0.5
 
     def stitched(maps: Tensor) -> Tensor:

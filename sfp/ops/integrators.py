@@ -1,4 +1,4 @@
-"""Integrators: which tokens are read, what is added back, how the result is smoothed.
+"""Parts of readouts: the tokens that are read, residuals, and smoothers of the result.
 
 sources    `(trace, *, knobs) -> Tokens`
 residuals  `(tokens, source, *, knobs) -> (B, T or 1, D)`
@@ -23,17 +23,17 @@ from sfp.trace import Trace
 def layer_sum(trace: Trace, *, layers: Sequence[int]) -> Tokens:
     """Sum of the outputs of several method layers (SC-CLIP's multi-level features)."""
     first, *rest = (trace.output(layer) for layer in layers)
-    last = rest[-1] if rest else first  # hides what any of them hides
+    last = rest[-1] if rest else first  # the last one hides whatever any of them hides
     return last.with_data(sum((tokens.data for tokens in rest), first.data))
 
 
 @op("source")
 def read_last(trace: Trace, *, attention: Rule | None, reduced: bool = True) -> Tokens:
-    """The last block under another attention rule, e.g. for `trace.guess`.
+    """The output of the last block with another attention rule, e.g. for `trace.guess`.
 
     Args:
-        attention: the rule; None for the block's own.
-        reduced: whether its residual and FFN are left out.
+        attention: the rule; None for the block's own attention.
+        reduced: leave out the residual and the FFN.
     """
     last = len(trace.vit.blocks) - 1
     tokens = trace.entering(last)
@@ -54,7 +54,7 @@ def own_tokens(tokens: Tokens, source: Tokens) -> Tensor:
 
 @op("residual")
 def cls_token(tokens: Tokens, source: Tokens, *, scale: float = 0.3) -> Tensor:
-    """A share of the source's class token, the same for all patches (SC-CLIP's `res_cls`)."""
+    """The source's class token times `scale`, the same for all patches (SC-CLIP's `res_cls`)."""
     return scale * source.cls
 
 
@@ -70,5 +70,5 @@ def aggregate(tokens: Tokens, trace: Trace, *, affinity: Affinity) -> Tokens:
 
 @op("reader")
 def embedded_patches(trace: Trace) -> Tokens:
-    """The patches that entered the first block: for methods that leave CLIP's tokens alone."""
+    """The patches that entered the first block, for methods that do not use CLIP's tokens."""
     return trace.embedded.only_patches()

@@ -1,7 +1,7 @@
-"""Mitigators: what stands in for an outlier? `(tokens, mask, *, knobs) -> Tokens`.
+"""Mitigators replace outliers: `(tokens, mask, *, knobs) -> Tokens`.
 
-`mask` marks outliers, (B, N) bool; the other patches are valid and stay as they are. In an image
-without any valid patch nothing can stand in: every mitigator but `zero` leaves it as it is.
+`mask` marks outliers, (B, N) bool; the other patches are valid and not changed. An image without any
+valid patch is not changed either, except by `zero`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sfp.tokens import Tokens
 def neighbour_mean(
     tokens: Tokens, mask: Tensor, *, alone: Literal["nearest", "keep", "zero"] = "nearest"
 ) -> Tokens:
-    """Each outlier becomes the mean of those of its eight neighbours that are none.
+    """Each outlier becomes the mean of the valid ones among its eight neighbours.
 
     Args:
         mask: outliers, (B, N) bool.
-        alone: what an outlier without such a neighbour becomes: the mean of the "nearest" patches
-            that are no outliers (by rings around it); its own value ("keep", SC-CLIP's release); or
-            the "zero" vector (SFP's release, whose next normalisation then gives NaN).
+        alone: replacement for an outlier without valid neighbours: the mean of the "nearest" valid
+            patches (in rings around it), its own value ("keep", SC-CLIP's release), or the "zero"
+            vector (SFP's release, where the next normalisation gives NaN).
     """
     givers, ring = nearest_ring(tokens.grid, mask)
     reach = ring.isfinite() if alone == "nearest" else ring <= 1  # (B, N, 1)
@@ -40,10 +40,10 @@ def neighbour_mean(
 
 @op("mitigator")
 def median(tokens: Tokens, mask: Tensor) -> Tokens:
-    """Each outlier becomes, channel by channel, the median of its nearest ring of valid patches.
+    """Each outlier becomes the channel-wise median of its nearest ring of valid patches.
 
-    Unlike the mean it does not move when one more of the neighbours is an outlier that was overlooked.
-    Of an even number of patches it is the mean of the middle two.
+    Unlike the mean, it is robust to an outlier among the neighbours that was not detected. For an even
+    number of patches it is the mean of the middle two.
     """
     image, patch = (mask & ~mask.all(-1, keepdim=True)).nonzero(as_tuple=True)  # (M,) each
     if not len(image):
@@ -62,10 +62,10 @@ def median(tokens: Tokens, mask: Tensor) -> Tokens:
 
 @op("mitigator")
 def nearest(tokens: Tokens, mask: Tensor) -> Tokens:
-    """Each outlier becomes a copy of the valid patch nearest to it; of several, the first in order."""
+    """Each outlier becomes a copy of the nearest valid patch; of equally near ones the first."""
     rows, cols = offsets(tokens.grid, mask.device)
     far = (rows.square() + cols.square()) * mask.shape[1]  # (N, N)
-    order = far + torch.arange(mask.shape[1], device=mask.device)  # no two are equal in a row
+    order = far + torch.arange(mask.shape[1], device=mask.device)  # without ties in a row
     order = order[None].masked_fill(mask[:, None], torch.iinfo(order.dtype).max)
     giver = order.argmin(-1)  # (B, N)
     copies = tokens.patches.gather(1, giver[..., None].expand_as(tokens.patches))
@@ -75,21 +75,21 @@ def nearest(tokens: Tokens, mask: Tensor) -> Tokens:
 
 @op("mitigator")
 def inpaint(tokens: Tokens, mask: Tensor) -> Tokens:
-    """Outliers become the smoothest surface through the valid patches: Laplace's equation, solved.
+    """Interpolates outliers smoothly from the valid patches, by solving Laplace's equation.
 
-    Every outlier ends as the mean of its four neighbours, outliers among them; the grid's border is
-    free. One linear system of N unknowns per image.
+    Every outlier becomes the mean of its four neighbours, which may be outliers as well; the grid's
+    border is free. This is one linear system with N unknowns per image.
     """
     rows, cols = offsets(tokens.grid, mask.device)
     x = upcast(tokens.patches)
     adjacent = (rows.abs() + cols.abs() == 1).to(x)  # (N, N)
     laplace = adjacent.sum(-1).diag() - adjacent
     replaced = (mask & ~mask.all(-1, keepdim=True))[..., None]  # (B, N, 1)
-    # valid patches are known (rows of the identity), outliers are where the Laplacian is 0
+    # rows of the identity for valid patches, which are known; the Laplacian is 0 at outliers
     identity = torch.eye(len(laplace), device=x.device, dtype=x.dtype)
     system = torch.where(replaced, laplace, identity)  # (B, N, N)
     given = x.masked_fill(replaced, 0)
-    # one by one: after torch.set_num_threads, PyTorch 2.13 solves batches on the CPU wrongly
+    # one at a time: after torch.set_num_threads, PyTorch 2.13 solves batches on the CPU wrongly
     solved = torch.stack([torch.linalg.solve(a, b) for a, b in zip(system, given, strict=True)]).to(
         tokens.data.dtype
     )
@@ -98,7 +98,7 @@ def inpaint(tokens: Tokens, mask: Tensor) -> Tokens:
 
 @op("mitigator")
 def zero(tokens: Tokens, mask: Tensor) -> Tokens:
-    """Outliers become the zero vector, in images without a valid patch too."""
+    """Outliers become the zero vector, also in images without valid patches."""
     return tokens.with_patches(tokens.patches.masked_fill(mask[..., None], 0))
 
 
@@ -106,10 +106,10 @@ def zero(tokens: Tokens, mask: Tensor) -> Tokens:
 def mask_attention(tokens: Tokens, mask: Tensor) -> Tokens:
     """Outliers keep their values, but no token attends to them in any of the following blocks.
 
-    They are removed as keys: of the trunk's attention, of the attention rules in readouts (whose
-    weights on them move to the other tokens) and of the smoothers. They still ask, so that they too
-    are made of the others. Marks of earlier layers stay; marks that would leave an image without a
-    visible patch are ignored.
+    They are removed as keys from the trunk's attention, from the attention rules of readouts (their
+    weights move to the other tokens) and from smoothers. They remain queries, so they are still
+    computed from the other tokens. Marks from earlier layers are kept; marks that would leave an image
+    without a visible patch are ignored.
     """
     before = torch.zeros_like(mask) if tokens.hidden is None else tokens.hidden
     hidden = before | mask
@@ -117,11 +117,11 @@ def mask_attention(tokens: Tokens, mask: Tensor) -> Tokens:
 
 
 def nearest_ring(grid: tuple[int, int], mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Who is nearest: the valid patches on the first ring around each patch that holds any.
+    """The valid patches on the first ring around each patch that contains any.
 
     Returns:
-        (B, N, N) bool, giver j of patch i; and (B, N, 1), the ring's number (1: the eight
-        neighbours, 0: a valid patch itself, inf: the image has no valid patch).
+        (B, N, N) bool, whether patch j is one of those for patch i; and (B, N, 1), the number of the
+        ring (1: the eight neighbours, 0: a valid patch itself, inf: the image has no valid patch).
     """
     ring = rings(grid, mask.device).masked_fill(mask[:, None], torch.inf)  # (B, N, N)
     first = ring.amin(-1, keepdim=True)  # (B, N, 1)
@@ -135,7 +135,7 @@ def rings(grid: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def offsets(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and columns between the patches of a grid, (N, N) each."""
+    """Differences in rows and in columns between the patches of a grid, (N, N) each."""
     rows = torch.arange(grid[0], device=device).repeat_interleave(grid[1])
     cols = torch.arange(grid[1], device=device).repeat(grid[0])
     return rows[:, None] - rows, cols[:, None] - cols

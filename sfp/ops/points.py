@@ -1,4 +1,4 @@
-"""Point prompts for mask proposers: `(trace, *, knobs) -> (P, n, 2) of each image`, in 0..1."""
+"""Point prompts for mask proposers: `(trace, *, knobs) -> (P, n, 2)` per image, from 0 to 1."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sfp.trace import Trace
 
 @op("points")
 def grid_points(trace: Trace, *, side: int = 16) -> list[Tensor]:
-    """The same point prompts for every image, a regular grid: (side * side, 1, 2) each.
+    """A regular grid of point prompts, the same for every image: (side * side, 1, 2) each.
 
-    SAM's way to segment everything, with 32 points a side; x and y in 0..1.
+    SAM's automatic mode uses 32 points per side. x and y are from 0 to 1.
 
     Args:
         side: points in a row and in a column.

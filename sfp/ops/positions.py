@@ -1,4 +1,4 @@
-"""Position rules: `(table (h0, w0, D), grid, *, knobs) -> table (h, w, D)`."""
+"""Resampling of position embeddings: `(table (h0, w0, D), grid, *, knobs) -> table (h, w, D)`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Detectors by scikit-learn: patches that its outlier and clustering algorithms leave over.
+"""Detectors based on scikit-learn: the outliers of its outlier and clustering algorithms.
 
-They see the features of a layer's output, one image at a time, on the host: one copy per batch. Their
-parameters are given in ways that do not depend on the scale of the features or the size of the grid:
-distances as multiples of the image's own, least sizes of a group as shares of its patches.
+They process the features of a layer's output, one image at a time, on the host, with one copy per
+batch. Their parameters do not depend on the scale of the features or the size of the grid: distances
+are multiples of a distance in the image, minimal sizes are shares of its patches.
 
-scikit-learn is imported where it is used: that takes most of a second, and few methods need it.
+scikit-learn is imported where it is used, since that takes most of a second and few methods need it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ LEFT_OVER = -1  # scikit-learn's label of outliers, and of points in no cluster
 
 
 def left_over(trace: Trace, layer: int, label: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """Marks the patches that `label`, (N, D) -> (N,), calls `LEFT_OVER`, image by image."""
+    """Marks the patches that `label`, (N, D) -> (N,), labels `LEFT_OVER`, image by image."""
     patches = trace.outputs[layer].patches
     images = upcast(patches).detach().cpu().numpy()  # (B, N, D)
-    if images.shape[1] < 3:  # nobody is apart from the others
+    if images.shape[1] < 3:  # too few patches for outliers
         return torch.zeros(images.shape[:2], dtype=torch.bool, device=patches.device)
     labels = np.stack([label(image) for image in images])
     return torch.from_numpy(labels == LEFT_OVER).to(patches.device)
 
 
 def members(share: float, n: int) -> int:
-    """A share of `n` patches as a number: at least 2, at most all but one."""
+    """Converts a share of `n` patches to a number, at least 2 and at most all but one."""
     return min(max(round(share * n), 2), n - 1)
 
 
@@ -52,8 +52,8 @@ def lof_textbook(
 ) -> Tensor:
     """Local outlier factor as published (Breunig et al., SIGMOD 2000).
 
-    Unlike the released `lof`, a point's reachability is never less than its neighbour's own
-    k-distance, distances are not squared, and the number of outliers is not fixed.
+    Unlike in the released `lof`, a point's reachability is at least its neighbour's k-distance,
+    distances are not squared, and the number of outliers is not fixed.
 
     Args:
         neighbours: k; 20 in scikit-learn.
@@ -75,8 +75,8 @@ def dbscan(trace: Trace, layer: int, *, eps: float = 2.0, share: float = 0.1) ->
 
     Args:
         eps: radius, as a multiple of the median distance to the k-th nearest patch.
-        share: k and `min_samples`, as a share of the patches. Outliers that are alike are a dense
-            region too, unless they are fewer than that.
+        share: k and `min_samples`, as a share of the patches. Similar outliers form a dense region of
+            their own, unless there are fewer than this.
     """
     from sklearn.cluster import DBSCAN
 
@@ -94,13 +94,13 @@ def hdbscan(
     """Patches in no cluster of any density (HDBSCAN, Campello et al., PAKDD 2013).
 
     Args:
-        share: least size of a cluster, as a share of the patches.
-        selection: which clusters of the tree count: "eom", the lasting ones, or the "leaf" ones.
+        share: smallest size of a cluster, as a share of the patches.
+        selection: how clusters are selected from the tree, "eom" (excess of mass) or "leaf".
     """
     from sklearn.cluster import HDBSCAN
 
     def label(x: np.ndarray) -> np.ndarray:
-        # a picture of one texture is one cluster
+        # an image of a single texture is one cluster
         return HDBSCAN(
             min_cluster_size=members(share, len(x)),
             min_samples=members(share / 2, len(x)),
@@ -118,7 +118,7 @@ def optics(trace: Trace, layer: int, *, xi: float = 0.05, share: float = 0.1) ->
 
     Args:
         xi: relative steepness at which a valley begins; 0.05 in scikit-learn.
-        share: `min_samples` and least size of a cluster, as a share of the patches.
+        share: `min_samples` and smallest size of a cluster, as a share of the patches.
     """
     from sklearn.cluster import OPTICS
 
@@ -140,9 +140,9 @@ def isolation_forest(
     """Patches that few random cuts separate from all others (Liu, Ting and Zhou, ICDM 2008).
 
     Args:
-        trees: how many; 100 in the paper and in scikit-learn.
-        contamination: share of patches to mark; None marks scores above 0.5, as the paper does.
-        seed: of the cuts, the same for every image.
+        trees: number of trees; 100 in the paper and in scikit-learn.
+        contamination: share of patches to mark; None marks scores above 0.5, as in the paper.
+        seed: seed of the cuts, the same for every image.
     """
     from sklearn.ensemble import IsolationForest
 

@@ -1,1 +1,1 @@
-"""Planted outliers: which detectors find them, which mitigators repair them."""
+"""Benchmarks of detectors and mitigators: planted outliers, and hubs."""

@@ -1,8 +1,8 @@
-"""Outliers that nobody planted: which detectors mark the patches that all others attend to.
+"""Natural outliers: which detectors find hubs, the patches that all others attend to?
 
-What makes a patch an outlier is what the others do with it, so the reference is their attention and
-not the class token's, by which SOM ranks: a patch is a *hub* of block i if what leaves the block draws
-several times the even share of the patches' attention in block i + 1. Detectors see block i only.
+The reference is the attention of the other patches, and not that of the class token, by which SOM
+ranks: a patch is a *hub* of block i if its output receives several times an even share of the patches'
+attention in block i + 1. Detectors see only block i.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sfp.method import Detector
 from sfp.outliers.planted import Tally
 from sfp.trace import Trace
 
-TIMES = 3.0  # even shares that a hub draws
+TIMES = 3.0  # even shares that make a patch a hub
 
 
 def received(trace: Trace, layer: int) -> Tensor:
-    """What each patch draws of the other patches' attention in a block, in even shares: (B, N).
+    """How much of the other patches' attention each patch receives in a block, in even shares: (B, N).
 
-    1 is what every patch would draw if all attended evenly. A patch's own attention to itself does not
-    count, nor does attention that goes to prefix tokens.
+    With uniform attention every patch would receive 1. Attention of a patch to itself and to prefix
+    tokens is left out.
 
     Args:
         trace: a run.
@@ -40,12 +40,12 @@ def received(trace: Trace, layer: int) -> Tensor:
 
 
 def hubs(trace: Trace, layer: int, times: float = TIMES) -> Tensor:
-    """Patches whose output of a block draws `times` the even share in the next one: (B, N) bool.
+    """Patches whose output of a block receives `times` an even share in the next one: (B, N) bool.
 
     Args:
         trace: a run.
         layer: block, from 0; not the last.
-        times: even shares from which a patch counts.
+        times: number of even shares.
     """
     return received(trace, layer + 1) >= times
 
@@ -58,27 +58,27 @@ def study(
     layers: Sequence[int],
     times: float = TIMES,
 ) -> dict[str, Any]:
-    """How well detectors find hubs, in some blocks, over all images together.
+    """Measures how well detectors find hubs in some blocks, over all images.
 
     Args:
         vit: the frozen image tower.
         batches: normalised images, (B, 3, H, W) each.
-        detectors: by the name that the results give them.
+        detectors: detectors by name.
         layers: blocks, from 0, none of them the last.
         times: see `hubs`.
 
     Returns:
-        "images", "times", "layers"; "hubs": per layer hubs per image; "detectors": by name "layers",
-        per layer "precision" (None if nothing is marked), "recall" (None if there is no hub) and
-        "marked" per image, and "ms", the median time for one image and layer.
+        "images", "times", "layers"; "hubs": hubs per image for each layer; "detectors": by name
+        "layers", for each layer "precision" (None if nothing is marked), "recall" (None if there are no
+        hubs) and "marked" per image, and "ms", the median time for one image and layer.
 
     Raises:
-        ValueError: for layers that there are not, or without images.
+        ValueError: for invalid layers, or without images.
     """
     if not layers or not all(0 <= layer < len(vit.blocks) - 1 for layer in layers):
         raise ValueError(
-            f"layers {list(layers)}: expected blocks from 0 to {len(vit.blocks) - 2}; the last one has "
-            "no next block whose attention could be looked at"
+            f"layers {list(layers)}: expected blocks from 0 to {len(vit.blocks) - 2}, since hubs are "
+            "defined by the attention of the next block"
         )
     tally, images = Tally(), 0
     seconds: dict[str, list[float]] = {name: [] for name in detectors}
@@ -87,7 +87,7 @@ def study(
         images += len(batch)
         for layer in layers:
             truth = hubs(trace, layer, times)
-            trace.mean_attention(layer)  # kept by the trace: no detector's time
+            trace.mean_attention(layer)  # cached, so that it is not part of a detector's time
             tally.add(layer, value=truth.sum(-1))
             for name, detector in detectors.items():
                 began = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Planted outliers: does a detector find what it should, and does a mitigator repair it?
+"""Planted outliers: does a detector find them, and does a mitigator repair them?
 
-Into the residual stream of a frozen ViT, behind one block and at known patches, a disturbance is added
-that has what real outliers show: a large norm, a key that the class token looks for, and a loud value
-in the channel that the weights make loud. Detectors are then compared with the known patches, and
+After one block of a frozen ViT, a disturbance is added to the residual stream of known patches. It has
+properties of real outliers: a large norm, a key that matches the class token's query, and a large value
+in the channel that the weights amplify most. Detectors are then compared with the known patches, and
 final features with those of the undisturbed run.
 """
 
@@ -26,19 +26,19 @@ from sfp.tokens import Tokens, upcast
 from sfp.trace import Trace
 
 PATTERNS = ("scattered", "clustered")
-TRUTH = "the truth"  # in the place of a detector: the planted patches themselves
-NONE = "none"  # in the place of a mitigator: outliers stay
+TRUTH = "the truth"  # instead of a detector: the planted patches themselves
+NONE = "none"  # instead of a mitigator: outliers are kept
 
 
 @dataclass(frozen=True)
 class Plant:
-    """An edit of the trunk: adds the disturbance to some patches behind one block.
+    """An edit of the trunk: adds the disturbance to some patches after one block.
 
     Attributes:
         layer: the block, absolute; not the last.
         mask: the patches, (B, N) bool.
-        strength: norm of what is added, in median patch norms of the image there.
-        channel_share: of its energy, how much lies in the loud channel.
+        strength: norm of the disturbance, in median patch norms of the image.
+        channel_share: share of its energy in the outlier channel.
     """
 
     layer: int
@@ -47,7 +47,7 @@ class Plant:
     channel_share: float = 0.25
 
     def __call__(self, trace: Trace, i: int) -> Tokens:
-        """What leaves block `i` (absolute), disturbed if it is `layer`."""
+        """The output of block `i` (absolute), disturbed if it is `layer`."""
         tokens = trace.outputs[i]
         if i != self.layer:
             return tokens
@@ -60,10 +60,10 @@ class Plant:
 def outlier_direction(trace: Trace, layer: int, channel_share: float) -> Tensor:
     """The unit direction of each image's disturbance, (B, D).
 
-    A large vector u decides what `ln_1` of the next block makes of a token: x ~ ln_1.weight * u, up
-    to a factor and a mean. The logit of the class token, sum over heads of q_cls . W_k x, then grows
-    fastest along u = ln_1.weight * W_k^T q_cls, less its mean. To this comes the channel that
-    `weight_norm_channel` looks at, with the sign that it has in the image.
+    If a large vector u is added to a token, the output of the next block's `ln_1` is x ~ ln_1.weight *
+    u, up to a factor and a mean. The class token's logit, the sum over heads of q_cls . W_k x, then
+    grows fastest along u = ln_1.weight * W_k^T q_cls, minus its mean. To this is added the channel that
+    `weight_norm_channel` uses, with its sign in the image.
     """
     tokens, block = trace.outputs[layer], trace.vit.blocks[layer + 1]
     query = upcast(block.heads(tokens.with_cls()).q[:, :, 0].flatten(1))  # (B, D)
@@ -83,16 +83,16 @@ def choose(grid: tuple[int, int], count: int, pattern: str, rng: np.random.Gener
 
     Args:
         grid: rows and columns.
-        count: how many.
+        count: number of patches.
         pattern: "scattered": anywhere; "clustered": those nearest to a random one.
-        rng: source of randomness.
+        rng: random generator.
 
     Raises:
         ValueError: for any other pattern.
     """
     pick_pattern(pattern)
     n = grid[0] * grid[1]
-    order = rng.random(n)  # below 1, so that it only settles ties of distances
+    order = rng.random(n)  # below 1, so that it only breaks ties between distances
     if pattern == "clustered":
         rows, cols = np.divmod(np.arange(n), grid[1])
         centre = rng.integers(n)
@@ -110,20 +110,20 @@ def pick_pattern(pattern: str) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is planted, and where it is looked for.
+    """What is planted, and where detectors and mitigators act.
 
     Attributes:
-        layer: block behind which outliers are planted; None for the middle of the model.
-        detect: block at which detectors look and mitigators act; None for the one after `layer`, the
-            first whose attention sees the outliers.
+        layer: block after which outliers are planted; None for the middle of the model.
+        detect: block at which detectors and mitigators act; None for the one after `layer`, the first
+            whose attention sees the outliers.
         planted: mean number of outliers per image; below 1, a share of the patches.
-        varied: whether the number differs between images, evenly from 1 to twice the mean less 1, so
+        varied: whether the number varies between images, uniformly from 1 to twice the mean minus 1, so
             that a detector with a fixed budget is not right by chance.
         patterns: see `choose`.
         strengths: see `Plant`.
-        at: the strength at which every detector is tried with every mitigator.
+        at: the strength at which all pairs of detectors and mitigators are tried.
         channel_share: see `Plant`.
-        seed: of the chosen patches.
+        seed: seed of the chosen patches.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -167,7 +167,7 @@ class Setting:
         """`layer` and `detect` as block numbers of a model.
 
         Raises:
-            ValueError: if there are no such blocks, or one is the last, which only readouts run.
+            ValueError: if the blocks do not exist, or one is the last, which only readouts run.
         """
         last = len(vit.blocks) - 2
         layer = len(vit.blocks) // 2 - 1 if self.layer is None else self.layer
@@ -222,15 +222,15 @@ def benchmark(
     Args:
         vit: the frozen image tower.
         batches: normalised images, (B, 3, H, W) each, all of one size.
-        setting: what is planted and where it is looked for.
-        detectors, mitigators: by the name that the results give them.
+        setting: what is planted, and where detectors and mitigators act.
+        detectors, mitigators: by name.
 
     Returns:
         Numbers only, ready for JSON:
-        "undisturbed": detector -> share of the patches it marks where nothing is planted;
+        "undisturbed": detector -> share of the patches marked without planted outliers;
         "patterns": for each pattern
         "disturbance", one entry per strength: "norm" (planted patches', in medians of the others) and
-        "drawn" (share of the class token's attention that they draw in the next block);
+        "drawn" (share of the class token's attention that they receive in the next block);
         "detection": detector -> one entry per strength: "precision" (None if nothing was marked),
         "recall", "f1";
         "restoration": mitigator, given the true mask -> one entry per strength: mean cosine of the
@@ -246,7 +246,7 @@ def benchmark(
 
 
 class _Study:
-    """The sums of `benchmark` over all batches so far, and what they come to."""
+    """The sums of `benchmark` over all batches, and its results."""
 
     def __init__(
         self,
@@ -263,7 +263,7 @@ class _Study:
         self.images, self.grid, self.planted = 0, (0, 0), 0
 
     def add(self, batch: Tensor) -> None:
-        """Plants into a batch of images, (B, 3, H, W), in every pattern and strength."""
+        """Plants outliers in a batch of images, (B, 3, H, W), in every pattern and strength."""
         clean = self.vit.trace(batch)
         self.grid = clean.embedded.grid
         target = _finish(self.vit, clean.outputs[self.detect], self.detect + 1)
@@ -282,7 +282,7 @@ class _Study:
     def _add_planted(
         self, batch: Tensor, truth: Tensor, target: Tokens, pattern: str, strength: float
     ) -> None:
-        """Detects and mitigates what is planted at `truth`, (B, N)."""
+        """Detects and mitigates the outliers planted at `truth`, (B, N)."""
         plant = Plant(self.layer, truth, strength, self.setting.channel_share)
         trace = self.vit.trace(batch, [plant])
         key = (pattern, strength)

@@ -21,7 +21,7 @@ PARTS = {"planted": "planted patches", "others": "all other patches"}
 Result = Mapping[str, Any]
 Sheet = tuple[list[str], list[list[str]]]  # header and rows
 
-# Okabe and Ito's colours, told apart by every common kind of colour vision; markers tell them twice
+# Okabe and Ito's colours, distinguishable with any common kind of colour vision; markers differ too
 STYLES = (
     ("#000000", "o"),
     ("#E69F00", "s"),
@@ -34,7 +34,7 @@ STYLES = (
 
 
 def number(value: float | None) -> str:
-    """Two digits; a dash for what is not defined."""
+    """Formats with two decimals; a dash for undefined values."""
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -49,7 +49,7 @@ def ranking(result: Result) -> list[str]:
 
 
 def disturbance_sheet(result: Result, pattern: str) -> Sheet:
-    """How loud the planted patches are, by strength."""
+    """Norms and attention of the planted patches, by strength."""
     rows = result["patterns"][pattern]["disturbance"]
     header = ["", *(f"strength {row['strength']:g}" for row in rows)]
     lines = [
@@ -60,7 +60,7 @@ def disturbance_sheet(result: Result, pattern: str) -> Sheet:
 
 
 def detection_sheet(result: Result, pattern: str) -> Sheet:
-    """F1 by strength; precision and recall at one; what is marked where nothing is planted."""
+    """F1 by strength; precision and recall at one; share marked in undisturbed images."""
     at, strengths = result["setting"]["at"], result["setting"]["strengths"]
     header = ["detector", *(f"F1 at {s:g}" for s in strengths)]
     header += [f"precision at {at:g}", f"recall at {at:g}", "marked, undisturbed"]
@@ -81,7 +81,7 @@ def restoration_sheet(result: Result, pattern: str) -> Sheet:
 
 
 def pairs_sheet(result: Result, pattern: str) -> Sheet:
-    """The same at one strength, for the masks of every detector."""
+    """The same at one strength, with the masks of every detector."""
     table = result["patterns"][pattern]["pairs"]
     header = ["detector", *table[TRUTH]]
     return header, [[d, *map(_both, table[d].values())] for d in (TRUTH, *ranking(result))]
@@ -95,9 +95,9 @@ def report(result: Result, source: str, command: str, picture: str) -> str:
     """All tables and the picture as Markdown.
 
     Args:
-        result: of `benchmark`.
-        source: what ran, for the first line, e.g. "mini, 16 drawn scenes".
-        command: that prints this again.
+        result: result of `benchmark`.
+        source: model and images, for the first line, e.g. "mini, 16 drawn scenes".
+        command: the command that reproduces this.
         picture: file name of the plot.
     """
     setting = result["setting"]
@@ -125,22 +125,24 @@ def report(result: Result, source: str, command: str, picture: str) -> str:
 
 
 def frame(path: Path) -> tuple[str, str]:
-    """What stands before and after the results in a page; nothing if there is no page.
+    """The parts of a page before and after the results; empty if there is no page.
 
     Raises:
-        ValueError: if there is a page without the two markers: it is somebody's, and stays.
+        ValueError: if the page lacks the two markers, so that it is not overwritten.
     """
     if not path.is_file():
         return "", "\n"
     page = path.read_text()
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"{path} has no {BEGIN} and {END} to write between; choose another --out")
+        raise ValueError(
+            f"{path} exists without {BEGIN} and {END}: add them or choose another --out"
+        )
     before, rest = page.split(BEGIN)
     return before, rest.split(END)[1]
 
 
 def write_page(path: Path, text: str) -> None:
-    """Puts `text` between the markers of a page (see `frame`), which is made if it is not there."""
+    """Writes `text` between the markers of a page (see `frame`), which is created if missing."""
     before, after = frame(path)
     with atomic_write(path) as temporary:
         temporary.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")

@@ -1,6 +1,6 @@
-"""Pictures of what happens inside: pure functions from arrays and a `Trace` to a matplotlib figure.
+"""Pictures of a model's inner workings: pure functions from arrays and a `Trace` to a figure.
 
-Nothing here touches pyplot. Example::
+They use matplotlib without pyplot. Example::
 
     from sfp import visualize
 

@@ -1,4 +1,4 @@
-"""What all pictures share: figures without pyplot, panels in patch units, safe colours."""
+"""Shared by all pictures: figures without pyplot, panels in patch units, accessible colours."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ SIDE = 2.3  # inches of a panel
 
 
 class Picture(Figure):
-    """A figure that belongs to no pyplot state and that notebooks show nevertheless."""
+    """A figure outside of pyplot that notebooks can display."""
 
     def __init__(self, width: float, height: float, title: str) -> None:
-        # "compress" pulls panels of a fixed aspect together
+        # "compress" removes gaps between panels with a fixed aspect ratio
         layout = ConstrainedLayoutEngine(compress=True, h_pad=0.08)
         super().__init__(figsize=(width, height), dpi=90, layout=layout)
         FigureCanvasAgg(self)
-        lines = textwrap.fill(title, int(width / 0.11))  # inches of a letter
+        lines = textwrap.fill(title, int(width / 0.11))  # width of a letter in inches
         self.suptitle(lines, fontsize=12, fontweight="bold")
 
     def _repr_png_(self) -> bytes:
-        # notebooks keep their pictures: 256 colours take a third of the space
+        # notebooks store their pictures: 256 colours take a third of the space
         file = io.BytesIO()
         Image.fromarray(rendered(self)).quantize(256).save(file, "png", optimize=True)
         return file.getvalue()
@@ -58,7 +58,7 @@ def panels(
     Returns:
         The figure, and its axes as an array (rows, columns).
     """
-    # tall pictures get narrower panels, so that a panel's area stays about the same
+    # narrower panels for tall pictures, so that a panel's area stays about the same
     width = SIDE / max(ratio, 1) ** 0.5
     size = columns * (width + 0.25) + 0.4, rows * (width * ratio + extra) + 0.4
     figure = Picture(*size, title)
@@ -74,10 +74,10 @@ def draw_image(axes: Axes, image: np.ndarray, patch: int, *, pale: bool = False)
     """A picture (H, W, 3), in patch units, so that patch (row, column) is centred at its numbers.
 
     Args:
-        axes: to draw in.
+        axes: where to draw.
         image: uint8 RGB.
-        patch: pixels of a patch's side.
-        pale: light, grey and without grain, a background that any mark stands out from.
+        patch: side of a patch in pixels.
+        pale: draw it light, grey and smooth, as a background for marks.
     """
     height, width = (length / patch - 0.5 for length in image.shape[:2])
     if pale:
@@ -112,7 +112,7 @@ def draw_map(
 
 
 def label_patches(axes: Axes) -> None:
-    """Few, whole ticks, and what they count on the outer panels of a grid."""
+    """Sets few integer ticks, and axis labels on the outer panels of a grid."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4, integer=True))
     axes.tick_params(labelsize=7, length=2)
@@ -129,7 +129,7 @@ def mark(axes: Axes, mask: np.ndarray, colour: str = VERMILLION, *, filled: bool
     cells = [Rectangle((x - 0.5, y - 0.5), 1, 1) for y, x in np.argwhere(mask)]
     face = (*to_rgb(colour), 0.75) if filled else "none"
     thin = min(1.0, 16 / max(mask.shape))  # lines must not hide small patches
-    # a dark line under the coloured one shows on any background
+    # a dark line under the coloured one is visible on any background
     for line, edge in ((2.4 * thin, "black"), (1.2 * thin, "white" if filled else colour)):
         axes.add_collection(
             PatchCollection(cells, facecolor=face, edgecolor=edge, linewidth=line, zorder=3)

@@ -1,4 +1,4 @@
-"""Pictures of what an edit does to features: before and after."""
+"""Pictures of features before and after an edit."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def principal_colours(features: list[Tensor], basis: Tensor) -> list[np.ndarray]
 
     Args:
         features: (N, D) each.
-        basis: (N, D), the patches that directions and scales are taken from; the same for all, so
-            that equal colours mean equal features.
+        basis: (N, D), patches that determine directions and scales; the same for all, so that equal
+            colours mean equal features.
 
     Returns:
         (N, 3) in 0..1 each.
@@ -65,22 +65,26 @@ def purification(
     names: tuple[str, str] = ("before", "after"),
     sample: int = 0,
 ) -> Figure:
-    """What replacing outliers changes: features as colours, and how alike patches are.
+    """The effect of replacing outliers: features as colours, and similarities of patches.
 
     Args:
         image: the picture, (H, W, 3) uint8.
-        before, after: two runs on it, the second of a method that replaces outliers.
-        layer: method layer after which it did.
-        patch: (row, column) whose similarity to all others is shown; the middle by default.
-        names: of the two runs.
-        sample: which image of the batch.
+        before, after: two runs on it, the second with a method that replaces outliers.
+        layer: method layer after which outliers were replaced.
+        patch: (row, column) of the patch whose similarity to all others is shown; by default the
+            middle.
+        names: names of the two runs.
+        sample: index of the image in the batch.
 
     Raises:
         LookupError: if the second run replaced nothing there.
     """
     i = after.layer(layer)
     if i not in after.masks:
-        raise LookupError(f"no outliers were looked for after layer {i}, only {list(after.masks)}")
+        raise LookupError(
+            f"no outliers were replaced after layer {i}, only after {list(after.masks)}: pass "
+            "one of these as layer="
+        )
     runs = (before.outputs[i], after.outputs[i])
     grid = runs[0].grid
     patch = patch or (grid[0] // 2, grid[1] // 2)
@@ -93,7 +97,7 @@ def purification(
     draw_image(axes[0, 2], image, after.vit.patch)
     mark(axes[0, 2], marked)
     axes[0, 2].set_title(f"replaced: {int(marked.sum())} of {marked.size} patches", fontsize=9)
-    # the directions come from the purified run: outliers would take one for themselves
+    # the directions come from the purified run, because outliers would dominate one of them
     colours = principal_colours([x.patches[sample] for x in runs], runs[1].patches[sample])
     for ax, values, name in zip(axes[0], colours, names, strict=False):
         ax.imshow(values.reshape(*grid, 3), interpolation="nearest")
@@ -111,7 +115,7 @@ def purification(
     )
     for row, unit, pair, framed in rows:
         maps = [numbers(values[sample].unflatten(-1, grid)) for values in pair]
-        # one scale for both, or they could not be compared
+        # the same scale for both, so that they can be compared
         scale = Normalize(min(m.min() for m in maps), max(m.max() for m in maps))
         for ax, values, name in zip(row, maps, names, strict=False):
             draw_map(ax, values, unit, norm=scale)

@@ -1,4 +1,4 @@
-"""Pictures of a segmentation: labels with their names, and how sure the model is."""
+"""Pictures of a segmentation: labels with their names, and confidence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sfp.visualize.canvas import panels
 
 
 class Segmented(Protocol):
-    """A labelled picture, as `sfp.Result` is one.
+    """A labelled picture, such as a `sfp.Result`.
 
     Attributes:
         labels: class of each pixel, (H, W).
@@ -47,17 +47,17 @@ def segmentation(
 
     Args:
         image: the picture, (H, W, 3) uint8.
-        results: one, or several by title; of the picture's size.
-        names: of the classes.
-        colours: of the classes, RGB 0..255; by default those of `class_colours`
-            for the classes that occur.
+        results: one result, or several by title, of the picture's size.
+        names: names of the classes.
+        colours: colours of the classes, RGB 0..255; by default those of `class_colours` for the classes
+            that occur.
     """
     titled = results if isinstance(results, Mapping) else {"segmentation": results}
     share = np.mean(
         [np.bincount(r.labels.ravel(), minlength=len(names)) for r in titled.values()], 0
     )
     present = np.flatnonzero(share).tolist()
-    if colours is None:  # the most different ones go to the classes that are there
+    if colours is None:  # use the most distinct colours for the classes that occur
         palette = np.zeros((len(names), 3), int)
         palette[present] = class_colours(len(present))
         colours = palette.tolist()
@@ -100,7 +100,7 @@ def segmentation(
 
 
 def write_names(axes: Axes, labels: np.ndarray, names: Sequence[str]) -> None:
-    """Each class's name inside its largest region, so that nobody depends on colours."""
+    """Writes each class's name inside its largest region, so that colours are not essential."""
     for i in np.unique(labels):
         region = (labels == i).astype(np.uint8)
         _, parts, stats, _ = cv2.connectedComponentsWithStats(region)

@@ -1,4 +1,4 @@
-"""Picture sheets: rows of images, columns of what was made of them, one legend."""
+"""Picture sheets: a row per image, a column per result, one legend."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def picture_sheet(
     """Writes a PNG with a titled column per entry, and a legend of the classes that occur.
 
     Args:
-        columns: title -> panels, as many in each; a row shows one image.
-        names, palette: of the classes.
-        path: of the PNG.
+        columns: title -> panels, equally many in each; a row shows one image.
+        names, palette: names and colours of the classes.
+        path: path of the PNG.
     """
     first = next(iter(columns.values()))
     ratios = [panel.image.shape[0] / panel.image.shape[1] for panel in first]

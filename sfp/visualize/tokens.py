@@ -1,8 +1,8 @@
 """Pictures of one run of the trunk: outliers, attention, norms.
 
-All take a `Trace`, e.g. from `vit.trace(image)`, and method layers as `Trace.layer` reads them; panels
-name the absolute block. `image` is the picture that was traced, (H, W, 3) uint8, and `sample` its
-place in the batch.
+All take a `Trace`, e.g. from `vit.trace(image)`, and method layers as in `Trace.layer`; panels show the
+absolute block number. `image` is the traced picture, (H, W, 3) uint8, and `sample` its index in the
+batch.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from sfp.visualize.canvas import (
 )
 
 DETECTORS = ("som", "l2_norm", "lof")
-TOP = 0.05  # share of the patches that count as favourites
+TOP = 0.05  # share of the patches that count as strongest
 
 
 def named_detectors(
     detectors: Mapping[str, Detector] | Sequence[str | Mapping[str, Any]],
 ) -> dict[str, Detector]:
-    """Detectors by the name that a picture shows.
+    """Detectors by their names in pictures.
 
     Args:
         detectors: functions by name, or names and config nodes of registered ones.
 
     Raises:
-        ValueError: for an unknown one; the message names the closest.
+        ValueError: for an unknown one; the message suggests the closest.
     """
     if isinstance(detectors, Mapping):
         return dict(detectors)
     nodes = [dict(type=d) if isinstance(d, str) else dict(d) for d in detectors]
-    # knobs tell apart two entries of the same detector
+    # knobs distinguish two entries of the same detector
     return {
         ", ".join([n["type"], *(f"{k}={v}" for k, v in n.items() if k != "type")]): bind(
             n, "detector"
@@ -59,10 +59,10 @@ def named_detectors(
 
 
 def absolute(trace: Trace, layers: Sequence[int]) -> list[int]:
-    """Absolute numbers of layers that the trace holds the output of.
+    """Absolute numbers of layers whose outputs are in the trace.
 
     Raises:
-        LookupError: if it does not hold one.
+        LookupError: if the output of one is not.
     """
     for layer in layers:
         trace.output(layer)
@@ -83,14 +83,14 @@ def outliers(
     planted: Tensor | None = None,
     sample: int = 0,
 ) -> Figure:
-    """The picture with the patches that each detector calls outliers, for each layer.
+    """The picture with the patches that each detector marks as outliers, for each layer.
 
     Detectors are rows and layers columns, or the other way round if there are more detectors.
 
     Args:
         image, trace, layers, sample: as for all pictures here.
-        detectors: as `named_detectors` takes them.
-        planted: (B, N) bool, patches known to be disturbed; they are framed in blue.
+        detectors: as for `named_detectors`.
+        planted: (B, N) bool, planted outliers, framed in blue.
     """
     named = named_detectors(detectors)
     numbered = absolute(trace, layers)
@@ -117,7 +117,7 @@ def outliers(
 def class_attention(
     image: np.ndarray, trace: Trace, layers: Sequence[int], *, sample: int = 0
 ) -> Figure:
-    """How the class token spreads its attention over the patches in each layer, heads averaged."""
+    """The class token's attention to the patches in each layer, averaged over heads."""
     figure, row = _with_image(image, trace, layers, "Class-token attention")
     for axes, i in zip(row[1:], absolute(trace, layers), strict=True):
         share = trace.cls_row(i)[sample].mean(0)
@@ -134,7 +134,7 @@ def patch_attention(
     *,
     sample: int = 0,
 ) -> Figure:
-    """Where one patch looks in each layer, heads averaged.
+    """The attention of one patch in each layer, averaged over heads.
 
     Args:
         image, trace, layers, sample: as for all pictures here.

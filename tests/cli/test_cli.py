@@ -53,7 +53,7 @@ def elsewhere(tmp_path, monkeypatch):
         ("ablate mini --study modules --weights mini mini", 2, "study 'backbones'"),
         ("audit nowhere mini", 2, "there is no config nowhere"),
         ("audit broken.pt mini", 2, r"broken\.pt is not a card"),
-        ("label photos --out out", 2, "nothing to look for"),
+        ("label photos --out out", 2, "no classes given"),
         ("label photos --out out --config voc22", 2, "did you mean 'voc21'"),
         ("label photos --out out --classes cat", 3, "photos does not exist"),
         ("label . --out out --classes cat --part 3/2", 3, "no image or archive"),
@@ -79,9 +79,9 @@ def test_exit_codes(command, code, message, elsewhere, capsys):
     [
         ("", "has no model.type"),
         ('model = dict(type="OpenVocabSegmentor")', "has no model.classes"),
-        ("model = undefined", "is no config: NameError: name 'undefined'"),
-        ("model = dict(", "is no config: SyntaxError"),
-        ('_base_ = "base_config.py"', "is no config: .*base_config.py"),
+        ("model = undefined", "is not a config: NameError: name 'undefined'"),
+        ("model = dict(", "is not a config: SyntaxError"),
+        ('_base_ = "base_config.py"', "is not a config: .*base_config.py"),
     ],
 )
 @pytest.mark.parametrize("command", ["eval", "audit mini"])

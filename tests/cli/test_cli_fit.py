@@ -77,7 +77,7 @@ def test_memory(photos, tmp_path, capsys, monkeypatch):
     assert np.array_equal(np.array(Image.open(tmp_path / "labels/labels/a.png")), labels)
     plain = model.segment(folder / "a.png", ["cat", "sky", "grass"], method="sclip").labels
     assert (labels != plain).any()
-    with pytest.raises(LookupError, match="asks for regions"):
+    with pytest.raises(LookupError, match="regions of the image"):
         run("fit", "memory", str(folder), *method, *MINI, *given[:2])
 
 

@@ -108,7 +108,7 @@ def test_one_broken_image_among_others(photos, tmp_path, capsys):
         (["--classes", "lists/words.csv"], FileNotFoundError, "lists/words.csv: there is no such"),
         (["--classes", "cat", "--background", "2"], ValueError, "between 0 and 1"),
         (["--classes", "cat", "--background", "cat"], ValueError, "'cat' is also a name"),
-        (["--classes", "cat", "--overlay"], ValueError, "say where with --out"),
+        (["--classes", "cat", "--overlay"], ValueError, "add --out FOLDER"),
         (["--classes", "cat", "--parts"], ValueError, "--coco"),
         (["--classes", "cat", "--method", "scilp"], ValueError, "did you mean 'sclip'"),
         (["--classes", "cat", "--weights", "no.pt"], sfp.WeightsError, "no.pt"),
@@ -125,7 +125,7 @@ def test_inputs_that_are_wrong(photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         run(str(tmp_path / "none.jpg"), "--classes", "cat")
     (tmp_path / "some.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="`sfp label` reads those"):
+    with pytest.raises(ValueError, match="use `sfp label`"):
         run(str(tmp_path / "some.tar"), "--classes", "cat")
     with pytest.raises(SystemExit) as exit_:
         run(str(photos))

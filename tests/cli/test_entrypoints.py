@@ -256,7 +256,7 @@ def test_there_are_tools():
         (["configs/cfg_voc22.py"], 2, "there is no config configs/cfg_voc22.py"),
         (["configs/cfg_voc21.py"], 3, "there is no image folder"),
         (["configs/cfg_mini.py", "--method", "scilp"], 2, "did you mean 'sclip'"),
-        (["configs/cfg_mini.py", "--method", "proxyclip"], 2, "asks for the guide"),
+        (["configs/cfg_mini.py", "--method", "proxyclip"], 2, "needs the guide"),
         (
             [
                 "configs/cfg_mini.py",

@@ -66,7 +66,7 @@ def test_what_8_bits_cannot_do():
     clip = tiny.clip()
     with pytest.raises(ValueError, match=r"float32 models on the CPU, this one is torch\.bfloat16"):
         quantised(tiny.clip().bfloat16().visual)
-    with pytest.raises(ValueError, match="edits weights, which 8-bit models have no more"):
+    with pytest.raises(ValueError, match="edits float weights, which an int8 model lacks"):
         sfp.build_method("gclip").features(quantised(clip.visual), tiny.images(1))
 
 

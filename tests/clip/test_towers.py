@@ -248,7 +248,7 @@ def presets() -> dict[str, sfp.Method]:
 
 
 # why a method cannot be read in a pool: it reads several blocks, has no rule, or no readout to move
-NOT_IN_A_POOL = "not for blocks=|needs an attention rule|reads in its own way"
+NOT_IN_A_POOL = "replaces only the last block|needs an attention rule|has its own reader"
 
 
 @pytest.mark.slow

@@ -722,7 +722,7 @@ def test_check_finds_damage(tmp_path, damage, capsys):
 def test_check_does_not_download(cache, capsys):
     for name in ("ViT-L/14", "ViT-L/14@gelu"):
         assert run("check", name) == 3
-        assert "sfp weights get ViT-L/14 downloads it" in capsys.readouterr().err
+        assert "run `sfp weights get ViT-L/14` first" in capsys.readouterr().err
 
 
 def test_get_wants_names(capsys):

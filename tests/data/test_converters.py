@@ -70,7 +70,7 @@ def read(root: Path, number: int) -> np.ndarray:
 @pytest.mark.parametrize("nproc", ["1", "2"])
 def test_label_maps(root, nproc, capsys):
     assert tool.main([str(root), "--nproc", nproc]) == 0
-    assert "3 label maps written, 0 were there" in capsys.readouterr().out
+    assert "3 label maps written, 0 already there" in capsys.readouterr().out
 
     first = np.zeros((20, 30), np.uint8)
     first[2:10, 2:12] = 2
@@ -90,7 +90,7 @@ def test_resumes(root, capsys):
     (maps / "000000000002_instanceTrainIds.png").unlink()
     (maps / "000000000001_instanceTrainIds.png").write_text("mine")
     assert tool.main([str(root), "--nproc", "1"]) == 0
-    assert "1 label maps written, 2 were there" in capsys.readouterr().out
+    assert "1 label maps written, 2 already there" in capsys.readouterr().out
     assert (maps / "000000000001_instanceTrainIds.png").read_text() == "mine"
     assert tool.main([str(root), "--nproc", "1", "--force"]) == 0
     assert read(root, 1).shape == (20, 30)
@@ -106,7 +106,7 @@ def test_errors(root, tmp_path, capsys):
     text = path.read_text()
     path.write_text(text[:-9])
     assert tool.main([str(root)]) == 3
-    assert "it may be cut off" in capsys.readouterr().err
+    assert "or truncated" in capsys.readouterr().err
 
     data = json.loads(text)
     path.write_text(json.dumps(dict(data, categories=data["categories"][:-1])))

@@ -174,7 +174,7 @@ def test_prepare(name, root, capsys):
     assert sfp_data("prepare", name) == 0
     printed = capsys.readouterr().out
     assert "maps of" in printed
-    assert "3 written, 0 were there" in printed
+    assert "3 written, 0 already there" in printed
     assert f"{name}: 3 images, ready" in printed
     for path, labels in expected.items():
         written = cv2.imread(str(root / path), cv2.IMREAD_UNCHANGED)
@@ -199,7 +199,7 @@ def test_prepare(name, root, capsys):
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
     assert sfp_data("prepare", name) == 0
     printed = capsys.readouterr().out
-    assert "0 written, 3 were there" in printed
+    assert "0 written, 3 already there" in printed
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert {path for path in root.rglob("*") if path.is_file()} == set(
         times
@@ -276,10 +276,10 @@ def test_a_stopped_conversion_goes_on(root, capsys):
     Path(root / third.replace("_labelTrainIds", "")).unlink()
     capsys.readouterr()
     assert sfp_data("prepare", "coco_stuff164k", "--workers", "1") == 0
-    assert "1 written, 2 were there" in capsys.readouterr().out
+    assert "1 written, 2 already there" in capsys.readouterr().out
     assert (root / first).read_text() == "mine"
     with pytest.raises(
-        FileNotFoundError, match=r"1 of 3 files to convert are missing, first .*581781"
+        FileNotFoundError, match=r"1 of 3 files to convert are missing, the first is .*581781"
     ):
         sfp_data("prepare", "coco_stuff164k", "--force")
     assert (root / first).read_text() == "mine"  # nothing is made then
@@ -293,12 +293,12 @@ def test_one_bad_file_does_not_stop_the_others(root):
     labels = np.full((96, 64), 7, np.uint8)
     labels[:2, :3] = 40
     cv2.imwrite(str(sources[1]), labels)
-    with pytest.raises(DataError, match=r"2 of 3 files could not be made") as error:
+    with pytest.raises(DataError, match=r"2 of 3 files could not be converted") as error:
         sfp_data("prepare", "city_scapes")
     assert str(sources[0]) in str(error.value)
     assert not (root / first).exists()
     assert np.array_equal(cv2.imread(str(root / third), -1), expected[third])
-    with pytest.raises(DataError, match="number 40 in 6 pixels is none of those"):
+    with pytest.raises(DataError, match="6 pixels have the number 40"):
         convert.cityscapes_labels(sources[1], ("road",))
     cv2.imwrite(str(sources[1]), np.zeros((5, 6, 3), np.uint8))
     with pytest.raises(DataError, match=r"\(5, 6, 3\)"):
@@ -310,7 +310,7 @@ def test_context_of_another_converter_is_kept(root, capsys):
     """mmsegmentation's label maps and list, and no .mat file."""
     trees.build("context60", root)
     assert sfp_data("prepare", "context60", "context59") == 0
-    assert capsys.readouterr().out.count("0 written, 3 were there") == 2
+    assert capsys.readouterr().out.count("0 written, 3 already there") == 2
 
 
 def test_context_names(root, tmp_path):
@@ -324,13 +324,13 @@ def test_context_names(root, tmp_path):
     convert.check_context_names(path)
     assert convert.read_names(path, count=459)[458] == "wood"
     write(names | {458: "water", 445: "wood"})
-    with pytest.raises(DataError, match="'water' is number 458, expected 445"):
+    with pytest.raises(DataError, match="'water' has the number 458, expected 445"):
         convert.check_context_names(path)
     for text, message in (
         ("1: a\n3: b\n", "numbered from 1"),
-        ("1: a\n2: a\n", "line 2: '2: a', of which one part was there before"),
+        ("1: a\n2: a\n", "line 2: '2: a' repeats an earlier number or name"),
         ("1: a\nb\n", "line 2: expected '<number>: <name>', found 'b'"),
-        ("1: a\n", "names 1 classes, expected 2"),
+        ("1: a\n", "has 1 classes, expected 2"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=re.escape(message)):
@@ -344,13 +344,13 @@ def test_context_maps(tmp_path):
     assert convert.context_frequent(path).tolist() == [[0, 1], [0, 59]]
     assert convert.context_all(path).tolist() == [[0, 2], [459, 458]]
     savemat(path, {"LabelMap": np.array([[460]])})
-    with pytest.raises(DataError, match="number 460 in 1 pixels"):
+    with pytest.raises(DataError, match="1 pixels have the number 460"):
         convert.context_all(path)
     savemat(path, {"Labels": np.array([[1]])})
-    with pytest.raises(DataError, match=r"a\.mat: no LabelMap can be read"):
+    with pytest.raises(DataError, match=r"a\.mat: cannot read its LabelMap"):
         convert.context_all(path)
     path.write_bytes(b"no matrix")
-    with pytest.raises(DataError, match=r"a\.mat: no LabelMap can be read"):
+    with pytest.raises(DataError, match=r"a\.mat: cannot read its LabelMap"):
         convert.context_all(path)
 
 
@@ -487,7 +487,7 @@ def test_manifest(root, tmp_path, capsys):
         cv2.imwrite(str(label), numbers, [cv2.IMWRITE_PNG_COMPRESSION, 0])
     capsys.readouterr()
     assert sfp_data("check", "voc21", "--data-root", other, "--manifest", path) == 0
-    assert f"voc21: as {path} says" in capsys.readouterr().out
+    assert f"voc21: agrees with {path}" in capsys.readouterr().out
 
     label = other / next(iter(files)).replace("JPEGImages", "SegmentationClass").replace(
         "jpg", "png"
@@ -504,9 +504,9 @@ def test_manifest(root, tmp_path, capsys):
     assert f"    {image.relative_to(other).as_posix()}\n" in printed
 
     path.write_text(path.read_text().replace('"images": 3', '"images": "3'))
-    with pytest.raises(DataError, match=r"voc21\.manifest\.json is no manifest"):
+    with pytest.raises(DataError, match=r"voc21\.manifest\.json is not a manifest"):
         sfp_data("check", "voc21")  # it is found where it was written
-    with pytest.raises(ValueError, match="of one dataset"):
+    with pytest.raises(ValueError, match="belongs to one dataset"):
         sfp_data("check", "voc21", "voc20", "--manifest", path)
 
 
@@ -515,7 +515,7 @@ def test_manifest_of_another_list(root):
     ours = check.manifest(DOWNLOADED["voc21"], root)
     path = root / "theirs.json"
     check.write_manifest(path, dict(ours, images=1449, list_sha256="0"))
-    assert check.compare(path, ours) == [f"the list of images is another: 3 here, 1449 in {path}"]
+    assert check.compare(path, ours) == [f"the list of images differs: 3 here, 1449 in {path}"]
 
 
 def test_manifest_samples_evenly(root, monkeypatch):

@@ -77,7 +77,7 @@ def test_default_root(tmp_path, monkeypatch):
     monkeypatch.delenv("DATA_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
     message = raises(lambda: build("ade20k"), tmp_path / "data" / "ade")
-    assert "not set, which means ./data" in message
+    assert "not set, so ./data is used" in message
 
 
 @pytest.mark.parametrize("name", trees.LAYOUTS)

@@ -79,23 +79,23 @@ def test_links_in_circles_end_and_are_said(tmp_path):
     write(tmp_path, "a/x.png", "b/y.png")
     for link, target in {"a/self": "a", "a/up": ".", "a/other": "b", "b/other": "a"}.items():
         (tmp_path / link).symlink_to(tmp_path / target)
-    with pytest.warns(UserWarning, match=r"already under another name: .*self"):
+    with pytest.warns(UserWarning, match=r"already searched under another name: .*self"):
         assert names(tmp_path) == ["a/x", "b/y"]
 
 
 def test_a_folder_keeps_its_own_name_whatever_links_to_it(tmp_path):
     write(tmp_path, "z/x.png")
     (tmp_path / "a").symlink_to(tmp_path / "z")
-    with pytest.warns(UserWarning, match=f"already under another name: {tmp_path / 'a'}"):
+    with pytest.warns(UserWarning, match=f"already searched under another name: {tmp_path / 'a'}"):
         assert names(tmp_path) == ["z/x"]
 
 
 def test_what_a_folder_holds_besides_is_said(tmp_path):
     write(tmp_path, "a.png", ".b.png", ".cache/c.png", "d.heic", "e.heic", "f.json", "README")
-    with pytest.warns(UserWarning, match="left out") as said:
+    with pytest.warns(UserWarning, match="skipped") as said:
         assert names(tmp_path) == ["a"]
     (message,) = (str(each.message) for each in said)
-    assert message.startswith(f"{tmp_path}: left out: hidden: ")
+    assert message.startswith(f"{tmp_path}: skipped: hidden: ")
     for part in (".b.png", ".cache", "2 .heic", "1 .json", "1 no ending"):
         assert part in message
 
@@ -115,7 +115,7 @@ def test_a_broken_link_is_a_file_that_fails_when_it_is_read(tmp_path):
     write(tmp_path, "a.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "nowhere.png")
     assert names(tmp_path) == ["a", "b"]
-    with pytest.raises(FileNotFoundError, match=r"b\.png is a link to what does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"b\.png, a broken link, does not exist"):
         names(tmp_path / "b.png")
 
 
@@ -143,13 +143,13 @@ def test_inputs_that_cannot_be(tmp_path):
 
 def test_names_that_collide(tmp_path):
     write(tmp_path, "in/a.jpg", "in/a.png", "x/b.png", "y/b.png")
-    with pytest.raises(ValueError, match=r"both become a\.png"):
+    with pytest.raises(ValueError, match=r"both be written to a\.png"):
         names(tmp_path / "in")
-    with pytest.raises(ValueError, match=r"both become b\.png"):
+    with pytest.raises(ValueError, match=r"both be written to b\.png"):
         names(tmp_path / "x", tmp_path / "y")
     tar(tmp_path / "x/s.tar", {})
     zipped(tmp_path / "x/s.zip", {})
-    with pytest.raises(ValueError, match=r"s\.tar and .*s\.zip would both become s/"):
+    with pytest.raises(ValueError, match=r"s\.tar and .*s\.zip would both be written to s/"):
         names(tmp_path / "x/s.tar", tmp_path / "x/s.zip")
 
 
@@ -189,8 +189,8 @@ def test_lists_as_editors_save_them(tmp_path, encoding, end):
         ("ä.png".encode("latin-1"), r"line 1: .*not UTF-8 text.*save the list as UTF-8"),
         ("a.png".encode("utf-16-le"), "null bytes: save it as UTF-8"),
         (b"\xff\xfea", "not UTF-16 text"),
-        (b"", "names no files"),
-        (b"\n# only a comment\n", "names no files"),
+        (b"", "lists no files"),
+        (b"\n# only a comment\n", "lists no files"),
         (b"empty", "line 1: no image or archive in .*empty"),
     ],
 )
@@ -275,7 +275,7 @@ def test_hidden_files_in_archives_are_said(tmp_path, pack):
     """A Mac puts a "._" file beside each image."""
     path = tmp_path / ("s.zip" if pack is zipped else "s.tar")
     pack(path, {"a.png": png(), "._a.png": b"no image", ".cache/b.png": png()})
-    with pytest.warns(UserWarning, match=r"left out: hidden: \._a\.png, \.cache/b\.png"):
+    with pytest.warns(UserWarning, match=r"skipped: hidden: \._a\.png, \.cache/b\.png"):
         assert [item.name for item in read(path)] == ["s/a"]
 
 

@@ -155,15 +155,15 @@ def test_from_a_photo_to_two_methods(page, model, photo):
     alt(page, "left", f"Segmentation by naclip: {results['naclip'].summary()}")
     alt(page, "right", f"Segmentation by clip: {results['clip'].summary()}")
     same = (results["naclip"].labels == results["clip"].labels).mean()
-    assert f"same class in {same:.0%}" in page.locator("#both").inner_text()
+    assert f"{same:.0%} of pixels agree" in page.locator("#both").inner_text()
     choose(page, "second", "sfp")
     alt(page, "right", f"Segmentation by sfp: {results['sfp'].summary()}")
     snapshot(page, "compare")
 
     page.get_by_role("tab", name="Attention").click()
-    alt(page, "attention", "Where the patch at row 7, column 14 looks in layer 11")
+    alt(page, "attention", "Attention of the patch at row 7, column 14 in layer 11")
     click_patch(page, (14, 28), (2, 25))  # a wide picture
-    alt(page, "attention", "Where the patch at row 2, column 25 looks in layer 11")
+    alt(page, "attention", "Attention of the patch at row 2, column 25 in layer 11")
 
 
 def test_a_scene_its_outliers_and_a_click(page, model):
@@ -186,9 +186,9 @@ def test_a_scene_its_outliers_and_a_click(page, model):
     page.locator('#found img[alt^="Outliers of layer 9 "]').wait_for()
 
     page.get_by_role("tab", name="Attention").click()
-    alt(page, "attention", "Where the patch at row 7, column 7 looks in layer 11")
+    alt(page, "attention", "Attention of the patch at row 7, column 7 in layer 11")
     click_patch(page, (14, 14), (12, 3))  # the cat's
-    alt(page, "attention", "Where the patch at row 12, column 3 looks in layer 11")
+    alt(page, "attention", "Attention of the patch at row 12, column 3 in layer 11")
     row = trace.attention(11)[0].mean(0)[1 + 12 * 14 + 3]
     text = page.locator("#attention-caption").inner_text()
     assert f"{row[1 + 12 * 14 + 3]:.1%} of its attention goes to itself" in text
@@ -206,7 +206,7 @@ def test_what_is_wrong_is_told(page, photo, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"this is no picture")
     upload(page, broken)
-    told.filter(has_text="broken.png: not an image of a known kind").wait_for()
+    told.filter(has_text="broken.png: not an image in a supported format").wait_for()
     assert "Traceback" not in page.content()
     cut = tmp_path / "cut.png"
     cut.write_bytes(photo.read_bytes()[:5000])

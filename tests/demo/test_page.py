@@ -109,7 +109,7 @@ def test_only_uploads_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     assert _uploaded(dict(path=f"{tmp_path}/a/b.png")) == f"{tmp_path.resolve()}/a/b.png"
     for path in ("/etc/passwd", f"{tmp_path}/../b.png"):
-        with pytest.raises(ValueError, match="no uploaded file"):
+        with pytest.raises(ValueError, match="not an uploaded file"):
             _uploaded(dict(path=path))
 
 

@@ -42,7 +42,7 @@ def test_words_as_people_type_them(tmp_path):
     for nothing in ("", None, " , | ,\n"):
         with pytest.raises(ValueError, match="type the words to look for"):
             typed_vocabulary(nothing)
-    with pytest.raises(ValueError, match="'cat' is there twice"):
+    with pytest.raises(ValueError, match="'cat' appears twice"):
         typed_vocabulary("cat, dog|cat")
     with pytest.raises(ValueError, match="257 words: expected 256 at most"):
         typed_vocabulary(",".join(map(str, range(257))))

@@ -94,8 +94,8 @@ def test_configs(tmp_path, audit):
 
     code, said = audit(write(tmp_path / "a"), CONFIGS / "cfg_mini.py")
     assert code == 0
-    assert "Comparable, as far as both sides tell" in said
-    assert "Only one side knows: protocol precision, data images" in said
+    assert "Comparable, as far as is known" in said
+    assert "Known on one side only: protocol precision, data images" in said
 
 
 def test_weights_are_their_hash(tmp_path, audit):

@@ -46,11 +46,11 @@ def test_constants_of_a_method_for_a_data_set():
         ),
         (
             dict(model__guides=dict(dino=dict(type="transformers", model="my/encoder"))),
-            {"guide dino (my/encoder)": "not known here"},
+            {"guide dino (my/encoder)": "unknown data"},
         ),
         (
             dict(model__guides=dict(dino=dict(type="transformers", model="samuel/encoder"))),
-            {"guide dino (samuel/encoder)": "not known here"},
+            {"guide dino (samuel/encoder)": "unknown data"},
         ),
         (
             dict(model__masks=dict(propose=dict(type="sam", model="facebook/sam-vit-base"))),

@@ -170,4 +170,4 @@ def test_photos_with_an_orientation_are_pointed_out(own, capsys):
     assert "turned" not in capsys.readouterr().err
     accuracy(own)
     said = capsys.readouterr().err
-    assert "1 of 3 images have an EXIF orientation, first 1.png: they are turned" in said
+    assert "1 of 3 images have an EXIF orientation, the first is 1.png: images are turned" in said

@@ -87,7 +87,7 @@ def test_no_other_image_takes_the_place_of_one_that_gives_nothing(own):
 
     config = own.config()
     config.test_dataloader.dataset.pipeline.insert(1, dict(type="NothingForATest"))
-    with pytest.raises(DataError, match=r"1\.png.* the pipeline gives nothing for it"):
+    with pytest.raises(DataError, match=r"1\.png.* the pipeline returned nothing for this sample"):
         evaluate.evaluate(config, pictures=0)
 
 
@@ -130,7 +130,7 @@ def test_no_room_for_workers(own, monkeypatch, capsys):
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
     found = [batch["inputs"][0] for batch in Batches(loader, built(config), [0, 1, 2])]
     assert all(map(torch.equal, whole, found))
-    assert "loaded in the main process: no workers can be started ([Errno 28]" in (
+    assert "loading images in the main process: cannot start workers ([Errno 28]" in (
         capsys.readouterr().err
     )
 

@@ -134,7 +134,7 @@ def test_torn_tail_and_bit_flip(tmp_path, whole):
     flipped[len(flipped) // 2] ^= 1
     file.write_bytes(b"\n".join([*lines[:3], flipped, *lines[4:]]))
     said = run(tmp_path)
-    assert "torn or damaged records: 2 " in said
+    assert "incomplete or damaged records: 2 " in said
     assert f"continuing: {SCENES - 2} of {SCENES}" in said
     assert same(tmp_path, whole)
 
@@ -316,7 +316,9 @@ def test_two_runs_in_one_folder(tmp_path):
     metric.keep(one, ["a", "b"], ["a", "b"])
     assert metric.evaluate(2)["aAcc"] == 100
     two.clear()
-    with pytest.raises(RuntimeError, match=r"2 of 2 images, first a, are not in .*--no-resume"):
+    with pytest.raises(
+        RuntimeError, match=r"2 of 2 images, the first a, are missing in .*--no-resume"
+    ):
         metric.evaluate(2)
 
 

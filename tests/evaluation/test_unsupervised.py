@@ -293,7 +293,7 @@ def test_settings_that_are_wrong(config, options, message):
 
 
 def test_methods_are_not_compared_by_clusters(config):
-    with pytest.raises(ValueError, match="fitted to one method's features"):
+    with pytest.raises(ValueError, match="fitted to the features of one method"):
         compare.measure(config(), dict(a="clip"))
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+import tiny
 import torch
 
+from sfp.engine import Engine
 from sfp.functional.clusters import mask_means
 from sfp.functional.kmeans import spherical_kmeans
 from sfp.functional.labels import Labels
 from sfp.functional.masks import MaskSheet, vote_in_masks
-from sfp.functional.precision import sum_over_pixels
+from sfp.functional.precision import cpu_has, native_half, sum_over_pixels
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @pytest.mark.parametrize("side", [8, 64, 700])
@@ -52,3 +59,27 @@ def test_centres_of_many_points():
     (centre,), _ = spherical_kmeans(points, 1, restarts=1)
     expected = torch.nn.functional.normalize(points.double().sum(0), dim=0)
     torch.testing.assert_close(centre.double(), expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16", "bf16", "avx2"])
+def test_half_precision_of_a_processor_is_looked_up(flag, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True}, raising=False)
+    half = "bf16" if "bf16" in flag else None
+    assert native_half(torch.device("cpu")) == half
+    assert [cpu_has(name) for name in ("bf16", "fp16", "int8")] == [bool(half), False, False]
+    engine = Engine(tiny.clip(**tiny.WORDS), precision="half", templates=["{}"])
+    assert engine.computes_in == (half or "fp32")
+    assert engine.clip.dtype == (torch.bfloat16 if half else torch.float32)
+    assert Engine(tiny.clip(**tiny.WORDS)).computes_in == "fp32"  # the same on every CPU
+    assert native_half(torch.device("cuda")) == "fp16"
+    assert native_half(torch.device("mps")) is None
+
+
+@pytest.mark.skipif(not CPUINFO.is_file(), reason="Linux says which instructions there are")
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="PyTorch before 2.11")
+def test_the_look_up_is_what_linux_says():
+    flags = set(
+        re.findall(r"^(?:flags|Features)\s*: (.*)$", CPUINFO.read_text(), re.MULTILINE)[0].split()
+    )
+    found = native_half(torch.device("cpu")) == "bf16"
+    assert found == bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})

@@ -95,7 +95,7 @@ def test_equal_templates_are_the_default_bank(tmp_path):
 def test_what_is_missing_is_named(experts, tmp_path):
     clip, images, text = tiny.clip(), tiny.images(1), tiny.queries(3)
     method = sfp.build_method("floss", experts=experts)
-    with pytest.raises(LookupError, match="needs the words themselves"):
+    with pytest.raises(LookupError, match="needs the words, not only"):
         method.logits(clip.visual, images, text, index=INDEX)
     words = Words(("road", "tree", "bus"), banks)
     with pytest.raises(ValueError, match="no templates for 'tree'"):

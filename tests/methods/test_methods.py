@@ -205,7 +205,7 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("scclip", "beta"): [0.9],
 }
 
-NOT_STITCHED = {"ov_stitcher": "has a stage of its own"}
+NOT_STITCHED = {"ov_stitcher": "already has an image stage"}
 """Presets that have no use for `stitched=True`, and the reason that they give."""
 
 NAMES = sfp.list_methods()

@@ -220,11 +220,11 @@ def test_masks_that_overlap_are_only_for_methods_that_take_them():
     guide.forward = lambda x: sfp.Tokens(F.avg_pool2d(x, 8).flatten(2).mT, (8, 8), prefix=0)
     for method in (dict(type="corrclip", output=None), dict(type="Method", vote="regions")):
         other = model(method=method, guides=dict(dino=guide))
-        with pytest.raises(RegionsError, match="masks that overlap"):
+        with pytest.raises(RegionsError, match="overlapping masks"):
             other.segment(image, WORDS, regions=masks)
     with pytest.raises(RegionsError, match="regions="):
         model().segment(image, WORDS)
-    with pytest.raises(ValueError, match=r"or masks, \(R, h, w\)"):
+    with pytest.raises(ValueError, match=r"or masks \(R, h, w\)"):
         model().segment(image, WORDS, regions=masks.long())
 
 

@@ -190,7 +190,7 @@ def test_what_it_needs():
     method = sfp.build_method("s2c2seg", base="sclip")
     with pytest.raises(GuideError, match=r"clipseg-rd64-refined.*sfp\[guides\]"):
         method.logits(visual, images, tiny.queries(5), words=tiny.words(5))
-    with pytest.raises(LookupError, match="the words themselves"):
+    with pytest.raises(LookupError, match="the words, not only"):
         method.logits(visual, images, tiny.queries(5), guides=dict(clipseg=tiny.Scorer()))
     method = sfp.build_method("s2c2seg", base="sclip", overall="mean_logit", cells=1, share=0.5)
     context = dict(guides=dict(clipseg=tiny.Scorer()), words=tiny.words(5))

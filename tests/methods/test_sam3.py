@@ -343,7 +343,7 @@ def test_what_is_missing_is_said():
         own.segment(picture(), ["cat"])
     for method in ("sfp", "sfp_paper", "clip", "textregion"):
         regions = np.ones((60, 90), int) if method == "textregion" else None
-        with pytest.raises(LayerError, match="weights='none' stands for no CLIP"):
+        with pytest.raises(LayerError, match="weights='none', but this method uses CLIP"):
             own.segment(picture(), ["cat", "dog"], method=method, regions=regions)
     features = sfp.OpenVocabSegmentor(
         "none",
@@ -352,5 +352,5 @@ def test_what_is_missing_is_said():
         guides=dict(sam3=Sam3Guide(model=segmentors.sam3())),
         query_features=torch.zeros(2, 1),
     )
-    with pytest.raises(LookupError, match="needs the words themselves"):
+    with pytest.raises(LookupError, match="needs the words, not only"):
         features(list(tiny.images(1)))

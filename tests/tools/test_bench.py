@@ -95,3 +95,15 @@ def test_a_run_writes_its_record(bench, monkeypatch, tmp_path, capsys):
     assert "equal_labels" not in case["rows"][2]
     assert 0 < second["feature_error"] < 0.2
     assert "from the first variant's" in capsys.readouterr().out
+
+
+def test_the_text_bank(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(bench.ARCHS, "ViT-B/16", SMALL)
+    monkeypatch.setattr(bench, "WORDS", dict(bench.WORDS, text_width=64, text_layers=1))
+    out = tmp_path / "text.json"
+    monkeypatch.setattr(sys, "argv", f"bench --text 2 --threads 1 --out {out}".split())
+    assert bench.main() == 0
+    record = json.loads(out.read_text())["text"]
+    assert record["prompts"] == 160
+    assert record["max_difference"] < 1e-5
+    assert "160 prompts of 2 ADE20K classes" in capsys.readouterr().out

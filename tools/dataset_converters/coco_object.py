@@ -32,10 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "root", type=Path, metavar="ROOT", help="folder of COCO-Object, such as data/coco_object"
     )
     parser.add_argument("--split", default="val2017", help="val2017 (default) or train2017")
-    parser.add_argument(
-        "--nproc", type=int, default=WORKERS, help="how many at a time (default: %(default)s)"
-    )
-    parser.add_argument("--force", action="store_true", help="draw maps that exist already again")
+    parser.add_argument("--nproc", type=int, default=WORKERS, help="threads (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="overwrite existing maps")
     args = parser.parse_args(argv)
     if args.nproc < 1:
         parser.error(f"--nproc {args.nproc} is not a positive number")
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     folder = args.root / "annotations" / args.split
-    print(f"{written} label maps written, {kept} were there, in {folder}")
+    print(f"{written} label maps written, {kept} already there, in {folder}")
     return 0
 
 

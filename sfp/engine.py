@@ -582,7 +582,7 @@ class Engine:
     def _grid(self, image: Tensor) -> WindowGrid:
         patch = self.clip.visual.patch
         if self.slide_tiles:
-            native = [patch * cells for cells in self.clip.visual.native_grid]
+            native = [patch * cells for cells in self.clip.visual.usual_grid]
             return WindowGrid.tiles(image.shape[-2:], self.slide_crop, native)
         return WindowGrid.over(
             image.shape[-2:],

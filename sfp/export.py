@@ -148,7 +148,7 @@ def export(
             f"precision={precision!r}: choose from {', '.join(PRECISIONS)} (int8 for .onnx only)"
         )
     queries = engine.queries(vocabulary)
-    side = side or engine.slide_crop or engine.clip.visual.native_grid[0] * engine.clip.visual.patch
+    side = side or engine.slide_crop or engine.clip.visual.usual_grid[0] * engine.clip.visual.patch
     model = WindowModel(engine, method, None if words_as_input else queries).eval()
     if precision == "fp16":
         model.visual = _half(model.visual)

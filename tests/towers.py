@@ -57,7 +57,8 @@ class Family:
 
     def tower(self) -> VisionTransformer:
         """Ours with the same weights."""
-        part = {k: v for k, v in self.state.items() if k.startswith(image_layouts.PREFIXES)}
+        state, _ = image_layouts.marked(self.state)
+        part = {k: v for k, v in state.items() if k.startswith(image_layouts.PREFIXES)}
         named, config, _ = image_layouts.read(part, self.config)
         if self.head_width:
             config = replace(config, head_width=self.head_width)
@@ -161,6 +162,87 @@ def transformers_naflex() -> Family:
     )
 
 
+class ResidualMLP(nn.Module):
+    """C-RADIO's adaptors, by their publisher's names."""
+
+    def __init__(self, width: int, hidden: int, out: int, layers: int) -> None:
+        super().__init__()
+
+        def layer(size: int) -> nn.Sequential:
+            return nn.Sequential(nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, size))
+
+        self.fc1 = nn.Linear(width, hidden)
+        self.blocks = nn.ModuleList(layer(hidden) for _ in range(layers))
+        self.final = layer(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.final(x)
+
+
+def transformers_radio(swiglu: bool = False, **sizes: Any) -> Family:
+    import transformers
+
+    given = dict(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        mlp_ratio=2.5,
+        patch_size=PATCH,
+        max_img_size=2 * SIDE,
+        num_registers=2,
+        layerscale_value=0.7,
+        use_swiglu_ffn=swiglu,
+    )
+    torch.manual_seed(0)
+    config = transformers.RadioConfig(**given | sizes)
+    model = noisy(transformers.RadioModel(config))
+    model.input_conditioner.norm_std.abs_().add_(0.1)
+    return Family(
+        model.state_dict(),
+        lambda image: model(image).last_hidden_state[:, 0],
+        list(model.encoder.layer),
+        model.config.to_dict(),
+        size=(2 * SIDE, 2 * SIDE),
+        head_width=None,
+    )
+
+
+def published_radio(**sizes: Any) -> Family:
+    """The same as NVIDIA writes it, with an adaptor for SigLIP 2 and one for another teacher."""
+    family = transformers_radio(**sizes)
+    names = (
+        ("embeddings.patch_projection", "model.patch_generator.embedder"),
+        ("embeddings.position_embedding", "model.patch_generator.pos_embed"),
+        ("embeddings.cls_register_token", "model.patch_generator.cls_token.token"),
+        ("encoder.layer", "model.blocks"),
+        ("attention.o_proj", "attn.proj"),
+        ("layer_scale1.lambda1", "ls1.gamma"),
+        ("layer_scale2.lambda1", "ls2.gamma"),
+    )
+    state: dict[str, Tensor] = {}
+    for name, value in family.state.items():
+        for theirs, ours in names:
+            name = name.replace(theirs, ours)
+        state[f"radio_model.{name}"] = value
+    for name in [name for name in state if ".attention.q_proj." in name]:
+        parts = [state.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        state[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    adaptors = {"siglip2-g": EMBED, "dino_v2": 20}
+    for name, width in adaptors.items():
+        for mlp in ("head_mlp", "feat_mlp"):
+            adaptor = noisy(ResidualMLP(WIDTH, 40, width, 2), seed=width)
+            state |= _prefixed(adaptor, f"radio_model.adaptors.{name}.{mlp}.")
+            if (name, mlp) == ("siglip2-g", "head_mlp"):
+                into_texts = adaptor
+    call = family.call
+    family.call = lambda image: into_texts(call(image))
+    family.state, family.config, family.head_width = state, {}, WIDTH // HEADS
+    return family
+
+
 # -- timm, as open_clip holds it -------------------------------------------------------------------
 
 
@@ -187,6 +269,17 @@ def timm_siglip() -> Family:
 def timm_naflex() -> Family:
     sizes = dict(img_size=None, patch_size=PATCH, dynamic_img_size=None)
     return _timm("naflexvit_base_patch16_siglip", classes=0, **sizes)
+
+
+def timm_radio() -> Family:
+    """timm's B, which aligns corners; nothing but its size says so, and here it has another."""
+    sizes = dict(img_size=None, dynamic_img_size=None, patch_size=PATCH, init_values=0.5)
+    sizes |= dict(pos_embed_grid_size=(8, 8), reg_tokens=3)
+    family = _timm("naflexvit_base_patch16_radio_v3", classes=0, **sizes)
+    family.state = {k.removeprefix("visual.trunk."): v for k, v in family.state.items()}
+    family.size = (8 * PATCH, 8 * PATCH)
+    family.knobs = dict(positions=image_layouts.CROPPED_CORNERS)
+    return family
 
 
 def timm_pe(cls: bool = True) -> Family:
@@ -244,6 +337,14 @@ def eva02() -> Family:
 
 def eva01() -> Family:
     return _timm("eva_giant_patch14_224", global_pool="token")
+
+
+def eva02_e() -> Family:
+    """Whose blocks are post-norm; a configuration says so where the size does not."""
+    name = "eva02_enormous_patch14_clip_224"
+    family = _timm(name, mlp_ratio=2.5)
+    family.config = dict(model_cfg=dict(vision_cfg=dict(timm_model_name=name)))
+    return family
 
 
 def mobileclip_b() -> Family:
@@ -321,7 +422,12 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "PE published": published_pe,
     "PE G published": functools.partial(published_pe, False),
     "EVA02": eva02,
+    "EVA02-E": eva02_e,
     "EVA01": eva01,
+    "RADIO": transformers_radio,
+    "RADIO SwiGLU": functools.partial(transformers_radio, True, qkv_bias=False),
+    "RADIO published": published_radio,
+    "RADIO timm": timm_radio,
     "MobileCLIP-B": mobileclip_b,
     "MobileCLIP2-L-14": mobileclip2_l,
     "BiomedCLIP": biomedclip,

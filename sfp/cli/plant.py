@@ -123,7 +123,7 @@ def normalised_crops(clip: CLIP, folder: Path | None, count: int, size: int | No
 
     from sfp.mini import scene
 
-    size = size or clip.visual.native_grid[0] * clip.visual.patch
+    size = size or clip.visual.usual_grid[0] * clip.visual.patch
     if folder:
         pictures = list(crops(folder, count, size))
     else:

@@ -37,6 +37,7 @@ COLUMNS = (
     "activation",
     "mean, std",
     "licence",
+    "gated",
     "tokenizer",
     "from",
 )
@@ -85,11 +86,18 @@ def families() -> dict[str, list[list[str]]]:
                 row.activation or "by layout",
                 "OpenAI's" if row.mean == OPENAI_MEAN else f"{row.mean[0]:g}",
                 row.licence or "see its page",
-                "CLIP's" if row.tokenizer is None else row.tokenizer,
+                {None: "not known", False: "no", True: "yes"}[row.gated],
+                _texts(row),
                 _sources(row),
             ]
         )
     return result
+
+
+def _texts(row: Published) -> str:
+    if row.texts:
+        return f"text tower of {row.texts}"
+    return "CLIP's" if row.tokenizer is None else row.tokenizer
 
 
 def _sources(row: Published) -> str:
@@ -143,7 +151,8 @@ def get_weights(args: argparse.Namespace) -> int:
     for name in args.names:
         if name not in PUBLISHED:
             raise ValueError(f"no published weights {name!r}{known_names(name)}")
-    for name in args.names:
+    shared = (PUBLISHED[name].texts for name in args.names)
+    for name in dict.fromkeys([*args.names, *filter(None, shared)]):
         path = locate(name)
         complete(PUBLISHED[name])
         sha256, verified = verify(name, path)
@@ -165,8 +174,9 @@ def check_weights(args: argparse.Namespace) -> int:
     )
 
     name = str(split_activation(args.source)[0])
-    if name in PUBLISHED and on_disk(name) is None:
-        raise WeightsError(f"{name} is not on this machine: run `sfp weights get {name}` first")
+    for part in (name, PUBLISHED[name].texts) if name in PUBLISHED else ():
+        if part and on_disk(part) is None:
+            raise WeightsError(f"{part} is not on this machine: run `sfp weights get {part}` first")
     checkpoint = open_weights(args.source)
     clip = checkpoint.build()
     assert checkpoint.path is not None
@@ -183,6 +193,7 @@ def check_weights(args: argparse.Namespace) -> int:
         f"{image.layers} blocks, {image.width // image.head_width} heads",
         "text tower": f"width {text.width}, {text.layers} blocks, "
         f"{text.width // text.head_width} heads, context {text.context}, vocabulary {text.vocab}",
+        **({"its weights": checkpoint.texts} if checkpoint.texts else {}),
         "tokenizer": _tokenizer(checkpoint.tokenizer),
         "embedding": str(clip.embed_dim),
         "activation": f"{known.activation} ({known.because}"

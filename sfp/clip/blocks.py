@@ -77,15 +77,19 @@ class MLP(nn.Sequential):
         return x
 
 
-def mlp(width: int, activation: str, hidden: int) -> MLP:
-    """The MLP of a block: two linear layers with an activation, a key of `ACTIVATIONS`, between."""
-    return MLP(
-        OrderedDict(
-            c_fc=Linear(width, hidden),
-            gelu=ACTIVATIONS[activation](),
-            c_proj=Linear(hidden, width),
-        )
+def mlp(width: int, activation: str, hidden: int, after: nn.Module | None = None) -> MLP:
+    """The MLP of a block: two linear layers with an activation, a key of `ACTIVATIONS`, between.
+
+    A norm of what comes out, `after`, follows in post-norm blocks.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        c_fc=Linear(width, hidden),
+        gelu=ACTIVATIONS[activation](),
+        c_proj=Linear(hidden, width),
     )
+    if after is not None:
+        layers["after"] = after
+    return MLP(layers)
 
 
 class GatedMLP(nn.Module):
@@ -119,17 +123,26 @@ class HeadProjections(nn.Module):
         heads: their number.
         out_proj: linear layer (B, T, D) -> (B, T, D).
         norm: of what the heads put out, (B, T, D) -> (B, T, D), before `out_proj`; None for none.
+        after: norm of what `out_proj` puts out; None for none.
     """
 
-    def __init__(self, heads: int, out_proj: nn.Module, norm: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        heads: int,
+        out_proj: nn.Module,
+        norm: nn.Module | None = None,
+        after: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = heads
         self.norm = norm
         self.out_proj = out_proj
+        self.after = after
 
     def join(self, mixed: Tensor) -> Tensor:
         """What leaves the attention, from the heads' mixed values side by side, (B, T, D) each."""
-        return self.out_proj(mixed if self.norm is None else self.norm(mixed))
+        y = self.out_proj(mixed if self.norm is None else self.norm(mixed))
+        return y if self.after is None else self.after(y)
 
     def linear(self, x: Tensor, rows: slice) -> Tensor:
         """Some rows of the packed projection of `x`, (B, T, D) -> (B, T, rows)."""
@@ -154,13 +167,19 @@ class Attention(HeadProjections):
     Args:
         width: token width D.
         heads: number of attention heads.
-        norm: see `HeadProjections`.
+        norm, after: see `HeadProjections`.
     """
 
     out_proj: Linear
 
-    def __init__(self, width: int, heads: int, norm: nn.Module | None = None) -> None:
-        super().__init__(heads, Linear(width, width), norm)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        norm: nn.Module | None = None,
+        after: nn.Module | None = None,
+    ) -> None:
+        super().__init__(heads, Linear(width, width), norm, after)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         nn.init.xavier_uniform_(self.in_proj_weight)
@@ -173,6 +192,9 @@ class Attention(HeadProjections):
 class Block(nn.Module):
     """A residual attention block: x + attention(ln_1(x)), then x + mlp(ln_2(x)).
 
+    In a post-norm block (EVA02-E) the norms are the last layers of attention and MLP, and `ln_1` and
+    `ln_2` leave tokens as they are.
+
     Args:
         width: token width D.
         heads: number of attention heads.
@@ -180,7 +202,11 @@ class Block(nn.Module):
         hidden: width of the MLP's hidden layer, 4 D by default.
         eps: of the norms.
         inner_norms: whether the heads' output and the hidden layer of a SwiGLU are normalised (EVA-02).
+        post_norm: whether norms stand behind attention and MLP and not before them.
         rope: rotates queries and keys.
+
+    Raises:
+        ValueError: for a post-norm block with a SwiGLU.
     """
 
     mlp: MLP | GatedMLP
@@ -194,18 +220,24 @@ class Block(nn.Module):
         *,
         eps: float = 1e-5,
         inner_norms: bool = False,
+        post_norm: bool = False,
         rope: Rope | None = None,
     ) -> None:
         super().__init__()
         hidden = hidden or 4 * width
         self.rope = rope
-        self.attn = Attention(width, heads, nn.LayerNorm(width, eps) if inner_norms else None)
-        self.ln_1 = nn.LayerNorm(width, eps)
-        if activation == "swiglu":
-            self.mlp = GatedMLP(width, hidden, eps if inner_norms else None)
+        inner = nn.LayerNorm(width, eps) if inner_norms else None
+        first, second = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads, inner, first if post_norm else None)
+        self.ln_1 = nn.Identity() if post_norm else first
+        if activation != "swiglu":
+            self.mlp = mlp(width, activation, hidden, second if post_norm else None)
+        elif post_norm:
+            raise ValueError("no post-norm block with a SwiGLU is known")
         else:
-            self.mlp = mlp(width, activation, hidden)
-        self.ln_2 = nn.LayerNorm(width, eps)
+            self.mlp = GatedMLP(width, hidden, eps if inner_norms else None)
+        self.ln_2 = nn.Identity() if post_norm else second
+        self._last = ("after", "after") if post_norm else ("out_proj", "c_proj")
 
     def forward(
         self,
@@ -296,13 +328,12 @@ class Block(nn.Module):
 
     def _finish(self, mixed: Tensor, residual: Tensor | None, ffn: bool) -> Tensor:
         y = self.attn.join(mixed)  # (B, T, D)
+        of_attention, of_mlp = self._last
         if residual is not None:
-            y = _sum(y, residual, self.attn.out_proj)
-        return (
-            _sum(self.mlp(self.ln_2(y)), y, self.mlp, self.mlp.get_submodule("c_proj"))
-            if ffn
-            else y
-        )
+            y = _sum(y, residual, getattr(self.attn, of_attention))
+        if not ffn:
+            return y
+        return _sum(self.mlp(self.ln_2(y)), y, self.mlp, self.mlp.get_submodule(of_mlp))
 
 
 def _sum(y: Tensor, x: Tensor, *layers: nn.Module) -> Tensor:
@@ -334,7 +365,7 @@ class Transformer(nn.Module):
     """A stack of blocks, under the name that OpenAI's checkpoints give it.
 
     Args:
-        width, activation, hidden, eps, inner_norms, rope: as in `Block`.
+        width, activation, hidden, eps, inner_norms, post_norm, rope: as in `Block`.
         layers: number of blocks.
         head_width: width d of an attention head.
 
@@ -352,6 +383,7 @@ class Transformer(nn.Module):
         hidden: int | None = None,
         eps: float = 1e-5,
         inner_norms: bool = False,
+        post_norm: bool = False,
         rope: Rope | None = None,
     ) -> None:
         super().__init__()
@@ -368,6 +400,7 @@ class Transformer(nn.Module):
                 hidden,
                 eps=eps,
                 inner_norms=inner_norms,
+                post_norm=post_norm,
                 rope=rope,
             )
             for _ in range(layers)

@@ -89,7 +89,12 @@ class Int8Attention(HeadProjections):
 
     def __init__(self, attention: Attention) -> None:
         out = attention.out_proj
-        super().__init__(attention.num_heads, Int8Linear(out.weight, out.bias), attention.norm)
+        super().__init__(
+            attention.num_heads,
+            Int8Linear(out.weight, out.bias),
+            attention.norm,
+            attention.after,
+        )
         self.in_proj = Int8Linear(attention.in_proj_weight, attention.in_proj_bias)
 
     def linear(self, x: Tensor, rows: slice) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfp.clip.adaptor import Adaptor, AdaptorConfig
 from sfp.clip.blocks import HEAD_WIDTH, Block, Transformer, drawn
 from sfp.clip.checkpoints.published import OPENAI_MEAN, OPENAI_STD, RGB
 from sfp.clip.pool import AttentionPool, PoolConfig
@@ -33,6 +34,7 @@ class ImageConfig:
 
     Attributes:
         image_size: side in pixels of the square images that the position table is for.
+        usual_size: side of the images that the tower is for, if that is another (C-RADIO).
         patch: side of a patch, in pixels.
         width: token width D.
         layers: number of blocks.
@@ -47,13 +49,14 @@ class ImageConfig:
         prefix: number P of tokens in front of the patches: 0, a class token, or more (registers).
         table_prefix: whether the position table begins with an entry for the class token.
         ln_pre: whether tokens are normalised before the first block.
-        inner_norms: as in `Block` (EVA-02).
+        inner_norms, post_norm: as in `Block` (EVA-02).
         rope: rotary positions of queries and keys, or None.
         ln_post: whether tokens are normalised after the last block.
         pool: what becomes the image's embedding: the class token ("cls"), the mean of the patches
             before the last norm ("mean", CLIPA), or what a learned query gathers.
         proj: whether a matrix leads into the joint space; if not, tokens are in it.
         proj_bias: whether a bias is added to that.
+        adaptor: an MLP that leads into the joint space instead of a matrix (C-RADIO), or None.
         positions: rule that fits the position table to another grid.
         mean, std: normalisation of the images, RGB in 0..1.
     """
@@ -63,6 +66,7 @@ class ImageConfig:
     width: int
     layers: int
     embed_dim: int
+    usual_size: int | None = None
     activation: str = "quick_gelu"
     head_width: int = HEAD_WIDTH
     hidden: int | None = None
@@ -73,11 +77,13 @@ class ImageConfig:
     table_prefix: bool = True
     ln_pre: bool = True
     inner_norms: bool = False
+    post_norm: bool = False
     rope: RopeConfig | None = None
     ln_post: bool = True
     pool: Literal["cls", "mean"] | PoolConfig = "cls"
     proj: bool = True
     proj_bias: bool = False
+    adaptor: AdaptorConfig | None = None
     positions: Op = AS_DINO
     mean: RGB = OPENAI_MEAN
     std: RGB = OPENAI_STD
@@ -94,6 +100,7 @@ class VisionTransformer(nn.Module):
         prefix: number of tokens in front of the patches.
         positions: rule that fits the position table to another grid.
         native_grid: rows and columns of the position table.
+        usual_grid: rows and columns of the images that the tower is for.
         embed_dim: width C of the joint space.
         is_int8: whether the blocks' weights are rounded to 8 bits (`sfp.clip.int8`).
     """
@@ -108,6 +115,8 @@ class VisionTransformer(nn.Module):
         self.prefix = config.prefix
         self.embed_dim = config.embed_dim
         self.native_grid = (side, side)
+        usual = (config.usual_size or config.image_size) // config.patch
+        self.usual_grid = (usual, usual)
         self.positions = config.positions
         self.averages = config.pool == "mean"
         self.stem = nn.ModuleList()
@@ -134,6 +143,7 @@ class VisionTransformer(nn.Module):
             hidden=config.hidden,
             eps=config.eps,
             inner_norms=config.inner_norms,
+            post_norm=config.post_norm,
             rope=self.rope,
         )
         self.ln_post = nn.LayerNorm(width, config.eps) if config.ln_post else nn.Identity()
@@ -144,6 +154,7 @@ class VisionTransformer(nn.Module):
             width = config.pool.width
         self.proj = drawn(width, config.embed_dim, std=width**-0.5) if config.proj else None
         self.proj_bias = nn.Parameter(torch.zeros(config.embed_dim)) if config.proj_bias else None
+        self.adaptor = Adaptor(config.adaptor, width, config.embed_dim) if config.adaptor else None
 
     @property
     def device(self) -> torch.device:
@@ -244,6 +255,8 @@ class VisionTransformer(nn.Module):
 
     def joint(self, y: Tensor) -> Tensor:
         """Pooled vectors (..., D or E) in the joint space, (..., C)."""
+        if self.adaptor is not None:
+            return self.adaptor(y)
         if self.proj is not None:
             y = y @ self.proj
         return y if self.proj_bias is None else y + self.proj_bias

@@ -34,3 +34,22 @@ def resample_positions(
     else:
         out = F.interpolate(source, grid, mode=mode, align_corners=False, antialias=antialias)
     return out[0].permute(1, 2, 0).to(table.dtype)
+
+
+def cropped_positions(
+    table: Tensor, grid: tuple[int, int], *, align_corners: bool = False
+) -> Tensor:
+    """A position table on another grid as C-RADIO has it: (h0, w0, D) -> (h, w, D).
+
+    The table is resized (bilinear) to a square whose side is the longer one of the grid, and the top
+    left of that is taken, so that patches are as far apart in both directions.
+
+    Args:
+        table: the trained table.
+        grid: rows and columns wanted.
+        align_corners: whether the corners of both tables lie on each other, and not their outer edges.
+    """
+    side = max(grid)
+    source = upcast(table).permute(2, 0, 1)[None]  # (1, D, h0, w0)
+    out = F.interpolate(source, (side, side), mode="bilinear", align_corners=align_corners)
+    return out[0, :, : grid[0], : grid[1]].permute(1, 2, 0).to(table.dtype)

@@ -99,7 +99,8 @@ class TransformersGuide(FrozenModel):
     Args:
         model: a name on the Hugging Face hub or a folder, loaded with `AutoModel`; or a model, e.g.
             one made from a config.
-        mean, std: the model's normalisation, RGB in 0..1.
+        mean, std: the model's normalisation, RGB in 0..1; by default ImageNet's, or none for a model
+            that normalises images itself (C-RADIO).
         image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
             that of the segmentor's weights, for most OpenAI's.
 
@@ -111,13 +112,16 @@ class TransformersGuide(FrozenModel):
         self,
         *,
         model: str | nn.Module,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> None:
         if isinstance(model, str):
             model = pretrained(model, "AutoModel", "guides")
+        inside = _is_radio(model)
+        mean = mean or ((0.0, 0.0, 0.0) if inside else IMAGENET_MEAN)
+        std = std or ((1.0, 1.0, 1.0) if inside else IMAGENET_STD)
         super().__init__(model, Renormalise(mean, std, image_mean, image_std))
         size: int | Sequence[int] = self.model.config.patch_size
         self.patch: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -170,7 +174,11 @@ class TransformersGuide(FrozenModel):
         """
         block = last_layer(self.model)
         norm = named_part(block, ("layernorm_before", "norm1"))
-        final = named_part(self.model, ("layernorm", "norm"))
+        final = (
+            nn.Identity()
+            if _is_radio(self.model)
+            else named_part(self.model, ("layernorm", "norm"))
+        )
         x = join(entering.with_data(norm(entering.data)))  # projections are linear: joined before
         residual = join(entering.with_data(final(entering.data)))
         heads = self.model.config.num_attention_heads
@@ -216,6 +224,11 @@ class TransformersGuide(FrozenModel):
         dtype = next(self.model.parameters()).dtype
         out = self.model(pixel_values=pixels.to(dtype), **self._options, **options)
         return out, (height, width)
+
+
+def _is_radio(model: nn.Module) -> bool:
+    """Whether it is a C-RADIO: it normalises images, and no tokens at the end."""
+    return hasattr(model, "input_conditioner")
 
 
 def last_layer(model: nn.Module) -> nn.Module:

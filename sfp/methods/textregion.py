@@ -53,7 +53,7 @@ def squeezed_runs(trace: Trace, *, halves: bool, resample: Resample) -> Trace:
     """
     assert trace.whole is not None
     image, visual = trace.whole.pixels[None], trace.vit
-    native = (visual.patch * visual.native_grid[0], visual.patch * visual.native_grid[1])
+    native = (visual.patch * visual.usual_grid[0], visual.patch * visual.usual_grid[1])
     parts = [image]
     if halves and image.shape[-1] > 1:
         middle = image.shape[-1] // 2
@@ -152,7 +152,7 @@ def pooled_values(
         unit_values: whether values have unit length in the sum.
     """
     rows = F.normalize(values, dim=-1) if unit_values else values
-    dtype = block.ln_2.weight.dtype
+    dtype = next(block.parameters()).dtype
     total = weights.sum(1, keepdim=True).clamp_min(1)
     mean = (weights @ rows / total).to(dtype)
     bias = upcast(block.attn.join(torch.zeros_like(mean[:1])))

@@ -91,7 +91,7 @@ def sam_correlation(
     (values,) = last.attn.project(last.ln_1(tokens.data), "v")  # (W, H, N, d)
     maps = values.transpose(1, 2).flatten(2).mT.unflatten(2, tokens.grid)  # (W, D, h, w)
     rows = resize(upcast(maps), features.grid).flatten(2).mT  # (W, N', D)
-    read = upcast(last.attn.out_proj((weights @ rows).to(values.dtype)))
+    read = upcast(last.attn.join((weights @ rows).to(values.dtype)))
     joined = whole.grid.stitch(read.mT.unflatten(2, features.grid), floor=floor)  # (1, D, h, w)
     if sam is not None:
         if sam not in trace.guides:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfp.clip.vit import VisionTransformer
@@ -69,7 +69,9 @@ def outlier_direction(trace: Trace, layer: int, channel_share: float) -> Tensor:
     query = upcast(block.heads(tokens.with_cls()).q[:, :, 0].flatten(1))  # (B, D)
     width = query.shape[1]
     keys = upcast(block.attn.in_proj_weight[width : 2 * width])  # (D, D): W_k
-    wanted = (query @ keys) * upcast(block.ln_1.weight)
+    wanted = query @ keys
+    if isinstance(block.ln_1, nn.LayerNorm):  # not in post-norm blocks
+        wanted = wanted * upcast(block.ln_1.weight)
     wanted = F.normalize(wanted - wanted.mean(-1, keepdim=True), dim=-1)
     channel = loud_channels(trace, layer)[0]
     loud = torch.zeros_like(wanted)

@@ -72,8 +72,9 @@ def test_what_8_bits_cannot_do():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-def test_compiled_blocks_give_the_same_labels():
-    clip = tiny.clip()
+@pytest.mark.parametrize("activation", ["quick_gelu", "swiglu"])
+def test_compiled_blocks_give_the_same_labels(activation):
+    clip = tiny.clip(activation=activation)
     features = torch.randn(4, clip.text_projection.shape[1])
     image = [torch.randint(0, 256, (3, 90, 70), dtype=torch.uint8)]
     labels = []

@@ -16,7 +16,6 @@ from towers import FAMILIES, Family
 
 import sfp
 from sfp.clip.checkpoints import image_layouts
-from sfp.clip.checkpoints.published import LayoutError
 from sfp.clip.fingerprint import contents_digest, state_key
 from sfp.clip.int8 import quantised
 from sfp.clip.vit import VisionTransformer
@@ -384,17 +383,23 @@ def test_what_sizes_tell_of_siglip_in_timm(width, patch, side, heads, activation
 
 @pytest.mark.parametrize(
     ("width", "patch", "side", "heads"),
-    [(768, 16, 14, 12), (1024, 14, 24, 16), (1408, 14, 16, 16), (1280, 14, 16, 16)],
+    [
+        (768, 16, 14, 12),
+        (1024, 14, 24, 16),
+        (1408, 14, 16, 16),
+        (1280, 14, 16, 16),
+        (1792, 14, 16, 16),
+    ],
 )
 def test_heads_of_timms_other_towers(width, patch, side, heads):
-    """EVA02 and BiomedCLIP, EVA01 g, CLIP H."""
+    """EVA02 and BiomedCLIP, EVA01 g, CLIP H, EVA02-E."""
     _, config, _ = image_layouts.read(shapes(width, patch, side))
     assert width // config.head_width == heads
 
 
-def test_a_tower_whose_norms_stand_elsewhere_is_refused():
-    with pytest.raises(LayoutError, match="EVA02-E"):
-        image_layouts.read(shapes(1792, 14, 16))
+def test_norms_stand_elsewhere_in_eva02_e():
+    _, config, _ = image_layouts.read(shapes(1792, 14, 16))
+    assert (config.post_norm, config.head_width) == (True, 112)
 
 
 @pytest.mark.parametrize(

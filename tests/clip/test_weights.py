@@ -343,6 +343,8 @@ REFUSED = [
     (lambda: open_clip_with("text.cls_emb"), "cls_emb is"),
     (lambda: open_clip_with("text.transformer.shared.weight"), "T5 or NLLB"),
     (lambda: {"image_model.embeddings.cls_token": torch.ones(2)}, "FLAVA"),
+    (lambda: {"vision_model.blocks.0.attn.q_proj.weight": torch.ones(2)}, "jina-clip.*never run"),
+    (lambda: {"visual_model.head.blocks.0.norm1.weight": torch.ones(2)}, r"dino\.txt"),
     (lambda: {"vision_model.embeddings.convolution.weight": torch.ones(2)}, "ALIGN"),
     (lambda: open_clip_with(f"{BLOCK}.ls_1.gamma"), "layer scale"),
     (lambda: open_clip_with(f"{BLOCK}.attn.ln_q.weight"), "blocks have more than CLIP's"),

@@ -79,6 +79,46 @@ def test_attention(name):
     torch.testing.assert_close(weights, full.mean(1)[:, prefix:, prefix:], atol=1e-5, rtol=1e-4)
 
 
+def radio() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "RadioModel"):
+        pytest.skip("this transformers has no C-RADIO")
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
+    config = transformers.RadioConfig(**sizes, patch_size=8, max_img_size=128, layerscale_value=0.5)
+    return transformers.RadioModel(config).eval()
+
+
+def test_a_guide_that_normalises_images_itself():
+    """C-RADIO: pixels in 0..1 go in, 3 class tokens and 7 registers are left out."""
+    own = radio()
+    guide = TransformersGuide(model=own)
+    pictures = image("ns")[..., :40, :64]
+    pixels = pictures * torch.tensor(CLIP_STD)[:, None, None] / 255
+    pixels = pixels + torch.tensor(CLIP_MEAN)[:, None, None] / 255
+    tokens = guide(pictures)
+    assert (tokens.grid, tokens.prefix) == ((5, 8), 0)
+    expected = own(pixels)
+    torch.testing.assert_close(tokens.data, expected.features, atol=1e-5, rtol=1e-4)
+    caught = []
+    hook = own.encoder.layer[-1].register_forward_pre_hook(lambda m, args: caught.append(args[0]))
+    own(pixels)
+    hook.remove()
+    entering = guide.entering(pictures)
+    assert entering.prefix == 10
+    torch.testing.assert_close(entering.data, caught[0], atol=1e-5, rtol=1e-4)
+    weights, grid = guide.attention(pictures)
+    assert grid == (5, 8)
+    assert weights.shape == (1, 40, 40)
+    # there is no norm at the end: what joined patches leave behind is the residual as it is
+    block, patches = own.encoder.layer[-1], caught[0][:, 10:]
+    torch.testing.assert_close(
+        guide(pictures, "stitched").data, block(patches), atol=1e-5, rtol=1e-4
+    )
+    given = TransformersGuide(model=own, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    assert (given(pictures).data - tokens.data).abs().max() > 1e-3
+
+
 def test_rows_and_columns():
     """A picture's transpose does not give the transposed tokens, but the transposed grid."""
     guide = TransformersGuide(model=model("vit", 8))

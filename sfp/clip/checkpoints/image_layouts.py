@@ -1,9 +1,10 @@
 """Image towers as different people write them, under the names and with the switches of ours.
 
 A layout is a table of names, and a function that reads sizes and switches off names, shapes and the
-configuration beside the weights. Three things are worked out and not only renamed, because they are
+configuration beside the weights. Four things are worked out and not only renamed, because they are
 constants of a frozen model: scales of whole layers go into the weights that they follow, batch norms
-into the convolutions before them, and the projection of a pool's learned query into the query.
+into the convolutions before them, the projection of a pool's learned query into the query, and a
+normalisation of images that is part of a model into its patch embedding.
 """
 
 from __future__ import annotations
@@ -18,17 +19,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.clip.adaptor import AdaptorConfig
 from sfp.clip.blocks import HEAD_WIDTH
 from sfp.clip.checkpoints.published import HALF, HEAD_WIDTHS, LayoutError
 from sfp.clip.checkpoints.renaming import BLOCKS, count_blocks, packed, shape_of, turned
 from sfp.clip.pool import PoolConfig
 from sfp.clip.rope import RopeConfig
 from sfp.clip.vit import ImageConfig
-from sfp.functional.grid import resample_positions
+from sfp.functional.grid import cropped_positions, resample_positions
 from sfp.registry import Op
 
 # of an image tower's tensors
-PREFIXES = ("visual.", "vision_model.", "vision_encoder.", "visual_projection.")
+PREFIXES = ("visual.", "vision_model.", "vision_encoder.", "visual_projection.", "radio.")
+# names of a C-RADIO by its publisher, transformers and timm, which no image-text model has
+_RADIO_SIGN = re.compile(r"radio_model\.|embeddings\.patch_projection\.|(embeds\.)?reg_token$")
+_RADIO_PARTS = re.compile(
+    r"(radio_model|embeddings|encoder\.layer|input_conditioner|adaptors|_heads|_feature_projections)\."
+    r"|summary_idxs$"
+)
+_TIMM_PARTS = re.compile(r"(embeds|patch_embed|blocks)\.|(pos_embed|cls_token|reg_token)$")
+RADIO_SIZE = 512  # pixels, of timm's C-RADIOs; their position tables are for 2048
 SIGLIP_HEADS = {1152: 72, 1536: 96}  # width of heads by width of tokens; 64 else
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTHING, ALL = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -45,6 +55,8 @@ EXACT_BICUBIC = _resampled("bicubic", False)  # transformers
 SMOOTH_BICUBIC = _resampled("bicubic", True)  # timm
 BILINEAR = _resampled("bilinear", False)  # Perception Encoder
 SMOOTH_BILINEAR = _resampled("bilinear", True)  # TIPSv2, NaFlex
+CROPPED = Op(cropped_positions)  # C-RADIO
+CROPPED_CORNERS = Op(cropped_positions, (("align_corners", True),))
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,24 @@ class Layout:
         )
 
 
+def marked(state: Mapping[str, Tensor]) -> tuple[State, bool]:
+    """A C-RADIO's tensors under names that begin with one of `PREFIXES`, and whether it is one.
+
+    Everything else stays as it is.
+    """
+    # DINOv2 has registers too, and a norm behind its blocks
+    if not any(map(_RADIO_SIGN.match, state)) or "norm.weight" in state:
+        return dict(state), False
+    result = {}
+    for name, value in state.items():
+        if _RADIO_PARTS.match(name):
+            name = f"radio.{name.removeprefix('radio_model.')}"
+        elif _TIMM_PARTS.match(name):
+            name = f"visual.trunk.{name}"
+        result[name] = value
+    return result, True
+
+
 def read(
     state: Mapping[str, Tensor], config: Config | None = None
 ) -> tuple[State, ImageConfig, bool]:
@@ -87,8 +117,10 @@ def read(
     """
     layout = next((x for x in LAYOUTS if x.fits(state)), LAYOUTS[-1])
     try:
-        finished = _finished(_renamed(state, layout.names))
+        finished = _finished(_renamed(state, layout.names), config or {})
         image, settled = layout.config(finished, config or {})
+        if image.post_norm:  # their norms are part of what they follow
+            finished = {_behind(name): value for name, value in finished.items()}
         return finished, image, settled
     except LayoutError:
         raise
@@ -96,6 +128,11 @@ def read(
         raise LayoutError(
             f"the image tower's tensors do not fit each other: {type(error).__name__}: {error}"
         ) from None
+
+
+def _behind(name: str) -> str:
+    name = re.sub(r"\.ln_1\.(?=\w+$)", ".attn.after.", name)
+    return re.sub(r"\.ln_2\.(?=\w+$)", ".mlp.after.", name)
 
 
 def _renamed(state: Mapping[str, Tensor], names: tuple[tuple[str, str], ...]) -> State:
@@ -113,7 +150,7 @@ def _renamed(state: Mapping[str, Tensor], names: tuple[tuple[str, str], ...]) ->
 # -- what is worked out ----------------------------------------------------------------------------
 
 
-def _finished(named: State) -> State:
+def _finished(named: State, config: Config) -> State:
     """Our tensors of those under our names, or under the names of the parts that they are made of."""
     state = dict(named)
     apart = (re.match(r"(.*\.attn\.)[qkv]\.", name) for name in named)
@@ -134,7 +171,12 @@ def _finished(named: State) -> State:
             )
     if "visual.pool.probe" in state:
         _project_query(state)
+    if "visual.prefix" in state:
+        _split_prefix(state, config)
     _reshape(state)
+    if "visual.image_mean" in state:
+        _fold_normalisation(state)
+    _fill_biases(state)
     return state
 
 
@@ -149,6 +191,10 @@ def _reshape(state: State) -> None:
     if kernel is not None and kernel.ndim == 2:  # of flattened patches: row, column, channel
         side = math.isqrt(kernel.shape[1] // 3)
         state["visual.conv1.weight"] = kernel.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+    if "visual.kernel" in state:  # of flattened patches: channel, row, column
+        kernel = state.pop("visual.kernel")
+        side = math.isqrt(kernel.shape[1] // 3)
+        state["visual.conv1.weight"] = kernel.unflatten(1, (3, side, side))
     if "visual.head.weight" in state:
         state["visual.proj"] = turned(state.pop("visual.head.weight"))
     if "visual.head.bias" in state:
@@ -173,8 +219,45 @@ def _pack(state: State, prefix: str) -> None:
         parts["bias"].setdefault("k", torch.zeros_like(parts["bias"]["q"]))
     for kind, found in parts.items():
         target = f"{prefix}in_proj_{kind}"
-        if found or target not in state:  # EVA-01 has packed weights and single biases
+        # EVA-01 has packed weights and single biases
+        if found or (kind == "weight" and target not in state):
             state[target] = packed(found, target)
+
+
+def _fill_biases(state: State) -> None:
+    """Zeros for the biases of a kind of layer that has none in any block."""
+    for layer in ("attn.in_proj_", "attn.out_proj.", "mlp.c_fc.", "mlp.c_proj."):
+        if not any(name.endswith(f"{layer}bias") and _BLOCK in name for name in state):
+            for name in [x for x in state if x.endswith(f"{layer}weight") and _BLOCK in x]:
+                bias = state[name].new_zeros(state[name].shape[0])
+                state[f"{name.removesuffix('weight')}bias"] = bias
+
+
+def _split_prefix(state: State, config: Config) -> None:
+    """C-RADIO's class tokens and registers, with the class token of SigLIP 2 first.
+
+    There is one for each teacher; the order of tokens without positions does not matter. Which one is
+    SigLIP 2's stands in the publisher's configuration; without it, it is the first.
+    """
+    tokens = state.pop("visual.prefix")
+    first = 0
+    for name, settings in (config.get("adaptor_configs") or {}).items():
+        if "siglip2" in name:
+            first = int(settings.get("head_idx", 0))
+    if not 0 <= first < len(tokens):
+        raise LayoutError(f"head_idx of the adaptor is {first}: there are {len(tokens)} tokens")
+    state["visual.class_embedding"] = tokens[first]
+    if len(tokens) > 1:
+        state["visual.register_embedding"] = torch.cat([tokens[:first], tokens[first + 1 :]])
+
+
+def _fold_normalisation(state: State) -> None:
+    """What a model does to images in 0..1, in its patch embedding: W (x - mean) / std + b."""
+    mean, std = (state.pop(f"visual.image_{part}").double().flatten() for part in ("mean", "std"))
+    kernel = state["visual.conv1.weight"].double() / std[:, None, None]
+    bias = state.get("visual.conv1.bias", kernel.new_zeros(len(kernel))).double()
+    state["visual.conv1.bias"] = (bias - kernel.sum((2, 3)) @ mean).float()
+    state["visual.conv1.weight"] = kernel.float()
 
 
 def _fold_norm(state: State, prefix: str) -> None:
@@ -252,6 +335,8 @@ def _sizes(
     embed_dim = pool.width if isinstance(pool, PoolConfig) else width
     if proj is not None:
         embed_dim = shape_of(state, "visual.proj", 2)[1]
+    elif given.get("adaptor") is not None:
+        embed_dim = shape_of(state, "visual.adaptor.final.2.weight", 2)[0]
     hidden = state.get(f"{first}mlp.c_proj.weight")
     return given | dict(
         image_size=side * patch,
@@ -337,6 +422,8 @@ def _transformers_siglip(state: State, config: Config) -> tuple[ImageConfig, boo
 
 def _naflex(state: State, config: Config) -> tuple[ImageConfig, bool]:
     """`Siglip2Model` and timm's NaFlex towers, which take images of any shape."""
+    if _is_radio(state):
+        return _radio(state, config)
     return _siglip(state, config, "gelu_tanh", SMOOTH_BILINEAR), True
 
 
@@ -370,26 +457,74 @@ def _tipsv2(state: State, config: Config) -> tuple[ImageConfig, bool]:
     return ImageConfig(**sizes | (dict(activation="swiglu") if gated else {})), True
 
 
+def _radio(state: State, config: Config) -> tuple[ImageConfig, bool]:
+    """C-RADIO by its publisher, timm's NaFlex and `RadioModel`, normalisation of images left out.
+
+    The publisher and timm align the corners of the position tables of v3-B and v3-H, `RadioModel` of
+    none.
+    """
+    sizes = _sizes(
+        state,
+        head_widths={1152: 72, 1280: 80},
+        activation="gelu",
+        eps=1e-6,
+        adaptor=_adaptor(state),
+        may_lack=True,
+    )
+    ours = config.get("model_type") != "radio"
+    corners = ours and (sizes["width"], sizes["prefix"]) in ((768, 8), (1280, 8))
+    sizes["positions"] = CROPPED_CORNERS if corners else CROPPED
+    if sizes["image_size"] > RADIO_SIZE:
+        sizes["usual_size"] = RADIO_SIZE
+    sizes |= _vision({"vision_config": config}, sizes["width"])
+    if _is_gated(state):
+        sizes["activation"] = "swiglu"
+    return ImageConfig(**sizes), True
+
+
+def _whole_radio(state: State, config: Config) -> tuple[ImageConfig, bool]:
+    """The same, whose normalisation of images has become part of the patch embedding."""
+    image, settled = _radio(state, config)
+    return replace(image, mean=NOTHING, std=ALL), settled
+
+
+def _is_radio(state: State) -> bool:
+    """Whether a tower of timm's is C-RADIO: registers, and nothing behind the last block."""
+    behind = ("visual.ln_post.weight", "visual.pool.query")
+    return "visual.register_embedding" in state and not any(name in state for name in behind)
+
+
+def _adaptor(state: State) -> AdaptorConfig | None:
+    """The sizes of an adaptor, or None if there is none."""
+    if "visual.adaptor.fc1.weight" not in state:
+        return None
+    return AdaptorConfig(
+        hidden=shape_of(state, "visual.adaptor.fc1.weight", 2)[0],
+        layers=count_blocks(state, "visual.adaptor.blocks."),
+        norm="visual.adaptor.pre_norm.0.weight" in state,
+    )
+
+
 def _timm(state: State, config: Config) -> tuple[ImageConfig, bool]:
     """open_clip's models whose image tower is timm's: SigLIP, PE, EVA, MobileCLIP, BiomedCLIP."""
+    if _is_radio(state):  # with a position table of one size
+        image, settled = _radio(state, config)
+        return replace(image, positions=SMOOTH_BICUBIC), settled
     if "visual.pool.query" in state and "visual.ln_pre.weight" not in state:
         return _timm_siglip(state, config), True  # PE has a norm there
     said = _open_clip_vision(config)
     before = "visual.ln_pre.weight" in state
     sizes = _sizes(
         state,
-        head_widths=HEAD_WIDTHS | {1536: 96},
+        head_widths=HEAD_WIDTHS | {1536: 96, 1792: 112},
         activation="swiglu" if _is_gated(state) else "gelu",
         eps=1e-5 if before else 1e-6,
         positions=SMOOTH_BICUBIC,
         stem=_stem(state),
         may_lack=True,
     )
-    if sizes["width"] == 1792:
-        raise LayoutError(
-            "this is an EVA02-E, whose blocks normalise what their parts put out and not what they "
-            "take in; only blocks of the usual kind run here"
-        )
+    if sizes["width"] == 1792 or "eva02_enormous" in said:
+        sizes["post_norm"] = True
     if "quickgelu" in said:
         sizes["activation"] = "quick_gelu"
     if sizes["inner_norms"]:
@@ -535,6 +670,42 @@ _TIMM = (
     (r"visual\.head\.proj\.weight", "visual.head.weight"),
 )
 
+# the adaptor into SigLIP 2's space; those of other teachers, and of patches, lead nowhere near texts
+_ADAPTORS = (
+    (
+        r"radio\.(?:adaptors\.siglip2[^.]*\.head_mlp|_heads\.siglip2[^.]*)\.(.+)",
+        r"visual.adaptor.\1",
+    ),
+    (r"radio\.(?:adaptors|_heads|_feature_projections)\..*", ""),
+)
+_RADIO_AT = r"radio\.(?:model\.blocks|encoder\.layer)\.(\d+)\."
+_GENERATOR = r"radio\.model\.patch_generator\."
+_RADIO = (
+    *_ADAPTORS,
+    (rf"{_RADIO_AT}norm([12])\.{_KIND}", rf"{_BLOCK}\1.ln_\2.\3"),
+    (rf"{_RADIO_AT}attn\.qkv\.{_KIND}", rf"{_BLOCK}\1.attn.in_proj_\2"),
+    (rf"{_RADIO_AT}attention\.([qkv])_proj\.{_KIND}", rf"{_BLOCK}\1.attn.\2.\3"),
+    (rf"{_RADIO_AT}(?:attn\.proj|attention\.o_proj)\.{_KIND}", rf"{_BLOCK}\1.attn.out_proj.\2"),
+    (rf"{_RADIO_AT}mlp\.fc1\.{_KIND}", rf"{_BLOCK}\1.mlp.c_fc.\2"),
+    (rf"{_RADIO_AT}mlp\.(?:fc2|down_proj)\.{_KIND}", rf"{_BLOCK}\1.mlp.c_proj.\2"),
+    (rf"{_RADIO_AT}mlp\.gate_proj\.{_KIND}", rf"{_BLOCK}\1.mlp.gate.\2"),
+    (rf"{_RADIO_AT}mlp\.up_proj\.{_KIND}", rf"{_BLOCK}\1.mlp.value.\2"),
+    (
+        rf"{_RADIO_AT}(?:ls|layer_scale)([12])\.(?:gamma|grandma|lambda1)",
+        rf"{_BLOCK}\1.ls_\2",
+    ),
+    (rf"{_GENERATOR}embedder\.weight", "visual.kernel"),
+    (rf"{_GENERATOR}pos_embed", "visual.table"),
+    (rf"{_GENERATOR}cls_token\.token", "visual.prefix"),
+    (rf"{_GENERATOR}video_embedder\.weight", ""),
+    (r"radio\.embeddings\.patch_projection\.weight", "visual.kernel"),
+    (r"radio\.embeddings\.position_embedding", "visual.table"),
+    (r"radio\.embeddings\.cls_register_token", "visual.prefix"),
+    (r"radio\.embeddings\.video_patch_projection\.weight", ""),
+    (r"radio\.input_conditioner\.norm_(mean|std)", r"visual.image_\1"),
+    (r"radio\.summary_idxs", ""),
+)
+
 _ENCODER = r"vision_encoder\."
 _IN = rf"{_ENCODER}blocks\.(\d+)\."
 
@@ -582,7 +753,9 @@ LAYOUTS = (
         ),
         _transformers_clip,
     ),
-    Layout(rf"{_TRUNK}embeds\.proj\.weight", _TIMM, _naflex, flat=True),
+    Layout(r"radio\.input_conditioner\.", _RADIO, _whole_radio),
+    Layout(r"radio\.(model|embeddings)\.", _RADIO, _radio),
+    Layout(rf"{_TRUNK}embeds\.proj\.weight", (*_ADAPTORS, *_TIMM), _naflex, flat=True),
     Layout(_TRUNK, _TIMM, _timm),
     Layout(
         r"visual\.attn_pool\.probe",

@@ -23,6 +23,7 @@ OPENAI = "OpenAI"
 SHARED = "OpenAI or open_clip"
 OPEN_CLIP = "open_clip"
 TRANSFORMERS = "transformers CLIPModel"
+RADIO = "C-RADIO"
 ACCEPTED = (
     "accepted are CLIPs with a plain ViT in the layouts of OpenAI (visual.conv1.weight, "
     "token_embedding.weight, ...), open_clip (the same names, or text.token_embedding.weight, ...) and "
@@ -36,12 +37,6 @@ _UNUSED = re.compile(r"attn_mask$|text_decoder\.")  # the causal mask; what writ
 # how a checkpoint that cannot be used gives itself away, the first that fits: a regular expression for
 # the beginning of a name, what it is, what is in the way
 _REFUSED = (
-    (
-        r"(radio_model|model)\.(model\.)?patch_generator\.|embeddings\.patch_projection\.",
-        "a C-RADIO",
-        "it has no text tower, and its way into that of SigLIP 2, an adaptor, is not read here: it can "
-        "be a guide",
-    ),
     (r"visual\.layer1\.", "a ResNet CLIP", "only ViT towers have the patch tokens methods need"),
     (
         r"visual\.trunk\.(stages|network|stem)\.",
@@ -57,6 +52,16 @@ _REFUSED = (
         r"vision_model\.embeddings\.convolution\.",
         "an ALIGN",
         "only ViT towers have the patch tokens methods need",
+    ),
+    (
+        r"(vision_model\.blocks|text_model\.transformer)\.",
+        "a jina-clip",
+        "its code comes from the Hub with the weights, and such code is never run",
+    ),
+    (
+        r"visual_model\.",
+        "a dino.txt",
+        "its two towers share a space in halves, and its code comes from the Hub",
     ),
     (r"(image_model|multimodal_model)\.", "a FLAVA", "its towers have no joint space of patches"),
     (
@@ -93,7 +98,11 @@ class Recognised:
     text_settled: bool = False
 
 
-def recognise(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Recognised:
+def recognise(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    words: Mapping[str, Any] | None = None,
+) -> Recognised:
     """The layout of a state dict, and the same tensors under the names of this package.
 
     Names that belong to no layout stay, for `build_clip` to complain about.
@@ -101,27 +110,32 @@ def recognise(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = No
     Args:
         state: as read.
         config: the configuration that lies beside the weights, parsed.
+        words: that of the text tower's own weights, if they are others.
 
     Raises:
         LayoutError: if it is a model of another kind, or no CLIP; the message says which.
     """
+    words = config if words is None else words
     state, wrapped = _unwrap(state)
+    state, radio = image_layouts.marked(state)
     for pattern, what, why in _REFUSED:
         found = next((name for name in state if re.match(pattern, name)), None)
         if found:
             reason = f": {why}" if why else ""
             raise LayoutError(f"this is {what}{reason} (found {found})")
-    layout = _layout(state, wrapped)
+    layout = RADIO if radio else _layout(state, wrapped)
     state = {k: v for k, v in state.items() if k not in _SCALARS and not _UNUSED.match(k)}
     shared = {k: state.pop(k) for k in ("logit_scale", "logit_bias") if k in state}
     part = {k: state.pop(k) for k in list(state) if k.startswith(image_layouts.PREFIXES)}
     image, image_config, settled = image_layouts.read(part, config)
-    text, text_config, text_settled = text_layouts.read(state, config)
+    if radio:
+        _check_space(image_config, state)
+    text, text_config, text_settled = text_layouts.read(state, words)
     shared = {k: v.reshape(()) if v.numel() == 1 else v for k, v in shared.items()}  # (1,) in some
     if settled and not text_settled:
         activation = image_config.activation
         if layout != TRANSFORMERS:  # timm's towers have others than the text tower beside them
-            quick = (config or {}).get("model_cfg", {}).get("quick_gelu", False)
+            quick = (words or {}).get("model_cfg", {}).get("quick_gelu", False)
             activation = "quick_gelu" if quick else "gelu"
         text_config = replace(text_config, activation=activation)
     return Recognised(
@@ -132,6 +146,33 @@ def recognise(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = No
         settled,
         settled or text_settled,
     )
+
+
+def text_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a state dict has besides the image tower: a text tower, scale and bias of the logits."""
+    state, _ = image_layouts.marked(_unwrap(state)[0])
+    shown = image_layouts.PREFIXES
+    return {name: value for name, value in state.items() if not name.startswith(shown)}
+
+
+def lacks_texts(state: Mapping[str, Tensor]) -> bool:
+    """Whether this is an image tower whose texts another model's tower reads: C-RADIO's."""
+    return any("siglip2" in name for name in state) and not text_part(state)
+
+
+def _check_space(image: ImageConfig, texts: Mapping[str, Tensor]) -> None:
+    """Raises `LayoutError` if a C-RADIO does not lead to texts; the message says what to do."""
+    if image.adaptor is None:
+        raise LayoutError(
+            "this is a C-RADIO without its adaptor to SigLIP 2 (radio_model.adaptors.siglip2-g."
+            "head_mlp.*), so that no texts lie in its space: take its publisher's checkpoint with that "
+            "adaptor; as it is it can be a guide (type='transformers')"
+        )
+    if not texts:
+        raise LayoutError(
+            "this is a C-RADIO, whose texts SigLIP 2's text tower reads: give that model (g-opt), "
+            "load_clip(..., texts='siglip2-gopt16-384'), or put its folder beside the weights, as text/"
+        )
 
 
 def _layout(state: Mapping[str, Tensor], wrapped: bool) -> str:

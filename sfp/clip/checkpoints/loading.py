@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sfp.clip.blocks import ACTIVATIONS
 from sfp.clip.checkpoints.archive import read_archive
-from sfp.clip.checkpoints.layouts import ACCEPTED, Recognised, recognise
+from sfp.clip.checkpoints.layouts import ACCEPTED, Recognised, lacks_texts, recognise, text_part
 from sfp.clip.checkpoints.metadata import WRONG, Facts, facts, settled_facts, unusable
 from sfp.clip.checkpoints.published import (
     ARCHITECTURES,
@@ -59,6 +59,8 @@ from sfp.clip.vit import ImageConfig
 from sfp.files import cache_dir, sha256_file
 from sfp.registry import suggest
 
+TEXTS = "text"  # folder beside weights without texts, with a model whose text tower reads them
+
 
 def load_clip(
     source: str | Path | Mapping[str, Tensor],
@@ -67,6 +69,7 @@ def load_clip(
     head_width: int | None = None,
     text_head_width: int | None = None,
     tokenizer: str | Path | None = None,
+    texts: str | Path | Mapping[str, Tensor] | None = None,
 ) -> CLIP:
     """A frozen image-text model in float32 on the CPU.
 
@@ -87,6 +90,9 @@ def load_clip(
         text_head_width: of the text tower's.
         tokenizer: the vocabulary file of a model that has not OpenAI's; by default the one beside the
             weights, or in the Hub's cache. Without one the model loads, and reads no texts.
+        texts: for image towers that lead into another model's space (C-RADIO): that model, as
+            `source`, of which the text tower is taken; by default what the table says, or the folder
+            text/ beside the weights.
 
     Raises:
         WeightsError: if the weights cannot be found, downloaded, verified or read.
@@ -102,6 +108,7 @@ def load_clip(
         head_width=head_width,
         text_head_width=text_head_width,
         tokenizer=tokenizer,
+        texts=texts,
     )
     if not checkpoint.facts.certain:
         warnings.warn(
@@ -130,6 +137,7 @@ class Checkpoint:
             and not from `facts`.
         tokenizer: of a text tower that has not OpenAI's.
         row: of the table, if it was asked for by name.
+        texts: where the text tower comes from, if from other weights.
     """
 
     origin: str
@@ -144,6 +152,7 @@ class Checkpoint:
     settled: bool = False
     tokenizer: Tokenizer | None = None
     row: Published | None = None
+    texts: str | None = None
 
     @property
     def digest(self) -> str:
@@ -184,59 +193,106 @@ def open_weights(
     head_width: int | None = None,
     text_head_width: int | None = None,
     tokenizer: str | Path | None = None,
+    texts: str | Path | Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     """Finds, verifies, reads and recognises weights; arguments and errors as those of `load_clip`."""
-    row, path = None, None
-    if isinstance(source, Mapping):
-        inner: Any = source.get("state_dict")
-        if isinstance(inner, Mapping):  # a training checkpoint
-            source = inner
-        if not all(isinstance(value, Tensor) for value in source.values()):
-            raise LayoutError("not a state dict: a mapping from names to tensors is expected")
-        origin, verified = "the state dict", False
-        state, sha256 = dict(source), digest_of(source)
-    else:
+    if not isinstance(source, Mapping):
         source, suffix = split_activation(source)
         activation = activation or suffix
-        row = PUBLISHED.get(str(source))
-        path = locate(source)
-        origin = str(path)
-        sha256, verified = verify(str(source), path)  # before anything looks inside
-        state = read_state(path)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}{suggest(activation, ACTIVATIONS)}")
-    recognised = _recognise(state, path, origin, row)
+    file = _open(source)
+    path, row, reads = file.path, file.row, file
+    if lacks_texts(file.state):
+        texts = _whose_texts(file, texts)
+    elif texts is not None and text_part(file.state):
+        raise LayoutError(f"{file.origin} has a text tower of its own: leave out texts=")
+    if texts is not None:
+        reads = _open(texts)
+        file = _joined(file, reads)
+    recognised = _recognise(file)
     image, text, known = _settle(recognised, path, row, activation, head_width, text_head_width)
     return Checkpoint(
-        origin,
+        file.origin,
         path,
-        sha256,
-        verified,
+        file.sha256,
+        file.verified,
         recognised.layout,
         recognised.state,
         image,
         text,
         known,
         recognised.settled,
-        find_tokenizer(text, tokenizer, path, row) if text.rules else None,
+        find_tokenizer(text, tokenizer, reads.path, reads.row) if text.rules else None,
         row,
+        None if texts is None else reads.origin,
     )
 
 
-def _recognise(
-    state: Mapping[str, Tensor], path: Path | None, origin: str, row: Published | None
-) -> Recognised:
-    config = configuration(path) if path else {}
-    if row := row or (row_of(path) if path else None):
-        config = SETTINGS.get(str(row.architecture), {}) | config
+@dataclass(frozen=True)
+class _Opened:
+    """Weights that were read: attributes as of `Checkpoint`, and the configurations beside them."""
+
+    origin: str
+    path: Path | None
+    row: Published | None
+    sha256: str
+    verified: bool
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    words: dict[str, Any] | None = None  # of the text tower, where that is another model's
+
+
+def _open(source: str | Path | Mapping[str, Tensor]) -> _Opened:
+    if isinstance(source, Mapping):
+        inner: Any = source.get("state_dict")
+        if isinstance(inner, Mapping):  # a training checkpoint
+            source = inner
+        if not all(isinstance(value, Tensor) for value in source.values()):
+            raise LayoutError("not a state dict: a mapping from names to tensors is expected")
+        return _Opened(
+            "the state dict", None, None, digest_of(source), False, dict(source), config={}
+        )
+    path = locate(source)
+    sha256, verified = verify(str(source), path)  # before anything looks inside
+    row, config = PUBLISHED.get(str(source)), configuration(path)
+    if known := row or row_of(path):
+        config = SETTINGS.get(str(known.architecture), {}) | config
+    return _Opened(str(path), path, row, sha256, verified, read_state(path), config)
+
+
+def _whose_texts(
+    file: _Opened, given: str | Path | Mapping[str, Tensor] | None
+) -> str | Path | Mapping[str, Tensor] | None:
+    """Whose text tower reads the texts of a model that has none: who is given, the table, a folder."""
+    row = file.row or (row_of(file.path) if file.path else None)
+    beside = file.path.parent / TEXTS if file.path else None
+    if given is None and beside and beside.is_dir():
+        return beside
+    return given if given is not None or row is None else row.texts
+
+
+def _joined(file: _Opened, texts: _Opened) -> _Opened:
+    """An image tower with another model's text tower."""
+    sha256 = hashlib.sha256(f"{file.sha256} {texts.sha256}".encode()).hexdigest()
+    return replace(
+        file,
+        sha256=sha256,
+        verified=file.verified and texts.verified,
+        state=file.state | text_part(texts.state),
+        words=texts.config,
+    )
+
+
+def _recognise(file: _Opened) -> Recognised:
     try:
-        return recognise(state, config)
+        return recognise(file.state, file.config, file.words)
     except LayoutError as error:
-        raise LayoutError(f"{origin}: {error}; {ACCEPTED}") from None
+        raise LayoutError(f"{file.origin}: {error}; {ACCEPTED}") from None
     except WRONG as error:
-        if not path or not config:
+        if not file.path or not file.config:
             raise
-        raise unusable(path, error) from error
+        raise unusable(file.path, error) from error
 
 
 def _settle(
@@ -324,7 +380,7 @@ def weights_digest(source: str | Path) -> str | None:
     if row is not None and row.sha256 and (path is None or path.name == row.file):
         known = facts(None, "", row)
         return _digest(row.sha256, replace(known, activation=suffix or known.activation))
-    if row is not None and path is None:
+    if row is not None and (path is None or (row.texts and on_disk(row.texts) is None)):
         return None
     return open_weights(source).digest
 
@@ -390,8 +446,9 @@ def complete(row: Published) -> None:
     """Fetches what belongs to a row's weights besides them: configuration and tokenizer."""
     from sfp.clip.checkpoints.download import companions
 
-    if row.repo and row.tokenizer:
+    if row.repo and (row.tokenizer or not row.activation):
         companions(row.repo, COMPANIONS)
+    if row.tokenizer:
         companions(row.tokenizer, FILES)
 
 

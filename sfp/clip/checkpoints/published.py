@@ -81,7 +81,9 @@ class Published:
         short_side: pixels to which the short side of images is resized by default.
         family: by which tables group it.
         licence: where a source of the table states it.
+        gated: whether its repository asks for consent before a download; None if nobody here knows.
         tokenizer: repository of the vocabulary file, for models that have not OpenAI's.
+        texts: name of the row whose text tower it shares, for models that have none (C-RADIO).
     """
 
     file: str
@@ -95,7 +97,9 @@ class Published:
     short_side: int = SHORT_SIDE
     family: str = "CLIP"
     licence: str | None = None
+    gated: bool | None = None
     tokenizer: str | None = None
+    texts: str | None = None
 
     @property
     def url(self) -> str:
@@ -177,6 +181,7 @@ _MINI = Published(
     short_side=224,  # on which it was trained
     family="CLIP of this package",
     licence="MIT",
+    gated=False,
 )
 _IMAGES = {
     "openai": (OPENAI_MEAN, OPENAI_STD),
@@ -202,11 +207,12 @@ def _table() -> tuple[dict[str, Architecture], dict[str, Published]]:
             name, *numbers = line.split()
             sizes[name] = Architecture(*map(int, numbers))
         else:
-            name, architecture, activation, images, licence, tokenizer, repo = line.split()
+            name, architecture, activation, images, licence, gated, tokenizer, repo = line.split()
             plain = f"{name.replace(':', '-')}.safetensors"
+            texts = tokenizer[1:] if tokenizer.startswith("=") else None
             rows[name] = Published(
                 # a model with a tokenizer has a folder of its own, where that lies beside it
-                plain if tokenizer == "-" else f"{name}/model.safetensors",
+                plain if tokenizer == "-" or texts else f"{name}/model.safetensors",
                 repo=repo,
                 architecture=architecture,
                 activation=_ACTIVATIONS[activation],
@@ -214,7 +220,11 @@ def _table() -> tuple[dict[str, Architecture], dict[str, Published]]:
                 std=_IMAGES[images][1],
                 family=family,
                 licence=None if licence == "-" else licence,
-                tokenizer={"-": None, "own": split_place(repo)[0]}.get(tokenizer, tokenizer),
+                gated={"-": None, "no": False, "yes": True}[gated],
+                texts=texts,
+                tokenizer=None
+                if texts
+                else {"-": None, "own": split_place(repo)[0]}.get(tokenizer, tokenizer),
             )
     return sizes, rows
 
@@ -224,7 +234,9 @@ ARCHITECTURES, _ROWS = _table()
 SETTINGS = {"MobileCLIP2-L-14": {"model_cfg": {"text_cfg": {"no_causal_mask": True}}}}
 PUBLISHED = (
     {
-        name: Published(file, sha256, repo, architecture, family="CLIP of OpenAI", licence="MIT")
+        name: Published(
+            file, sha256, repo, architecture, family="CLIP of OpenAI", licence="MIT", gated=False
+        )
         for name, (architecture, file, repo, sha256) in _OPENAI.items()
     }
     | _ROWS

@@ -54,15 +54,23 @@ class SamGuide(FrozenModel):
         qkv = qkv.unflatten(-1, (3, own.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = (x[0].float() for x in qkv)  # (heads, side^2, d)
         maps = q.unflatten(1, (side, side))[:, : grid[0], : grid[1]]  # (heads, h, w, d)
-        logits = (maps.flatten(1, 2) * own.scale) @ k.mT  # (heads, h * w, side^2)
+        relative = None
         if getattr(own, "use_rel_pos", False):
-            logits = logits.unflatten(1, grid).unflatten(3, (side, side))
-            logits = logits + _relative(maps, own.rel_pos_h.float(), side, rows=True)[..., None]
-            logits = logits + _relative(maps, own.rel_pos_w.float(), side, rows=False)[..., None, :]
-            logits = logits.flatten(3).flatten(1, 2)
-        weights = logits.softmax(-1).unflatten(2, (side, side))[:, :, : grid[0], : grid[1]]
+            rows = _relative(maps, own.rel_pos_h.float(), side, rows=True)  # (heads, h, w, side)
+            columns = _relative(maps, own.rel_pos_w.float(), side, rows=False)
+            relative = rows, columns
+        patches = grid[0] * grid[1]
+        weights = q.new_empty(len(q), patches, patches)
+        for i in range(len(q)):  # a map of all heads at once takes 0.8 GB, several times
+            logits = (maps[i].flatten(0, 1) * own.scale) @ k[i].T  # (h * w, side^2)
+            logits = logits.unflatten(0, grid).unflatten(2, (side, side))
+            if relative is not None:
+                logits += relative[0][i, ..., None]
+                logits += relative[1][i, ..., None, :]
+            full = logits.flatten(2).softmax(-1).unflatten(2, (side, side))
+            weights[i] = full[:, :, : grid[0], : grid[1]].flatten(2).flatten(0, 1)
         values = v.unflatten(1, (side, side))[:, : grid[0], : grid[1]]
-        return weights.flatten(2), values
+        return weights, values
 
     @torch.no_grad()
     def forward(self, image: Tensor, output: str | None = None) -> Tokens:

@@ -54,6 +54,12 @@ class Renormalise:
         self._factor = std / (255 * own_std)
         self._shift = (mean / 255 - own_mean) / own_std
 
+    @property
+    def black(self) -> Tensor:
+        """What a black pixel becomes, (3,)."""
+        mean, std = (torch.tensor(list(x), device="cpu") for x in self._own)
+        return -mean / std
+
     def __call__(self, image: Tensor) -> Tensor:
         """Images (..., 3, H, W) in float32."""
         factor, shift = (x.to(image.device)[:, None, None] for x in (self._factor, self._shift))

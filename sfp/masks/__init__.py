@@ -1,4 +1,4 @@
-"""Makes labels follow the outlines of object masks, from SAM or from a DINO's patches.
+"""Masks of objects, as regions for methods, or as outlines that labels follow.
 
 A config defines a proposer, its prompts, and how pixels vote::
 
@@ -29,8 +29,10 @@ from sfp.functional.labels import Labels
 from sfp.functional.masks import MaskSheet, paint_masks, same_area, vote_in_masks
 from sfp.masks.cuts import CutMasks
 from sfp.masks.dino import DinoMasks
+from sfp.masks.files import RegionFiles
 from sfp.masks.refine import SamRefine
 from sfp.masks.sam import SamMasks
+from sfp.masks.universal import UniversalMasks
 from sfp.registry import MASKS, STAGES, bind, build, check_knobs, suggest
 from sfp.tokens import Tokens
 from sfp.whole import MASK_PIXELS
@@ -42,9 +44,11 @@ __all__ = [
     "DinoMasks",
     "MaskVote",
     "Proposal",
+    "RegionFiles",
     "RegionMap",
     "SamMasks",
     "SamRefine",
+    "UniversalMasks",
     "build_masks",
     "build_regions",
 ]
@@ -215,12 +219,21 @@ def build_masks(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
 
 
 def build_regions(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
-    """The `RegionMap` of a config; a module or None is returned as it is.
+    """The `RegionMap` of a config, or a `RegionFiles` if its `type` is "files".
+
+    A module or None is returned as it is.
 
     Raises:
         ValueError: for an unknown type or knob; the message names the valid ones.
     """
-    return _built(RegionMap, node, "regions")
+    if not (isinstance(node, Mapping) and "type" in node):
+        return _built(RegionMap, node, "regions")
+    if node["type"] != "files":
+        raise ValueError(
+            f"regions: type={node['type']!r}: expected 'files'; proposers of masks are named as "
+            f"regions=dict(propose=dict(type=...)), of {', '.join(MASKS.module_dict)}"
+        )
+    return _built(RegionFiles, {k: v for k, v in node.items() if k != "type"}, "regions")
 
 
 def _built(

@@ -389,8 +389,8 @@ class Transformer(nn.Module):
         super().__init__()
         if head_width < 1 or width % head_width:
             raise ValueError(
-                f"tokens of width {width} cannot be divided into attention heads of {head_width}: "
-                "say how wide the heads are (head_width, text_head_width)"
+                f"tokens of width {width} cannot be divided into attention heads of width "
+                f"{head_width}: pass the width of the heads (head_width, text_head_width)"
             )
         self.resblocks = nn.ModuleList(
             Block(

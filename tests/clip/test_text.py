@@ -217,7 +217,9 @@ def test_a_checkpoint_of_another_vocabulary():
 
 
 def test_a_name_that_is_too_long(clip):
-    with pytest.raises(ValueError, match="tokens where CLIP reads 77: 'a photo of a word word"):
+    with pytest.raises(
+        ValueError, match="tokens, but CLIP reads at most 77: 'a photo of a word word"
+    ):
         encode_queries(clip, ["cat", "word " * 80], FEW)
 
 

@@ -45,7 +45,7 @@ def test_tokenizer(case):
     assert len(case["ids"]) == min(case["full_len"], 77)
     if case["full_len"] > 77:
         assert case["raises_without_truncate"]
-        with pytest.raises(ValueError, match=f"{case['full_len']} tokens where CLIP reads 77"):
+        with pytest.raises(ValueError, match=f"{case['full_len']} tokens, but CLIP reads at most 77"):
             tokenize([case["text"]])
     else:
         assert tokenize([case["text"]]).tolist() == [case["ids"]]
@@ -84,7 +84,7 @@ def test_shorter_contexts(case):
     context = case["context_length"]
     needed = tokenize([case["text"]], 1000).shape[1]
     if needed > context:
-        with pytest.raises(ValueError, match=f"{needed} tokens where CLIP reads {context}"):
+        with pytest.raises(ValueError, match=f"{needed} tokens, but CLIP reads at most {context}"):
             tokenize([case["text"]], context)
     else:
         ids = tokenize([case["text"]], context)[0].tolist()

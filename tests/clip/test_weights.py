@@ -339,7 +339,7 @@ REFUSED = [
     (lambda: open_clip_with("visual.trunk.attn_pool.latent"), "tensors do not fit each other"),
     (lambda: open_clip_with("visual.trunk.blocks.0.norm1.weight"), "two tensors for visual"),
     (lambda: open_clip_with("visual.attn_pool.query"), "tensors do not fit each other"),
-    (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "is no BERT"),
+    (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "other than BERT"),
     (lambda: open_clip_with("text.cls_emb"), "cls_emb is"),
     (lambda: open_clip_with("text.transformer.shared.weight"), "T5 or NLLB"),
     (lambda: {"image_model.embeddings.cls_token": torch.ones(2)}, "FLAVA"),

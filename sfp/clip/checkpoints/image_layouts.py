@@ -141,7 +141,7 @@ def _renamed(state: Mapping[str, Tensor], names: tuple[tuple[str, str], ...]) ->
         matches = ((re.fullmatch(pattern, name), new) for pattern, new in names)
         ours = next((match.expand(new) for match, new in matches if match), name)
         if ours in named:
-            raise LayoutError(f"two tensors for the parameter {ours}, one of them {name}")
+            raise LayoutError(f"two tensors for {ours}, one of them {name}")
         if ours:
             named[ours] = value
     return named

@@ -296,7 +296,9 @@ def test_transformers_clip_without_its_configuration():
     with pytest.warns(UserWarning, match=GUESS):
         clip = load_clip(state, head_width=24, text_head_width=16)
     check_transformers(clip, model)
-    with pytest.raises(LayoutError, match="width 48 cannot be divided into attention heads of 64"):
+    with pytest.raises(
+        LayoutError, match="width 48 cannot be divided into attention heads of width 64"
+    ):
         load_clip(state, activation="gelu")
 
 

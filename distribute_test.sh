@@ -1,13 +1,13 @@
 #!/bin/sh
-# Evaluates benchmarks with several processes each (torchrun; nccl on GPUS GPUs, gloo on a CPU), one
-# benchmark after the other, then prints the summary table. The numbers equal those of one process.
-# A killed run continues where it stopped; --no-resume starts over.
+# Evaluates benchmarks one after the other, each with several processes (torchrun; nccl on GPUS GPUs,
+# gloo on a CPU), then prints the summary table. The numbers equal those of one process.
+# An interrupted run resumes; --no-resume starts over.
 #
 #   GPUS=8 sh distribute_test.sh
 #   GPUS=2 CONFIGS=configs/cfg_mini.py WORK_DIR=work/mini2 sh distribute_test.sh
 #
 # Environment: GPUS (2), CONFIGS (all eight), WORK_DIR (work/distributed), PORT (29500), PYTHON
-# (python), DATA_ROOT (data). Arguments go to every tools/test.py. Exit codes as in multi_test.sh.
+# (python), DATA_ROOT (data). Arguments are passed to every tools/test.py. Exit codes as in multi_test.sh.
 set -eu
 TOOLS=$(dirname "$0")/tools
 # shellcheck source=tools/benchmarks.sh
@@ -18,8 +18,7 @@ for config in $CONFIGS; do
     start "$config"
     echo "$name: ${GPUS:-2} processes"
     code=0
-    # Data or weights that are missing show up at once with one process, and torchrun would bury the
-    # exit code; --check only looks.
+    # one process reports missing data or weights at once; torchrun would hide its exit code
     "$PYTHON" "$TOOLS/test.py" "$config" --work-dir "$folder" "$@" --check || code=$?
     if [ "$code" -eq 0 ]; then
         "$PYTHON" -m torch.distributed.run --nproc_per_node="${GPUS:-2}" \

@@ -1,16 +1,17 @@
 #!/bin/sh
 # Evaluates all eight benchmarks, one per GPU at a time (one after the other without a GPU), then
 # prints one table and writes it to WORK_DIR/summary.md and summary.json.
-# A killed run continues where it stopped; --no-resume starts over.
+# An interrupted run resumes; --no-resume starts over.
 #
 #   DATA_ROOT=/data sh multi_test.sh
 #   CONFIGS="configs/cfg_voc21.py configs/cfg_ade20k.py" WORK_DIR=work/two sh multi_test.sh --method sclip
 #
-# Environment: CONFIGS (all eight), WORK_DIR (work/all), GPUS (how many to use; default all there
-# are), PYTHON (python), DATA_ROOT (data). Arguments go to every tools/test.py.
+# Environment: CONFIGS (all eight), WORK_DIR (work/all), GPUS (number to use; default: all), PYTHON
+# (python), DATA_ROOT (data). Arguments are passed to every tools/test.py.
 #
 # Exit code: 0 if every benchmark was evaluated; 3 if some were skipped because their data or weights
-# are missing; 1 if one failed. What each run printed is in WORK_DIR/<config name>/output.txt.
+# are missing; 1 if one failed. The output of each run is in
+# WORK_DIR/<config name>/output.txt.
 set -eu
 TOOLS=$(dirname "$0")/tools
 # shellcheck source=tools/benchmarks.sh
@@ -18,7 +19,7 @@ TOOLS=$(dirname "$0")/tools
 WORK_DIR=${WORK_DIR:-work/all}
 GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
 
-# One worker per GPU takes every GPUS-th config; without a GPU a single worker takes them all.
+# One worker per GPU runs every GPUS-th config; without a GPU a single worker runs all of them.
 worker() {
     number=$1
     shift

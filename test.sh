@@ -1,14 +1,14 @@
 #!/bin/sh
-# Evaluates one config; by default SFP on the embedded mini world, which needs no download, followed by
-# plain CLIP, SCLIP and SFP with and without purification in one pass, with intervals.
+# Evaluates one config. By default this is SFP on the built-in mini world, which needs no download, followed
+# by plain CLIP, SCLIP and SFP with and without purification in one pass, with confidence intervals.
 #
 #   sh test.sh
 #   CONFIG=configs/cfg_voc21.py WORK_DIR=work/voc21 sh test.sh
 #   CONFIG=configs/cfg_voc21.py sh test.sh --method sclip --weights ViT-L/14
 #
 # Environment: CONFIG (configs/cfg_mini.py), WORK_DIR (work/<config name>), PYTHON (python),
-# DATA_ROOT (data). Arguments go to tools/test.py; its --help lists them. Relative paths start at the
-# folder that this is called from; the configs of the repository are found from everywhere.
+# DATA_ROOT (data). Arguments are passed to tools/test.py; its --help lists them. Relative paths refer
+# to the current folder; the configs of the repository are found from any folder.
 set -eu
 here=$(dirname "$0")
 python=${PYTHON:-python}

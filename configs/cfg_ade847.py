@@ -1,9 +1,9 @@
 # ADE20K-847, the full ADE20K: 2000 images of validation, 847 classes.
-# Published: nothing of this protocol for SFP or its peers; CLIPtrase has 5.89 mIoU (table 1) on centre
-# crops.
+# Published: nothing with this protocol for SFP or similar methods; CLIPtrase has 5.89 mIoU (table 1) on
+# centre crops.
 #     CONFIG=configs/cfg_ade847.py WORK_DIR=work/ade847 sh test.sh
 # Names and label maps: `sfp data prepare ade847` (docs/data.md). Labels keep the size of their image;
-# work that prepares the data as MaskFormer does evaluates copies with a short side of 512.
+# papers that prepare the data as MaskFormer does evaluate copies with a short side of 512.
 
 _base_ = "./base_config.py"
 

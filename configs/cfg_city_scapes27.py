@@ -1,5 +1,5 @@
 # Cityscapes-27: 500 images of val, all 27 classes that are not void.
-# Published: nothing of this protocol, with words, for SFP or its peers.
+# Published: nothing with words and this protocol for SFP or similar methods.
 #     CONFIG=configs/cfg_city_scapes27.py WORK_DIR=work/city_scapes27 sh test.sh
 
 _base_ = "./base_config.py"

@@ -1,7 +1,7 @@
 # Cityscapes-27 without words: k-means over the patch features of its images, 27 clusters, matched to
 # the classes by the Hungarian method (docs/applications.md).
-# Published: work on unsupervised segmentation crops its images; nothing with these settings. CLIPtrase
-# reports 20.0 mIoU (table 8) and does not give its settings.
+# Published: nothing with these settings, since papers on unsupervised segmentation crop images.
+# CLIPtrase reports 20.0 mIoU (table 8) without its settings.
 #   CONFIG=configs/cfg_city_scapes27_unsupervised.py WORK_DIR=work/city_scapes27_unsupervised sh test.sh
 
 _base_ = "./cfg_city_scapes27.py"

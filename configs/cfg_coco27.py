@@ -1,8 +1,8 @@
 # COCO-27: 5000 images of val2017, the 27 supercategories of COCO-Stuff.
-# Published: nothing of this protocol, with words, for SFP or its peers.
+# Published: nothing with words and this protocol for SFP or similar methods.
 #     CONFIG=configs/cfg_coco27.py WORK_DIR=work/coco27 sh test.sh
-# Work on unsupervised segmentation evaluates a part of val2017: give its list of images as
-# test_dataloader.dataset.ann_file. Here a class is found by the names of its members (docs/data.md).
+# Papers on unsupervised segmentation evaluate a subset of val2017: give its list of images as
+# test_dataloader.dataset.ann_file. The queries of a class are the names of its members (docs/data.md).
 
 _base_ = "./base_config.py"
 

@@ -1,5 +1,5 @@
-# The mini world: 200 painted scenes, 18 classes, and a CLIP trained on such scenes, both shipped
-# with the package; the scenes are rendered on first use. It says nothing about the real benchmarks.
+# The mini world: 200 drawn scenes, 18 classes, and a CLIP trained on such scenes, both shipped with the
+# package; the scenes are rendered on first use. It says nothing about the real benchmarks.
 #     CONFIG=configs/cfg_mini.py WORK_DIR=work/mini sh test.sh
 
 _base_ = "./base_config.py"

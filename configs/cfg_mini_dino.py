@@ -1,4 +1,4 @@
-# The mini world with masks of DINO's patches in place of SAM's; needs the extra sfp[guides] and DINO's
+# The mini world with masks from DINO's patches instead of SAM; needs the extra sfp[guides] and DINO's
 # weights (docs/applications.md).
 #     CONFIG=configs/cfg_mini_dino.py WORK_DIR=work/mini_dino sh test.sh
 

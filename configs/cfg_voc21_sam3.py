@@ -1,4 +1,4 @@
-# Pascal VOC 2012 read by SAM 3 without CLIP (sfp[guides]); facebook/sam3 is gated on the Hub.
+# Pascal VOC 2012 with SAM 3 instead of CLIP (sfp[guides]); facebook/sam3 is gated on the Hub.
 # Published for SegEarth-OV3: 79.8 mIoU (in another method's paper); ActiveSAM 83.8, with
 # model.method.type=activesam and without its dataset.
 #     CONFIG=configs/cfg_voc21_sam3.py WORK_DIR=work/voc21_sam3 sh test.sh

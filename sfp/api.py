@@ -228,8 +228,8 @@ class Model:
             check_threshold(vocabulary, threshold)
         if not isinstance(images, (list, tuple)):
             where = f"{images}: " if isinstance(images, (str, os.PathLike)) else ""
-            image, ids = [as_image(images)], None if regions is None else [_ids(regions)]
-            return self._segment(image, vocabulary, method, threshold, where, ids)[0]
+            ids = self._regions([images], None if regions is None else [regions], method)
+            return self._segment([as_image(images)], vocabulary, method, threshold, where, ids)[0]
         if regions is not None and len(regions) != len(images):
             raise ValueError(
                 f"got {len(regions)} region maps for {len(images)} images: pass one per image"
@@ -241,7 +241,8 @@ class Model:
                 for number, image in enumerate(images[first : first + PORTION], first)
             ]
             where = f"images {first} to {first + len(portion) - 1}: "
-            ids = None if regions is None else [_ids(x) for x in regions[first : first + PORTION]]
+            own = slice(first, first + PORTION)
+            ids = self._regions(images[own], None if regions is None else regions[own], method)
             results += self._segment(portion, vocabulary, method, threshold, where, ids)
         return results
 
@@ -253,7 +254,7 @@ class Model:
         method: Method,
         threshold: float | None,
         where: str,
-        regions: list[Tensor] | None = None,
+        regions: Sequence[Tensor | None] | None = None,
     ) -> list[Result]:
         engine, queries = self.engine, self.queries(vocabulary)
         as_it_is = self.for_clip and not method.reads_clip
@@ -346,6 +347,20 @@ class Model:
                 row = text_bank(self.clip, [query], self.engine.templates)[0]
             self._words.put((query, *state), row)
         return row
+
+    def _regions(
+        self, images: Sequence[Any], regions: Sequence[Any] | None, method: Method
+    ) -> Sequence[Tensor | None] | None:
+        """The regions of images: those given, or those of files named as the images."""
+        if regions is not None:
+            return [_ids(each) for each in regions]
+        if not method.needs_regions:
+            return None
+        names = [
+            str(Path(x).with_suffix("")) if isinstance(x, (str, os.PathLike)) else None
+            for x in images
+        ]
+        return self.engine.stored_regions(names)
 
     def _method(self, method: str | Mapping[str, Any] | Method | None) -> Method:
         return self.method if method is None else build_method(method)

@@ -308,7 +308,10 @@ class Labeller:
         engine = self.engine
         inputs = [engine.input(entry.pixels) for entry in batch]
         sizes = [entry.image.shape[:2] for entry in batch]
-        (sheets,) = engine.logits([self.method], inputs, sizes, self.queries)
+        regions = None
+        if self.method.needs_regions:
+            regions = engine.stored_regions([entry.name for entry in batch])
+        (sheets,) = engine.logits([self.method], inputs, sizes, self.queries, regions=regions)
         return [
             engine.label(
                 pixels,

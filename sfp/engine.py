@@ -30,19 +30,19 @@ from sfp.clip.text import model_templates, prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
 from sfp.feature_cache import FeatureCache, LRUCache, is_hashable
 from sfp.functional.kept import constant
-from sfp.functional.labels import Labels, assign, decided
-from sfp.functional.pamr import Refinement
+from sfp.functional.labels import Labels, Threshold, assign, decided, within
+from sfp.functional.pamr import Refinement, Unit
 from sfp.functional.precision import cpu_has, native_half
 from sfp.functional.regions import vote_in_regions
 from sfp.functional.windows import LogitSheet, WindowGrid, nearest
 from sfp.graphs import Graphs
 from sfp.guides import build_guides
-from sfp.masks import build_masks, build_regions
+from sfp.masks import RegionFiles, build_masks, build_regions
 from sfp.method import Method
 from sfp.numerics import finite, first_bad
 from sfp.registry import suggest
 from sfp.tokens import Tokens
-from sfp.trace import NO_REGIONS, RegionsError, Words
+from sfp.trace import NO_REGIONS, RegionsError, Trace, Words
 from sfp.vocabulary import Vocabulary
 from sfp.whole import WholeImage
 
@@ -111,7 +111,8 @@ class Engine:
         logit_scale: inverse temperature of the softmax over queries; "auto" uses the one that the model
             was trained with (100 in CLIP). Methods were tuned with 40 to 55 on CLIP, but the cosines of
             SigLIP and others are much smaller.
-        prob_thd: pixels whose best probability is below this become class 0.
+        prob_thd: pixels whose best probability is below this become class 0. Two numbers are the bounds
+            of a threshold computed for each image, Otsu's (S2C2Seg).
         area_thd: classes that win at most this share of the foreground are removed.
         slide_crop: side of the sliding windows in pixels; 0 processes whole images.
         slide_stride: stride of the windows in pixels.
@@ -127,11 +128,13 @@ class Engine:
             thread (at least 2) on a CPU, where more would cost memory and gain next to nothing.
         pamr_steps: steps of pixel-adaptive mask refinement on the final logits; 0 for none.
         pamr_dilations: dilations of its neighbourhoods, in pixels.
+        pamr_unit: unit of its colour differences, "deviation" or "mean" (`sfp.functional.pamr.pamr`).
         guides: external encoders by name, as config nodes or modules, for methods that need them.
         masks: settings of a `MaskVote`, `dict(type="sam_refine", ...)` for a `SamRefine`, or a module
             with their interface: makes labels follow the masks of SAM or DINO.
-        regions: settings of a `RegionMap`, or a module with its interface: proposes regions for methods
-            that need them, if the caller gives none.
+        regions: settings of a `RegionMap`, `dict(type="files", folder=...)` for `RegionFiles`, or a
+            module with their interface: finds regions for methods that need them, if the caller gives
+            none.
         precision: "auto" (fp16 on CUDA, fp32 elsewhere, so that all CPUs give the same labels), "fp32",
             "fp16", "bf16", "half" (fp16 on CUDA, bf16 on a CPU with instructions for it, else fp32), or
             "int8": approximate 8-bit products in the blocks, only on a CPU (`sfp/clip/int8.py`).
@@ -153,7 +156,7 @@ class Engine:
         *,
         templates: str | Sequence[str] = "auto",
         logit_scale: float | str = 40.0,
-        prob_thd: float = 0.0,
+        prob_thd: Threshold = 0.0,
         area_thd: float | None = None,
         slide_crop: int = 224,
         slide_stride: int = 112,
@@ -163,6 +166,7 @@ class Engine:
         window_batch: int | None = None,
         pamr_steps: int = 0,
         pamr_dilations: Sequence[int] = (8, 16),
+        pamr_unit: Unit = "deviation",
         guides: Mapping[str, Any] | None = None,
         masks: Mapping[str, Any] | nn.Module | None = None,
         regions: Mapping[str, Any] | nn.Module | None = None,
@@ -187,6 +191,14 @@ class Engine:
         if isinstance(logit_scale, str) and logit_scale != "auto":
             raise ValueError(f"logit_scale={logit_scale!r}: expected a number or 'auto'")
         model_templates(templates)  # raises before anything is loaded
+        if pamr_unit not in (units := ("deviation", "mean")):
+            raise ValueError(f"unknown pamr_unit={pamr_unit!r}{suggest(pamr_unit, units)}")
+        if isinstance(prob_thd, Sequence) and not (
+            len(prob_thd) == 2 and 0 <= prob_thd[0] <= prob_thd[1]
+        ):
+            raise ValueError(
+                f"prob_thd={prob_thd!r}: expected a number, or the least and the largest threshold"
+            )
         self.prob_thd = prob_thd
         self.area_thd = area_thd
         self.slide_crop = slide_crop
@@ -197,6 +209,7 @@ class Engine:
         self.window_batch = window_batch
         self.pamr_steps = pamr_steps
         self.pamr_dilations = tuple(pamr_dilations)
+        self.pamr_unit: Unit = pamr_unit
         self.precision = precision
         self.guides = build_guides(guides)
         self.masks = build_masks(masks)
@@ -411,27 +424,49 @@ class Engine:
         ]
 
     @torch.inference_mode()
-    def features(self, method: Method, image: Tensor, *, prepare: Prepare | None = None) -> Tensor:
-        """Unit-length patch features of all windows of an image, (N, C) float32.
+    def read(
+        self,
+        method: Method,
+        image: Tensor,
+        *,
+        prepare: Prepare | None = None,
+        regions: Tensor | None = None,
+    ) -> tuple[Tokens, Trace]:
+        """What a method reads in all windows of an image, without words, and their trace.
+
+        Args:
+            method, image, prepare: as in `logits`.
+            regions: of the image, as in `logits`; by default those of the engine's own proposer, if
+                the method needs some.
 
         Raises:
             LookupError: if the method needs words to compute its features.
         """
         self.convert()
         prepare = prepare or self.normalise
-        (ids,) = self._regions([method], [image], None, [image.shape[-2:]], prepare)
-        whole = WholeImage(self._grid(image), image, prepare, _fitted(ids, image))
-        guides = dict(self.guides.items())
-        if method.needs_whole:
-            windows, ids = self._windows(whole)
-            context = dict(guides=guides, regions=ids, whole=whole, portion=self.windows_at_once)
-            read = [method.features(self.clip.visual, windows, **context)[0]]
-        else:
-            read = [
-                method.features(self.clip.visual, windows, guides=guides, regions=ids)[0]
-                for _, windows, ids in self._batches([whole])
-            ]
-        return torch.cat([F.normalize(x.patches.float(), dim=-1).flatten(0, 1) for x in read])
+        if regions is None and method.needs_regions:
+            regions = self.propose_regions(image, image.shape[-2:], prepare=prepare)
+        regions = _fitted(None if regions is None else regions.to(self.device), image)
+        whole = WholeImage(self._grid(image), image, prepare, regions)
+        windows, ids = self._windows(whole)
+        return method.features(
+            self.clip.visual,
+            windows,
+            guides=dict(self.guides.items()),
+            regions=ids,
+            whole=whole,
+            portion=self.windows_at_once,
+            normalisation=(self.clip.mean, self.clip.std),
+        )
+
+    def features(self, method: Method, image: Tensor, *, prepare: Prepare | None = None) -> Tensor:
+        """Unit features of the patches of all windows of an image, (N, C) float32.
+
+        Raises:
+            LookupError: if the method needs words to compute its features.
+        """
+        tokens, _ = self.read(method, image, prepare=prepare)
+        return F.normalize(tokens.patches.float(), dim=-1).flatten(0, 1)
 
     def tokens(self, method: Method, windows: Tensor, queries: Queries) -> Tokens:
         """Patch features of windows (B, 3, H, W) in the joint space, of width C."""
@@ -580,6 +615,16 @@ class Engine:
         ids = [part for _, part in cut if part is not None]
         return torch.stack([window for window, _ in cut]), torch.stack(ids) if ids else None
 
+    def stored_regions(self, names: Sequence[str | None]) -> list[Tensor | None] | None:
+        """The regions of images that lie in files, where the settings say so (`RegionFiles`).
+
+        Args:
+            names: the images' paths without their endings; None for images without one.
+        """
+        if not isinstance(self.regions, RegionFiles):
+            return None
+        return [None if name is None else self.regions.read(name) for name in names]
+
     def _regions(
         self,
         methods: Sequence[Method],
@@ -591,19 +636,32 @@ class Engine:
         """Each image's id map if a method needs one, either given or proposed at the output size."""
         if not any(method.needs_regions for method in methods):
             return [None] * len(images)
-        maps: list[Tensor | None] = []
-        for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
-            ids = None if given is None else given[number]
-            if ids is None and self.regions is None:
-                raise RegionsError(NO_REGIONS)
-            if ids is None:
-                assert self.regions is not None
-                guides, visual = dict(self.guides.items()), self.clip.visual
-                ids = self.regions(
-                    visual, prepare(image), (int(size[0]), int(size[1])), guides=guides
-                )
-            maps.append(ids.to(self.device))
-        return maps
+        maps: Sequence[Tensor | None] = [None] * len(images) if given is None else given
+        return [
+            self.propose_regions(image, size, prepare=prepare)
+            if ids is None
+            else ids.to(self.device)
+            for ids, image, size in zip(maps, images, sizes, strict=True)
+        ]
+
+    def propose_regions(
+        self, image: Tensor, size: Sequence[int], *, prepare: Prepare | None = None
+    ) -> Tensor:
+        """The regions of an image (3, H, W) by the engine's own proposer, at a size: (H', W') ids.
+
+        Or masks, (R, h, w), where the settings leave them as they are.
+
+        Raises:
+            LookupError: if the settings name no proposer.
+        """
+        if self.regions is None:
+            raise RegionsError(NO_REGIONS)
+        return self.regions(
+            self.clip.visual,
+            (prepare or self.normalise)(image),
+            (int(size[0]), int(size[1])),
+            guides=dict(self.guides.items()),
+        )
 
     @property
     def windows_at_once(self) -> int:
@@ -647,6 +705,7 @@ class Engine:
             area_thd=self.area_thd,
             keep_scores=scores or getattr(self.masks, "needs_scores", False),
         )
+        confidence = labels.confidence
         if sheet.regions is not None:
             labels = vote_in_regions(labels, sheet.regions, index[-1] + 1)
         if self.masks is not None:
@@ -656,7 +715,7 @@ class Engine:
                 labels,
                 index[-1] + 1,
                 guides=dict(self.guides.items()),
-                prob_thd=self.prob_thd,
+                prob_thd=float(within(confidence, self.prob_thd)),
             )
         return labels if scores else replace(labels, scores=None)
 
@@ -665,7 +724,7 @@ class Engine:
         if not self.pamr_steps:
             return None
         image = (prepare or self.normalise)(image)
-        return Refinement(image, self.pamr_steps, self.pamr_dilations)
+        return Refinement(image, self.pamr_steps, self.pamr_dilations, self.pamr_unit)
 
 
 def _fitted(ids: Tensor | None, image: Tensor) -> Tensor | None:

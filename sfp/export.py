@@ -74,6 +74,10 @@ class WindowModel(nn.Module):
         self.visual = engine.clip.visual
         self.method = method
         self.scale = engine.logit_scale
+        if not isinstance(engine.prob_thd, (int, float)):
+            raise ExportError(
+                f"prob_thd={engine.prob_thd!r} is another one for each image: export takes a number"
+            )
         self.prob_thd = engine.prob_thd
         self.index = None if queries is None else tuple(queries.index)
         mean, std = (torch.tensor(x)[:, None, None] for x in (engine.clip.mean, engine.clip.std))

@@ -73,6 +73,7 @@ class OpenVocabSegmentor(BaseSegmentor):
         # registered as submodules, so that they move with this module
         engine = self.engine
         self.clip, self.guides, self.masks = engine.clip, engine.guides, engine.masks
+        self.regions = engine.regions
         if isinstance(self.data_preprocessor, ImagePreprocessor):
             self.data_preprocessor.follow(self.clip)
         if query_features is not None:
@@ -195,11 +196,22 @@ class OpenVocabSegmentor(BaseSegmentor):
         queries = self.queries
         # pipelines flip images only for test-time augmentation, which averages the scores
         scores = self.scores or any("flip" in sample.metainfo for sample in samples)
+        paths = [str(sample.metainfo.get("img_path", "")) for sample in samples]
+        regions = None
+        if any(method.needs_regions for method in methods):
+            names = [str(Path(path).with_suffix("")) if path else None for path in paths]
+            regions = self.engine.stored_regions(names)
+        if regions is not None:
+            regions = [
+                ids if ids is None else ids.flip(flipped(sample))
+                for ids, sample in zip(regions, samples, strict=True)
+            ]
         try:
-            each = self.engine.logits(methods, images, sizes, queries, prepare=self._prepare)
+            each = self.engine.logits(
+                methods, images, sizes, queries, prepare=self._prepare, regions=regions
+            )
         except FloatingPointError as error:
-            paths = [str(s.metainfo["img_path"]) for s in samples if "img_path" in s.metainfo]
-            raise FloatingPointError(": ".join([*paths, str(error)])) from None
+            raise FloatingPointError(": ".join([*filter(None, paths), str(error)])) from None
         return [
             [
                 unflipped(

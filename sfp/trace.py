@@ -316,6 +316,20 @@ class Trace:
         Raises:
             LookupError: if no guide of that name was given.
         """
+        return self._compute_once(
+            ("guide", name, output), lambda: self._look(name, output, self.image)
+        )
+
+    def guide_of_image(self, name: str, output: str | None = None) -> Tokens:
+        """`guide`, but of the whole image that windows were cut from, seen at once."""
+        if self.whole is None or (len(self.whole.grid.places) == 1 and self.windows is None):
+            return self.guide(name, output)
+        source, pixels = self.windows or self, self.whole.pixels[None]
+        return self._compute_once(
+            ("guide_of_image", name, output), lambda: source._look(name, output, pixels)
+        )
+
+    def _look(self, name: str, output: str | None, images: Tensor) -> Tokens:
         if name not in self.guides:
             known = ", ".join(self.guides) or "none"
             raise GuideError(
@@ -323,14 +337,10 @@ class Trace:
                 "dict(type=..., model=...)), and pip install 'sfp[guides]': see docs/methods.md)"
             )
         options = {} if output is None else {"output": output}
-
-        def look() -> Tokens:
-            # in batches, because an image may have many windows
-            step = max(GUIDE_PIXELS // self.image[0, 0].numel(), 1)
-            parts = [self.guides[name](part, **options) for part in self.image.split(step)]
-            return parts[0].with_data(torch.cat([part.data for part in parts])).only_patches()
-
-        return self._compute_once(("guide", name, output), look)
+        # in batches, because an image may have many windows
+        step = max(GUIDE_PIXELS // images[0, 0].numel(), 1)
+        parts = [self.guides[name](part, **options) for part in images.split(step)]
+        return parts[0].with_data(torch.cat([part.data for part in parts])).only_patches()
 
     def query_features(self) -> Tensor:
         """The text features, (Q, C), for ops that require them.
@@ -478,7 +488,13 @@ class Trace:
 
     def global_embedding(self) -> Tensor:
         """The image's embedding, (B, C): the pooled output of the unmodified last block."""
-        return self.vit.embedding(self.leaving())
+        vit = self.vit
+        if vit.pool is not None or vit.averages:
+            return vit.embedding(self.leaving())
+        entering = self.entering(len(vit.blocks) - 1)
+        # the class token needs only the keys and values of the patches
+        token = vit.blocks[-1].look(entering.cls, entering)  # (B, 1, D)
+        return vit.joint(vit.ln_post(token[:, 0]))
 
 
 def native_last(trace: Trace) -> Tensor:

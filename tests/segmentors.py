@@ -90,6 +90,49 @@ def dino(seed: int = 0, patch: int = 8) -> nn.Module:
     return scramble(transformers.ViTModel(config, add_pooling_layer=False), seed)
 
 
+def eomt(seed: int = 0, side: int = 64) -> nn.Module:
+    """An EoMT with 9 queries and 4 classes, for squares of 64 pixels."""
+    transformers = pytest.importorskip("transformers", minversion="4.54")
+    config = transformers.EomtConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_blocks=1,
+        num_upscale_blocks=1,
+        num_queries=9,
+        num_labels=4,
+        image_size=side,
+        patch_size=16,
+    )
+    return scramble(transformers.EomtForUniversalSegmentation(config), seed)
+
+
+def mask2former(seed: int = 0) -> nn.Module:
+    """A Mask2Former on a Swin of four single blocks, with 9 queries and 4 classes."""
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.SwinConfig(
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = transformers.Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=16,
+        num_queries=9,
+        num_labels=4,
+    )
+    return scramble(transformers.Mask2FormerForUniversalSegmentation(config), seed)
+
+
 def sam3(side: int = 56) -> nn.Module:
     """A `Sam3Model` on 4 x 4 patches, with 6 instances."""
     part = dict(hidden_size=32, num_attention_heads=2, intermediate_size=32)

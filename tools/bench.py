@@ -1,10 +1,10 @@
-"""Measures methods end to end against two things that it also runs, in turns, in one process.
+"""Benchmarks methods end to end against two references, run alternately in one process.
 
-The *floor* is CLIP's own forward pass over the same windows in one batch: fused attention, no dense
-output; once by our image tower, and once with PyTorch's own linear layers in it. The *sequential
-reference* (`sequential.py`) is SFP the way its repository runs it: one window at a time, the attention
-weights of every block kept, logits of every window at full resolution. It gives the same labels, which
-is checked. Weights are random and the image is drawn; nothing is downloaded.
+The *floor* is CLIP's own forward pass over the same windows in one batch, with fused attention and no
+dense output, both with our image tower and with PyTorch's own linear layers. The *sequential reference*
+(`sequential.py`) runs SFP the way its repository does: one window at a time, keeping the attention
+weights of every block, with logits of every window at full resolution. Its labels are checked to be the
+same. Weights are random and the image is drawn; nothing is downloaded.
 
 Printed for each case: ms and images per second from JPEG bytes to the label map, the ratios, the
 peak memory above the loaded model (resident set on a CPU, allocator on CUDA), the time from an image on
@@ -243,9 +243,9 @@ def stages(own: Contender, case: Case, data: bytes) -> dict[str, float]:
 
 
 def take_turns(tasks: dict[str, Callable[[], Tensor]], rounds: int, device: str) -> dict:
-    """Seconds of each task's fastest round, the tasks taking turns; the first round only warms up.
+    """Seconds of each task's fastest round, with tasks alternating; the first round is a warm-up.
 
-    The fastest, because what else a shared machine does can only add to a time.
+    The fastest, because other work on a shared machine can only increase a time.
     """
     seconds = dict.fromkeys(tasks, math.inf)
     for round_ in range(rounds + 1):
@@ -260,7 +260,7 @@ def take_turns(tasks: dict[str, Callable[[], Tensor]], rounds: int, device: str)
 
 
 def peak_mib(task: Callable[[], Tensor], device: str) -> float | None:
-    """Most memory that a task holds above what is held before it; None where it cannot be told."""
+    """Peak memory of a task above the memory in use before it; None if unknown."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -283,7 +283,7 @@ def _resident(field: str) -> int:
 
 
 def first_peak(run: Callable, case: Case, method: str, variant: str, data: bytes) -> float | None:
-    """`peak_mib` of a first run, in a process of its own: nothing has filled the allocator there."""
+    """`peak_mib` of a first run in a separate process, where the allocator is still empty."""
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(
             _first_peak, (run.__name__, case, method, variant, data, torch.get_num_threads())
@@ -513,7 +513,7 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
         console.print(f"  {row['method']} {row['variant']}: {', '.join(parts)}", highlight=False)
         if "feature_error" in row:
             error = 100 * row["feature_error"]
-            console.print(f"  its features differ by {error:.2f} % (norm) from the first variant's")
+            console.print(f"  its features differ from the first variant's by {error:.2f} % (norm)")
         if "equal_labels" in row:
             equal = 100 * row["equal_labels"]
             console.print(f"  labels equal to the sequential reference's: {equal:.3f} %")

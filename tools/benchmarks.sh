@@ -1,14 +1,14 @@
 # shellcheck shell=sh
-# What multi_test.sh and distribute_test.sh share; both read it with `.`.
+# Functions shared by multi_test.sh and distribute_test.sh, which source this file.
 #
-# From the environment: CONFIGS (all eight), PYTHON (python). The reader sets TOOLS (this folder) and
-# WORK_DIR; runs leave their exit codes in the file exit_code of their folders.
+# Environment: CONFIGS (all eight), PYTHON (python). The caller sets TOOLS (this folder) and WORK_DIR;
+# each run writes its exit code to the file exit_code in its folder.
 PYTHON=${PYTHON:-python}
 CONFIGS=${CONFIGS:-"configs/cfg_voc21.py configs/cfg_context60.py configs/cfg_coco_object.py \
 configs/cfg_voc20.py configs/cfg_context59.py configs/cfg_coco_stuff164k.py configs/cfg_ade20k.py \
 configs/cfg_city_scapes.py"}
 
-# start CONFIG: sets `name` and `folder`, and removes what an earlier run left there as its result.
+# start CONFIG: sets `name` and `folder`, and removes the results of an earlier run there.
 start() {
     name=$(basename "$1" .py)
     folder=$WORK_DIR/$name
@@ -16,7 +16,7 @@ start() {
     rm -f "$folder/metrics.json" "$folder/exit_code"
 }
 
-# finish: prints and writes the table of all configs, and exits: 1 if one failed, else 3 if one was
+# finish: prints and writes the table of all configs, and exits with 1 if one failed, else 3 if one was
 # skipped, else 0.
 finish() {
     folders=

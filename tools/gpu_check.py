@@ -1,14 +1,14 @@
-"""Checks on one GPU what the tests check on a CPU, and measures it. `gpu_check.sh` calls it.
+"""Runs the tests' numerical checks on a GPU, and benchmarks it. Called by `gpu_check.sh`.
 
 * goldens: the official implementations' numbers, on the device in float32, within their tolerances;
 * methods: every preset that needs no other model, in half precision against float32, and whether it
-  waits for the GPU between an image and its logits;
+  synchronises with the GPU between an image and its logits;
 * process group: an evaluation's sums over one process, by NCCL;
-* bench: SFP against CLIP's forward pass and the sequential reference (`bench.py`), while time is left.
+* bench: SFP against CLIP's forward pass and the sequential reference (`bench.py`), as time permits.
 
-It needs no OpenMMLab: without it the end-to-end goldens that go through its segmentor are skipped,
-which the summary counts. The results are a JSON file, from which `--markdown` prints the tables of
-docs/speed.md.
+OpenMMLab's packages are not needed; without them the end-to-end goldens of the segmentor are skipped,
+and counted in the summary. Results are written to a JSON file, from which `--markdown` prints the
+tables of docs/gpu.md.
 
 Examples:
     python tools/gpu_check.py --out gpu.json
@@ -52,8 +52,8 @@ MODES = (
     "compiled",
     "graphs",
     "compiled graphs",
-)  # in fp16; what is compiled for the first kind of case
-# what is measured first if there is no time for all: (arch, image, classes, batch)
+)  # in fp16; compiled variants only for the first kind of case
+# in order of priority if there is not enough time for all: (arch, image, classes, batch)
 CASES = [
     *product(["ViT-B/16"], ["voc"], [21, 171, 847], [1, 16]),
     *product(["ViT-L/14"], ["voc"], [171], [1, 16]),
@@ -66,7 +66,7 @@ CASES = [
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The hardware and software versions."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return dict(
         gpu=gpu,
@@ -140,8 +140,8 @@ def methods(device: str, names: list[str], precisions: list[str]) -> dict[str, A
 
 
 def waits(engine: Engine, method: sfp.Method, image: torch.Tensor, queries: Queries) -> str | None:
-    """Where a method waits for the GPU between windows and their logits; None if it never does."""
-    engine.logits([method], [image], [(224, 224)], queries)  # what is made once and kept
+    """Where a method synchronises with the GPU between windows and logits; None if it never does."""
+    engine.logits([method], [image], [(224, 224)], queries)  # fills caches
     context = dict(text=queries.features, index=queries.index)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -165,7 +165,7 @@ def recorded(
     queries: Queries,
     expected: list[LogitSheet],
 ) -> float | None:
-    """Largest difference of a CUDA graph's logits from `expected`; None where there is no graph."""
+    """Largest difference of a CUDA graph's logits from `expected`; None without a graph."""
     graphs = Engine(engine.clip, precision=engine.precision, graphs=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -201,7 +201,7 @@ def measured(device: str, cases: list[tuple], variants: list[str], until: float)
         if time.monotonic() > until:
             yield dict(name=name, left_out="no time left")
             continue
-        # what is compiled takes a long time to begin with
+        # compiled variants take a long time to start
         first = (arch, image) == cases[0][:2]
         chosen = [variant for variant in variants if first or not variant.startswith("compiled")]
         settings = argparse.Namespace(
@@ -209,7 +209,7 @@ def measured(device: str, cases: list[tuple], variants: list[str], until: float)
             variants=chosen,
             rounds=5,
             memory=True,
-            sequential=batch == 1,  # it takes one image after the other: a batch is nothing new
+            sequential=batch == 1,  # it processes images one by one, so a batch adds nothing
         )
         try:
             yield dict(
@@ -220,7 +220,7 @@ def measured(device: str, cases: list[tuple], variants: list[str], until: float)
 
 
 def rows(record: dict[str, Any]) -> Iterator[list[str]]:
-    """What docs/speed.md shows of the bench: one row per case and variant."""
+    """The rows of the benchmark table, one per case and variant."""
     for case in record["bench"]:
         if "left_out" in case:
             yield [case["name"], "-", "not measured: " + case["left_out"], *[""] * 7]
@@ -266,13 +266,14 @@ def tables(record: dict[str, Any]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
     goldens, group = record["goldens"], record["process_group"]
     return (
-        f"Machine: {machine}\n\nGoldens: {'pass' if goldens['ok'] else 'FAIL'} ({goldens['summary']}). "
-        f"Sum over a group of one by {group['backend']}: {'right' if group['ok'] else 'WRONG'}.\n\n"
+        f"Machine: {machine}\n\nGolden tests: {'pass' if goldens['ok'] else 'FAIL'} "
+        f"({goldens['summary']}). Sum over a process group of size one with {group['backend']}: "
+        f"{'correct' if group['ok'] else 'WRONG'}.\n\n"
         + markdown(
             [
                 "method",
                 *(f"{p}: labels as in fp32" for p in precisions),
-                *("waits for the GPU", "largest difference of a graph's logits"),
+                *("synchronises with the GPU", "largest difference of a graph's logits"),
             ],
             agreement,
         )
@@ -287,12 +288,14 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
-    parser.add_argument("--seconds", type=float, default=330, help="after which no case begins")
+    parser.add_argument(
+        "--seconds", type=float, default=330, help="start no further case after this time"
+    )
     parser.add_argument("--precisions", nargs="+", default=["fp16", "bf16"])
     parser.add_argument(
         "--small", action="store_true", help="two methods, one small case, no goldens"
     )
-    parser.add_argument("--markdown", type=Path, metavar="JSON", help="print a record, run nothing")
+    parser.add_argument("--markdown", type=Path, metavar="JSON", help="only print a saved record")
     return parser.parse_args()
 
 
@@ -319,7 +322,7 @@ def main() -> int:
         record[name] = step()
         record[f"{name}_seconds"] = round(time.monotonic() - start, 1)
         print(f"{time.monotonic() - start:6.1f} s  {name}", flush=True)
-        with atomic_write(args.out) as path:  # after each: a time limit leaves what is done
+        with atomic_write(args.out) as path:  # after each step, in case of a time limit
             path.write_text(json.dumps(record, indent=1) + "\n")
     print(tables(record), end="")
     finite = [

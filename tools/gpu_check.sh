@@ -1,10 +1,10 @@
 #!/bin/sh
-# Checks and measures the package on one GPU, in six minutes at most, from a checkout:
+# Runs checks and benchmarks on one GPU from a checkout, in at most six minutes:
 #
 #     tools/gpu_check.sh [WHEELS] [ARGUMENTS of tools/gpu_check.py]
 #
-# PyTorch is that of python3 (or of $PYTHON). What that lacks besides lies as wheels in the folder WHEELS;
-# all of them are unpacked into a folder that is removed afterwards, without a network. Needed are ftfy,
+# python3 (or $PYTHON) must have PyTorch. Other missing packages can be given as wheels in the folder
+# WHEELS, which are unpacked without a network into a folder that is removed afterwards. Needed are ftfy,
 # wcwidth, regex, numpy, opencv-python-headless, matplotlib, pillow, scikit-learn, scipy, safetensors, rich,
 # pytest and hypothesis; pytest-xdist makes it faster. To fill the folder where there is a network:
 #

@@ -1,7 +1,7 @@
 """Writes the tables of published numbers into README.md and docs/methods.md.
 
-Run it after a change of sfp/evaluation/published.json. With `--check` it writes nothing, and its exit
-code is 1 if a page is not what it would write.
+Run it after changing sfp/evaluation/published.json. With `--check` it writes nothing and exits with 1
+if a page is out of date.
 
 Example:
     python tools/published_tables.py --check
@@ -28,7 +28,7 @@ Row = list[Number]
 
 
 def rows(*tables: str) -> list[Row]:
-    """The rows of tables of the registry that hold mIoU; apart where their protocol differs."""
+    """The rows with mIoU in some tables; rows with several protocols are split."""
     found: dict[tuple[str, str, str], Row] = {}
     for table in tables:
         for number in published().find(metric="mIoU", table=table):
@@ -37,7 +37,7 @@ def rows(*tables: str) -> list[Row]:
 
 
 def cells(row: Row, columns: Sequence[str]) -> list[str]:
-    """One cell per benchmark, "-" where there is no number; as many decimals as the row has."""
+    """One cell per benchmark, "-" where there is no number, with as many decimals as the row has."""
     values = {n.benchmark: n.value for n in row}
     digits = max(len(str(value).partition(".")[2]) for value in values.values())
     shown = {k: f"{v:.{digits}f}" if isinstance(v, float) else v for k, v in values.items()}
@@ -45,13 +45,13 @@ def cells(row: Row, columns: Sequence[str]) -> list[str]:
 
 
 def mean(row: Row) -> str:
-    """Of the eight, or "-" if the row has fewer."""
+    """The mean over the eight benchmarks, or "-" if the row has fewer."""
     values = [n.value for n in row if n.benchmark in EIGHT and isinstance(n.value, float)]
     return f"{sum(values) / len(values):.1f}" if len(values) == len(EIGHT) else "-"
 
 
 def method(row: Row) -> str:
-    """A row's method, with the preset of this package, and what else it takes."""
+    """A row's method, with the preset of this package, and its further models."""
     first = row[0]
     preset = f" (`{first.method}`)" if first.method else ""
     also = [first.extra] * bool(first.extra) + ["trained"] * first.trained
@@ -78,7 +78,7 @@ def items(lines: Iterable[str]) -> str:
 
 
 def readme() -> str:
-    """SFP on the eight benchmarks, by source; and that nothing was measured here."""
+    """SFP on the eight benchmarks, by source, with a column that says nothing was measured here."""
     found = published()
     sources = ("sfp_poster/main", "sfp_log", "pearl")
     columns = [cells(found.find(table=table, row="SFP"), EIGHT) for table in sources]
@@ -120,12 +120,12 @@ def methods() -> str:
     shown = [row[0] for row in (*main, *crops)]
     notes = [n.note for n in shown] + [found.tables[n.table].note for n in shown]
     return (
-        "On the eight benchmarks. Numbers of different protocols, which a column names, do not compare:"
+        "On the eight benchmarks. Numbers with different protocols (see the column) are not comparable:"
         f"\n\n{table_1}\n"
-        f"In CLIPtrase's protocol:\n\n{table_2}\n"
-        "Of unsupervised segmentation, from CLIPtrase's paper, which gives no settings:"
+        f"With CLIPtrase's protocol:\n\n{table_2}\n"
+        "Unsupervised segmentation, from CLIPtrase's paper, which gives no settings:"
         f"\n\n{table_3}\n"
-        f"Of other backbones, from SFP's poster:\n\n{table_4}\n"
+        f"Other backbones, from SFP's poster:\n\n{table_4}\n"
         f"Protocols:\n\n{items(f'{p.name}: {p.text}.' for p in found.protocols.values())}\n"
         f"Notes:\n\n{items(notes)}"
     )
@@ -135,16 +135,16 @@ PAGES: dict[str, Callable[[], str]] = {"README.md": readme, "docs/methods.md": m
 
 
 def written(page: str, table: str) -> str:
-    """A page with the table between its marks."""
+    """The page with the table between its markers."""
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
     page, count = re.subn(pattern, lambda _: BEGIN + table + END, page, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"expected one pair of marks {BEGIN.strip()} ... {END}, found {count}")
+        raise ValueError(f"expected one pair of markers {BEGIN.strip()} ... {END}, found {count}")
     return page
 
 
 def main() -> int:
-    """Writes the pages, or compares them."""
+    """Writes or checks the pages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,10 @@
 """Executes the notebooks and stores their outputs in them.
 
 Examples:
-    python tools/run_notebooks.py                     # all, in place: after any change that shows
-    python tools/run_notebooks.py --out /tmp/fresh    # leave them as they are, write copies
+    python tools/run_notebooks.py                     # all, in place; after any visible change
+    python tools/run_notebooks.py --out /tmp/fresh    # write copies instead
 
-Needs the packages of the extra `test`. Exit codes: 0 executed; 1 a cell failed (its traceback is
-printed).
+Needs the packages of the extra `test`. Exit codes: 0 done; 1 a cell failed (its traceback is printed).
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with fresh outputs, and without what would differ from run to run."""
+    """The notebook with fresh outputs, without metadata that differ from run to run."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}
     )
-    # this checkout, also where another one is installed
+    # this checkout, even if another one is installed
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     client.execute(env={**os.environ, "PYTHONPATH": search})
     notebook.metadata.pop("language_info", None)  # the interpreter's version

@@ -1,11 +1,12 @@
-"""The sequential reference of `bench.py`: SFP the way its repository runs it, equal to ours in result.
+"""The sequential reference of `bench.py`: SFP the way its repository runs it, with the same results.
 
-One window at a time; `nn.MultiheadAttention` that returns the weights of every block and head, all of
-them kept; LND layout and OpenAI's expression for QuickGELU; logits of every window at full resolution,
-summed over the image. Plain PyTorch, written from the method's steps: of `sfp` it uses the weights.
+It processes one window at a time, with `nn.MultiheadAttention` that returns the weights of every block
+and head, all of which are kept; LND layout and OpenAI's expression for QuickGELU; and logits of every
+window at full resolution, summed over the image. It is plain PyTorch, written from the steps of the
+method; of `sfp` it uses only the weights.
 
-As ours it differs from the release in two things: an outlier without a valid neighbour becomes the mean
-of the nearest ring that has one, not zero; and layer numbers move with the depth of the model.
+Like ours it differs from the release in two respects: an outlier without a valid neighbour becomes the
+mean of the nearest ring that has one, not zero; and layer numbers move with the depth of the model.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ COMMANDS = (  # in the order of the help
     "label",
     "visualize",
     "plant",
-    "experts",
+    "fit",
     "hubs",
     "export",
     "data",

@@ -22,6 +22,8 @@ Examples:
     sfp label files.txt --out labelled --classes words.txt --overlay
     sfp label shards/*.tar --out labelled --config ade20k --confidence
     sfp label photos --out labelled --classes words.txt --engine ray
+    sfp label photos --out labelled --classes words.txt --method proxyclip \\
+        --guide dino=transformers:model=facebook/dino-vitb8
     sfp label shards --out labelled --classes words.txt --part $SLURM_ARRAY_TASK_ID/64
 
 Writes OUT/labels/<name>.png (palette; 16 bits above 256 classes), OUT/failures.jsonl and
@@ -43,7 +45,9 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--classes", help=options.CLASSES)
     parser.add_argument("--config", help="config for model, protocol and classes, e.g. ade20k")
-    parser.add_argument("--method", help="preset, e.g. sclip")
+    parser.add_argument("--method", help=options.METHOD)
+    options.add_guide(parser)
+    options.add_regions(parser)
     parser.add_argument("--weights", help=options.WEIGHTS)
     parser.add_argument(
         "--short-side",
@@ -131,23 +135,35 @@ def _job(args: argparse.Namespace) -> Job:
 
     side = None if args.short_side is None else check_short_side(args.short_side)
     words = None if args.classes is None else as_vocabulary(options.parse_classes(args.classes))
+    guides = dict(map(options.parse_guide, args.guide))
+    regions = options.parse_regions(args.regions)
+    method = None if args.method is None else options.parse_method(args.method)
     if args.config is None and not args.cfg_options:  # OpenMMLab's config reader is not needed
         if words is None:
             raise ValueError("no classes given: use --classes or --config")
         weights = args.weights or "ViT-B/16"
         side = published.short_side(weights) if side is None else side
-        return bulk.Job(weights, words, args.method or "sfp", side)
+        given = dict(guides=guides, regions=regions)
+        settings = {name: node for name, node in given.items() if node}
+        return bulk.Job(weights, words, method or "sfp", side, settings)
     from sfp.evaluation.configs import CONFIGS
     from sfp.evaluation.run import load_config
 
     config = load_config(
         args.config or CONFIGS / "base_config.py",
-        method=args.method,
+        method=None if method is None else method["type"],
         weights=args.weights,
         options=args.cfg_options,
     )
+    if method is not None:
+        config.model.method.update(method)
     if args.config is None:
         config.pop("test_pipeline")  # use the weights' size, as without a config
+    if guides:
+        config.model.guides = dict(config.model.get("guides") or {}, **guides)
+    if regions:
+        config.model.pop("regions", None)  # assigning a dict would merge it
+        config.model.regions = regions
     if words is not None:
         config.model.classes = words
     elif "classes" not in config.model:

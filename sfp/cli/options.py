@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 WEIGHTS = "name or path of CLIP weights, e.g. ViT-L/14"
+METHOD = "preset, with knobs if needed: sclip, or sfp:pm=lof,layers=all"
 CLASSES = 'names separated by commas, synonyms by "|"; or a class file; or the name of a benchmark'
 BRACKETS = {"(": ")", "[": "]"}
 
@@ -222,6 +223,38 @@ def add_guide(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=TYPE:KNOB=VALUE",
         help="external models for methods that need them, e.g. "
         "dino=transformers:model=facebook/dino-vitb8 or sam3=sam3:model=facebook/sam3",
+    )
+
+
+def parse_regions(text: str | None) -> dict[str, Any] | None:
+    """The setting `regions` of an engine.
+
+    Raises:
+        ValueError: if a knob has no value.
+
+    Example:
+        >>> parse_regions("sam:model=facebook/sam-vit-base,paint=largest")
+        {'propose': {'type': 'sam', 'model': 'facebook/sam-vit-base'}, 'paint': 'largest'}
+        >>> parse_regions("files:folder=maps")
+        {'type': 'files', 'folder': 'maps'}
+    """
+    if text is None:
+        return None
+    node = parse_method(text)
+    if node["type"] == "files":
+        return node
+    own = {"paint": node.pop("paint")} if "paint" in node else {}
+    return dict(propose=node, **own)
+
+
+def add_regions(parser: argparse.ArgumentParser) -> None:
+    """The option that says who finds regions; `parse_regions` reads its value."""
+    parser.add_argument(
+        "--regions",
+        metavar="TYPE:KNOB=VALUE",
+        help="for methods that ask for regions: who proposes them, and how they are painted, e.g. "
+        "sam:model=facebook/sam2-hiera-large,paint=largest; or files:folder=FOLDER, of id maps named "
+        "as the images",
     )
 
 

@@ -58,8 +58,9 @@ def register(commands: argparse._SubParsersAction) -> None:
         help="words for everything else, separated by commas; or a threshold: pixels whose best "
         "probability is lower become background (default: every pixel gets a class)",
     )
-    parser.add_argument("--method", default="sfp", help="preset (default: sfp)")
+    parser.add_argument("--method", default="sfp", help=f"{options.METHOD} (default: sfp)")
     options.add_guide(parser)
+    options.add_regions(parser)
     parser.add_argument(
         "--weights", default="ViT-B/16", help=f"{options.WEIGHTS} (default: ViT-B/16)"
     )
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     classes, background = options.parse_classes(args.classes), parse_background(args.background)
     vocabulary = as_vocabulary(classes, background)  # raises before weights are loaded
     threshold = background_threshold(background)
-    method = build_method(args.method)
+    method = build_method(options.parse_method(args.method))
     if method.decision is None:
         check_threshold(vocabulary, threshold)
     if method.reads_clip and (note := vocabulary_note(args.weights, vocabulary)):
@@ -108,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         short_side="auto" if args.short_side is None else args.short_side,
         pamr_steps=args.pamr,
         guides=dict(map(options.parse_guide, args.guide)),
+        regions=options.parse_regions(args.regions),
         memory_mb=0,  # each image is seen once
     )
     failures: list[Exception] = []

@@ -311,6 +311,21 @@ class Block(nn.Module):
             mixed = weighted_values(weights, heads.v)
         return (layout or x).with_data(self._finish(mixed, residual, ffn))
 
+    def look(self, x: Tensor, around: Tokens, seen: Tensor | None = None) -> Tensor:
+        """Tokens (B, R, D) through the block, in which they see others and not one another.
+
+        Args:
+            x: tokens without a place in the image.
+            around: tokens that enter the block, and are seen.
+            seen: which of them, (B or 1, 1, R or 1, T) bool; None for all that are not hidden.
+        """
+        (q,) = self.attn.project(self.ln_1(x), "q")
+        heads = self.heads(around)
+        if seen is None and heads.hidden_keys is not None:
+            seen = ~heads.hidden_keys
+        mixed = F.scaled_dot_product_attention(q, heads.k, heads.v, attn_mask=seen)
+        return self._finish(mixed.transpose(1, 2).flatten(2), residual=x, ffn=True)
+
     def _finish(self, mixed: Tensor, residual: Tensor | None, ffn: bool) -> Tensor:
         y = self.attn.join(mixed)  # (B, T, D)
         of_attention, of_mlp = self._last
@@ -374,8 +389,8 @@ class Transformer(nn.Module):
         super().__init__()
         if head_width < 1 or width % head_width:
             raise ValueError(
-                f"tokens of width {width} cannot be divided into attention heads of {head_width}: "
-                "say how wide the heads are (head_width, text_head_width)"
+                f"tokens of width {width} cannot be divided into attention heads of width "
+                f"{head_width}: pass the width of the heads (head_width, text_head_width)"
             )
         self.resblocks = nn.ModuleList(
             Block(

@@ -111,7 +111,7 @@ def quantised(vit: VisionTransformer) -> VisionTransformer:
     """
     if vit.device.type != "cpu" or vit.dtype != torch.float32:
         raise ValueError(
-            f"8-bit weights are for float32 models on the CPU, this one is {vit.dtype} on "
+            f"8-bit weights need a float32 model on a CPU, but this one is {vit.dtype} on "
             f"{vit.device}: on a GPU use precision='fp16' or 'bf16'"
         )
     if vit.is_int8:

@@ -62,7 +62,7 @@ class AttentionPool(nn.Module):
     ) -> None:
         super().__init__()
         if config.width % heads:
-            raise ValueError(f"{heads} heads do not fill a pool of width {config.width}")
+            raise ValueError(f"a pool of width {config.width} cannot be divided into {heads} heads")
         self.width, self.num_heads = config.width, heads
         self.query = drawn(config.width, std=1.0)
         self.in_proj_weight = drawn(2 * config.width, width, std=width**-0.5)  # keys, then values

@@ -41,7 +41,7 @@ def prompt_templates(templates: str | Sequence[str]) -> list[str]:
         except (AttributeError, IndexError, KeyError, ValueError):
             fits = False
         if not fits:
-            raise ValueError(f"prompt template {template!r} should have one {{}} for the name")
+            raise ValueError(f"prompt template {template!r} must have one {{}} for the name")
     return list(templates)
 
 
@@ -81,8 +81,8 @@ def _encode(clip: CLIP, queries: Sequence[str], templates: Sequence[str]) -> Ten
     ids = clip.text.tokenize(prompts)
     if int(ids.max()) >= clip.text.vocab:
         raise ValueError(
-            f"this checkpoint knows {clip.text.vocab} tokens, its tokenizer gives ids up to "
-            f"{int(ids.max())}: pass `query_features` computed with its own tokenizer"
+            f"this checkpoint has {clip.text.vocab} tokens, but its tokenizer gives ids up to "
+            f"{int(ids.max())}: pass `query_features` computed with the right tokenizer"
         )
     device = clip.device
     order = clip.text.ends(ids).argsort(stable=True)

@@ -31,6 +31,7 @@ CONSTANTS = (
     "whole_via_input",
     "pamr_steps",
     "pamr_dilations",
+    "pamr_unit",
 )
 # by a word in the model's name or type, in this order; from the models' own papers and pages
 SEEN = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from sfp.functional.kept import constant
 from sfp.functional.room import check_room
 from sfp.functional.windows import LogitSheet
 
+Threshold: TypeAlias = "float | Sequence[float]"
 BUDGET = {"cpu": 2**20, "cuda": 2**26}  # probabilities at once; on a CPU they fit into its cache
 
 
@@ -30,6 +31,36 @@ class Labels:
     labels: Tensor
     confidence: Tensor
     scores: Tensor | None
+
+
+def within(confidence: Tensor, threshold: Threshold) -> Tensor | float:
+    """The threshold of an image: a number as it is, of two the image's own, kept between them.
+
+    Args:
+        confidence: probability of each pixel's class.
+        threshold: a number; or the least and the largest of Otsu's threshold (S2C2Seg).
+    """
+    if isinstance(threshold, Sequence):
+        return otsu(confidence).clamp(threshold[0], threshold[1])
+    return threshold
+
+
+def otsu(values: Tensor) -> Tensor:
+    """What divides values in 0..1 best into two groups, as Otsu (1979) has it; one number.
+
+    Of the borders between 256 equal levels, the first with the largest variance between the means of
+    the values on its two sides.
+
+    Args:
+        values: any shape.
+    """
+    levels = (255 * values.detach().flatten()).round().clamp(0, 255).long()
+    share = torch.bincount(levels, minlength=256).to(torch.float64) / levels.numel()
+    below = share.cumsum(0)
+    level = torch.arange(256, dtype=torch.float64, device=share.device)
+    mass = (share * level).cumsum(0)
+    apart = (mass[-1] * below - mass).square() / (below * (1 - below)).clamp_min(1e-12)
+    return ((apart.argmax() + 0.5) / 255).to(values)
 
 
 def class_scores(logits: Tensor, index: Sequence[int], scale: float) -> Tensor:
@@ -81,7 +112,7 @@ def assign(
     index: Sequence[int],
     *,
     scale: float | None = 40.0,
-    prob_thd: float = 0.0,
+    prob_thd: Threshold = 0.0,
     area_thd: float | None = None,
     keep_scores: bool = False,
 ) -> Labels:
@@ -91,7 +122,7 @@ def assign(
         rows: returns the logits (Q, stop - start, W) of rows start to stop.
         size: size of the image, (H, W).
         index, scale: as in `class_scores`; without a scale, `rows` are already scores.
-        prob_thd: pixels whose best probability is below this become class 0.
+        prob_thd: pixels whose best probability is below this become class 0 (`within`).
         area_thd: a class other than 0 that wins at most this share of the pixels not won by class 0 is
             removed (SCLIP's protocol for VOC21).
         keep_scores: whether to return the class probabilities as well, (K, H, W).
@@ -133,5 +164,5 @@ def assign(
             labels = sweep(dropped[classes])
         elif scores is not None:
             scores[dropped] = 0
-    labels.masked_fill_(confidence < prob_thd, 0)
+    labels.masked_fill_(confidence < within(confidence, prob_thd), 0)
     return Labels(labels, confidence, scores)

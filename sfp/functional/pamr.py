@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from sfp.functional.room import check_room
 from sfp.functional.windows import LogitSheet
 
 CHUNK = 2**18  # number of mask pixels refined at once
+Unit: TypeAlias = Literal["deviation", "mean"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,13 @@ class Refinement:
 
     Attributes:
         image: normalised, (3, H, W), of any size.
-        steps, dilations: as in `pamr`.
+        steps, dilations, unit: as in `pamr`.
     """
 
     image: Tensor
     steps: int
     dilations: tuple[int, ...]
+    unit: Unit = "deviation"
 
     def __call__(self, sheet: LogitSheet) -> Callable[[int, int], Tensor]:
         """Returns rows (Q, stop - start, W) of the refined logits, which are all computed first.
@@ -42,12 +45,17 @@ class Refinement:
         check_room(numbers, sheet.tiles.device, what, "use a smaller image, or pamr_steps=0")
         guide = F.interpolate(self.image[None], sheet.size, mode="bilinear", align_corners=False)
         logits = sheet.rows(0, sheet.size[0])[None]
-        refined = pamr(guide, logits, steps=self.steps, dilations=self.dilations)[0]
+        refined = pamr(guide, logits, steps=self.steps, dilations=self.dilations, unit=self.unit)[0]
         return lambda start, stop: refined[:, start:stop]
 
 
 def pamr(
-    image: Tensor, masks: Tensor, *, steps: int = 10, dilations: Sequence[int] = (8, 16)
+    image: Tensor,
+    masks: Tensor,
+    *,
+    steps: int = 10,
+    dilations: Sequence[int] = (8, 16),
+    unit: Unit = "deviation",
 ) -> Tensor:
     """Diffuses masks between pixels with similar colours.
 
@@ -59,13 +67,17 @@ def pamr(
         masks: (B, K, h, w); resized to the image first (corners aligned).
         steps: number of iterations.
         dilations: distances of the neighbours in pixels.
+        unit: unit of colour differences: a tenth of their "deviation" (PAMR), or the "mean" of their
+            absolute values over the neighbours (S2C2Seg).
 
     Returns:
         (B, K, H, W).
     """
     size = image.shape[-2:]
     masks = F.interpolate(masks, size, mode="bilinear", align_corners=True)
-    weights = _closeness(image, dilations).softmax(1)[:, :, None].unbind(1)  # (B, 1, H, W) each
+    weights = (
+        _closeness(image, dilations, unit).softmax(1)[:, :, None].unbind(1)
+    )  # (B, 1, H, W) each
     refined = []
     # a few at a time, so that they and their neighbours stay in the cache
     for part in masks.split(max(CHUNK // image[:, 0].numel(), 1), dim=1):
@@ -78,12 +90,15 @@ def pamr(
     return torch.cat(refined, dim=1)
 
 
-def _closeness(image: Tensor, dilations: Sequence[int]) -> Tensor:
+def _closeness(image: Tensor, dilations: Sequence[int], unit: Unit) -> Tensor:
     """Similarity in colour to the neighbours, (B, 8 * dilations, H, W), at most 0.
 
     The deviation is over the neighbours and, once for each distance, the pixel itself.
     """
     apart = torch.stack([near - image for near in _neighbours(image, dilations)], 1)
+    if unit == "mean":
+        size = apart.abs_()
+        return (size / (-1e-8 - size.mean(1, keepdim=True))).mean(2)
     itself = len(dilations)  # as often is the difference 0
     count = apart.shape[1] + itself
     mean = apart.sum(1, keepdim=True) / count  # (B, 1, 3, H, W)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.functional.labels import Labels
+from sfp.functional.windows import interpolation
 
 
 def components(joined: Tensor) -> Tensor:
@@ -33,6 +34,26 @@ def region_means(features: Tensor, ids: Tensor, count: int) -> Tensor:
     """Mean feature of each region: (N, D) and (N,) in 0..count-1 -> (count, D)."""
     sums = features.new_zeros(count, features.shape[1]).index_add_(0, ids, features)
     return sums / ids.bincount(minlength=count).clamp_min(1)[:, None]
+
+
+def cells_of_masks(member: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How much each cell of a grid counts in masks when it is resampled to their pixels, bilinear.
+
+    Its product with a map of the grid is the sum of the resampled map over the pixels of each mask,
+    without the resampled map ever being there.
+
+    Args:
+        member: masks, (R, H, W), 1 inside and 0 outside.
+        grid: rows and columns of the cells, which cover the image of the masks.
+
+    Returns:
+        (R, rows * columns).
+    """
+    rows, columns = (
+        interpolation(cells, pixels, member)
+        for cells, pixels in zip(grid, member.shape[1:], strict=True)
+    )
+    return (rows.T @ member @ columns).flatten(1)
 
 
 def region_distances(features: Tensor, ids: Tensor) -> Tensor:

@@ -50,6 +50,22 @@ def _interpolation(like: Tensor, source: int, target: int) -> Tensor:
     return F.interpolate(eye, target, mode="linear", align_corners=False)[0].T.to(like)
 
 
+def from_square(cells: int, side: int, inner: int, target: int, like: Tensor) -> Tensor:
+    """One side of the way from maps of a padded square to an image's pixels, (target, cells).
+
+    Resampled to the square, off with the padding, resampled to the image, bilinear both times.
+
+    Args:
+        cells: of the maps.
+        side: of the square, in pixels.
+        inner: pixels of the square that the image takes; behind them is padding.
+        target: pixels of the image.
+        like: type and device of the result.
+    """
+    padded = interpolation(cells, side, like.new_empty(0, dtype=torch.float64))[:inner]
+    return F.interpolate(padded.T[None], target, mode="linear", align_corners=False)[0].T.to(like)
+
+
 def nearest(ids: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizes a map of integers (..., h, w) by nearest neighbour: (..., H, W).
 

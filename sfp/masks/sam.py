@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfp.functional.masks import MaskSheet, fuse_contained, stability, without_doubles
-from sfp.functional.windows import interpolation
+from sfp.functional.windows import from_square, interpolation
 from sfp.guides.transformers import FrozenModel, Renormalise, pretrained
 from sfp.numerics import finite
 from sfp.registry import MASKS
@@ -28,7 +28,7 @@ class PromptedSam(FrozenModel):
         model: a name on the Hugging Face hub or a folder, loaded with `AutoModelForMaskGeneration`; or
             a `SamModel` or `Sam2Model`.
         prompt_batch: most prompts that are decoded at once.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+        image_mean, image_std: normalisation of the input images, RGB in 0..255; by default
             that of the segmentor's weights, for most OpenAI's.
 
     Raises:
@@ -117,11 +117,13 @@ class PromptedSam(FrozenModel):
             size: rows and columns.
             scores: as in `MaskSheet`.
         """
-        matrices = [
-            _enlarge(masks.shape[i - 2], self.side, inner[i], size[i], masks, direct=self.stretch)
+        rows, columns = (
+            interpolation(masks.shape[i - 2], size[i], masks)
+            if self.stretch
+            else from_square(masks.shape[i - 2], self.side, inner[i], size[i], masks)
             for i in range(2)
-        ]
-        return MaskSheet(masks, matrices[0], matrices[1], scores)
+        )
+        return MaskSheet(masks, rows, columns, scores)
 
 
 @MASKS.register_module(name="sam")
@@ -209,16 +211,3 @@ class SamMasks(PromptedSam):
         """Masks (M, s, s) without what lies beside the image."""
         rows, columns = (-(-masks.shape[i - 2] * inner[i] // self.side) for i in range(2))
         return masks[:, :rows, :columns]
-
-
-def _enlarge(
-    cells: int, side: int, inner: int, target: int, like: Tensor, *, direct: bool
-) -> Tensor:
-    """One side of the way from the model's masks to an image's pixels, (target, cells), as `like`.
-
-    To the padded square, off with the padding, to the image, as SAM does; SAM 2 goes straight.
-    """
-    if direct:
-        return interpolation(cells, target, like)
-    padded = interpolation(cells, side, like.new_empty(0, dtype=torch.float64))[:inner]
-    return F.interpolate(padded.T[None], target, mode="linear", align_corners=False)[0].T.to(like)

@@ -57,10 +57,13 @@ def fused_attention(weights: Tensor) -> tuple[Tensor, Tensor]:
         M for the next round; and (M + M^T) / 2 without its column means, cut at 0, rows of sum 1.
     """
     weights = weights / weights.sum(-2, keepdim=True)
-    weights = weights / weights.sum(-1, keepdim=True)
-    fused = (weights + weights.mT) / 2
-    fused = (fused - fused.mean(-2, keepdim=True)).clamp_min(0)
-    return weights, fused / fused.sum(-1, keepdim=True)
+    weights /= weights.sum(-1, keepdim=True)
+    fused = weights + weights.mT  # then in place: these are the largest maps there are
+    fused /= 2
+    fused -= fused.mean(-2, keepdim=True)
+    fused.clamp_min_(0)
+    fused /= fused.sum(-1, keepdim=True).clamp_min(torch.finfo(fused.dtype).tiny)
+    return weights, fused
 
 
 def _given(weights: Tensor, heads: Heads, trace: Trace) -> Tensor:
@@ -78,7 +81,7 @@ def readouts(trace: Trace) -> tuple[list[Tokens], Tensor]:
     vit, last = trace.vit, len(trace.vit.blocks) - 1
     total = trace.attention(0)
     for i in range(1, last):
-        total = total + trace.attention(i)
+        total += trace.attention(i)
     read = []
     for i in range(last + 1):
         total, fused = fused_attention(total)
@@ -240,7 +243,7 @@ def cliper(
     """The last block reads the input of every block: no residual, no FFN. Needs the text features.
 
     Args:
-        dataset: whose constants stand in for those that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those that are None; see `DATASETS`.
         cut, select: of the readout that spreads, as in `layer_probabilities`; the release selects the
             last but one of ViT-L/14 on many sets.
         logit_scale: 100; 50 in the release on COCO-Object and COCO-Stuff.

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.clip.blocks import Block
 from sfp.functional.precision import upcast
 from sfp.functional.regions import merge_regions
 from sfp.functional.windows import nearest
@@ -29,7 +28,7 @@ from sfp.registry import METHODS, Op, op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
-CHUNK = 2**24  # similarities held at once
+CHUNK = 2**24  # similarities in memory at once
 LATE = {12: 5, 24: 12, 32: 28}  # blocks -> how many layers the second stream averages
 
 Unsegmented = Literal["zero", "smallest"]
@@ -82,6 +81,8 @@ def scoped_rows(features: Tensor, ids: Tensor, rows: slice, gain: float) -> Tens
     none = ids == 0
     loose = none[rows, None] | none
     allowed = torch.where(loose, similarity > mean, ids[rows, None] == ids)
+    # where all patches are alike, rounding may leave a row's own entry below the mean
+    allowed.diagonal(rows.start or 0).fill_(True)
     return (gain * similarity).masked_fill(~allowed, -torch.inf).softmax(-1)
 
 
@@ -180,22 +181,8 @@ def tokens_of_regions(trace: Trace, ids: Tensor, count: int | None = None) -> Te
     seen[..., : min(prefix, 1)] = True  # the class token, where there is one
     x = trace.embedded.cls.expand(-1, count, -1)
     for i, block in enumerate(trace.vit.blocks):
-        x = through_block(block, x, trace.entering(i), seen)
+        x = block.look(x, trace.entering(i), seen)
     return x
-
-
-def through_block(block: Block, x: Tensor, around: Tokens, seen: Tensor) -> Tensor:
-    """Tokens (B, R, D) through a block in which they see others, not one another.
-
-    Args:
-        around: tokens that enter the block, and are seen.
-        seen: which of them, (B, 1, R, T) bool.
-    """
-    (q,) = block.attn.project(block.ln_1(x), "q")
-    heads = block.heads(around)
-    mixed = F.scaled_dot_product_attention(q, heads.k, heads.v, attn_mask=seen)
-    y = x + block.attn.join(mixed.transpose(1, 2).flatten(2))
-    return y + block.mlp(block.ln_2(y))
 
 
 @op("reader", regions=True)

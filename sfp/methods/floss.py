@@ -1,7 +1,7 @@
 """FLOSS: for each class, the templates that its pixels are surest with (Benigmim et al., ICCV 2025*).
 
 FLOSS: Free Lunch in Open-vocabulary Semantic Segmentation, arXiv:2504.10487*. A pass over unlabelled
-images of the target set (`fit`, `sfp experts`) ranks templates by the entropy of the pixels that they
+images of the target set (`sfp fit templates`) ranks templates by the entropy of the pixels that they
 give to a class; a small file keeps the best four of each. An expert is a bank of text features in which
 all classes use one class's templates; it speaks where it sees its own class.
 
@@ -32,7 +32,7 @@ from sfp.registry import METHODS, composition, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
-BUDGET = 2**23  # probabilities held at once
+BUDGET = 2**23  # probabilities in memory at once
 
 
 def fuse_experts(logits: Tensor, default: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def _experts(path: str, changed: int) -> dict[str, Any]:
         assert all(found["experts"].values())
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"experts={path!r}: expected a file that `sfp experts` wrote ({type(error).__name__})"
+            f"experts={path!r}: expected a file that `sfp fit templates` wrote ({type(error).__name__})"
         ) from None
     return found
 
@@ -104,7 +104,7 @@ def expert_probabilities(
     """Probabilities by several text banks, of which each class's expert claims its pixels (FLOSS).
 
     Args:
-        experts: file that `sfp experts` wrote.
+        experts: file that `sfp fit templates` wrote.
         logit_scale: inverse temperature of the softmax over queries.
         cells: cells per patch in which banks speak; None for one per pixel of the window, as released.
 
@@ -211,7 +211,7 @@ def floss(
 
     Args:
         base: the preset, by name or with knobs.
-        experts: file that `sfp experts` wrote; without one it is the base.
+        experts: file that `sfp fit templates` wrote; without one it is the base.
         logit_scale, cells: as in `expert_probabilities`.
     """
     fields = composition(base)

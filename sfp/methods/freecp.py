@@ -272,13 +272,13 @@ def freecp(
     rounds: int = 3,
     square: bool = True,
 ) -> dict[str, Any]:
-    """Another preset, whose logits become purified activations. Needs the text features.
+    """Purified activations from the logits of another preset. Needs the text features.
 
     Args:
         base: the preset, by name or with knobs.
-        dataset: whose constants stand in for those of the next three that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those of the next three that are None; see `DATASETS`.
         redundant, ambiguous: thresholds r_p and a_p, as in `class_purification`.
-        background: whether class 0 is made of background words and gets what the others leave.
+        background: whether class 0 consists of background words and gets the remainder of the others.
         logit_scale: inverse temperature of the softmax; CLIP's own, 100.
         box_share, edges: of the boxes, as in `class_purification`.
         crop_side, crop_text: of the crops, as in `class_purification`.

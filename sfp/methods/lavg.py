@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sfp.functional.clusters import resize
-from sfp.functional.windows import interpolation
+from sfp.functional.regions import cells_of_masks
 from sfp.ops.image import window_grid
 from sfp.registry import METHODS, composition, op
 from sfp.trace import Trace
@@ -40,8 +40,7 @@ def region_mean(logits: Tensor, trace: Trace, *, least: float = 0.0) -> Tensor:
         joined = window_grid(trace).stitch(logits)
     member = (trace.region_masks() > least).to(joined)  # (R, H, W)
     size = (member.shape[1], member.shape[2])
-    up = [interpolation(joined.shape[i + 2], size[i], joined) for i in range(2)]
-    weights = (up[0].T @ member @ up[1]).flatten(1)  # (R, h * w): by how much each cell counts
+    weights = cells_of_masks(member, (joined.shape[2], joined.shape[3]))  # (R, h * w)
     mean = joined[0].flatten(1) @ weights.T / weights.sum(1).clamp_min(1)  # (Q, R)
     covered = member.sum(0)
     painted = (mean @ member.flatten(1)).unflatten(1, size) / covered.clamp_min(1)
@@ -50,7 +49,7 @@ def region_mean(logits: Tensor, trace: Trace, *, least: float = 0.0) -> Tensor:
 
 @METHODS.register_module()
 def lavg(*, base: str | Mapping[str, Any] = "sclip") -> dict[str, Any]:
-    """Another preset, whose logits become the means of regions; needs regions.
+    """The logits of another preset, averaged over regions. Needs regions.
 
     Published: `regions=dict(propose=dict(type="cuts", model="facebook/dino-vitb8"))`.
 

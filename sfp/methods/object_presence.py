@@ -14,9 +14,11 @@ cluster of one moves too, as in the releases.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,15 +49,22 @@ def hierarchy(text: Tensor, height: float, linkage: str = "complete") -> Tensor:
         height: where the tree is cut: merges at larger distances do not count.
         linkage: "complete" or "ward", whose distances are SciPy's.
     """
+    if len(text) < 2:
+        return text.new_zeros(len(text), dtype=torch.long)
+    rows = upcast(text).cpu().numpy()
+    found = _clusters(rows.tobytes(), rows.dtype.str, len(rows), height, linkage)
+    return torch.tensor(found, dtype=torch.long, device=text.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _clusters(data: bytes, kind: str, count: int, height: float, linkage: str) -> list[int]:
+    """`hierarchy` of `count` rows, kept: words stay the same from image to image."""
     from scipy.cluster.hierarchy import fcluster
     from scipy.cluster.hierarchy import linkage as tree
     from scipy.spatial.distance import pdist
 
-    if len(text) < 2:
-        return text.new_zeros(len(text), dtype=torch.long)
-    rows = pdist(upcast(text).cpu().numpy(), "cosine")
-    found = fcluster(tree(rows, linkage), height, "distance") - 1
-    return torch.from_numpy(found).to(text.device, torch.long)
+    rows = np.frombuffer(data, kind).reshape(count, -1)
+    return (fcluster(tree(pdist(rows, "cosine"), linkage), height, "distance") - 1).tolist()
 
 
 def winners(scores: Tensor, clusters: Tensor) -> Tensor:
@@ -161,11 +170,11 @@ def object_presence(
     nearest: int = 2,
     scope: Literal["image", "window"] = "image",
 ) -> dict[str, Any]:
-    """Another preset, whose words are moved towards the image. Needs the text features.
+    """Another preset with words moved towards the image. Needs the text features.
 
     Args:
         base: the preset, by name or with knobs.
-        dataset: whose constants stand in for those of the next that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those of the next that are None; see `DATASETS`.
         image_weight, move, height: as in `present_words`.
         linkage, nearest, scope: as in `present_words`.
     """

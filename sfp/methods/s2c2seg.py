@@ -9,12 +9,16 @@ the window suggests are admitted in one round of repair.
 | | here | description |
 | --- | --- | --- |
 | resolution | `cells` to a side of a patch, 4 by default | pixels of the window |
-| post-processing of the journal's version | not here: `pamr_steps=3` is near | PAMR, Otsu's threshold |
+| post-processing of the journal's version | settings of the engine, off | PAMR, Otsu's threshold |
 | windows | each selects; `stitched=True` selects for the whole image | each selects |
 
 CLIPSeg looks at each window once, and its decoder runs once for each query. Published on ProxyCLIP
 (DINO ViT-B/8), windows of 336 pixels, stride 112: `share=0.3` (VOC21 and Context60 0.4), `local=0.15`
 (VOC20 and ADE20K 0.10, COCO-Stuff 0.12).
+
+The journal's post-processing: `pamr_steps=3, pamr_dilations=(1, 2, 4, 8, 12, 24), pamr_unit="mean"`,
+and on sets with a background `prob_thd=(THD, 0.5)`, Otsu's threshold between the two (Context60 from
+0.35). That differences of colours are measured channel by channel is our reading.
 """
 
 from __future__ import annotations

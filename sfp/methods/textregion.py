@@ -244,11 +244,14 @@ def region_logits(
     masks = masks.clamp(0, 1) * kept[:, None, None]  # (R, rows, columns)
     own = scale * cosine_logits(features, trace.query_features())[0, :, 0] + bias  # (Q, R)
     logits = (own @ masks.flatten(1)).unflatten(1, masks.shape[1:])
+    covered = masks.sum(0) > 0
+    if bool(covered.all()):  # nobody looks at what the last block says besides
+        return logits[None]
     other = logits.new_zeros(1, len(logits), 1, 1)
     if trace.vit.pool is None:
         other = outside(trace, attention, halves=halves, resample=resample)
         other = resize(other, size)
-    return torch.where(masks.sum(0) > 0, logits[None], other)
+    return torch.where(covered, logits[None], other)
 
 
 def outside(trace: Trace, attention: Rule, *, halves: bool, resample: Resample) -> Tensor:

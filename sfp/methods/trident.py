@@ -46,11 +46,13 @@ def agreeing_attention(
         negative: threshold in place of a negative one; None keeps it.
     """
     unit = F.normalize(values, dim=-1)
-    cosine = unit @ unit.mT  # (H, M, M)
-    threshold = (factor * cosine.mean((0, 2))).clamp_max(0.9)  # (M,)
+    mean = (unit @ unit.mean(1)[..., None])[..., 0].mean(0)  # (M,): of cosines, which are products
+    threshold = (factor * mean).clamp_max(0.9)
     if negative is not None:
         threshold = torch.where(threshold < 0, negative, threshold)
-    kept = (attention * (cosine > threshold[:, None])).sum(0)
+    kept = torch.zeros_like(attention[0])
+    for weights, rows in zip(attention, unit, strict=True):  # a head's map of 64 x 64: 67 MB
+        kept += weights * (rows @ rows.T > threshold[:, None])
     return kept / kept.sum(-1, keepdim=True)
 
 
@@ -99,7 +101,7 @@ def sam_correlation(
             )
         image = whole.pixels[None]
         parts = [(image, joined)]
-        if halves:
+        if halves and joined.shape[-1] > 1:
             middle, cells = image.shape[-1] // 2, joined.shape[-1] // 2
             parts = [
                 (image[..., :middle], joined[..., :cells]),
@@ -160,7 +162,7 @@ def trident(
         guide: name of the guide of the windows, which the caller provides.
         sam: name of the guide with SAM's attention (`guides=dict(sam=dict(type="sam", model=...))`);
             None leaves that step out.
-        dataset: whose constants stand in for those of the next that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those of the next that are None; see `DATASETS`.
         beta, gamma: of the windows' attention, as in `proxyclip`.
         factor, negative, halves: as in `sam_correlation`.
         floor: windows are moved back to whole cells, as in the release.

@@ -45,7 +45,7 @@ from sfp.evaluation.settings import settings
 from sfp.files import sha256_file
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-GUESS = "nothing says which activation"
+GUESS = "it is not recorded which activation"
 CONFIG = dict(
     model_cfg=dict(
         embed_dim=24,
@@ -324,7 +324,9 @@ def test_transformers_clip_without_its_configuration():
     with pytest.warns(UserWarning, match=GUESS):
         clip = load_clip(state, head_width=24, text_head_width=16)
     check_transformers(clip, model)
-    with pytest.raises(LayoutError, match="width 48 cannot be divided into attention heads of 64"):
+    with pytest.raises(
+        LayoutError, match="width 48 cannot be divided into attention heads of width 64"
+    ):
         load_clip(state, activation="gelu")
 
 
@@ -367,7 +369,7 @@ REFUSED = [
     (lambda: open_clip_with("visual.trunk.attn_pool.latent"), "tensors do not fit each other"),
     (lambda: open_clip_with("visual.trunk.blocks.0.norm1.weight"), "two tensors for visual"),
     (lambda: open_clip_with("visual.attn_pool.query"), "tensors do not fit each other"),
-    (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "is no BERT"),
+    (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "other than BERT"),
     (lambda: open_clip_with("text.cls_emb"), "cls_emb is"),
     (lambda: open_clip_with("text.transformer.shared.weight"), "T5 or NLLB"),
     (lambda: {"image_model.embeddings.cls_token": torch.ones(2)}, "FLAVA"),
@@ -419,7 +421,7 @@ def test_models_of_other_kinds(tmp_path, state, message):
 def test_a_part_of_a_sharded_checkpoint(tmp_path):
     path = tmp_path / "open_clip_pytorch_model-00001-of-00002.safetensors"
     save_file(without(open_clip_state(), "transformer."), path)
-    with pytest.raises(LayoutError, match="one part of several"):
+    with pytest.raises(LayoutError, match="is only part"):
         load_clip(path, activation="gelu", head_width=24)
 
 
@@ -596,7 +598,9 @@ def test_a_copy_in_the_cache_folder_needs_no_hub(cache, monkeypatch):
     assert not open_weights(name).verified
     assert clip.digest == weights_digest(name)
     saved(path, image_size=32, text_layers=1)
-    wrong = r"is no ViT-B-32: image size 32, expected 64; text blocks 1, expected 2\. Another"
+    wrong = (
+        r"is not a ViT-B-32: image size 32, expected 64; text blocks 1, expected 2\. It is another"
+    )
     with pytest.raises(LayoutError, match=wrong):
         load_clip(name)
 

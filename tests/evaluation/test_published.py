@@ -184,10 +184,10 @@ def test_the_pages_hold_the_tables(monkeypatch, capsys):
 
 def test_tables_do_not_mix_protocols():
     """Centre crops stand in a table of their own."""
-    sliding, centre = tool().methods().split("In CLIPtrase's protocol")[:2]
+    sliding, centre = tool().methods().split("With CLIPtrase's protocol")[:2]
     assert "centre crop" not in sliding
     assert all(
-        "| centre crop, " in line for line in centre.split("Of unsup")[0].splitlines()[4:] if line
+        "| centre crop, " in line for line in centre.split("Unsup")[0].splitlines()[4:] if line
     )
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import cv2
 import pytest
 import reference
 import tiny
@@ -397,17 +398,20 @@ def test_embed_refuses_what_is_no_image(shape):
 # -- pixel-adaptive refinement -------------------------------------------------------------------
 
 
-def test_pamr_by_hand():
+@pytest.mark.parametrize("unit", ["deviation", "mean"])
+def test_pamr_by_hand(unit):
     """One step at one distance, from the formula; borders repeat."""
     image, mask = random(0, 1, 3, 5, 6), random(1, 1, 2, 5, 6)
-    out = pamr(image, mask, steps=1, dilations=(2,))
+    out = pamr(image, mask, steps=1, dilations=(2,), unit=unit)
     offsets = [o for o in itertools.product((-2, 0, 2), repeat=2) if o != (0, 0)]
     for y, x in itertools.product(range(5), range(6)):
         around = [(min(max(y + dy, 0), 4), min(max(x + dx, 0), 5)) for dy, dx in offsets]
         colours = torch.stack([image[0, :, a, b] for a, b in around])  # (8, 3)
         own = image[0, :, y, x]
         std = torch.cat([colours, own[None]]).std(0)
-        weights = (-((colours - own).abs() / (1e-8 + 0.1 * std)).mean(1)).softmax(0)
+        apart = (colours - own).abs()
+        size = 0.1 * std if unit == "deviation" else apart.mean(0)
+        weights = (-(apart / (1e-8 + size)).mean(1)).softmax(0)
         expected = weights @ torch.stack([mask[0, :, a, b] for a, b in around])
         torch.testing.assert_close(out[0, :, y, x], expected)
 
@@ -425,9 +429,49 @@ def test_pamr_sees_each_image_alone_and_keeps_constants():
     torch.testing.assert_close(pamr(image, mask, steps=0), resized)
 
 
-def test_pamr_of_a_flat_image_is_finite():
-    out = pamr(torch.zeros(1, 3, 12, 12), torch.rand(1, 2, 12, 12), dilations=(8, 16))
-    assert out.isfinite().all()
+@pytest.mark.parametrize("unit", ["deviation", "mean"])
+def test_pamr_of_a_flat_image_is_finite(unit):
+    flat, masks = torch.zeros(1, 3, 12, 12), torch.rand(1, 2, 12, 12)
+    assert pamr(flat, masks, dilations=(8, 16), unit=unit).isfinite().all()
+
+
+# -- thresholds ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_otsu_beside_opencv(seed):
+    """Of 8-bit levels, of which OpenCV's threshold is the last one below."""
+    groups = torch.cat(
+        [0.05 * random(seed, 400) + 0.3, 0.1 * random(seed + 9, 150) + 0.6 + seed / 20]
+    )
+    values = groups.clamp(0, 1)
+    level, _ = cv2.threshold(
+        (255 * values).round().byte().numpy(), 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU
+    )
+    assert float(labels.otsu(values)) == pytest.approx((level + 0.5) / 255)
+    assert float(labels.within(values, (0.9, 0.95))) == pytest.approx(0.9)
+    assert float(labels.within(values, (0.0, 0.1))) == pytest.approx(0.1)
+    assert labels.within(values, 0.3) == 0.3
+
+
+def test_otsu_of_equal_values():
+    for value in (0.0, 0.4, 1.0):
+        assert 0 <= float(labels.otsu(torch.full((3, 4), value))) <= 1
+
+
+def test_a_threshold_of_the_images_own():
+    logits = torch.stack([random(3, 12, 14).abs() + 0.5, -random(4, 12, 14).abs()])
+
+    def own(threshold: labels.Threshold) -> labels.Labels:
+        return labels.assign(
+            lambda a, b: logits[:, a:b], (12, 14), (0, 1), scale=1.0, prob_thd=threshold
+        )
+
+    free = own(0.0)
+    fixed = own(float(labels.otsu(free.confidence)))
+    found = own((0.0, 1.0))
+    assert torch.equal(found.labels, fixed.labels)
+    assert (own((0.0, 0.0)).labels == free.labels).all()
 
 
 # -- outliers ------------------------------------------------------------------------------------

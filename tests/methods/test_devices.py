@@ -24,6 +24,7 @@ ON_THE_HOST = {  # by method: what it does there by design
     "lposs_plus": "the same",
     "freecp": "boxes around components of masks",
     "ov_stitcher": "a token per region, as corrclip",
+    "region_memory": "a token per region, as corrclip",
     "s2c2seg": "classes of each window are counted",
     "sam3": "instances of each query are counted",
     "segearth_ov3": "the same",

@@ -104,5 +104,5 @@ def test_what_is_missing_is_named(experts, tmp_path):
     broken.write_text("{}")
     method = sfp.build_method("floss", experts=str(broken))
     words = Words(QUERIES, banks)
-    with pytest.raises(ValueError, match="expected a file that `sfp experts` wrote"):
+    with pytest.raises(ValueError, match="expected a file that `sfp fit templates` wrote"):
         method.logits(clip.visual, images, text, index=INDEX, words=words)

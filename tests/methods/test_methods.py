@@ -55,6 +55,7 @@ CONTEXT: dict[str, Callable[[], dict[str, Any]]] = {
     "lposs_plus": lambda: dict(guides=dict(dino=colours)),
     "ov_stitcher": lambda: dict(guides=dict(dino=colours)),
     "proxyclip": lambda: dict(guides=dict(dino=colours)),
+    "region_memory": lambda: dict(guides=dict(dino=colours)),
     "s2c2seg": lambda: dict(guides=dict(dino=colours, clipseg=Scorer()), words=words(5)),
     "sam3": lambda: dict(guides=dict(sam3=Sam3()), words=words(5)),
     "segearth_ov3": lambda: dict(guides=dict(sam3=Sam3()), words=words(5)),
@@ -142,6 +143,15 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("radseg", "recursive"): [None, 1.0],
     ("radseg", "aggregate"): [None, 1.0],
     ("radseg", "least"): [],  # a part of the decision
+    ("region_memory", "base"): ["clearclip"],
+    (
+        "region_memory",
+        "memory",
+    ): [],  # a file; tests/methods/test_region_memory.py, as the next four
+    ("region_memory", "guide"): [],
+    ("region_memory", "output"): [],
+    ("region_memory", "count"): [],
+    ("region_memory", "share"): [],
     ("resclip", "dataset"): ["voc20", "voc21"],
     ("resclip", "layers"): [(3,), (7, 8)],
     ("resclip", "lambda_rcs"): [0.1],

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import sfp
 from sfp.functional.windows import WindowGrid
+from sfp.methods.region_memory import write_memory
 from sfp.registry import OPS, bind, needs, needs_words
 from sfp.trace import Trace, Words
 from sfp.whole import WholeImage
@@ -44,6 +45,16 @@ Path(EXPERTS).write_text(
 )
 GENERAL = str(Path(EXPERTS).with_name("hypernyms.json"))  # for `active_maps`
 Path(GENERAL).write_text(json.dumps(dict(a=["letter"], c=["letter", "sign"])))
+MEMORY = Path(EXPERTS).with_name("memory.safetensors")  # for `remembered_regions`
+write_memory(
+    MEMORY,
+    tiny.queries(9, seed=1, width=3),
+    tiny.queries(9, seed=2),
+    tiny.clip().visual,
+    guide="colours",
+    output="None",
+)
+REMEMBERED = dict(memory=str(MEMORY), guide="colours", output=None)
 MEAN = dict(type="mean_of_blocks")
 SPREAD = dict(type="sinkhorn", affinity=dict(type="mean_attention"))
 FEEDBACK = dict(type="semantic_feedback", source=dict(type="read_last", attention=SELF))
@@ -286,6 +297,10 @@ EXAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "query_probabilities": [{}, dict(scale=10.0)],
         "prompt_denoising": [{}, dict(pd_thresh=0.9, scale=10.0)],
         "region_mean": [{}, dict(least=1.5)],
+        "remembered_regions": [
+            dict(REMEMBERED, count=3),
+            dict(REMEMBERED, count=5, share=0.9),
+        ],
         "remove_redundancy": [{}, dict(temperature=5.0)],
     },
     "points": {

@@ -1,0 +1,123 @@
+"""Masks of networks that divide images by themselves: Mask2Former, MaskFormer and EoMT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfp.functional.masks import MaskSheet
+from sfp.functional.windows import from_square, interpolation
+from sfp.guides.transformers import FrozenModel, Renormalise, pretrained
+from sfp.numerics import finite
+from sfp.registry import MASKS
+
+KINDS = {"mask2former": False, "maskformer": False, "eomt": True, "eomt_dinov3": True}
+"""Models by `model_type`, and whether they see squares of one size only."""
+MULTIPLE = 32  # of the sides of images that Mask2Former sees
+
+
+@MASKS.register_module(name="universal")
+class UniversalMasks(FrozenModel):
+    """Masks of a frozen Mask2Former (Cheng et al., CVPR 2022*), MaskFormer or EoMT (CVPR 2025*).
+
+    Each query of the network gives a mask and probabilities of the classes that it was trained on;
+    masks count whose best class is one, with a probability above `min_score`. The names of the classes
+    are not used, but the network was trained on outlines with names: say so beside results.
+
+    Mask2Former sees images whose sides are multiples of 32, EoMT squares filled up with black.
+
+    Args:
+        model: a name on the Hugging Face hub, loaded with `AutoModelForUniversalSegmentation`, e.g.
+            "facebook/mask2former-swin-large-coco-panoptic" or "tue-mps/coco_panoptic_eomt_large_640",
+            or a folder; or such a model.
+        min_score: masks of a smaller probability are left out; CorrCLIP takes 0.5.
+        short_side, long_side: pixels of the short side that images are resized to, and of the long
+            side at most; for models that see squares their own size counts.
+        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+            that of the segmentor's weights.
+
+    Raises:
+        ImportError: if a model is to be loaded and `transformers` is not installed.
+        ValueError: if the model is of another kind.
+    """
+
+    needs_points = False
+
+    def __init__(
+        self,
+        *,
+        model: str | nn.Module,
+        min_score: float = 0.5,
+        short_side: int = 800,
+        long_side: int = 1333,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            model = pretrained(model, "AutoModelForUniversalSegmentation", "sam")
+        super().__init__(model, Renormalise(image_mean=image_mean, image_std=image_std))
+        kind = getattr(getattr(self.model, "config", None), "model_type", type(model).__name__)
+        if kind not in KINDS:
+            raise ValueError(
+                f"mask proposer 'universal': model of type {kind!r}; valid: {', '.join(KINDS)}"
+            )
+        self.side: int | None = int(self.model.config.image_size) if KINDS[kind] else None
+        self.min_score = min_score
+        self.short_side = short_side
+        self.long_side = long_side
+
+    def inner(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns that an image of that size is resized to."""
+        short, long = (self.side or self.short_side), (self.side or self.long_side)
+        scale = min(short / min(height, width), long / max(height, width))
+        sides = [max(int(length * scale + 0.5), 1) for length in (height, width)]
+        if self.side is None:
+            sides = [-(-length // MULTIPLE) * MULTIPLE for length in sides]
+        return sides[0], sides[1]
+
+    @torch.no_grad()
+    def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:
+        """Mask logits of an image (3, h, w), to be rendered at a size, with their probabilities.
+
+        Args:
+            image: normalised for CLIP.
+            points: not used.
+            size: rows and columns.
+
+        Raises:
+            FloatingPointError: if the model gives NaN or infinite values.
+        """
+        inner = self.inner(image.shape[-2], image.shape[-1])
+        pixels = F.interpolate(
+            self.renormalise(image)[None],
+            inner,
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
+        )
+        if self.side is not None:
+            black = self.renormalise.black.to(pixels)[:, None, None]
+            filled = (0, self.side - inner[1], 0, self.side - inner[0])
+            pixels = F.pad(pixels - black, filled) + black
+        dtype = next(self.model.parameters()).dtype
+        out = self.model(pixel_values=pixels.to(dtype))
+        maps = out.masks_queries_logits[0].float()  # (Q, s, t)
+        scores = out.class_queries_logits[0].float().softmax(-1)  # (Q, L + 1), the last for none
+        if not (finite(maps) and finite(scores)):
+            raise FloatingPointError(
+                f"the model that proposes masks gives NaN or infinite values in {dtype}: "
+                "precision='fp32' of the segmentor (or 'bf16') may avoid them"
+            )
+        best, label = scores.max(-1)
+        kept = (label < scores.shape[1] - 1) & (best > self.min_score)
+        maps, best = maps[kept], best[kept]
+        rows, columns = (
+            interpolation(maps.shape[i - 2], size[i], maps)
+            if self.side is None
+            else from_square(maps.shape[i - 2], self.side, inner[i], size[i], maps)
+            for i in range(2)
+        )
+        return MaskSheet(maps, rows, columns, best)

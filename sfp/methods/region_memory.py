@@ -1,0 +1,256 @@
+"""A memory of regions of unlabelled images, for any preset: the second version of CorrCLIP.
+
+Of every region of some images `sfp fit memory` keeps two vectors: the mean of a guide's features, by
+which it is found again, and the mean of the preset's own features, which words are compared with. A
+region of a new image takes the mean of the values of the regions most like it by the guide; its
+cosines with the words, painted on the region, are mixed half and half with the preset's own. Labels are
+not needed, and nothing is trained.
+
+| | here | description |
+| --- | --- | --- |
+| guide | any; published with C-RADIOv3-L at the nearest size that it supports | as it is given |
+| regions | given, or any proposer | EntitySeg's (a Mask2Former) |
+| a second memory, of DFN's B/16 with its own words, half and half | not here | yes |
+| windows | padded with zeros, as all of this package | padded by replication |
+| pixels in no region | keep the preset's own logits | not said |
+
+Published on CorrCLIP without merging of regions (`base=dict(type="corrclip", eps=None)`): short side
+448, windows of 336, stride 112; regions of COCO's training images, or of synthetic ones. Written from
+a description, no code or numbers of the authors were at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfp.clip.vit import VisionTransformer
+from sfp.files import atomic_write
+from sfp.functional.clusters import resize
+from sfp.functional.precision import upcast
+from sfp.functional.regions import cells_of_masks
+from sfp.ops.image import window_grid
+from sfp.registry import METHODS, composition, op
+from sfp.tokens import Tokens
+from sfp.trace import Trace
+
+BUDGET = 2**24  # products held at once
+PROBE = 256  # weights that tell whether a memory is of the same model
+
+
+def means_in_regions(maps: Tensor, member: Tensor) -> Tensor:
+    """Unit mean of a map's unit vectors over each region's pixels, (R, D).
+
+    Args:
+        maps: (D, h, w), resampled to the pixels of the masks.
+        member: masks, (R, H, W), 1 inside and 0 outside.
+    """
+    unit = F.normalize(upcast(maps), dim=0).flatten(1)  # (D, N)
+    weights = cells_of_masks(member.to(unit), (maps.shape[1], maps.shape[2]))  # (R, N)
+    return F.normalize(weights @ unit.T, dim=-1)  # the mean's length does not matter
+
+
+def region_keys(trace: Trace, member: Tensor, *, guide: str, output: str | None) -> Tensor:
+    """What regions of an image are found by, unit, (R, D).
+
+    Args:
+        trace: of all windows of an image.
+        member: masks of the regions, (R, H, W), 1 inside and 0 outside.
+        guide, output: as in `Trace.guide`; it sees the whole image.
+    """
+    (maps,) = trace.guide_of_image(guide, output).as_map()
+    return means_in_regions(maps, member)
+
+
+def region_values(trace: Trace, features: Tokens, member: Tensor) -> Tensor:
+    """What words are compared with, of regions of an image, unit, (R, C).
+
+    Args:
+        trace: of all windows of an image.
+        features: of its windows, or of one grid of the whole image, in the joint space.
+        member: as in `region_keys`.
+    """
+    maps = F.normalize(upcast(features.as_map()), dim=1)
+    if len(maps) > 1:
+        maps = window_grid(trace).stitch(maps)
+    return means_in_regions(maps[0], member)
+
+
+def remember(
+    reads: Iterable[tuple[Tokens, Trace]], *, guide: str, output: str | None
+) -> tuple[Tensor, Tensor]:
+    """Keys (M, D) and values (M, C) of all regions of some images, in half precision on the host.
+
+    Args:
+        reads: of each image, what a method reads in its windows, and their trace
+            (`sfp.engine.Engine.read`).
+        guide, output: as in `region_keys`.
+
+    Raises:
+        ValueError: if there are no regions.
+    """
+    keys, values = [], []
+    for features, trace in reads:
+        member = (trace.region_masks() > 0).float()
+        keys.append(region_keys(trace, member, guide=guide, output=output).half().cpu())
+        values.append(region_values(trace, features, member).half().cpu())
+    if not sum(map(len, keys)):
+        raise ValueError("there is nothing to remember: no image has a region")
+    return torch.cat(keys), torch.cat(values)
+
+
+def probe(vit: VisionTransformer) -> Tensor:
+    """Some weights of a model, by which another one is told apart, (n,) float32 on the host."""
+    return vit.conv1.weight.detach().flatten()[:PROBE].float().cpu()
+
+
+def write_memory(
+    path: Path, keys: Tensor, values: Tensor, vit: VisionTransformer, **made: str
+) -> None:
+    """Writes a memory as a safetensors file.
+
+    Args:
+        path: of the file.
+        keys, values: as `remember` gives them.
+        vit: the model whose features the values are.
+        **made: how it was made: `guide` and `output` at least, as words.
+    """
+    tensors = dict(keys=keys.contiguous(), values=values.contiguous(), probe=probe(vit))
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=made)
+
+
+@functools.lru_cache(maxsize=2)
+def _memory(path: str, changed: int, device: torch.device) -> tuple[dict[str, Tensor], dict]:
+    """The contents of a file of regions; `changed` is its time, so that a new one is read again."""
+    with torch.inference_mode(False):  # they also serve calls with gradients
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                found = {name: file.get_tensor(name) for name in ("keys", "values")}
+                found["probe"] = file.get_tensor("probe").cpu()
+                return found, dict(file.metadata() or {})
+        except SafetensorError as error:
+            raise ValueError(
+                f"memory={path!r}: expected a file that `sfp fit memory` wrote ({error})"
+            ) from None
+
+
+def read_memory(
+    path: str, trace: Trace, *, guide: str, output: str | None
+) -> tuple[Tensor, Tensor]:
+    """Keys (M, D) and values (M, C) of a file, for the model and the guide of a trace.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is none, or was made with another model or guide; the message says which.
+    """
+    found, made = _memory(path, Path(path).stat().st_mtime_ns, trace.image.device)
+    asked = dict(guide=guide, output=str(output))
+    if other := {name: made.get(name) for name in asked if made.get(name) != asked[name]}:
+        raise ValueError(f"memory={path!r} was made with {other}, and is asked for {asked}")
+    own = probe(trace.vit)
+    if found["probe"].shape != own.shape or not torch.allclose(
+        found["probe"], own, rtol=0.02, atol=1e-3
+    ):
+        raise ValueError(
+            f"memory={path!r} was made with other weights ({made.get('weights', 'not known')}): run "
+            "`sfp fit memory` with these"
+        )
+    return found["keys"], found["values"]
+
+
+def recalled(own: Tensor, keys: Tensor, values: Tensor, count: int) -> Tensor:
+    """Unit mean of the values of the keys of largest product with each region's, (R, C).
+
+    Args:
+        own: keys of the regions of an image, (R, D).
+        keys: of the memory, (M, D), in any precision.
+        values: (M, C), in any precision.
+        count: how many of them.
+    """
+    step = max(BUDGET // max(len(own), 1), count)
+    best, rows = own.new_empty(len(own), 0), own.new_empty(len(own), 0, dtype=torch.long)
+    for start in range(0, len(keys), step):  # the best of each portion compete with those before
+        products = own @ keys[start : start + step].to(own).T
+        value, index = products.topk(min(count, products.shape[1]), dim=1)
+        best, rows = torch.cat([best, value], 1), torch.cat([rows, index + start], 1)
+        best, order = best.topk(min(count, best.shape[1]), dim=1)
+        rows = rows.gather(1, order)
+    return F.normalize(values[rows].to(own).mean(1), dim=-1)
+
+
+@op("refiner", words=True, whole=True, regions=True)
+def remembered_regions(
+    logits: Tensor,
+    trace: Trace,
+    *,
+    memory: str,
+    guide: str = "dino",
+    output: str | None = "q+k",
+    count: int = 20,
+    share: float = 0.5,
+) -> Tensor:
+    """Cosines of an image's pixels, mixed with those of similar regions of other images.
+
+    A region takes the unit mean of the values of the `count` regions of a memory most like it by the
+    guide. Where regions overlap, their cosines are averaged; pixels in no region keep their own.
+
+    Args:
+        memory: file that `sfp fit memory` wrote.
+        guide, output: as in `region_keys`; those with which the memory was made.
+        count: similar regions.
+        share: of the memory in the result.
+
+    Returns:
+        (1, Q, rows, columns), rows and columns those of the regions.
+    """
+    joined = logits if len(logits) == 1 else window_grid(trace).stitch(logits)
+    member = (trace.region_masks() > 0).to(joined)  # (R, H, W)
+    size = (member.shape[1], member.shape[2])
+    keys, values = read_memory(memory, trace, guide=guide, output=output)
+    own = region_keys(trace, member, guide=guide, output=output)
+    text = trace.query_features().to(own)
+    scores = text @ recalled(own, keys, values, count).T  # (Q, R)
+    covered = member.sum(0)
+    painted = (scores.to(member) @ member.flatten(1)).unflatten(1, size) / covered.clamp_min(1)
+    up = resize(joined, size)
+    return torch.where(covered > 0, (1 - share) * up + share * painted, up)
+
+
+@METHODS.register_module()
+def region_memory(
+    *,
+    base: str | Mapping[str, Any] = "corrclip",
+    memory: str | None = None,
+    guide: str = "dino",
+    output: str | None = "q+k",
+    count: int = 20,
+    share: float = 0.5,
+) -> dict[str, Any]:
+    """Another preset, mixed with similar regions of unlabelled images; needs regions and a guide.
+
+    Args:
+        base: the preset, by name or with knobs; published: CorrCLIP with `eps=None`.
+        memory: file that `sfp fit memory` wrote; without one it is the base.
+        guide, output, count, share: as in `remembered_regions`.
+    """
+    fields = composition(base)
+    if memory is None:
+        return fields
+    refiner = dict(
+        type="remembered_regions",
+        memory=memory,
+        guide=guide,
+        output=output,
+        count=count,
+        share=share,
+    )
+    return dict(fields, refiners=[*fields.get("refiners", ()), refiner], direct=True)

@@ -288,6 +288,34 @@ def test_transformers_clip(tmp_path, activation, vision):
     assert (clip.mean, clip.std) == ((127.5,) * 3, (63.75,) * 3)
 
 
+@pytest.mark.parametrize("kind", ["AltCLIP", "ChineseCLIP"])
+def test_clips_beside_other_text_towers(tmp_path, kind):
+    """Folders as transformers writes them; AltCLIP's have other names than the model in memory."""
+    import transformers
+
+    tower = dict(hidden_size=48, num_attention_heads=3, num_hidden_layers=2, intermediate_size=70)
+    text = tower | dict(
+        vocab_size=60, max_position_embeddings=90, pad_token_id=int(kind == "AltCLIP")
+    )
+    images = tower | dict(image_size=24, patch_size=8, hidden_act="quick_gelu")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=images, projection_dim=24
+    )
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    model.save_pretrained(tmp_path)
+    clip = load_clip(tmp_path)
+    image, ids = torch.randn(2, 3, 24, 24), torch.randint(3, 60, (3, 12))
+    with torch.no_grad():
+        pairs = [
+            (clip.encode_image(image), model.get_image_features(pixel_values=image)),
+            (clip.encode_text(ids), model.get_text_features(ids, torch.ones_like(ids))),
+        ]
+    for found, out in pairs:
+        expected = getattr(out, "pooler_output", out)
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-4)
+
+
 def test_transformers_clip_without_its_configuration():
     model = transformers_clip("quick_gelu")
     state = model.state_dict()

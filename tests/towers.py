@@ -117,8 +117,8 @@ def transformers_clip(name: str = "CLIP", activation: str = "quick_gelu", **text
     )
 
 
-def tipsv2(swiglu: bool = False) -> Family:
-    vision = dict(image_size=SIDE, use_swiglu_ffn=swiglu, layerscale_value=0.7)
+def tipsv2(swiglu: bool = False, **sizes: Any) -> Family:
+    vision = dict(image_size=SIDE, use_swiglu_ffn=swiglu, layerscale_value=0.7) | sizes
     model = _transformers("Tipsv2", vision, dict(hidden_size=WIDTH))
     return Family(
         model.state_dict(),

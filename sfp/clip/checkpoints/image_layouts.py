@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from sfp.clip.adaptor import AdaptorConfig
 from sfp.clip.blocks import HEAD_WIDTH
 from sfp.clip.checkpoints.published import HALF, HEAD_WIDTHS, LayoutError
-from sfp.clip.checkpoints.renaming import BLOCKS, count_blocks, packed, shape_of, turned
+from sfp.clip.checkpoints.renaming import BLOCKS, count_blocks, packed, shape_of, stated, turned
 from sfp.clip.pool import PoolConfig
 from sfp.clip.rope import RopeConfig
 from sfp.clip.vit import ImageConfig
@@ -163,11 +163,12 @@ def _finished(named: State, config: Config) -> State:
                 state[f"{prefix}c_fc.{kind}"] = torch.cat(halves)
         elif name.endswith(".bn.weight"):
             _fold_norm(state, prefix)
-    for name in named:
-        if match := re.fullmatch(r"(.*)\.ls_([12])", name):
-            _fold_scale(
-                state, name, f"{match[1]}.{'attn.out' if match[2] == '1' else 'mlp.c'}_proj"
-            )
+    scales = [match for name in named if (match := re.fullmatch(r"(.*)\.ls_([12])", name))]
+    if scales and len(scales) != 2 * count_blocks(named, _BLOCK):
+        raise LayoutError(f"{len(scales)} layer scales: expected two in each block or none")
+    for match in scales:
+        target = "attn.out_proj" if match[2] == "1" else "mlp.c_proj"
+        _fold_scale(state, match[0], f"{match[1]}.{target}")
     if "visual.pool.probe" in state:
         _project_query(state)
     if "visual.prefix" in state:
@@ -185,7 +186,8 @@ def _reshape(state: State) -> None:
         if f"visual.{theirs}" in state:
             x = state.pop(f"visual.{theirs}")
             x = x.reshape(-1, x.shape[-1])
-            state[f"visual.{ours}_embedding"] = x[0] if theirs == "cls" else x
+            if len(x):  # a configuration may ask for 0 registers
+                state[f"visual.{ours}_embedding"] = x[0] if theirs == "cls" else x
     kernel = state.get("visual.conv1.weight")
     if kernel is not None and kernel.ndim == 2:  # of flattened patches: row, column, channel
         side = math.isqrt(kernel.shape[1] // 3)
@@ -367,7 +369,6 @@ def _pool(state: State, heads: int | None = None) -> PoolConfig:
     )
 
 
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}  # transformers' names
 _NAMED_AT_HOME = ("clip", "clip_vision_model", "", None)
 
 
@@ -376,13 +377,9 @@ def _vision(config: Config, width: int) -> dict[str, Any]:
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         return {}
-    said: dict[str, Any] = {}
+    said = stated(vision)
     if heads := vision.get("num_attention_heads"):
         said["head_width"] = width // int(heads)
-    if name := vision.get("hidden_act"):
-        said["activation"] = _ACTIVATIONS.get(name, name)
-    if eps := vision.get("layer_norm_eps"):
-        said["eps"] = float(eps)
     return said
 
 

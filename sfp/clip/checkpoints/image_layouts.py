@@ -34,8 +34,7 @@ PREFIXES = ("visual.", "vision_model.", "vision_encoder.", "visual_projection.",
 # names of a C-RADIO by its publisher, transformers and timm, which no image-text model has
 _RADIO_SIGN = re.compile(r"radio_model\.|embeddings\.patch_projection\.|(embeds\.)?reg_token$")
 _RADIO_PARTS = re.compile(
-    r"(radio_model|embeddings|encoder\.layer|input_conditioner|adaptors|_heads|_feature_projections)\."
-    r"|summary_idxs$"
+    r"(radio_model|embeddings|encoder\.layer|input_conditioner|adaptors)\.|summary_idxs$"
 )
 _TIMM_PARTS = re.compile(r"(embeds|patch_embed|blocks)\.|(pos_embed|cls_token|reg_token)$")
 RADIO_SIZE = 512  # pixels, of timm's C-RADIOs; their position tables are for 2048
@@ -683,11 +682,8 @@ _TIMM = (
 
 # the adaptor into SigLIP 2's space; those of other teachers, and of patches, lead nowhere near texts
 _ADAPTORS = (
-    (
-        r"radio\.(?:adaptors\.siglip2[^.]*\.head_mlp|_heads\.siglip2[^.]*)\.(.+)",
-        r"visual.adaptor.\1",
-    ),
-    (r"radio\.(?:adaptors|_heads|_feature_projections)\..*", ""),
+    (r"radio\.adaptors\.siglip2[^.]*\.head_mlp\.(.+)", r"visual.adaptor.\1"),
+    (r"radio\.adaptors\..*", ""),
 )
 _RADIO_AT = r"radio\.(?:model\.blocks|encoder\.layer)\.(\d+)\."
 _GENERATOR = r"radio\.model\.patch_generator\."

@@ -467,7 +467,7 @@ def test_words_that_are_wrong(clip, classes, background, error, message):
         (dict(short_side="336"), ValueError, "short_side='336'"),
         (dict(slide_stride=65), ValueError, "slide_stride=65"),
         (dict(templates="imagnet"), ValueError, "'imagnet'"),
-        (dict(templates=["a photo"]), ValueError, "should have one {}"),
+        (dict(templates=["a photo"]), ValueError, "must have one {}"),
         (dict(memory_mb=-1), ValueError, "memory_mb=-1"),
         (dict(window_batch=0), ValueError, "window_batch=0"),
         (dict(guides=dict(dino=dict(type="transfomers"))), ValueError, "did you mean"),

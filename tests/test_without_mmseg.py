@@ -106,10 +106,10 @@ def test_commands(done, folder):
 def test_the_page(done):
     pytest.importorskip("gradio", reason="no gradio: pip install 'sfp[demo]'")
     assert said(done, "tab") == [
-        "Segmentation: dog: never seen by the mini CLIP",
+        "Segmentation: dog: unknown to the mini CLIP",
         "Outliers: ",
         "Attention: ",
-        "Compare: dog: never seen by the mini CLIP",
+        "Compare: dog: unknown to the mini CLIP",
     ]
 
 

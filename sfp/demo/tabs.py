@@ -99,7 +99,7 @@ class Tab(ABC):
     def warning(self, vocabulary: Vocabulary) -> str:
         """The words that the mini CLIP does not know, if it is in use."""
         unknown = unknown_words(self.session.weights, vocabulary)
-        return f"{', '.join(unknown)}: never seen by the mini CLIP" if unknown else ""
+        return f"{', '.join(unknown)}: unknown to the mini CLIP" if unknown else ""
 
 
 class Segmentation(Tab):

@@ -1,7 +1,8 @@
 """External encoders that guide a method: frozen modules, CLIP-normalised images -> patch `Tokens`.
 
-A config names them: `guides=dict(dino=dict(type="transformers", model="facebook/dino-vitb8"))`, and a
-method asks for them by that name (`trace.guide("dino")`).
+A config defines them by name,
+`guides=dict(dino=dict(type="transformers", model="facebook/dino-vitb8"))`, and ops access them by that
+name (`trace.guide("dino")`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["GUIDES", "ClipSegGuide", "Sam3Guide", "SamGuide", "TransformersGuide
 
 
 def build_guides(nodes: Mapping[str, Mapping[str, Any] | nn.Module] | None) -> nn.ModuleDict:
-    """The guides of a config by name; modules pass as they are.
+    """The guides of a config by name; modules are used as they are.
 
     Raises:
         ValueError: for an unknown type or knob; the message names the valid ones.

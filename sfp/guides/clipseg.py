@@ -1,4 +1,4 @@
-"""CLIPSeg as a scorer: how likely each pixel shows a query, according to a small trained decoder."""
+"""CLIPSeg as a scorer: a small trained decoder gives the probability of a query at each pixel."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class ClipSegGuide(FrozenModel):
     Args:
         model: a name on the Hugging Face hub, e.g. "CIDAS/clipseg-rd64-refined", or a folder; or a
             `CLIPSegForImageSegmentation`.
-        side: of the square, in pixels.
-        templates: prompts, each with one `{}`, whose text features are averaged (as they are, not of
-            unit length); the bare name by default.
-        batch: most queries that are decoded at once.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+        side: side of the square in pixels.
+        templates: prompts, each with one `{}`, whose text features are averaged without normalisation;
+            by default only the name.
+        batch: largest number of queries decoded at once.
+        image_mean, image_std: normalisation of the input images, RGB in 0..255; by default
             that of the segmentor's weights.
 
     Raises:
@@ -103,7 +103,7 @@ class ClipSegGuide(FrozenModel):
     def _text(self, query: str, state: Hashable) -> Tensor:
         if (text := self._texts.get((query, state))) is None:
             ids = tokenize([template.format(query) for template in self.templates])
-            with torch.inference_mode(False):  # kept for calls in which that may be on or off
+            with torch.inference_mode(False):  # cached for calls both inside and outside that mode
                 out = self.model.clip.get_text_features(ids.to(self.model.device))
                 text = getattr(out, "pooler_output", out).mean(0)
             self._texts.put((query, state), text)

@@ -1,4 +1,4 @@
-"""SAM's image encoder as a guide: what the positions of its last global block attend to."""
+"""SAM's image encoder as a guide: the attention of its last block, which is global."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sfp.tokens import Tokens
 class SamGuide(FrozenModel):
     """A frozen SAM (Kirillov et al., 2023): attention and values of its last block, for Trident.
 
-    Images are resized so that the longer side fills SAM's square, bilinear with antialiasing; zeros
-    fill the rest, whose positions are cut off.
+    Images are resized bilinearly with antialiasing so that the longer side fills SAM's square; the rest
+    is padded with zeros, whose positions are removed.
 
     Args:
         model: a name on the Hugging Face hub, e.g. "facebook/sam-vit-base", or a folder; or a
             `SamModel`.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+        image_mean, image_std: normalisation of the input images, RGB in 0..255; by default
             that of the segmentor's weights.
 
     Raises:
@@ -45,7 +45,7 @@ class SamGuide(FrozenModel):
     def last_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Of one image (1, 3, H, W): weights (heads, h * w, h * w), and values (heads, h, w, d).
 
-        The weights are softmax over all positions of SAM's square, cut to those of the image.
+        The softmax is over all positions of SAM's square, of which those of the image are returned.
         """
         tokens, grid = self._entering_last(image)  # (1, side, side, D)
         layer = self.model.vision_encoder.layers[-1]
@@ -80,7 +80,7 @@ class SamGuide(FrozenModel):
         return Tokens(torch.stack(each).flatten(1, 2), grid, prefix=0)
 
     def _entering_last(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The tokens that enter the last block, and how many rows and columns are of the image."""
+        """The input tokens of the last block, and the rows and columns that belong to the image."""
         vision = self.model.config.vision_config
         side, patch = vision.image_size, vision.patch_size
         height, width = image.shape[-2:]

@@ -1,4 +1,4 @@
-"""SAM 3 as a reader of words: instances, a map and a presence for each query."""
+"""SAM 3 prompted with words: instances, a map and a presence score for each query."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ WORDS = 2**12  # queries whose text tokens are kept
 
 @dataclass(frozen=True)
 class Prompts:
-    """Queries as SAM 3 reads them; indexed by queries.
+    """Queries in SAM 3's format; can be indexed by queries.
 
     Attributes:
         tokens: projected text tokens, (Q, T, C).
-        mask: which of them there are, (Q, T) bool.
+        mask: which of them are not padding, (Q, T) bool.
     """
 
     tokens: Tensor
@@ -46,10 +46,10 @@ class Detections:
     """What SAM 3 finds for n queries, float32 logits.
 
     Attributes:
-        scores: of I instances, (n, I).
-        masks: of the instances, (n, I, h, w).
-        presence: whether the query is anywhere in the image, (n,).
-        semantic: the map of the query, (n, h, w).
+        scores: scores of I instances, (n, I).
+        masks: masks of the instances, (n, I, h, w).
+        presence: whether the query occurs in the image, (n,).
+        semantic: the query's map, (n, h, w).
     """
 
     scores: Tensor
@@ -64,21 +64,21 @@ class Sam3Guide(FrozenModel):
 
     It was trained on masks with words, so methods that use it see more supervision than image-text
     pairs; say so beside their numbers. An image is encoded once for all queries, which are decoded in
-    batches. Images are squeezed to a square, bilinear, with antialiasing.
+    batches. Images are resized to a square, bilinear with antialiasing.
 
     Args:
         model: "facebook/sam3", which is gated on the Hugging Face Hub; or a folder with its
             `config.json` and `model.safetensors`; or a `Sam3Model`.
-        batch: most queries that are decoded at once; each takes memory for 200 masks of 288 x 288.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+        batch: largest number of queries decoded at once; each takes memory for 200 masks of 288 x 288.
+        image_mean, image_std: normalisation of the input images, RGB in 0..255; by default
             that of the segmentor's weights.
 
     Attributes:
-        side: of the square that it was trained on, in pixels.
+        side: side of the training images in pixels.
 
     Raises:
         ImportError: if a model is to be loaded and `transformers` is not installed, or too old.
-        WeightsError: if it cannot be loaded; the message says which files to put where.
+        WeightsError: if it cannot be loaded; the message says how to obtain it.
     """
 
     def __init__(
@@ -140,15 +140,15 @@ class Sam3Guide(FrozenModel):
 
     @torch.no_grad()
     def embed(self, image: Tensor, side: int | None = None) -> tuple[Tensor, ...]:
-        """What all queries share of an image (1, 3, H, W), (1, C, h, w) from fine to coarse.
+        """The features of an image (1, 3, H, W) for all queries, (1, C, h, w) from fine to coarse.
 
         Args:
             image: normalised for the segmentor's weights.
-            side: of the square, in pixels; by default that of training. For another the rotary
-                positions of the blocks that see the whole image are made again.
+            side: side of the square in pixels; by default that of training. For another one the rotary
+                positions of the global blocks are recomputed.
 
         Raises:
-            ValueError: if the side is no multiple of the patch.
+            ValueError: if the side is not a multiple of the patch.
         """
         side = side or self.side
         pixels = F.interpolate(
@@ -163,10 +163,10 @@ class Sam3Guide(FrozenModel):
 
     @torch.no_grad()
     def presence(self, embedded: Sequence[Tensor], prompts: Prompts) -> Tensor:
-        """Logits of whether each query is in an image, (Q,) float32; no masks are made.
+        """Logits for the presence of each query in an image, (Q,) float32, without masks.
 
         Args:
-            embedded: what `embed` gave.
+            embedded: result of `embed`.
             prompts: Q queries.
         """
         coarse, found = embedded[-1], []
@@ -189,10 +189,10 @@ class Sam3Guide(FrozenModel):
 
     @torch.no_grad()
     def detect(self, embedded: Sequence[Tensor], prompts: Prompts) -> Iterator[Detections]:
-        """What it finds for each query in an image, a batch of queries at a time, in order.
+        """The detections for each query in an image, in order, one batch of queries at a time.
 
         Args:
-            embedded: what `embed` gave.
+            embedded: result of `embed`.
             prompts: the queries.
         """
         places = [self._positions(level) for level in embedded]
@@ -247,7 +247,7 @@ class Sam3Guide(FrozenModel):
         """Its projected tokens, (T, C), start and end marks included."""
         if (text := self._texts.get((query, state))) is None:
             ids = self._ids(query)
-            with torch.inference_mode(False):  # kept for calls in which that may be on or off
+            with torch.inference_mode(False):  # cached for calls both inside and outside that mode
                 out = self.model.get_text_features(ids, attention_mask=torch.ones_like(ids))
                 text = out.pooler_output[0]
             self._texts.put((query, state), text)
@@ -283,6 +283,6 @@ def _loaded(name: str) -> nn.Module:
         raise WeightsError(
             f"cannot load SAM 3 from {name!r}: {reason} facebook/sam3 is gated: accept its terms at "
             "https://huggingface.co/facebook/sam3, then log in (hf auth login, or HF_TOKEN). Without a "
-            "network put its config.json and model.safetensors into a folder and name that: "
+            "network, put its config.json and model.safetensors into a folder and pass that: "
             "guides=dict(sam3=dict(type='sam3', model='FOLDER'))"
         ) from error

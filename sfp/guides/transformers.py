@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1; of DINO, DINOv2 and most others
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PROJECTIONS = dict(q=("q_proj", "query"), k=("k_proj", "key"), v=("v_proj", "value"))
-"""What a block's projections are called by `transformers`, now and before."""
+"""Names of a block's projections in current and earlier versions of `transformers`."""
 
 
 class Renormalise:
-    """Images out of the normalisation of CLIP's weights and into that of another model.
+    """Converts images from the normalisation of CLIP's weights to that of another model.
 
     Args:
-        mean, std: of the result, RGB in 0..1.
-        image_mean, image_std: of the images that come in, RGB in 0..255; None for OpenAI's until
-            `follow` says which weights it is about.
+        mean, std: normalisation of the result, RGB in 0..1.
+        image_mean, image_std: normalisation of the input, RGB in 0..255; None for OpenAI's, until
+            `follow` sets that of other weights.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Renormalise:
 
 
 class FrozenModel(nn.Module):
-    """An external model that is never trained, for images that are normalised for a CLIP.
+    """A frozen external model, for images normalised for a CLIP.
 
     Args:
-        model: of `transformers`, or like one.
-        renormalise: from CLIP's normalisation into the model's.
+        model: a model of `transformers`, or similar.
+        renormalise: converts from CLIP's normalisation to the model's.
     """
 
     model: Any
@@ -84,7 +84,7 @@ class FrozenModel(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenModel:
-        """Stays in evaluation mode."""
+        """Keeps evaluation mode."""
         return super().train(False)
 
     def follow(self, clip: CLIP) -> None:
@@ -101,7 +101,7 @@ class TransformersGuide(FrozenModel):
             one made from a config.
         mean, std: the model's normalisation, RGB in 0..1; by default ImageNet's, or none for a model
             that normalises images itself (C-RADIO).
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+        image_mean, image_std: normalisation of the input images, RGB in 0..255; by default
             that of the segmentor's weights, for most OpenAI's.
 
     Raises:
@@ -141,7 +141,7 @@ class TransformersGuide(FrozenModel):
             image: normalised for CLIP.
             output: None for the last layer's tokens; "entering" for those that enter the last block;
                 "q", "k", "v" for its projections, heads side by side; sums like "q+k"; "stitched" for
-                what `across` makes of them.
+                the result of `across`.
 
         Raises:
             ValueError: if the model has no such output.
@@ -156,7 +156,7 @@ class TransformersGuide(FrozenModel):
         return Tokens(tokens[:, tokens.shape[1] - grid[0] * grid[1] :], grid, prefix=0)
 
     def entering(self, image: Tensor) -> Tokens:
-        """The tokens that enter the last block, those before the patches included."""
+        """The input tokens of the last block, including those before the patches."""
         out, grid = self._run(image, output_hidden_states=True)
         tokens = out.hidden_states[-2]
         return Tokens(tokens, grid, prefix=tokens.shape[1] - grid[0] * grid[1])
@@ -165,8 +165,8 @@ class TransformersGuide(FrozenModel):
     def across(self, entering: Tokens, join: Callable[[Tokens], Tokens]) -> Tokens:
         """The last block over the joined patches of several windows, without final norm, (1, N, D).
 
-        As OV-Stitcher's release does it: class token left out, and for a residual the patches after
-        the model's final norm.
+        As in OV-Stitcher's release, without the class token, and with the patches after the model's
+        final norm as residual.
 
         Args:
             entering: patches that enter the last block, (W, N', D).
@@ -193,19 +193,19 @@ class TransformersGuide(FrozenModel):
 
     @torch.no_grad()
     def attention(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """What patches attend to in the last block, the heads' mean: (B, N, N), and their grid.
+        """Attention between patches in the last block, averaged over heads, (B, N, N); and their grid.
 
-        Rows sum to less than 1, since patches attend to the class token and registers too.
+        Rows sum to less than 1, since patches also attend to the class token and registers.
 
         Raises:
-            ValueError: if the model keeps its attention to itself.
+            ValueError: if the model does not return its attention.
         """
         if hasattr(self.model, "set_attn_implementation"):
-            self.model.set_attn_implementation("eager")  # fused attention has no weights to show
+            self.model.set_attn_implementation("eager")  # fused attention returns no weights
         out, grid = self._run(image, output_attentions=True)
         if not out.attentions or out.attentions[-1] is None:
             raise ValueError(
-                f"{type(self.model).__name__} gives no attention: load it with "
+                f"{type(self.model).__name__} returns no attention weights: load it with "
                 "attn_implementation='eager'"
             )
         patches = grid[0] * grid[1]
@@ -227,7 +227,7 @@ class TransformersGuide(FrozenModel):
 
 
 def _is_radio(model: nn.Module) -> bool:
-    """Whether it is a C-RADIO: it normalises images, and no tokens at the end."""
+    """Whether it is a C-RADIO, which normalises images itself and has no final norm."""
     return hasattr(model, "input_conditioner")
 
 
@@ -247,8 +247,8 @@ def named_part(block: nn.Module, names: Sequence[str]) -> Any:
         if name.rpartition(".")[2] in names:
             return part
     raise ValueError(
-        f"{type(block).__name__} has no part called {' or '.join(names)}: of this guide only the "
-        "final tokens are known (output=None)"
+        f"{type(block).__name__} has no part named {' or '.join(names)}: this guide only supports its "
+        "final tokens (output=None)"
     )
 
 
@@ -256,9 +256,9 @@ def last_projections(model: nn.Module, entering: Tensor, output: str) -> Tensor:
     """An output of the last block's attention, (B, T, D): see `TransformersGuide.forward`.
 
     Args:
-        model: the guide's.
-        entering: tokens that enter the last block, (B, T, D).
-        output: as there.
+        model: the guide's model.
+        entering: input tokens of the last block, (B, T, D).
+        output: as in `TransformersGuide.forward`.
     """
     if output == "entering":
         return entering
@@ -275,18 +275,18 @@ def last_projections(model: nn.Module, entering: Tensor, output: str) -> Tensor:
 
 
 def _scaled(block: nn.Module, number: int, x: Tensor) -> Tensor:
-    """A branch of a block through its layer scale, where it has one (DINOv2)."""
+    """Applies a block's layer scale to a branch, if it has one (DINOv2)."""
     scale = getattr(block, f"layer_scale{number}", None)
     return x if scale is None else scale(x)
 
 
 def pretrained(name: str, loader: str, extra: str) -> nn.Module:
-    """A model of Hugging Face's hub, or of a folder.
+    """Loads a model from Hugging Face's hub or from a folder.
 
     Args:
-        name: of the model, or the folder's path.
-        loader: class of `transformers` that knows how to load it, e.g. "AutoModel".
-        extra: of this package, that `transformers` comes with.
+        name: name of the model, or path of the folder.
+        loader: class of `transformers` that loads it, e.g. "AutoModel".
+        extra: the extra of this package that installs `transformers`.
 
     Raises:
         ImportError: if `transformers` is not installed.

@@ -1,6 +1,6 @@
-"""Masks of objects: regions that methods read in, and outlines that labels follow.
+"""Masks of objects, as regions for methods, or as outlines that labels follow.
 
-A config names a proposer, where its prompts come from, and how pixels vote::
+A config defines a proposer, its prompts, and how pixels vote::
 
     masks=dict(
         propose=dict(type="sam", model="facebook/sam-vit-base"),
@@ -11,8 +11,8 @@ A proposer is a module, registered in `MASKS`: an image (3, h, w) normalised for
 (P, n, 2) with x and y in 0..1, n of them for each mask, and a size (H, W) -> a `MaskSheet` of
 (M, H, W) mask logits, positive inside. Masks may overlap and leave pixels out.
 
-`masks=dict(type="sam_refine", model="facebook/sam-vit-base")` is Trident's way instead: SAM is prompted
-with what was found (`SamRefine`).
+`masks=dict(type="sam_refine", model="facebook/sam-vit-base")` is Trident's alternative, which prompts
+SAM with the labels (`SamRefine`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = [
 
 
 class Proposal(nn.Module):
-    """A proposer of masks with the points that prompt it.
+    """A mask proposer with the points that prompt it.
 
     CLIP runs once more over the whole image, resized to the area of a square of `side` pixels, for the
     points.
@@ -81,7 +81,7 @@ class Proposal(nn.Module):
         self.propose = build(MASKS, propose, f"{what}.propose")
 
     def follow(self, clip: CLIP) -> None:
-        """Tells the proposer for which weights images are normalised, if it wants to know."""
+        """Passes the CLIP on to the proposer, if that depends on its normalisation."""
         if hasattr(self.propose, "follow"):
             self.propose.follow(clip)
 
@@ -102,14 +102,14 @@ class Proposal(nn.Module):
 
 
 class RegionMap(Proposal):
-    """Id maps of images out of proposed masks, for methods that ask for regions.
+    """Id maps of images from proposed masks, for methods that need regions.
 
     Args:
         propose: proposer, a config node or a module.
         points: op of the kind "points".
-        paint: which mask a pixel of several belongs to: the "smallest", the "largest" (CorrCLIP), or
-            the one of highest "score" (EntitySeg), which the proposer gives; "none" leaves all masks as
-            they are, for methods that take masks which overlap (TextRegion).
+        paint: where masks overlap, use the "smallest", the "largest" (CorrCLIP), or the one with the
+            highest "score" (EntitySeg) of the proposer; "none" keeps overlapping masks, for methods
+            that support them (TextRegion).
         side: as in `Proposal`.
     """
 
@@ -136,7 +136,7 @@ class RegionMap(Proposal):
     ) -> Tensor:
         """Ids of a normalised image (3, h, w) at a size: (H, W) int64, 0 where there is no mask.
 
-        Without an order of paint, mask logits (M, H', W') at that size or a smaller one in its shape.
+        With paint="none", mask logits (M, H', W') at that size, or smaller with the same aspect ratio.
         """
         if self.paint == "none":
             scale = min((MASK_PIXELS / (size[0] * size[1])) ** 0.5, 1)
@@ -147,14 +147,14 @@ class RegionMap(Proposal):
 
 @STAGES.register_module(name="vote")
 class MaskVote(Proposal):
-    """Labels of an image made to follow proposed masks, in which pixels vote.
+    """Makes the labels of an image follow proposed masks, in which pixels vote.
 
     Args:
         propose: proposer, a config node or a module.
         points: op of the kind "points": `cluster_points` or `grid_points`.
         vote: "mode", the most frequent label of a mask, or "mean", the class of largest mean
             probability (`sfp.functional.masks.vote_in_masks`).
-        share: least share of its mask that the winner must have; else the mask does not count.
+        share: smallest share that a mask's winner must have; otherwise the mask is ignored.
         side: as in `Proposal`.
     """
 
@@ -191,7 +191,7 @@ class MaskVote(Proposal):
             image: normalised, (3, h, w), of any size.
             labels: of the image, at any size; with scores if `vote` is "mean".
             classes: number of classes.
-            guides: external encoders that `points` may ask for.
+            guides: external encoders that `points` may need.
             prob_thd: as in `vote_in_masks`.
         """
         height, width = labels.labels.shape
@@ -208,7 +208,7 @@ class MaskVote(Proposal):
 def build_masks(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
     """The final stage of a config, a `MaskVote` unless its `type` says "sam_refine".
 
-    A module, and None, pass as they are.
+    A module or None is returned as it is.
 
     Raises:
         ValueError: for an unknown type or knob; the message names the valid ones.
@@ -219,9 +219,9 @@ def build_masks(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
 
 
 def build_regions(node: Mapping[str, Any] | nn.Module | None) -> nn.Module | None:
-    """The `RegionMap` of a config, or the `RegionFiles` if its `type` says "files".
+    """The `RegionMap` of a config, or a `RegionFiles` if its `type` is "files".
 
-    A module, and None, pass as they are.
+    A module or None is returned as it is.
 
     Raises:
         ValueError: for an unknown type or knob; the message names the valid ones.

@@ -1,8 +1,8 @@
-"""Masks by repeated normalised cuts of a DINO's patches: no prompts, no masks in any training.
+"""Masks by repeated normalised cuts of a DINO's patches, without prompts or training on masks.
 
-Normalised cuts (Shi and Malik, 2000) as TokenCut and MaskCut use them: of a graph that joins patches
-which look alike, the second eigenvector says which part stands out most. That part is taken away, and
-the rest is cut again. LaVG (ECCV 2024) takes such masks for regions that one word names.
+Normalised cuts (Shi and Malik, 2000) are used as in TokenCut and MaskCut: the second eigenvector of a
+graph that connects similar patches shows which part is most salient. That part is removed, and the rest
+is cut again. LaVG (ECCV 2024) uses such masks as regions, each with one class.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sfp.masks.dino import ReadsPatches
 from sfp.registry import MASKS
 
 DENSE = 512  # patches up to which all eigenvectors are computed
-LOOSE = 1e-5  # weight of patches that are not alike
+LOOSE = 1e-5  # weight between patches that are not similar
 
 
 def second_eigenvector(alike: Tensor) -> Tensor:
@@ -56,14 +56,14 @@ def second_eigenvector(alike: Tensor) -> Tensor:
 
 
 def cut(alike: Tensor, free: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The part that stands out most of the patches that are free, one connected piece, (N,) bool.
+    """The most salient part of the free patches, a single connected component, (N,) bool.
 
-    The eigenvector is split at its mean. Its sign is turned if three corners of the image or more would
-    be in front, or if its largest entry would not; of what is then in front, the 4-connected piece
-    with the largest entry is taken.
+    The eigenvector is split at its mean. Its sign is flipped if three or more corners of the image
+    would be in the foreground, or if its largest entry would not; then the 4-connected component of the
+    foreground with the largest entry is taken.
 
     Args:
-        alike: which patches are, (N, N) bool.
+        alike: which pairs of patches are similar, (N, N) bool.
         free: patches that may be taken, (N,) bool.
         grid: rows and columns.
     """
@@ -85,16 +85,16 @@ def cut(alike: Tensor, free: Tensor, grid: tuple[int, int]) -> Tensor:
 def normalised_cuts(
     features: Tensor, grid: tuple[int, int], *, count: int = 8, alike: float = 0.3
 ) -> Tensor:
-    """Masks that do not overlap and cover everything, the rest last: (M, h, w) bool.
+    """Masks that do not overlap and cover everything, the remainder last: (M, h, w) bool.
 
-    Holes of a mask are filled, where they belong to no other; a mask that is less than half of itself
-    with its holes is none, and its patches stay with the rest.
+    Holes in a mask are filled where they belong to no other mask; a mask that is less than half of its
+    filled area is discarded, and its patches stay in the remainder.
 
     Args:
-        features: of patches, (N, D).
+        features: features of patches, (N, D).
         grid: rows and columns.
-        count: masks besides the rest at most.
-        alike: cosine above which patches are alike.
+        count: largest number of masks besides the remainder.
+        alike: cosine above which patches are similar.
     """
     from scipy import ndimage
 
@@ -124,16 +124,16 @@ def normalised_cuts(
 class CutMasks(ReadsPatches):
     """Normalised cuts of the keys of a DINO's last block, for the whole image.
 
-    LaVG's dense CRF after each cut is not here.
+    LaVG's dense CRF after each cut is not implemented.
 
     Args:
         model: as in `TransformersGuide`; published: "facebook/dino-vitb8".
-        side: of the square that the image is squeezed to, in pixels.
-        count: masks besides the rest at most.
-        alike: cosine above which patches are alike.
-        output: of the guide, whose patches are compared.
+        side: side in pixels of the square to which the image is resized.
+        count: largest number of masks besides the remainder.
+        alike: cosine above which patches are similar.
+        output: the guide's output whose patches are compared.
         mean, std: the model's normalisation, RGB in 0..1.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+        image_mean, image_std: normalisation of the input images, RGB in 0..255; by default
             that of the segmentor's weights.
     """
 

@@ -21,7 +21,7 @@ from sfp.registry import MASKS, suggest
 
 
 class ReadsPatches(nn.Module):
-    """A proposer of masks that looks at the patches of a frozen encoder.
+    """A mask proposer that uses the patches of a frozen encoder.
 
     Args:
         model, mean, std, image_mean, image_std: as in `TransformersGuide`.
@@ -47,19 +47,19 @@ class ReadsPatches(nn.Module):
 
 @MASKS.register_module(name="dino")
 class DinoMasks(ReadsPatches):
-    """One mask for each prompt: the patches that belong to those under its points.
+    """One mask for each prompt: the patches related to those under its points.
 
     Args:
         model: as in `TransformersGuide`.
         by: "similarity": patches whose cosine with the prompt's is more than `centre` times the mean
-            cosine of all pairs (ProxyCLIP's rule of who attends to whom);
-            "attention": the fewest patches that hold a share `mass` of the prompt's attention in the
-            last block (how DINO's paper draws its masks, there for the class token).
+            cosine of all pairs (ProxyCLIP's criterion for attention);
+            "attention": the smallest set of patches that holds a share `mass` of the prompt's attention
+            in the last block (as in DINO's paper, there for the class token).
         centre: as above; 1.2 in ProxyCLIP.
         mass: as above; 0.6 in DINO.
-        side: the image is resized to the area of a square of so many pixels.
+        side: the image is resized to the area of a square with this side in pixels.
         mean, std: the model's normalisation, RGB in 0..1.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+        image_mean, image_std: normalisation of the input images, RGB in 0..255; by default
             that of the segmentor's weights, for most OpenAI's.
     """
 
@@ -88,7 +88,7 @@ class DinoMasks(ReadsPatches):
     def forward(self, image: Tensor, points: Tensor, size: tuple[int, int]) -> MaskSheet:
         """Mask logits of an image (3, h, w) for points (P, n, 2), to be rendered at a size.
 
-        A prompt of several points has the mean of their maps.
+        For a prompt with several points, their maps are averaged.
         """
         pixels = same_area(image.float(), self.side, self.guide.patch[0])[None]
         if self.by == "similarity":

@@ -28,7 +28,7 @@ class PromptedSam(FrozenModel):
         model: a name on the Hugging Face hub or a folder, loaded with `AutoModelForMaskGeneration`; or
             a `SamModel` or `Sam2Model`.
         prompt_batch: most prompts that are decoded at once.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+        image_mean, image_std: normalisation of the input images, RGB in 0..255; by default
             that of the segmentor's weights, for most OpenAI's.
 
     Raises:

@@ -164,7 +164,7 @@ def trident(
         guide: name of the guide of the windows, which the caller provides.
         sam: name of the guide with SAM's attention (`guides=dict(sam=dict(type="sam", model=...))`);
             None leaves that step out.
-        dataset: whose constants stand in for those of the next that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those of the next that are None; see `DATASETS`.
         beta, gamma: of the windows' attention, as in `proxyclip`.
         factor, negative, halves: as in `sam_correlation`.
         floor: windows are moved back to whole cells, as in the release.

@@ -64,7 +64,7 @@ def test_a_folder(photos, tmp_path, capsys):
 
 def test_words_that_the_mini_clip_never_saw(photos, capsys):
     assert run(str(photos / "a.png"), "--classes", "dog, sky|person", *MINI) == 0
-    assert "dog, person: never seen by the mini CLIP" in capsys.readouterr().err
+    assert "dog, person: unknown to the mini CLIP" in capsys.readouterr().err
 
 
 def test_a_result_that_cannot_be_written_fails_alone(photos, tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_whose_texts(folders, tmp_path, capsys):
     assert load_clip(state, head_width=16, texts=folder / "text").text.tokenize(["sky"]).shape
     with pytest.raises(LayoutError, match=r"texts='siglip2-gopt16-384'.*as text/"):
         load_clip(state, head_width=16)
-    with pytest.raises(LayoutError, match="has a text tower of its own: leave out texts="):
+    with pytest.raises(LayoutError, match="has its own text tower: omit texts="):
         load_clip(folder / "text", texts=folder / "text")
     assert main(["weights", "check", str(folder)]) == 0
     shown = "".join(capsys.readouterr().out.replace("│", "").split())
@@ -103,7 +103,7 @@ def test_without_an_adaptor_it_says_what_to_do(folders, tmp_path):
     config = transformers.RadioConfig(**VISION | dict(max_img_size=64))
     transformers.RadioModel(config).save_pretrained(tmp_path)
     for source in (tmp_path, towers.transformers_radio().state, towers.timm_radio().state):
-        with pytest.raises(LayoutError, match=r"without its adaptor to SigLIP 2.*can be a guide"):
+        with pytest.raises(LayoutError, match=r"without its adaptor to SigLIP 2.*as a guide"):
             load_clip(source, texts=folder / "text")
 
 

@@ -234,7 +234,7 @@ def test_long_clip():
 REFUSED = {
     "another vocabulary": (lambda: openai_state(vocab=60000), "60000 tokens"),
     "two towers": (lambda: openai_state() | {"text.ln_final.bias": torch.ones(64)}, "two text"),
-    "T5": (lambda: {"text.transformer.encoder.layers.0.x": torch.ones(3)}, "no BERT"),
+    "T5": (lambda: {"text.transformer.encoder.layers.0.x": torch.ones(3)}, "other than BERT"),
     "nothing": (dict, ".token_embedding.weight. is missing"),
 }
 

@@ -219,4 +219,4 @@ def test_what_is_wrong_is_told(page, photo, tmp_path):
     told.filter(has_text="type the words to look for").wait_for()
     page.locator("#words textarea").fill("cat, unicorn")
     page.locator("#words textarea").press("Enter")
-    page.get_by_text("unicorn: never seen by the mini CLIP").wait_for()
+    page.get_by_text("unicorn: unknown to the mini CLIP").wait_for()

@@ -79,7 +79,7 @@ def test_unknown_words_are_those_that_the_text_encoder_cannot_tell_apart():
 
 def test_the_note_names_unknown_words_those_it_knows_and_real_weights():
     note = mini.vocabulary_note("mini", as_vocabulary(["cat", "dog", ["person", "ship"]], "rug"))
-    assert note.startswith("rug, dog, person: never seen by the mini CLIP")
+    assert note.startswith("rug, dog, person: unknown to the mini CLIP")
     for known in (as_vocabulary(["cat"]), None):
         assert mini.vocabulary_note("mini", known).startswith("the mini CLIP knows the words of")
         assert all(name in mini.vocabulary_note("mini", known) for name in mini.CLASSES)

@@ -34,8 +34,7 @@ PREFIXES = ("visual.", "vision_model.", "vision_encoder.", "visual_projection.",
 # names of a C-RADIO by its publisher, transformers and timm, which no image-text model has
 _RADIO_SIGN = re.compile(r"radio_model\.|embeddings\.patch_projection\.|(embeds\.)?reg_token$")
 _RADIO_PARTS = re.compile(
-    r"(radio_model|embeddings|encoder\.layer|input_conditioner|adaptors|_heads|_feature_projections)\."
-    r"|summary_idxs$"
+    r"(radio_model|embeddings|encoder\.layer|input_conditioner|adaptors)\.|summary_idxs$"
 )
 _TIMM_PARTS = re.compile(r"(embeds|patch_embed|blocks)\.|(pos_embed|cls_token|reg_token)$")
 RADIO_SIZE = 512  # pixels, of timm's C-RADIOs; their position tables are for 2048
@@ -404,7 +403,7 @@ def _plain(state: State, config: Config) -> tuple[ImageConfig, bool]:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return ImageConfig(**sizes), True
+    return ImageConfig(**sizes | _open_clip_said(config)), True
 
 
 def _transformers_clip(state: State, config: Config) -> tuple[ImageConfig, bool]:
@@ -512,7 +511,7 @@ def _timm(state: State, config: Config) -> tuple[ImageConfig, bool]:
         return replace(image, positions=SMOOTH_BICUBIC), settled
     if "visual.pool.query" in state and "visual.ln_pre.weight" not in state:
         return _timm_siglip(state, config), True  # PE has a norm there
-    said = _open_clip_vision(config)
+    said = str(_open_clip_vision(config).get("timm_model_name", ""))
     before = "visual.ln_pre.weight" in state
     sizes = _sizes(
         state,
@@ -569,14 +568,24 @@ def _perception(state: State, config: Config) -> tuple[ImageConfig, bool]:
 def _coca(state: State, config: Config) -> tuple[ImageConfig, bool]:
     """CoCa, whose joint space the first of 256 queries leads into."""
     sizes = _sizes(state, activation="gelu", pool=_pool(state, heads=8), positions=SMOOTH_BICUBIC)
-    return ImageConfig(**sizes), True
+    return ImageConfig(**sizes | _open_clip_said(config)), True
 
 
-def _open_clip_vision(config: Config) -> str:
-    """The name of timm's model in open_clip's configuration, or nothing."""
+def _open_clip_vision(config: Config) -> Config:
+    """What open_clip's configuration says of an image tower; nothing where there is none."""
     model = config.get("model_cfg")
     vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
-    return str(vision.get("timm_model_name", "")) if isinstance(vision, Mapping) else ""
+    return vision if isinstance(vision, Mapping) else {}
+
+
+def _open_clip_said(config: Config) -> dict[str, Any]:
+    """The same of a tower that is open_clip's own, as arguments of `ImageConfig`."""
+    if not (vision := _open_clip_vision(config)):
+        return {}
+    said: dict[str, Any] = {"head_width": int(vision.get("head_width", HEAD_WIDTH))}
+    if config["model_cfg"].get("quick_gelu"):
+        said["activation"] = "quick_gelu"
+    return said
 
 
 def _is_gated(state: State) -> bool:
@@ -616,7 +625,8 @@ def _transformers_blocks(
     )
 
 
-_BLOCKS = _transformers_blocks("layers", "layer_norm", "self_attn", "out_proj")
+# AltCLIP's files say "layer" where transformers' model of it says "layers"
+_BLOCKS = _transformers_blocks("layers?", "layer_norm", "self_attn", "out_proj")
 _EMBEDDINGS = r"vision_model\.embeddings\."
 _SHARED = (
     *_BLOCKS,
@@ -672,11 +682,8 @@ _TIMM = (
 
 # the adaptor into SigLIP 2's space; those of other teachers, and of patches, lead nowhere near texts
 _ADAPTORS = (
-    (
-        r"radio\.(?:adaptors\.siglip2[^.]*\.head_mlp|_heads\.siglip2[^.]*)\.(.+)",
-        r"visual.adaptor.\1",
-    ),
-    (r"radio\.(?:adaptors|_heads|_feature_projections)\..*", ""),
+    (r"radio\.adaptors\.siglip2[^.]*\.head_mlp\.(.+)", r"visual.adaptor.\1"),
+    (r"radio\.adaptors\..*", ""),
 )
 _RADIO_AT = r"radio\.(?:model\.blocks|encoder\.layer)\.(\d+)\."
 _GENERATOR = r"radio\.model\.patch_generator\."

@@ -152,8 +152,8 @@ def _byte_pairs(sizes: TextConfig) -> TextConfig:
     if sizes.vocab > VOCABULARY:
         raise LayoutError(
             f"a vocabulary of {sizes.vocab} tokens: the text tower was trained with another tokenizer "
-            f"than CLIP's ({VOCABULARY} byte pairs), and neither names nor a configuration beside the "
-            "weights (config.json, open_clip_config.json) say which"
+            f"than CLIP's ({VOCABULARY} byte pairs), and neither tensor names nor a configuration file "
+            "beside the weights (config.json, open_clip_config.json) identify it"
         )
     return sizes
 
@@ -289,12 +289,12 @@ def _biomed(
     pooler = text.get("hf_pooler_type", "cls_last_hidden_state_pooler")
     prefix = "text.transformer."
     if f"{prefix}encoder.layer.0.attention.self.query.weight" not in state:
-        raise LayoutError("its text tower is one of transformers' that is no BERT")
+        raise LayoutError("its text tower is a model of transformers other than BERT")
     rows = shape_of(state, f"{prefix}embeddings.position_embeddings.weight", 2)[0]
     if pooler != "cls_last_hidden_state_pooler" or rows == 514:  # which RoBERTas have
         raise LayoutError(
-            "its text tower is a RoBERTa or averages its tokens; read are BERTs whose first token is "
-            "the embedding, as BiomedCLIP's"
+            "its text tower is a RoBERTa or averages its tokens; only BERTs whose first token is the "
+            "embedding are supported, like BiomedCLIP's"
         )
     names = [name for name in state if name.startswith("text.proj.")]
     head = {name.removeprefix("text.proj."): state[name] for name in names}

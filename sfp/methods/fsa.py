@@ -86,7 +86,7 @@ def word_feedback(
     first = centred_softmax(trace.once(affinity), gain, centre)  # (B, M, M)
     p, u = first_looks(heads, trace, first, guide)
     probs = (first_scale * p - uniform_scale * u).softmax(-1)
-    close = feedback_weights(1 / (1 + divergence(probs)), lam, keep)
+    close = feedback_weights(1 / (1 + divergence(probs)), lam, keep).to(first)
     weights = (close @ first + first @ close + close) / 3
     return F.pad(to_guide(weights, heads.grid, trace.guide(guide).grid), (heads.prefix, 0))[:, None]
 

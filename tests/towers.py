@@ -165,8 +165,11 @@ def transformers_naflex() -> Family:
 class ResidualMLP(nn.Module):
     """C-RADIO's adaptors, by their publisher's names."""
 
-    def __init__(self, width: int, hidden: int, out: int, layers: int) -> None:
+    def __init__(
+        self, width: int, hidden: int, out: int, layers: int, *, norm: bool = False
+    ) -> None:
         super().__init__()
+        self.pre_norm = nn.Sequential(nn.LayerNorm(width), nn.GELU()) if norm else nn.Identity()
 
         def layer(size: int) -> nn.Sequential:
             return nn.Sequential(nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, size))
@@ -176,7 +179,7 @@ class ResidualMLP(nn.Module):
         self.final = layer(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
+        x = self.fc1(self.pre_norm(x))
         for block in self.blocks:
             x = x + block(x)
         return self.final(x)

@@ -1,7 +1,8 @@
 # Pascal Context with all its classes (Context459): 5104 images of val, 459 classes.
 # Published: nothing with this protocol for SFP or similar methods; CLIPtrase has 9.95 (table 1) or
-# 10.11 mIoU (table 7) on centre crops.     CONFIG=configs/cfg_context459.py WORK_DIR=work/context459 sh
-# test.sh Names and label maps: `sfp data prepare context459` (docs/data.md).
+# 10.11 mIoU (table 7) on centre crops.
+#     CONFIG=configs/cfg_context459.py WORK_DIR=work/context459 sh test.sh
+# Names and label maps: `sfp data prepare context459` (docs/data.md).
 
 _base_ = "./base_config.py"
 

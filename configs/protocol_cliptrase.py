@@ -1,8 +1,8 @@
 # CLIPtrase's own protocol, whose numbers are not comparable with others: the centre square of each
 # image, of 224 pixels (tables 2, 4, 5 and 6 of its paper) or 336 (tables 1, 3 and 7), as one window;
 # ignored pixels count as background if the vocabulary has one. Set BENCHMARK and SIZE:
-# CONFIG=configs/protocol_cliptrase.py WORK_DIR=work/protocol_cliptrase sh test.sh     BENCHMARK=ade20k
-# SIZE=224 sfp eval configs/protocol_cliptrase.py --method sclip
+#     CONFIG=configs/protocol_cliptrase.py WORK_DIR=work/protocol_cliptrase sh test.sh
+#     BENCHMARK=ade20k SIZE=224 sfp eval configs/protocol_cliptrase.py --method sclip
 
 _base_ = "./cfg_{{$BENCHMARK:voc21}}.py"
 

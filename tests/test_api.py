@@ -445,7 +445,7 @@ def test_forms_of_classes(tmp_path):
         (["cat"], float("nan"), ValueError, "between 0 and 1"),
         (["cat"], True, ValueError, "background=True"),
         (["cat"], {"wall": 1}, ValueError, "expected None, words, or a probability"),
-        (["word " * 90], None, ValueError, "CLIP reads 77"),
+        (["word " * 90], None, ValueError, "CLIP reads at most 77"),
     ],
     ids=str,
 )
@@ -467,7 +467,7 @@ def test_words_that_are_wrong(clip, classes, background, error, message):
         (dict(short_side="336"), ValueError, "short_side='336'"),
         (dict(slide_stride=65), ValueError, "slide_stride=65"),
         (dict(templates="imagnet"), ValueError, "'imagnet'"),
-        (dict(templates=["a photo"]), ValueError, "should have one {}"),
+        (dict(templates=["a photo"]), ValueError, "must have one {}"),
         (dict(memory_mb=-1), ValueError, "memory_mb=-1"),
         (dict(window_batch=0), ValueError, "window_batch=0"),
         (dict(guides=dict(dino=dict(type="transfomers"))), ValueError, "did you mean"),

@@ -97,7 +97,7 @@ def test_a_swapped_published_file_is_not_even_opened(tmp_path, monkeypatch):
     saved(path, "torch")
     monkeypatch.setattr(loading, "read_state", lambda path: pytest.fail("opened"))
     with pytest.raises(
-        WeightsError, match=r"is not ViT-B/16: its SHA-256 is .*published is 5806e77c"
+        WeightsError, match=r"is not ViT-B/16: its SHA-256 is .*the published one is 5806e77c"
     ):
         load_clip("ViT-B/16")
 
@@ -467,7 +467,9 @@ def test_opencv_alone_would_have_read_half_an_image(voc):
 
 def test_a_name_of_more_than_77_tokens_is_named():
     name = "supercalifragilistic " * 30
-    with pytest.raises(ValueError, match=r"tokens where CLIP reads 77: 'a photo of a supercali"):
+    with pytest.raises(
+        ValueError, match=r"tokens, but CLIP reads at most 77: 'a photo of a supercali"
+    ):
         encode_queries(tiny.clip(**tiny.WORDS), ["cat", name], ["a photo of a {}."])
 
 

@@ -36,9 +36,9 @@ class Family:
     call: Callable[[Tensor], Tensor]
     blocks: list[nn.Module]
     config: dict[str, Any] = field(default_factory=dict)
-    size: tuple[int, int] = (SIDE, SIDE)
+    size: tuple[int, int] = field(default_factory=lambda: (SIDE, SIDE))
     other: tuple[int, int] | None = (40, 24)
-    head_width: int | None = WIDTH // HEADS
+    head_width: int | None = field(default_factory=lambda: WIDTH // HEADS)
     knobs: dict[str, Any] = field(default_factory=dict)
 
     def run(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -117,8 +117,8 @@ def transformers_clip(name: str = "CLIP", activation: str = "quick_gelu", **text
     )
 
 
-def tipsv2(swiglu: bool = False) -> Family:
-    vision = dict(image_size=SIDE, use_swiglu_ffn=swiglu, layerscale_value=0.7)
+def tipsv2(swiglu: bool = False, **sizes: Any) -> Family:
+    vision = dict(image_size=SIDE, use_swiglu_ffn=swiglu, layerscale_value=0.7) | sizes
     model = _transformers("Tipsv2", vision, dict(hidden_size=WIDTH))
     return Family(
         model.state_dict(),
@@ -142,7 +142,7 @@ def transformers_siglip() -> Family:
 
 
 def transformers_naflex() -> Family:
-    vision = dict(num_patches=16, intermediate_size=150)
+    vision = dict(num_patches=(SIDE // PATCH) ** 2, intermediate_size=150)
     model = _transformers("Siglip2", vision, {})
 
     def call(image: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def transformers_radio(swiglu: bool = False, **sizes: Any) -> Family:
         num_attention_heads=HEADS,
         mlp_ratio=2.5,
         patch_size=PATCH,
-        max_img_size=2 * SIDE,
+        max_img_size=SIDE,
         num_registers=2,
         layerscale_value=0.7,
         use_swiglu_ffn=swiglu,
@@ -205,7 +205,6 @@ def transformers_radio(swiglu: bool = False, **sizes: Any) -> Family:
         lambda image: model(image).last_hidden_state[:, 0],
         list(model.encoder.layer),
         model.config.to_dict(),
-        size=(2 * SIDE, 2 * SIDE),
         head_width=None,
     )
 
@@ -268,23 +267,23 @@ def timm_siglip() -> Family:
 
 def timm_naflex() -> Family:
     sizes = dict(img_size=None, patch_size=PATCH, dynamic_img_size=None)
+    sizes |= dict(pos_embed_grid_size=(SIDE // PATCH,) * 2)
     return _timm("naflexvit_base_patch16_siglip", classes=0, **sizes)
 
 
 def timm_radio() -> Family:
     """timm's B, which aligns corners; nothing but its size says so, and here it has another."""
     sizes = dict(img_size=None, dynamic_img_size=None, patch_size=PATCH, init_values=0.5)
-    sizes |= dict(pos_embed_grid_size=(8, 8), reg_tokens=3)
+    sizes |= dict(pos_embed_grid_size=(SIDE // PATCH,) * 2, reg_tokens=3)
     family = _timm("naflexvit_base_patch16_radio_v3", classes=0, **sizes)
     family.state = {k.removeprefix("visual.trunk."): v for k, v in family.state.items()}
-    family.size = (8 * PATCH, 8 * PATCH)
     family.knobs = dict(positions=image_layouts.CROPPED_CORNERS)
     return family
 
 
 def timm_pe(cls: bool = True) -> Family:
     name = "vit_pe_core_base_patch16_224" if cls else "vit_pe_core_gigantic_patch14_448"
-    family = _timm(name, ref_feat_shape=(4, 4), mlp_ratio=2.5)
+    family = _timm(name, ref_feat_shape=(SIDE // PATCH,) * 2, mlp_ratio=2.5)
     family.knobs = dict(rescale=True)
     return family
 
@@ -393,7 +392,9 @@ def _open_clip(**switches: Any) -> Family:
         holder.load_state_dict(state)
         return holder.visual(image)
 
-    return Family(_prefixed(model, "visual."), call, list(model.transformer.resblocks))
+    config = dict(model_cfg=dict(vision_cfg=dict(head_width=WIDTH // HEADS)))
+    blocks = list(model.transformer.resblocks)
+    return Family(_prefixed(model, "visual."), call, blocks, config, head_width=None)
 
 
 def clipa() -> Family:

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# Functions shared by multi_test.sh and distribute_test.sh, which source this file.
+# Functions shared by multi_test.sh and distribute_test.sh, which read this file with `.`.
 #
 # Environment: CONFIGS (all eight), PYTHON (python). The caller sets TOOLS (this folder) and WORK_DIR;
 # each run writes its exit code to the file exit_code in its folder.

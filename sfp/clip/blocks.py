@@ -24,7 +24,7 @@ HEAD_WIDTH = 64  # of every CLIP tower but the image towers of open_clip's large
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by oneDNN where that is faster."""
+    """`nn.Linear` with oneDNN where that is faster."""
 
     allocates = True  # a new tensor for its output
 
@@ -61,7 +61,7 @@ class MLP(nn.Sequential):
     allocates = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D); nothing that a hook or a gradient may need is overwritten."""
+        """(B, T, D) -> (B, T, D); never overwrites tensors needed by a hook or for gradients."""
         before: nn.Module | None = None
         for layer in self:
             if (
@@ -140,7 +140,7 @@ class HeadProjections(nn.Module):
         self.after = after
 
     def join(self, mixed: Tensor) -> Tensor:
-        """What leaves the attention, from the heads' mixed values side by side, (B, T, D) each."""
+        """The attention's output from the heads' mixed values side by side, (B, T, D) each."""
         y = self.out_proj(mixed if self.norm is None else self.norm(mixed))
         return y if self.after is None else self.after(y)
 
@@ -260,7 +260,7 @@ class Block(nn.Module):
         return self._finish(fused_attention(q, k, v, causal, hidden), residual=x, ffn=True)
 
     def heads(self, x: Tokens) -> Heads:
-        """The projections with which this block reads `x`, each made when it is asked for."""
+        """This block's projections of `x`, each computed on first use."""
         width = x.data.shape[-1] // self.attn.num_heads
         return Heads(
             self.attn.project,
@@ -274,7 +274,7 @@ class Block(nn.Module):
         )
 
     def advance(self, x: Tokens, heads: Heads) -> Tokens:
-        """`forward` for tokens whose `heads` are already there."""
+        """`forward` for tokens whose `heads` are already known."""
         q, k, v = heads.all()
         mixed = fused_attention(q, k, v, hidden=heads.hidden_keys)
         return x.with_data(self._finish(mixed, residual=x.data, ffn=True))
@@ -312,12 +312,12 @@ class Block(nn.Module):
         return (layout or x).with_data(self._finish(mixed, residual, ffn))
 
     def look(self, x: Tensor, around: Tokens, seen: Tensor | None = None) -> Tensor:
-        """Tokens (B, R, D) through the block, in which they see others and not one another.
+        """Sends tokens (B, R, D) through the block, attending to other tokens but not to each other.
 
         Args:
-            x: tokens without a place in the image.
-            around: tokens that enter the block, and are seen.
-            seen: which of them, (B or 1, 1, R or 1, T) bool; None for all that are not hidden.
+            x: tokens without a position in the image.
+            around: input tokens of the block, to which they attend.
+            seen: to which of them, (B or 1, 1, R or 1, T) bool; None for all that are not hidden.
         """
         (q,) = self.attn.project(self.ln_1(x), "q")
         heads = self.heads(around)
@@ -337,7 +337,7 @@ class Block(nn.Module):
 
 
 def _sum(y: Tensor, x: Tensor, *layers: nn.Module) -> Tensor:
-    """The sum, in the memory of `y` if only `layers` have had it; gradients do not need it."""
+    """The sum, in place in `y` if only `layers` have seen it and gradients do not need it."""
     return y.add_(x) if unshared(*layers) else y + x
 
 
@@ -389,8 +389,8 @@ class Transformer(nn.Module):
         super().__init__()
         if head_width < 1 or width % head_width:
             raise ValueError(
-                f"tokens of width {width} cannot be divided into attention heads of {head_width}: "
-                "say how wide the heads are (head_width, text_head_width)"
+                f"tokens of width {width} cannot be divided into attention heads of width "
+                f"{head_width}: pass the width of the heads (head_width, text_head_width)"
             )
         self.resblocks = nn.ModuleList(
             Block(

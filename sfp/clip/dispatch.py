@@ -1,7 +1,7 @@
-"""Whether PyTorch's plain kernels alone see an operation, or something stands in between.
+"""Detects whether PyTorch operations are intercepted or observed, for example by tracing.
 
-PyTorch has no public question for most of that. Where a version lacks one of the private ones, the
-answer is that something does, which costs speed only.
+PyTorch has no public API for most of this. If a version lacks one of the private functions, operations
+are assumed to be observed, which only costs speed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def intercepted() -> bool:
-    """Whether operations may not run as they are called: tracing, modes, function transforms."""
+    """Whether operations may be intercepted, by tracing, modes or function transforms."""
     try:
         return (
             torch.compiler.is_compiling()
@@ -43,18 +43,18 @@ def observed() -> bool:
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether tensors are of PyTorch's own class, in memory, and nothing looks on.
+    """Whether tensors are of PyTorch's own class, in memory, and operations are not observed.
 
-    Subclasses (fake, distributed, quantised by torchao) have kernels of their own.
+    Subclasses (fake, distributed, quantized by torchao) have their own kernels.
     """
     return not observed() and all(type(x) in PLAIN and not x.is_meta for x in tensors)
 
 
 def unshared(*modules: nn.Module) -> bool:
-    """Whether the outputs of modules are tensors that nobody but the caller holds.
+    """Whether the caller holds the only reference to the outputs of modules.
 
-    Those of layers that say so (`allocates`), unless a hook or a method put in place of `forward` may
-    have kept them.
+    True for layers that declare it (`allocates`), unless a hook or a replaced `forward` may have kept
+    the outputs.
     """
     try:
         return (

@@ -1,7 +1,7 @@
-"""Whether a module still computes what it did: a cheap key, and a name for its contents.
+"""Detects whether a module has changed: a cheap key, and a digest of its contents.
 
-What is computed with weights may be kept under `state_key` as long as the process runs, and on disk
-under `contents_digest`. Neither relies on being told that weights have changed.
+Values computed with weights are cached under `state_key` within a process, and on disk under
+`contents_digest`. Neither relies on being notified of changes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sfp.clip.dispatch import PLAIN, intercepted
 
-SAMPLES = 4096  # values up to which all are compared; of a larger matrix one in each row and column
-SUMMED = 2**17  # values up to which their sum is compared besides
+SAMPLES = 4096  # up to this size all values are compared; in larger matrices one per row and column
+SUMMED = 2**17  # up to this size the sum is compared as well
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
 _IGNORED = {"_compiled_call_impl"}  # of `Module.compile`, which computes the same
@@ -35,18 +35,17 @@ _PROBES: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[tuple, list[_P
 def state_key(module: nn.Module, *, without: tuple[str, ...] = ()) -> Hashable:
     """Equal for two calls in one process if the module's weights and structure have not changed.
 
-    It takes milliseconds for a ViT-B. Seen are changes of every kind that PyTorch records (in place,
-    `load_state_dict`, parameters replaced, other types or devices), of submodules, their settings,
-    hooks and methods; and of those it does not record (through `.data`, or NumPy) all in tensors of up
-    to 2**17 values, and all that change a whole row, column or head of a larger one.
+    It takes milliseconds for a ViT-B. It detects all changes that PyTorch records (in place,
+    `load_state_dict`, replaced parameters, other dtypes or devices), and changes of submodules, their
+    settings, hooks and methods. Of unrecorded changes (through `.data` or NumPy) it detects all in
+    tensors of up to 2**17 values, and those of a whole row, column or head in larger ones.
 
     Args:
         module: any module.
-        without: names of submodules that do not matter.
+        without: names of submodules to ignore.
 
     Returns:
-        A key, only to be compared. Where values cannot be read (tracing, tensor subclasses) it equals
-        no other.
+        A key for comparisons. If values cannot be read (tracing, tensor subclasses) it equals no other.
     """
     if intercepted():
         return object()
@@ -72,7 +71,7 @@ def state_key(module: nn.Module, *, without: tuple[str, ...] = ()) -> Hashable:
 def contents_digest(module: nn.Module, *, without: tuple[str, ...] = ()) -> str:
     """SHA-256 of a module's structure, settings and values: equal in all processes, on all devices.
 
-    Where values cannot be read it is a random one. Methods and hooks count by name only.
+    It is random if values cannot be read. Methods and hooks are identified only by their names.
     """
     digest = hashlib.sha256()
     for name, part in _parts(module, without):
@@ -107,7 +106,7 @@ def _parts(module: nn.Module, without: tuple[str, ...]) -> Iterator[tuple[str, n
 
 
 def _settings(part: nn.Module) -> Iterator[Hashable]:
-    """What a module computes by besides tensors: numbers, names, hooks, methods put in its place."""
+    """Everything besides tensors that affects a module: numbers, names, hooks, replaced methods."""
     for name, value in vars(part).items():
         if name in _STANDARD:
             continue
@@ -167,10 +166,10 @@ def _probes(tensors: Iterable[Tensor]) -> list[_Probe]:
 
 
 def _step(shape: torch.Size) -> int:
-    """Between samples, so that every row and every column of a matrix has one.
+    """The distance between samples, such that every row and column of a matrix has one.
 
-    A step shorter than a row leaves no row out; one that shares no factor with the length of a row
-    comes to each column.
+    A step shorter than a row skips no row; one that is coprime to the length of a row reaches each
+    column.
     """
     count = math.prod(shape)
     if count <= SAMPLES:

@@ -16,10 +16,10 @@ from sfp.functional.precision import cpu_has
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weights and inputs are rounded to 8 bits, each row with a scale of its own.
+    """A linear layer with weights and inputs quantized to 8 bits, with one scale per row.
 
-    A row of the input is one token's. So a token with huge values, as CLIP's outliers are, costs the
-    others no precision, and a batch gives what its images give alone.
+    Each row of the input is one token. So tokens with huge values, like CLIP's outliers, do not reduce
+    the precision of others, and a batch gives the same results as its single images.
 
     Args:
         weight: (N, K) float32.
@@ -42,7 +42,7 @@ class Int8Linear(nn.Module):
         """(..., K) -> (..., N), or the outputs `rows` alone.
 
         Raises:
-            RuntimeError: if gradients are asked for, which rounding does not have.
+            RuntimeError: if gradients are required, since rounding has none.
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("8-bit models have no gradients: use precision='fp32'")
@@ -54,16 +54,16 @@ class Int8Linear(nn.Module):
 
 
 def _row_scale(x: Tensor) -> Tensor:
-    """What a row's largest value becomes 127 by, (M, K) -> (M, 1)."""
+    """The scale that maps each row's largest magnitude to 127, (M, K) -> (M, 1)."""
     return x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Products x W^T of int8 matrices (M, K) and (N, K): (M, N) float32.
 
-    By an operator that PyTorch has no public name for (torchao uses it too), where the CPU has 8-bit
-    instructions, the operator has been found to be right, and nothing looks on that does not know it;
-    else by `F.linear` in float32.
+    Uses an operator private to PyTorch (torchao uses it too), provided that the CPU has 8-bit
+    instructions, the operator was checked to be correct, and PyTorch is not being observed (see
+    `dispatch`); otherwise `F.linear` in float32.
     """
     if plain(x, weight) and works():
         return torch._int_mm(x, weight.T).float()
@@ -72,7 +72,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def works() -> bool:
-    """Whether the operator is fast here, and gives what `F.linear` gives; asked once."""
+    """Whether the operator is fast on this CPU and agrees with `F.linear`; checked once."""
     if cpu_has("int8") is False:  # it would take tens of times as long
         return False
     x = torch.arange(-127, 128, dtype=torch.int16)[:240].to(torch.int8).reshape(10, 24)
@@ -104,14 +104,14 @@ class Int8Attention(HeadProjections):
 
 @torch.no_grad()
 def quantised(vit: VisionTransformer) -> VisionTransformer:
-    """A copy whose blocks run with `Int8Linear` layers (`is_int8`); all else is shared with `vit`.
+    """A copy whose blocks use `Int8Linear` layers (`is_int8`); everything else is shared with `vit`.
 
     Raises:
         ValueError: if the model is not a float32 one on the CPU.
     """
     if vit.device.type != "cpu" or vit.dtype != torch.float32:
         raise ValueError(
-            f"8-bit weights are for float32 models on the CPU, this one is {vit.dtype} on "
+            f"8-bit weights need a float32 model on a CPU, but this one is {vit.dtype} on "
             f"{vit.device}: on a GPU use precision='fp16' or 'bf16'"
         )
     if vit.is_int8:

@@ -25,7 +25,7 @@ from sfp.clip.text_towers import BertConfig, TextConfig, TextTower, TextTransfor
 from sfp.clip.vit import ImageConfig, VisionTransformer
 
 IMAGE_SIDE = ("visual",)  # submodules that `encode_text` does not use
-# what lies at the top of OpenAI's model, and in its files
+# parameters at the top level of OpenAI's model and files
 OPENAI_TEXT = (
     "transformer",
     "token_embedding",
@@ -39,8 +39,8 @@ OPENAI_TEXT = (
 class CLIP(nn.Module):
     """An image tower and a text tower with a joint space.
 
-    The constructor makes OpenAI's towers, whose state dict has OpenAI's names; `CLIP.of` joins those of
-    any family.
+    The constructor makes OpenAI's towers, whose state dict has OpenAI's names; `CLIP.of` joins towers
+    of any family.
 
     Args:
         embed_dim: width C of the joint space.
@@ -154,11 +154,11 @@ class CLIP(nn.Module):
 
     @property
     def digest(self) -> str:
-        """Names what the model computes; caches and journals use it as a key, with the precision.
+        """Identifies what the model computes; with the precision, a key for caches and journals.
 
-        That of the file, as long as the weights are those of the file (rounded once, if they have
-        been moved to another precision); else a hash of weights, settings and structure as they are
-        now. Setting it names the present state.
+        This is the file's hash as long as the weights are those of the file (rounded once, if they were
+        converted to another precision); otherwise a hash of the current weights, settings and
+        structure. Setting it assigns a digest to the current state.
         """
         return self._digest("all", ())
 
@@ -169,7 +169,7 @@ class CLIP(nn.Module):
 
     @property
     def text_digest(self) -> str:
-        """As `digest`, of what `encode_text` computes: the image tower does not matter."""
+        """Like `digest`, but of `encode_text` only: the image tower does not matter."""
         return self._digest("text", IMAGE_SIDE)
 
     def _digest(self, part: str, without: tuple[str, ...]) -> str:
@@ -190,8 +190,8 @@ class CLIP(nn.Module):
         self._named = {part: (name, keys[part]) for part, name in names.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CLIP:
-        # Every .to(), .half() and .cuda(), also of a module that holds this one, comes through here.
-        # Without this method the digests would still be right, but not those of the file.
+        # Every .to(), .half() and .cuda(), also of a module that contains this one, calls this method.
+        # Without it digests would still be correct, but no longer those of the file.
         names: dict[str, str] | None = None  # until something changes
         same = True
 
@@ -216,7 +216,7 @@ class CLIP(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, whose tensors lie elsewhere: digests without their states."""
+        """For copies and pickles, whose tensors have other addresses: digests without their states."""
         return {**self.__dict__, "_named": self._still_named()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -251,15 +251,15 @@ class CLIP(nn.Module):
         """Token ids (B, up to `context`) of `text.tokenize` -> (B, C) embeddings, not normalised.
 
         Raises:
-            ValueError: if the ids are no such batch.
+            ValueError: if the ids have another shape.
         """
         return self.text(ids)
 
 
 def no_clip() -> CLIP:
-    """What stands for a CLIP where a method reads another model: zeros of width 1 without blocks.
+    """A placeholder CLIP for methods that use another model: zeros of width 1 without blocks.
 
-    Its patches have 14 pixels, and images are normalised to -1..1, as SAM 3 expects them.
+    Its patches have 14 pixels, and images are normalised to -1..1, as SAM 3 expects.
     """
     image = ImageConfig(image_size=14, patch=14, width=1, layers=0, embed_dim=1, head_width=1)
     text = TextConfig(vocab=49408, context=77, width=1, layers=0, embed_dim=1, head_width=1)
@@ -277,7 +277,7 @@ def build_clip(
     """A frozen CLIP that holds `state`.
 
     Args:
-        state, image, text: as `sfp.clip.checkpoints.layouts.recognise` gives them.
+        state, image, text: as returned by `sfp.clip.checkpoints.layouts.recognise`.
 
     Raises:
         LayoutError: if names are missing, left over or of a wrong shape; the message lists them.
@@ -313,14 +313,14 @@ def build_clip(
 
 
 def _rounded(x: Tensor, y: Tensor) -> bool:
-    """Whether `y` is `x` in another place, or the float32 numbers of `x` in another precision."""
+    """Whether `y` is a copy of `x`, or its float32 values converted to another precision."""
     if intercepted() or x.is_meta or y.is_meta or x.dtype not in (y.dtype, torch.float32):
         return False
     return torch.equal(x.to(y.device, y.dtype), y)
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Draws no values: on the meta device that would import PyTorch's compiler, which takes 4 s."""
+    """Skips initialisation, which on the meta device would import PyTorch's compiler (4 s)."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

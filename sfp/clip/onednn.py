@@ -1,7 +1,7 @@
-"""Linear layers on CPUs by oneDNN, which `F.linear` leaves to MKL: on AMD that takes a quarter longer.
+"""Linear layers on CPUs with oneDNN, since `F.linear` uses MKL, which takes a quarter longer on AMD.
 
-PyTorch has no public name for the operator; torch.compile puts it in too. It is used where it has been
-found to be right, and where nothing looks on: FLOP counters, tracing and autocast know nothing of it.
+The operator is private to PyTorch; torch.compile uses it too. It is only used if it has been checked to
+be correct, and not with FLOP counters, tracing and autocast, which do not know it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from sfp.clip.dispatch import plain
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The linear layer x W^T + b, (..., K) -> (..., N), as `F.linear`.
+    """The linear layer x W^T + b, (..., K) -> (..., N), like `F.linear`.
 
-    In float32 on a CPU, where nobody wants gradients, by oneDNN.
-    `torch.backends.mkldnn.flags(enabled=False)` switches that off.
+    In float32 on a CPU and without gradients it uses oneDNN, unless that is switched off by
+    `torch.backends.mkldnn.flags(enabled=False)`.
     """
     if (
         x.device.type == "cpu"
@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @functools.cache
 def works() -> bool:
-    """Whether this PyTorch has the operator, and it gives what `F.linear` gives; asked once."""
+    """Whether this PyTorch has the operator and it agrees with `F.linear`; checked once."""
     if not torch.backends.mkldnn.is_available():
         return False
     x, weight, bias = (

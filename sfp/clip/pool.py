@@ -1,8 +1,8 @@
-"""Attention pools, which stand between the patches and the joint space in SigLIP, PE and CoCa.
+"""Attention pools, between the patches and the joint space in SigLIP, PE and CoCa.
 
-A learned query attends to all tokens; what it gathers is the image's embedding. Dense features go the
-same way without the gathering: of a single token the softmax is 1, so that what a token contributes is
-W_o (W_v x + b_v) + b_o, followed by whatever follows the attention. For CLIP that is MaskCLIP.
+A learned query attends to all tokens, which gives the image's embedding. Dense features use the same
+path for single tokens, for which the softmax is 1: a token contributes W_o (W_v x + b_v) + b_o,
+followed by whatever follows the attention. For CLIP this is MaskCLIP.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class PoolConfig:
 class AttentionPool(nn.Module):
     """One learned query that attends to all tokens.
 
-    The query is a constant, so what its projection gives is stored instead. Of CoCa's 256 queries only
-    the first is part of the image's embedding.
+    The query is a constant, so its projection is stored instead. Of CoCa's 256 queries only the first
+    contributes to the image's embedding.
 
     Args:
         config: sizes.
@@ -62,7 +62,7 @@ class AttentionPool(nn.Module):
     ) -> None:
         super().__init__()
         if config.width % heads:
-            raise ValueError(f"{heads} heads do not fill a pool of width {config.width}")
+            raise ValueError(f"a pool of width {config.width} cannot be divided into {heads} heads")
         self.width, self.num_heads = config.width, heads
         self.query = drawn(config.width, std=1.0)
         self.in_proj_weight = drawn(2 * config.width, width, std=width**-0.5)  # keys, then values
@@ -75,20 +75,20 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps) if config.norm else None
 
     def forward(self, x: Tokens) -> Tensor:
-        """What the query gathers from normalised tokens (B, T, D), before the MLP: (B, E)."""
+        """The query's output for normalised tokens (B, T, D), before the MLP: (B, E)."""
         heads = self.heads(x)
         query = self.query.unflatten(0, (self.num_heads, 1, -1)).expand(len(x.data), -1, -1, -1)
         mixed = fused_attention(query, heads.k, heads.v, hidden=heads.hidden_keys)  # (B, 1, E)
         return self.out_proj(mixed[:, 0])
 
     def attention(self, x: Tokens) -> Tensor:
-        """The weights with which the query gathers, (B, H, T)."""
+        """The attention weights of the query, (B, H, T)."""
         heads = self.heads(x)
         query = self.query.unflatten(0, (self.num_heads, 1, -1)).expand(len(x.data), -1, -1, -1)
         return heads.similar(query, heads.k).softmax(-1)[:, :, 0]
 
     def values(self, x: Tensor) -> Tensor:
-        """What single tokens contribute, (B, T, D) -> (B, T, E)."""
+        """The contributions of single tokens, (B, T, D) -> (B, T, E)."""
         rows = slice(self.width, None)
         return self.out_proj(linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows]))
 
@@ -99,7 +99,7 @@ class AttentionPool(nn.Module):
         return y if self.norm is None else self.norm(y)
 
     def heads(self, x: Tokens) -> Heads:
-        """Keys and values of normalised tokens. There is one query only: for q the keys stand in."""
+        """Keys and values of normalised tokens. Since there is only one query, q is the keys."""
         scale = (self.width // self.num_heads) ** -0.5
         return Heads(
             self._project,
@@ -122,7 +122,7 @@ class AttentionPool(nn.Module):
         residual: Tensor | None = None,
         layout: Tokens | None = None,
     ) -> Tokens:
-        """Every token gathers for itself: W_o sum_j A_ij v_j + b_o, (B, M, E).
+        """A separate output for every token: W_o sum_j A_ij v_j + b_o, (B, M, E).
 
         Args:
             x: normalised tokens.

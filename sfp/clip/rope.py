@@ -57,7 +57,9 @@ class Rope(nn.Module):
     def __init__(self, config: RopeConfig, head_width: int) -> None:
         super().__init__()
         if head_width % 4:
-            raise ValueError(f"rotary positions need heads of 4, 8, 12, ... wide, not {head_width}")
+            raise ValueError(
+                f"rotary positions need heads of width 4, 8, 12, ..., not {head_width}"
+            )
         self.head_width = head_width
         self.order, self.side, self.first = config.order, config.side, config.first
         self.rescale = config.rescale

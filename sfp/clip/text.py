@@ -21,15 +21,15 @@ from sfp.files import atomic_write, cache_dir
 from sfp.registry import pick
 
 BATCH = 512  # prompts per forward pass
-CHUNK = 1024  # queries whose prompts are held at once
-FORMAT = 2  # of the cached files: what a change of tokens, prompts or averaging must raise
+CHUNK = 1024  # queries whose prompts are in memory at once
+FORMAT = 2  # version of cached files; increase it when tokens, prompts or averaging change
 
 
 def prompt_templates(templates: str | Sequence[str]) -> list[str]:
     """Templates with one `{}` each, from a list or the name of a set in `TEMPLATES`.
 
     Raises:
-        ValueError: if the set is unknown or a template has no place for the name.
+        ValueError: if the set is unknown or a template has no `{}` for the name.
     """
     if isinstance(templates, str):
         templates = pick("prompt templates", templates, TEMPLATES)
@@ -41,12 +41,12 @@ def prompt_templates(templates: str | Sequence[str]) -> list[str]:
         except (AttributeError, IndexError, KeyError, ValueError):
             fits = False
         if not fits:
-            raise ValueError(f"prompt template {template!r} should have one {{}} for the name")
+            raise ValueError(f"prompt template {template!r} must have one {{}} for the name")
     return list(templates)
 
 
 def model_templates(templates: str | Sequence[str], own: str = "imagenet") -> list[str]:
-    """As `prompt_templates`; "auto" is the set that a model's authors use, `TextTower.templates`."""
+    """Like `prompt_templates`; "auto" is the set of the model's authors, `TextTower.templates`."""
     return prompt_templates(own if templates == "auto" else templates)
 
 
@@ -54,8 +54,8 @@ def model_templates(templates: str | Sequence[str], own: str = "imagenet") -> li
 def encode_queries(clip: CLIP, queries: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Unit text features, (Q, C) float32: the normalised mean of normalised prompt features.
 
-    Prompts of many queries are encoded together, sorted by length, so that each batch is cut as short
-    as it can be.
+    Prompts of many queries are encoded together, sorted by length, so that each batch is as short as
+    possible.
 
     Raises:
         ValueError: if a prompt is too long, or the checkpoint has another vocabulary.
@@ -81,12 +81,12 @@ def _encode(clip: CLIP, queries: Sequence[str], templates: Sequence[str]) -> Ten
     ids = clip.text.tokenize(prompts)
     if int(ids.max()) >= clip.text.vocab:
         raise ValueError(
-            f"this checkpoint knows {clip.text.vocab} tokens, its tokenizer gives ids up to "
-            f"{int(ids.max())}: pass `query_features` computed with its own tokenizer"
+            f"this checkpoint has {clip.text.vocab} tokens, but its tokenizer gives ids up to "
+            f"{int(ids.max())}: pass `query_features` computed with the right tokenizer"
         )
     device = clip.device
     order = clip.text.ends(ids).argsort(stable=True)
-    with torch.autocast(device.type, enabled=False):  # what is cached depends on the model alone
+    with torch.autocast(device.type, enabled=False):  # cached values must depend only on the model
         batches = [
             F.normalize(clip.encode_text(ids[rows].to(device)).float(), dim=-1)
             for rows in order.split(BATCH)
@@ -108,8 +108,8 @@ def text_bank(
         clip: the model; its `text_digest` is part of the key.
         queries: Q names.
         templates: as in `model_templates`.
-        folder: of the cached files; by default `text` in the cache folder. A damaged file is rebuilt,
-            a folder that cannot be written only costs the time.
+        folder: folder of the cached files; by default `text` in the cache folder. A damaged file is
+            recomputed; an unwritable folder only means that nothing is cached.
 
     Returns:
         (Q, C) float32 on the model's device.
@@ -126,11 +126,11 @@ def text_bank(
         write_bank(path, features)
     except (OSError, safetensors.SafetensorError) as error:  # the latter from a full disk
         warnings.warn(f"text features are not cached: {path.parent}: {error}", stacklevel=2)
-    return features.clone()  # no inference tensor leaves
+    return features.clone()  # not an inference tensor
 
 
 def write_bank(path: Path, features: Tensor) -> None:
-    """Writes a cache file, whole or not at all, with a checksum of the features (Q, C)."""
+    """Writes a cache file atomically, with a checksum of the features (Q, C)."""
     bank = features.cpu().contiguous()
     with atomic_write(path) as temporary:
         save_file({"features": bank}, temporary, metadata={"sha256": _checksum(bank)})

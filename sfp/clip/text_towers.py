@@ -308,8 +308,8 @@ class BertText(TextTower):
         width, eps = config.width, config.eps
         if width % config.head_width:
             raise ValueError(
-                f"tokens of width {width} cannot be divided into attention heads of "
-                f"{config.head_width}: say how wide the heads are (text_head_width)"
+                f"tokens of width {width} cannot be divided into attention heads of width "
+                f"{config.head_width}: pass the width of the heads (text_head_width)"
             )
         self.pad, self.first = config.pad, config.first
         self.token_embedding = nn.Embedding(config.vocab, width)

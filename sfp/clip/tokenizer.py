@@ -57,7 +57,7 @@ def tokenize(texts: Sequence[str], context: int = 77) -> Tensor:
     for text, row in zip(texts, rows, strict=True):
         if len(row) > context:
             raise ValueError(
-                f"text of {len(row)} tokens where CLIP reads {context}: {text[:60]!r}..."
+                f"text of {len(row)} tokens, but CLIP reads at most {context}: {text[:60]!r}..."
             )
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for i, row in enumerate(rows):

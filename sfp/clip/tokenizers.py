@@ -156,7 +156,7 @@ class FileTokenizer(Tokenizer):
                 raise ValueError(f"text {text!r} has no tokens in {self.path}")
             if len(row) > self.context:
                 raise ValueError(
-                    f"text of {len(row)} tokens where this model reads {self.context}: "
+                    f"text of {len(row)} tokens, but this model reads at most {self.context}: "
                     f"{text[:60]!r}..."
                 )
         length = self.context if rules.full else max(map(len, rows))
@@ -167,7 +167,7 @@ class FileTokenizer(Tokenizer):
             return mark
         found = _open(self.path, self._sha256, self.rules.shift).id(mark)
         if found is None:
-            raise WeightsError(f"{self.path} has no token {mark!r}: it is of another model")
+            raise WeightsError(f"{self.path} has no token {mark!r}: it belongs to another model")
         return found
 
 
@@ -251,7 +251,7 @@ def _open(path: Path, sha256: str, shift: int) -> _Vocabulary:
         raise
     except Exception as error:  # both packages raise whatever their C++ and Rust parts do
         raise WeightsError(
-            f"cannot read the tokenizer {path}: {type(error).__name__}: {error}. Fetch it again"
+            f"cannot read the tokenizer {path}: {type(error).__name__}: {error}. Download it again"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""The one vision transformer of this package: OpenAI's, and by its switches that of other families.
+"""The vision transformer: OpenAI's, and with its switches set, that of other families.
 
 Methods never subclass or patch it. They run its trunk once (`trace`), edit tokens between blocks, and
-send chosen tokens through chosen blocks again (`Block.read`).
+send tokens through some blocks again (`Block.read`).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
         width, side = config.width, config.image_size // config.patch
-        self.switches = repr(config)  # what the fingerprint sees besides the weights
+        self.switches = repr(config)  # part of the fingerprint, besides the weights
         self.patch = config.patch
         self.prefix = config.prefix
         self.embed_dim = config.embed_dim
@@ -158,7 +158,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.conv1.weight.device
 
     @property
@@ -174,7 +174,7 @@ class VisionTransformer(nn.Module):
     def embed(self, image: Tensor, positions: Callable | None = None) -> Tokens:
         """The tokens that enter the first block.
 
-        Pixels beyond the last whole patch are left out, as CLIP's strided convolution does.
+        Pixels beyond the last whole patch are dropped, as by CLIP's strided convolution.
 
         Args:
             image: normalised images, (B, 3, H, W), each side at least one patch.
@@ -182,7 +182,7 @@ class VisionTransformer(nn.Module):
                 with which the tower was trained.
 
         Raises:
-            ValueError: if the image is no such batch.
+            ValueError: if the image has another shape.
         """
         if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[-2:]) < self.patch:
             raise ValueError(
@@ -217,11 +217,11 @@ class VisionTransformer(nn.Module):
         positions: Callable | None = None,
         **context: Any,
     ) -> Trace:
-        """Runs every block but the last, once, and keeps what the blocks put out.
+        """Runs every block but the last once, and keeps the blocks' outputs.
 
         Args:
             image: normalised images, (B, 3, H, W).
-            edits: applied after each block, in order; what they return feeds the next block.
+            edits: applied after each block, in order; their result is the input of the next block.
             positions: as in `embed`.
             **context: further fields of the `Trace`, e.g. `text`.
         """
@@ -235,10 +235,10 @@ class VisionTransformer(nn.Module):
         return trace
 
     def project(self, x: Tokens, pool_mlp: bool = True) -> Tokens:
-        """What single tokens contribute to the image's embedding: (B, T, D) -> (B, T, C).
+        """The contribution of single tokens to the image's embedding: (B, T, D) -> (B, T, C).
 
-        Final normalisation and projection; where a pool stands between, the way of a value through it,
-        which is the image's embedding if all tokens are equal.
+        Final normalisation and projection. In towers with a pool, the path of a value through the pool,
+        which gives the image's embedding if all tokens are equal.
 
         Args:
             x: tokens that left the last block, or the pool (`Tokens.pooled`).
@@ -272,10 +272,10 @@ class VisionTransformer(nn.Module):
         return self.joint(y)
 
     def pooled(self, x: Tokens) -> Tokens:
-        """What single tokens contribute to the pool, (B, T, E); what it gathers stands in for CLS.
+        """The contribution of single tokens to the pool, (B, T, E); the pool's output replaces CLS.
 
         Raises:
-            ValueError: if the tower has no such pool.
+            ValueError: if the tower has no attention pool.
         """
         pool = self.pool
         if pool is None:
@@ -285,17 +285,17 @@ class VisionTransformer(nn.Module):
         return replace(x, data=pool.values(normal.data), stand_in=stand_in, pooled=True)
 
     def gathered(self, x: Tokens) -> Tensor:
-        """The tokens' mean as the pool's query weighs them, heads averaged, (B, 1, D).
+        """The mean of tokens with the weights of the pool's query, averaged over heads, (B, 1, D).
 
-        What stands in for the class token of a tower that has none.
+        It replaces the class token in towers without one.
         """
         return self.gathering(x).mean(1, keepdim=True).to(x.data.dtype) @ x.data
 
     def gathering(self, x: Tokens) -> Tensor:
-        """How much the pool's query would attend to each of some tokens, (B, H, T).
+        """How much the pool's query would attend to each token, (B, H, T).
 
         Raises:
-            ValueError: if the tower has no such pool.
+            ValueError: if the tower has no attention pool.
         """
         if self.pool is None:
             raise ValueError("this tower has neither a class token nor an attention pool")

@@ -1,6 +1,6 @@
-"""Presets: a file per paper, with its ops, its mathematics and a function from knobs to a composition.
+"""Presets: one file per paper, with its ops, mathematics and a function from knobs to a composition.
 
-Every module of this folder is imported, so that a new file is all that a new preset needs.
+Every module in this folder is imported, so a new preset only needs a new file.
 """
 
 import importlib

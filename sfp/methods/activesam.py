@@ -1,14 +1,15 @@
-"""ActiveSAM: SAM 3 is asked for the classes that are there, with words around their names.
+"""ActiveSAM: prompts SAM 3 with the classes that are present, in the context of related words.
 
-Four things on top of SegEarth-OV3's maps: of many queries those of best presence, at a lower
-resolution, are asked for; text tokens of a query are followed by those of its nearest other queries and
-of more general words; names are brought into the form that SAM 3 knows; and a pixel where two classes
-are nearly equal is background sooner. By our reading; no numbers of the official code were at hand.
+Four additions to SegEarth-OV3's maps: only the queries with the highest presence, determined at a lower
+resolution, are used; the text tokens of a query are followed by those of its most similar other queries
+and of more general words; names are converted to a form that SAM 3 knows; and a pixel where two classes
+are nearly equal becomes background more easily. This is our interpretation, without numbers of the
+official code to compare with.
 Thresholds are settings of the segmentor, as those of `segearth_ov3`.
 
-The release takes general words from WordNet, which is not here: `hypernyms` names a file that has them,
-and without one that part is left out. Names are split by rules of our own where the source gives
-examples only.
+The release takes general words from WordNet, which is not included: `hypernyms` names a file with them,
+without which that part is left out. Where the source only gives examples, names are split by our own
+rules.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sfp.registry import METHODS, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
-HYPERNYMS = 2  # general words that follow a query at most
+HYPERNYMS = 2  # largest number of general words after a query
 HOMONYMS = dict(
     ashcan="trash can",
     buffet="sideboard",
@@ -117,7 +118,7 @@ def _wrong(path: str) -> ValueError:
 
 
 def active(presence: Tensor, quantile: float, most: int) -> Tensor:
-    """The queries that an image is asked for, by number, in order: (n,), at least one.
+    """The numbers of the queries used for an image, in order: (n,), at least one.
 
     Args:
         presence: of all queries, (Q,).
@@ -145,7 +146,7 @@ def active_maps(
     names: bool = True,
     windows: bool = False,
 ) -> Tensor:
-    """Scores of SAM 3 for the queries that are there, asked in context, (1, Q, H, W) in 0..1.
+    """Scores of SAM 3 for the queries that are present, in context, (1, Q, H, W) from 0 to 1.
 
     For the decision `margin_scores`.
 
@@ -187,7 +188,7 @@ def active_maps(
 
 @op("decision")
 def margin_scores(sheet: LogitSheet, rows: Rows, index: Sequence[int]) -> Rows:
-    """Scores that fall where two classes are nearly equal (ActiveSAM).
+    """Lowers scores where two classes are nearly equal (ActiveSAM).
 
     A pixel's best score s_1 becomes (s_1 sqrt(s_1 - s_2))^(4/5), the others shrink with it: it is below
     a threshold t where s_1 sqrt(s_1 - s_2) is below t^(5/4), and the best class stays the best.
@@ -220,7 +221,7 @@ def activesam(
     names: bool = True,
     windows: bool = False,
 ) -> dict[str, Any]:
-    """SAM 3 asked for the classes that are there, in context; needs the words and no CLIP.
+    """SAM 3 prompted with the classes that are present, in context. Needs the words and no CLIP.
 
     Args:
         guide: name of the SAM 3, which the caller provides (`guides=dict(sam3=dict(type="sam3",

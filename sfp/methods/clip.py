@@ -1,4 +1,4 @@
-"""CLIP: the last layer's patch tokens, as they are (Radford et al., ICML 2021, arXiv:2103.00020)."""
+"""CLIP: the unmodified patch tokens of the last layer (Radford et al., ICML 2021, arXiv:2103.00020)."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from sfp.registry import METHODS
 
 @METHODS.register_module()
 def clip() -> dict[str, Any]:
-    """The plain forward pass; the baseline that every other method improves."""
+    """The plain forward pass, the baseline for all other methods."""
     return dict()

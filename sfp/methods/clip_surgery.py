@@ -1,4 +1,4 @@
-"""CLIP Surgery: a v-v stream beside the last blocks, and logits without what all classes share.
+"""CLIP Surgery: a v-v stream beside the last blocks, and logits without what classes have in common.
 
 A Closer Look at the Explainability of Contrastive Language-Image Pre-training (Li et al., Pattern
 Recognition 2025, arXiv:2304.05653).
@@ -18,14 +18,14 @@ from sfp.trace import Trace, native_last
 
 @op("smoother")
 def native_cls(tokens: Tokens, trace: Trace) -> Tokens:
-    """The class token becomes that of the plain forward pass (CLIP Surgery)."""
+    """Replaces the class token with that of the plain forward pass (CLIP Surgery)."""
     native = trace.once(native_last)[:, : tokens.prefix]
     return tokens.with_data(torch.cat([native, tokens.patches], dim=1))
 
 
 @op("refiner", words=True)
 def remove_redundancy(logits: Tensor, trace: Trace, *, temperature: float = 2.0) -> Tensor:
-    """CLIP Surgery's feature surgery: what a patch shares with all queries is no evidence.
+    """CLIP Surgery's feature surgery: subtracts what a patch has in common with all queries.
 
     w s - mean over queries of w s, with s the logits and w the queries' weights for the whole image,
     softmax(temperature * global logits) over its mean. The paper writes it on features of size
@@ -40,11 +40,11 @@ def remove_redundancy(logits: Tensor, trace: Trace, *, temperature: float = 2.0)
 def clip_surgery(*, surgery_blocks: int = 6, feature_surgery: bool = True) -> dict[str, Any]:
     """softmax(vv) summed over the last blocks onto their input, no MLP; CLS stays the plain one.
 
-    The release resamples positions bilinearly, into the model itself (later sizes start from there)
-    and to square grids only; ours leaves the model alone and takes any grid.
+    The release resamples positions bilinearly, in place (so that later sizes start from the result) and
+    only to square grids; ours does not modify the model and supports any grid.
 
     Args:
-        surgery_blocks: how many of the last blocks; 0 is the plain forward pass.
+        surgery_blocks: number of last blocks; 0 is the plain forward pass.
         feature_surgery: whether redundancy is removed from the logits.
     """
     readout = dict(

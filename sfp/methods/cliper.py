@@ -243,7 +243,7 @@ def cliper(
     """The last block reads the input of every block: no residual, no FFN. Needs the text features.
 
     Args:
-        dataset: whose constants stand in for those that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those that are None; see `DATASETS`.
         cut, select: of the readout that spreads, as in `layer_probabilities`; the release selects the
             last but one of ViT-L/14 on many sets.
         logit_scale: 100; 50 in the release on COCO-Object and COCO-Stuff.

@@ -1,4 +1,4 @@
-"""CLIPtrase: correlated patches cluster, and their pixels vote (Shao et al., ECCV 2024).
+"""CLIPtrase: clusters of correlated patches, in which pixels vote (Shao et al., ECCV 2024).
 
 Explore the Potential of CLIP for Training-Free Open Vocabulary Semantic Segmentation,
 arXiv:2407.08268. The defaults are the release (224 pixels); its setting for 336 pixels is `eps=1.1,

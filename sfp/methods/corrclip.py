@@ -28,7 +28,7 @@ from sfp.registry import METHODS, Op, op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
-CHUNK = 2**24  # similarities held at once
+CHUNK = 2**24  # similarities in memory at once
 LATE = {12: 5, 24: 12, 32: 28}  # blocks -> how many layers the second stream averages
 
 Unsegmented = Literal["zero", "smallest"]

@@ -32,7 +32,7 @@ from sfp.registry import METHODS, composition, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
-BUDGET = 2**23  # probabilities held at once
+BUDGET = 2**23  # probabilities in memory at once
 
 
 def fuse_experts(logits: Tensor, default: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

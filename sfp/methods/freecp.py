@@ -1,4 +1,4 @@
-"""FreeCP: classes that an image does not show are dropped, and look-alikes compete by their crops.
+"""FreeCP: drops classes without evidence in the image; similar classes compete for image crops.
 
 The code is github.com/chenqi1126/FreeCP; it runs on any method's logits. Activations spread along the
 trunk's attention; a class whose activation and spread map disagree is redundant; classes whose spread
@@ -51,11 +51,11 @@ DATASETS = dict(
 
 @op("affinity")
 def sinkhorn(trace: Trace, *, affinity: Affinity, rounds: int = 3, square: bool = True) -> Tensor:
-    """An affinity made doubly stochastic, symmetric and, by its square, wider (FreeCP), (B, N, N).
+    """A doubly stochastic, symmetric and squared version of an affinity (FreeCP), (B, N, N).
 
     Args:
         affinity: not negative.
-        rounds: how often columns, then rows, are divided by their sums.
+        rounds: number of times that columns, then rows, are divided by their sums.
         square: whether the symmetric part (T + T^T) / 2 is multiplied with itself.
     """
     weights = trace.once(affinity)
@@ -67,9 +67,9 @@ def sinkhorn(trace: Trace, *, affinity: Affinity, rounds: int = 3, square: bool 
 
 
 def boxes(activation: Tensor, share: float, edges: str = "inside") -> list[Box]:
-    """Bounding boxes of the regions, and of the holes in them, where a map is large.
+    """Bounding boxes of the regions where a map is large, and of the holes in them.
 
-    A hole's box is the hole's, grown by one cell. Regions are 8-connected.
+    The boxes of holes are grown by one cell. Regions are 8-connected.
 
     Args:
         activation: (h, w) in 0..1; it is taken in 8 bits, as the release does.
@@ -129,10 +129,10 @@ def soft_iou(maps: Tensor) -> Tensor:
 def crop_winners(
     trace: Trace, image: Tensor, found: Sequence[Box], text: Tensor, side: int
 ) -> list[int]:
-    """The query (of `text`, (n, C)) that each crop of an image is most like by CLIP's embedding.
+    """The query (of `text`, (n, C)) most similar to each crop of an image, by CLIP's embedding.
 
     Args:
-        trace: whose model embeds the crops.
+        trace: its model embeds the crops.
         image: normalised, (3, H, W).
         found: boxes on the patch grid, with an area.
         text: unit features.
@@ -163,7 +163,7 @@ def unambiguous(
     edges: str,
     crop_side: int,
 ) -> list[int]:
-    """Which queries are left when those whose maps overlap have competed for crops.
+    """The queries that remain after those with overlapping maps have competed for crops.
 
     Args:
         trace, image, text: as in `crop_winners`.
@@ -199,11 +199,11 @@ def class_purification(
     crop_side: int = 112,
     crop_text: str | None = None,
 ) -> Tensor:
-    """Spread activations in 0..1 of the queries that the image shows, 0 for all others (FreeCP).
+    """Spread activations, from 0 to 1, of the queries that occur in the image; 0 for others (FreeCP).
 
     Args:
-        affinity: along which activations spread; logits of another grid are resized to it, the
-            patches' own.
+        affinity: affinity along which activations spread; logits on another grid are resized to its
+            grid, that of the patches.
         redundant: queries whose overlap of probability and spread map is no larger are dropped (r_p);
             below 0, none is.
         ambiguous: soft IoU of spread maps from which queries compete (a_p); above 1, none do.
@@ -272,13 +272,13 @@ def freecp(
     rounds: int = 3,
     square: bool = True,
 ) -> dict[str, Any]:
-    """Another preset, whose logits become purified activations. Needs the text features.
+    """Purified activations from the logits of another preset. Needs the text features.
 
     Args:
         base: the preset, by name or with knobs.
-        dataset: whose constants stand in for those of the next three that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those of the next three that are None; see `DATASETS`.
         redundant, ambiguous: thresholds r_p and a_p, as in `class_purification`.
-        background: whether class 0 is made of background words and gets what the others leave.
+        background: whether class 0 consists of background words and gets the remainder of the others.
         logit_scale: inverse temperature of the softmax; CLIP's own, 100.
         box_share, edges: of the boxes, as in `class_purification`.
         crop_side, crop_text: of the crops, as in `class_purification`.

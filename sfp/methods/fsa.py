@@ -1,8 +1,8 @@
-"""FSA: a second read of ProxyCLIP that uses what the first one sees (code by chi-chi-zx).
+"""FSA: a second pass of ProxyCLIP that uses feedback from the first one (code by chi-chi-zx).
 
-Every patch has a distribution over the words, ProxyCLIP's against that of uniform attention. Patches
-whose distributions are close, by Kullback and Leibler, attend to each other, in ProxyCLIP's attention
-and beside it.
+Every patch has a distribution over the words, from ProxyCLIP's logits minus those of uniform attention.
+Patches whose distributions are close in Kullback-Leibler divergence attend to each other, both within
+ProxyCLIP's attention and in addition to it.
 
 The release runs ProxyCLIP's setting (windows of 336 pixels, stride 112, padded to multiples of 56). It
 fails on windows that are not square and holds the divergences of all classes at once; here one product
@@ -30,7 +30,7 @@ TINY = 1e-10  # below the logarithms, as in the release
 
 
 def divergence(probs: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of each row from each, (B, M, Q) -> (B, M, M).
+    """Kullback-Leibler divergences between all pairs of rows, (B, M, Q) -> (B, M, M).
 
     sum_q p_iq (ln p_iq - ln p_jq), at least 0.
     """
@@ -40,10 +40,10 @@ def divergence(probs: Tensor) -> Tensor:
 
 
 def closest(similarity: Tensor, keep: float) -> Tensor:
-    """Which entries of each row carry the first part of its softmax, (..., M) bool.
+    """The largest entries of each row that hold a share `keep` of its softmax, (..., M) bool.
 
-    Entries in descending order, as long as the running sum of the softmax of the whole row, their own
-    part included, is at most `keep`; the first always.
+    Entries are taken in descending order as long as the cumulative softmax, including their own, is at
+    most `keep`; the first is always taken.
     """
     weights, order = similarity.softmax(-1).sort(dim=-1, descending=True, stable=True)
     kept = weights.cumsum(-1) <= keep
@@ -78,21 +78,21 @@ def word_feedback(
 
     Args:
         affinity, guide, gain, centre: as in `proxy_attention`.
-        lam: how much closer patches weigh more (`feedback_weights`); 2.3 for ViT-H/14.
+        lam: additional weight of closer patches (`feedback_weights`); 2.3 for ViT-H/14.
         keep: share of a row's softmax that is kept.
-        first_scale: factor on the cosines of the first look.
-        uniform_scale: factor on those of uniform attention, which are taken off.
+        first_scale: factor on the cosines of the first pass.
+        uniform_scale: factor on those of uniform attention, which are subtracted.
     """
     first = centred_softmax(trace.once(affinity), gain, centre)  # (B, M, M)
     p, u = first_looks(heads, trace, first, guide)
     probs = (first_scale * p - uniform_scale * u).softmax(-1)
-    close = feedback_weights(1 / (1 + divergence(probs)), lam, keep)
+    close = feedback_weights(1 / (1 + divergence(probs)), lam, keep).to(first)
     weights = (close @ first + first @ close + close) / 3
     return F.pad(to_guide(weights, heads.grid, trace.guide(guide).grid), (heads.prefix, 0))[:, None]
 
 
 def first_looks(heads: Heads, trace: Trace, weights: Tensor, guide: str) -> tuple[Tensor, Tensor]:
-    """Cosines with the words of a guide's patches that attend by weights, and of all alike.
+    """Cosines with the words for a guide's patches with given attention, and for uniform attention.
 
     Args:
         heads: of what is read with, patches alone or with a prefix, which is left out.

@@ -26,7 +26,7 @@ def suppress_channel(
     blocks: Sequence[int] | None = None,
     channel: int | None = None,
 ) -> None:
-    """GCLIP's channel suppression: the MLP's loudest output channel is scaled to the others' norm.
+    """GCLIP's channel suppression: scales the MLP's largest output channel to the others' norm.
 
     Row c of `mlp.c_proj.weight` writes channel c; it is scaled by (mean norm of the other rows) / (its
     norm). The bias stays.
@@ -78,14 +78,15 @@ def gclip(
     cs_blocks: Sequence[int] | None = None,
     channel: int | None = None,
 ) -> dict[str, Any]:
-    """Mean of sm(qq) with ordinary attention of layers where global tokens emerge; no residual, no MLP.
+    """Mean of sm(qq) and the attention of layers where global tokens emerge; no residual, no MLP.
 
     Args:
-        blocks: those layers, counted from 0; none for sm(qq) alone.
+        blocks: those layers, counted from 0; none for only sm(qq).
         head_average: whether all heads share the mean map.
         suppress: whether the outlier channel of the MLPs is suppressed, on a copy of the weights.
-        cs_blocks: in which layers; None finds the first from the weights (`outlier_onset`).
-        channel: which; None is each block's loudest.
+        cs_blocks: layers for channel suppression; None finds the first from the weights
+            (`outlier_onset`).
+        channel: number of the channel; None for each block's largest.
     """
     attention: dict[str, Any] = dict(type="self_self", pairs=("qq",))
     if blocks:

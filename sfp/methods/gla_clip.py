@@ -1,13 +1,13 @@
 """GLA-CLIP: ProxyCLIP's attention over all windows of an image (code by 2btlFe).
 
-The patches of all windows are one list of keys. Each patch looks for its like through a proxy, the mean
-of what is similar to it, found anew in every round. How sharp a row is follows from how many patches
-its proxy stands for, and how much of the mean is taken off from the number of windows.
+The patches of all windows form one list of keys. Each patch attends through a proxy, the mean of its
+similar keys, updated in several rounds. The sharpness of a row depends on the number of patches that
+its proxy represents, and the subtracted multiple of the mean on the number of windows.
 
 The release runs OpenAI's B/16 with DINO ViT-B/8 on windows of 224 pixels (stride 112) padded to
-multiples of 56 (`pad_windows=56`). Its script names a threshold of 0.6, which the code does not get:
-0.55 is what runs. It takes square windows only, and holds all similarities at once; here rows go in
-chunks. Its other keys, ClearCLIP's queries, fail in the release and are left out.
+multiples of 56 (`pad_windows=56`). Its script names a threshold of 0.6 but does not pass it on, so that
+0.55 is used. It supports only square windows and keeps all similarities in memory; here rows are
+processed in chunks. Its alternative keys, ClearCLIP's queries, fail in the release and are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sfp.trace import Trace
 
 
 def proxies(keys: Tensor, threshold: float, rounds: int) -> tuple[Tensor, Tensor]:
-    """What each key looks with, and for how many keys it stands: (M, C) and (M,).
+    """The proxy of each key, and the number of keys that it represents: (M, C) and (M,).
 
     A proxy starts as the key itself. In each round it becomes the unit mean of the keys whose cosine
     with it is larger than `threshold`, or its own key where there are none.
@@ -36,7 +36,7 @@ def proxies(keys: Tensor, threshold: float, rounds: int) -> tuple[Tensor, Tensor
     Args:
         keys: unit rows, (M, C).
         threshold: cosine.
-        rounds: how often; 0 leaves the keys, each for those that are like it.
+        rounds: number of rounds; with 0 the keys are their own proxies.
     """
     found, counts = [], []
     for start in range(0, len(keys), step := _rows(len(keys))):
@@ -56,7 +56,7 @@ def anchored_softmax(
 ) -> Tensor:
     """softmax(gamma * (a - beta * mean)) where that is not negative, rows (m, M).
 
-    A row that is negative everywhere keeps its largest entry alone.
+    A row that is negative everywhere keeps only its largest entry.
 
     Args:
         similarity: a, (m, M).
@@ -86,7 +86,7 @@ def proxy_anchors(
 
     Args:
         guide: name of an external encoder, whose final patches are the keys.
-        threshold, rounds: of `proxies`; without rounds the keys look for themselves.
+        threshold, rounds: as for `proxies`; without rounds the keys are used directly.
         beta: factor on the mean; None is 1 + beta_share * ln(1 + W) of W windows.
         gamma: inverse temperature; None is 1 + gamma_share / n of a proxy for n keys.
         beta_share, gamma_share: as said.

@@ -49,7 +49,7 @@ def region_mean(logits: Tensor, trace: Trace, *, least: float = 0.0) -> Tensor:
 
 @METHODS.register_module()
 def lavg(*, base: str | Mapping[str, Any] = "sclip") -> dict[str, Any]:
-    """Another preset, whose logits become the means of regions; needs regions.
+    """The logits of another preset, averaged over regions. Needs regions.
 
     Published: `regions=dict(propose=dict(type="cuts", model="facebook/dino-vitb8"))`.
 

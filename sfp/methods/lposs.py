@@ -31,7 +31,7 @@ from sfp.registry import METHODS, composition, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
-QUERIES = 16  # whose pixel maps are propagated at once
+QUERIES = 16  # number of queries whose pixel maps are propagated at once
 
 
 @op("refiner", whole=True)
@@ -52,7 +52,7 @@ def propagate_patches(
     Nodes are the guide's patches: logits of another grid are resized to it.
 
     Args:
-        guide: external encoder whose features say which patches belong together.
+        guide: external encoder whose features determine which patches are similar.
         output: of the guide (see `Trace.guide`): "v", the values of its last block, or None for its
             last layer's tokens.
         neighbours, power, decay: as in `sfp.functional.graphs.neighbour_graph`; the distance is that of
@@ -130,12 +130,12 @@ def lposs(
     alpha: float = 0.95,
     steps: int = 10,
 ) -> dict[str, Any]:
-    """Another preset, whose logits propagate between the patches of the image. Needs a guide.
+    """The logits of another preset, propagated between the patches of the image. Needs a guide.
 
     Args:
         base: the preset, by name or with knobs. Unless it says otherwise, the position table is
             sampled on the exact grid, as in the release.
-        guide, output: external encoder, which the caller provides, and what is taken of it.
+        guide, output: external encoder, provided by the caller, and the output used.
         neighbours, power, decay: of the graph (k, gamma, sigma), as in `propagate_patches`.
         alpha, steps: of the solver, as in `propagate_patches`.
     """
@@ -163,7 +163,7 @@ def lposs_plus(
     alpha: float = 0.95,
     steps: int = 10,
 ) -> dict[str, Any]:
-    """Another preset, `lposs` by default, whose merged logits propagate between pixels.
+    """The merged logits of another preset, by default `lposs`, propagated between pixels.
 
     Args:
         base: the preset, by name or with knobs.

@@ -170,11 +170,11 @@ def object_presence(
     nearest: int = 2,
     scope: Literal["image", "window"] = "image",
 ) -> dict[str, Any]:
-    """Another preset, whose words are moved towards the image. Needs the text features.
+    """Another preset with words moved towards the image. Needs the text features.
 
     Args:
         base: the preset, by name or with knobs.
-        dataset: whose constants stand in for those of the next that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those of the next that are None; see `DATASETS`.
         image_weight, move, height: as in `present_words`.
         linkage, nearest, scope: as in `present_words`.
     """

@@ -201,7 +201,7 @@ def resclip(
     """Attention output of the last block alone: no residual, no FFN. Needs the text features.
 
     Args:
-        dataset: whose constants stand in for those of the next that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those of the next that are None; see `DATASETS`.
         use_rcs, use_sfr: the two additions; without both it is NACLIP.
         layers: blocks whose attention RCS adds.
         gaussian_std: NACLIP's prior, in patches.

@@ -183,7 +183,7 @@ def rfclip(
         channels, factor, count: of the outliers, as in `channel_share`.
         blend: share of its neighbourhood that an outlier takes.
         sim_cut: similarities below become 0.
-        dataset: whose constants stand in for those of the next that are None
+        dataset: dataset whose constants replace those of the next that are None
             (`sfp.methods.object_presence.DATASETS`); None leaves the words alone.
         image_weight, move, height, scope: as in `object_presence`; the release clusters by complete
             linkage, and takes each window's own class token ("window") on Cityscapes.

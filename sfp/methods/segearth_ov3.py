@@ -40,7 +40,7 @@ def segearth_ov3(
     Args:
         guide: name of the SAM 3, which the caller provides (`guides=dict(sam3=dict(type="sam3",
             model="facebook/sam3"))`).
-        dataset: whose constants stand in for those that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those that are None; see `DATASETS`.
         score: instances of no larger score are left out.
         windows: whether it looks at each window instead of the whole image: in remote sensing, with
             `slide_crop=512, slide_stride=512`.

@@ -52,8 +52,10 @@ def agreeing_attention(
         threshold = torch.where(threshold < 0, negative, threshold)
     kept = torch.zeros_like(attention[0])
     for weights, rows in zip(attention, unit, strict=True):  # a head's map of 64 x 64: 67 MB
-        kept += weights * (rows @ rows.T > threshold[:, None])
-    return kept / kept.sum(-1, keepdim=True)
+        agree = rows @ rows.T > threshold[:, None]
+        agree.fill_diagonal_(True)  # values of length 0 have no cosine, not even with themselves
+        kept += weights * agree
+    return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
 
 
 @op("reader", whole=True)
@@ -91,7 +93,7 @@ def sam_correlation(
     (values,) = last.attn.project(last.ln_1(tokens.data), "v")  # (W, H, N, d)
     maps = values.transpose(1, 2).flatten(2).mT.unflatten(2, tokens.grid)  # (W, D, h, w)
     rows = resize(upcast(maps), features.grid).flatten(2).mT  # (W, N', D)
-    read = upcast(last.attn.join((weights @ rows).to(values.dtype)))
+    read = upcast(last.attn.join((weights.to(rows) @ rows).to(values.dtype)))
     joined = whole.grid.stitch(read.mT.unflatten(2, features.grid), floor=floor)  # (1, D, h, w)
     if sam is not None:
         if sam not in trace.guides:
@@ -162,7 +164,7 @@ def trident(
         guide: name of the guide of the windows, which the caller provides.
         sam: name of the guide with SAM's attention (`guides=dict(sam=dict(type="sam", model=...))`);
             None leaves that step out.
-        dataset: whose constants stand in for those of the next that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those of the next that are None; see `DATASETS`.
         beta, gamma: of the windows' attention, as in `proxyclip`.
         factor, negative, halves: as in `sam_correlation`.
         floor: windows are moved back to whole cells, as in the release.

@@ -157,7 +157,7 @@ def prepare(root: str | Path, scenes: int = 200, first_seed: int = 900_000) -> P
 
     Writes `images/<seed>.png` and `labels/<seed>.png` (class indices) with a `manifest.json` that
     holds how they were drawn and a checksum of every file. An intact benchmark is left as it is.
-    A new one is completed beside `root` and then renamed, so nobody ever sees half of it and any
+    A new one is written beside `root` and then renamed, so that it is never seen incomplete and any
     number of processes may call this at once.
 
     Args:
@@ -215,7 +215,9 @@ def _swap(partial: Path, root: Path, recipe: dict) -> None:
             before = root.stat().st_ino
             if _intact(root, recipe):
                 return
-            if root.stat().st_ino == before:  # still the outdated one, not somebody's new one
+            if (
+                root.stat().st_ino == before
+            ):  # still the outdated one, not another process's new one
                 shutil.rmtree(root.rename(partial.with_name(f"{partial.name}.old")))
 
 

@@ -1,6 +1,6 @@
 """Ops that several methods share, by kind; those of one paper are in its file in `sfp.methods`.
 
-Every module of this folder is imported, which registers its ops.
+Every module in this folder is imported, which registers its ops.
 """
 
 import importlib

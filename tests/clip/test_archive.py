@@ -56,7 +56,7 @@ HOSTILE = {  # name: (program, data, why it is refused)
     ),
     "attribute of a class": (b"ctorch\nHalfStorage\n}b.", {}, "where a _Module belongs"),
     "call of a type": (b"ctorch\nHalfStorage\n(K\x01tR.", {}, "refused to call torch.HalfStorage"),
-    "memo bomb": (b"}r\xff\xff\xff\x7f.", {}, "no state dict"),
+    "memo bomb": (b"}r\xff\xff\xff\x7f.", {}, "not a state dict"),
     "string of 4 GB": (b"X\xff\xff\xff\xffa.", {}, "malformed"),
     "deep key": (b"})" + b"\x85" * 100_000 + b"Ns.", {}, "where a str belongs"),
     "cycle": (

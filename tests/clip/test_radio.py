@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import sfp
 from sfp.cli import main
-from sfp.clip.checkpoints import image_layouts
+from sfp.clip.checkpoints import image_layouts, loading
 from sfp.clip.checkpoints.loading import load_clip, open_weights, weights_digest
 from sfp.clip.checkpoints.published import ARCHITECTURES, PUBLISHED, LayoutError
 from sfp.functional.grid import cropped_positions
@@ -89,7 +89,7 @@ def test_whose_texts(folders, tmp_path, capsys):
     assert load_clip(state, head_width=16, texts=folder / "text").text.tokenize(["sky"]).shape
     with pytest.raises(LayoutError, match=r"texts='siglip2-gopt16-384'.*as text/"):
         load_clip(state, head_width=16)
-    with pytest.raises(LayoutError, match="has a text tower of its own: leave out texts="):
+    with pytest.raises(LayoutError, match="has its own text tower: omit texts="):
         load_clip(folder / "text", texts=folder / "text")
     assert main(["weights", "check", str(folder)]) == 0
     shown = "".join(capsys.readouterr().out.replace("│", "").split())
@@ -103,8 +103,33 @@ def test_without_an_adaptor_it_says_what_to_do(folders, tmp_path):
     config = transformers.RadioConfig(**VISION | dict(max_img_size=64))
     transformers.RadioModel(config).save_pretrained(tmp_path)
     for source in (tmp_path, towers.transformers_radio().state, towers.timm_radio().state):
-        with pytest.raises(LayoutError, match=r"without its adaptor to SigLIP 2.*can be a guide"):
+        with pytest.raises(LayoutError, match=r"without its adaptor to SigLIP 2.*as a guide"):
             load_clip(source, texts=folder / "text")
+
+
+def test_a_scale_that_is_missing(folders):
+    """transformers would take 1, and features would be wrong without a word."""
+    _, state, *_ = folders
+    state = dict(state)
+    del state["radio_model.model.blocks.3.ls1.gamma"]
+    with pytest.raises(LayoutError, match="11 layer scales: expected two in each block or none"):
+        load_clip(state)
+
+
+def test_get_fetches_the_text_tower_too(monkeypatch, tmp_path, capsys):
+    fetched = []
+
+    def located(name):
+        fetched.append(name)
+        path = tmp_path / name
+        path.write_bytes(bytes(3))
+        return path
+
+    monkeypatch.setattr(loading, "locate", located)
+    monkeypatch.setattr(loading, "complete", lambda row: None)
+    monkeypatch.setattr(loading, "verify", lambda name, path: ("0" * 64, True))
+    assert main(["weights", "get", "c-radio-v3-l", "c-radio-v3-b"]) == 0
+    assert fetched == ["c-radio-v3-l", "c-radio-v3-b", "siglip2-gopt16-384"]
 
 
 def tower_of(state: dict[str, Tensor], config: dict | None = None):

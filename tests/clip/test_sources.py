@@ -147,11 +147,11 @@ def empty(folder):
 
 OUTSIDE = json.dumps(dict(weight_map={"visual.proj": "../../secret.safetensors"}))
 ERRORS = {
-    "missing shard": (missing_shard, "1 are not beside it: model-00002-of-00003.safetensors"),
-    "shard of another model": (shard_of_another_model, "which its parts do not have"),
-    "shard alone": (shard_alone, r"one part of several .*give their index, .*index\.json$"),
-    "shard without index": (shard_without_index, r"index\.json, which is not there"),
-    "shards without index": (folder_of_shards_without_index, r"index\.json, which is not there"),
+    "missing shard": (missing_shard, "1 are not in its folder: model-00002-of-00003.safetensors"),
+    "shard of another model": (shard_of_another_model, "which its parts do not contain"),
+    "shard alone": (shard_alone, r"is only part .*give the index, .*index\.json$"),
+    "shard without index": (shard_without_index, r"index\.json, which is missing"),
+    "shards without index": (folder_of_shards_without_index, r"index\.json, which is missing"),
     "no JSON": (index_with("{"), f"cannot read .*{INDEX}"),
     "no map": (index_with("{}"), f"cannot read .*{INDEX}"),
     "empty map": (index_with('{"weight_map": {}}'), f"cannot read .*{INDEX}"),

@@ -45,7 +45,9 @@ def test_tokenizer(case):
     assert len(case["ids"]) == min(case["full_len"], 77)
     if case["full_len"] > 77:
         assert case["raises_without_truncate"]
-        with pytest.raises(ValueError, match=f"{case['full_len']} tokens where CLIP reads 77"):
+        with pytest.raises(
+            ValueError, match=f"{case['full_len']} tokens, but CLIP reads at most 77"
+        ):
             tokenize([case["text"]])
     else:
         assert tokenize([case["text"]]).tolist() == [case["ids"]]
@@ -84,7 +86,7 @@ def test_shorter_contexts(case):
     context = case["context_length"]
     needed = tokenize([case["text"]], 1000).shape[1]
     if needed > context:
-        with pytest.raises(ValueError, match=f"{needed} tokens where CLIP reads {context}"):
+        with pytest.raises(ValueError, match=f"{needed} tokens, but CLIP reads at most {context}"):
             tokenize([case["text"]], context)
     else:
         ids = tokenize([case["text"]], context)[0].tolist()
@@ -212,12 +214,14 @@ def test_names_with_braces_and_percent_signs(clip):
 
 
 def test_a_checkpoint_of_another_vocabulary():
-    with pytest.raises(ValueError, match=r"knows 512 tokens.*ids up to 49407.*query_features"):
+    with pytest.raises(ValueError, match=r"has 512 tokens.*ids up to 49407.*query_features"):
         encode_queries(tiny.clip(), ["cat"], FEW)
 
 
 def test_a_name_that_is_too_long(clip):
-    with pytest.raises(ValueError, match="tokens where CLIP reads 77: 'a photo of a word word"):
+    with pytest.raises(
+        ValueError, match="tokens, but CLIP reads at most 77: 'a photo of a word word"
+    ):
         encode_queries(clip, ["cat", "word " * 80], FEW)
 
 

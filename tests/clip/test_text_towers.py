@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfp.clip.checkpoints import image_layouts, text_layouts
 from sfp.clip.checkpoints.published import LayoutError
+from sfp.clip.checkpoints.renaming import stated
 from sfp.clip.text_towers import TextTower, sinusoids
 
 SMALL = dict(
@@ -115,6 +116,33 @@ def test_metaclip2():
     # an id above that of the end: the embedding is at the first end, not at the largest id
     text = dict(SMALL, eos_token_id=2, pad_token_id=1, hidden_act="quick_gelu")
     transformers_text("MetaClip2", text, batch(pad=1, end=2), False, projection_dim=24)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "ids", "config"),
+    [
+        ("CLIP", dict(eos_token_id=40, pad_token_id=0), dict(end=40), dict(projection_dim=24)),
+        ("Siglip", dict(projection_size=48, hidden_act="gelu"), dict(pad=1), {}),
+        (
+            "MetaClip2",
+            dict(eos_token_id=2, pad_token_id=1, hidden_act="gelu"),
+            dict(pad=1, end=2),
+            dict(projection_dim=24),
+        ),
+        ("Tipsv2", dict(pad_token_id=0, hidden_act="gelu"), dict(pad=0), {}),
+    ],
+)
+def test_what_configurations_state(kind, text, ids, config):
+    """Another end, activation or eps than the family's published models have."""
+    if kind != "CLIP":
+        text = text | dict(layer_norm_eps=1e-2)
+    text = dict(SMALL, hidden_act="quick_gelu") | text
+    transformers_text(kind, text, batch(**ids), kind == "Tipsv2", **config)
+
+
+def test_an_activation_that_is_not_known():
+    with pytest.raises(LayoutError, match="hidden_act 'silu' is none of quick_gelu, gelu"):
+        stated(dict(hidden_act="silu"))
 
 
 def test_tips():
@@ -234,7 +262,7 @@ def test_long_clip():
 REFUSED = {
     "another vocabulary": (lambda: openai_state(vocab=60000), "60000 tokens"),
     "two towers": (lambda: openai_state() | {"text.ln_final.bias": torch.ones(64)}, "two text"),
-    "T5": (lambda: {"text.transformer.encoder.layers.0.x": torch.ones(3)}, "no BERT"),
+    "T5": (lambda: {"text.transformer.encoder.layers.0.x": torch.ones(3)}, "other than BERT"),
     "nothing": (dict, ".token_embedding.weight. is missing"),
 }
 

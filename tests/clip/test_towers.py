@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 import re
 
 import pytest
@@ -58,14 +59,13 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(found / scale, expected / scale, atol=tolerance, rtol=0)
 
 
-def compared(name: str, image: Tensor, **knobs) -> None:
+def compared(given: Family, ours: VisionTransformer, image: Tensor, **knobs) -> None:
     """Tokens of every block and the embedding."""
-    ours = tower(name)
     rescale = knobs.pop("rescale", None)
     if rescale is not None:
         ours.rope.rescale = rescale
     try:
-        expected, outputs = family(name).run(image)
+        expected, outputs = given.run(image)
         trace = ours.trace(image, **knobs)
         for i, tokens in enumerate([*trace.outputs, trace.leaving()][: len(outputs)]):
             close(tokens.data, outputs[i])
@@ -79,13 +79,44 @@ def compared(name: str, image: Tensor, **knobs) -> None:
 
 @EACH
 def test_on_the_grid_of_training(name):
-    compared(name, tiny.images(2, *family(name).size))
+    compared(family(name), tower(name), tiny.images(2, *family(name).size))
 
 
 @EACH
 def test_on_another_grid(name):
     given = family(name)
-    compared(name, tiny.images(2, *given.other), **given.knobs)
+    compared(given, tower(name), tiny.images(2, *given.other), **given.knobs)
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "MobileCLIP-B"])  # of fixed sizes
+def test_other_sizes(name, monkeypatch):
+    """Drawn at random: depth, heads, patches, grids, batches; a name always draws the same."""
+    draw = random.Random(name)
+    heads, head = draw.choice([(2, 4), (1, 24), (3, 8), (2, 12), (6, 16)])
+    patch, cells = draw.choice([4, 5, 7, 14]), draw.randint(1, 6)
+    sizes = dict(
+        HEADS=heads, WIDTH=heads * head, DEPTH=draw.randint(1, 4), EMBED=8 * draw.randint(1, 5)
+    )
+    for key, value in dict(sizes, PATCH=patch, SIDE=patch * cells).items():
+        monkeypatch.setattr(towers, key, value)
+    given = FAMILIES[name]()
+    ours = given.tower()
+    compared(given, ours, tiny.images(draw.randint(1, 3), *given.size))
+    # grids of one column are left out: PyTorch's antialiased `interpolate`, which the packages call,
+    # is wrong for them in float32
+    grid = (draw.randint(1, 8), draw.randint(7, 9))
+    compared(given, ours, tiny.images(2, *(patch * cells for cells in grid)), **given.knobs)
+
+
+@pytest.mark.parametrize("registers", [0, 1, 4])
+@pytest.mark.parametrize("biases", [True, False])
+def test_registers_and_biases(registers, biases):
+    """As many as a configuration asks for; queries, keys and values may have no biases."""
+    for given in (
+        towers.tipsv2(num_register_tokens=registers, qkv_bias=biases),
+        towers.transformers_radio(num_registers=registers, qkv_bias=biases),
+    ):
+        compared(given, given.tower(), tiny.images(2, *given.other))
 
 
 # -- dense features --------------------------------------------------------------------------------

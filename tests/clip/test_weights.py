@@ -45,7 +45,7 @@ from sfp.evaluation.settings import settings
 from sfp.files import sha256_file
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-GUESS = "nothing says which activation"
+GUESS = "it is not recorded which activation"
 CONFIG = dict(
     model_cfg=dict(
         embed_dim=24,
@@ -288,6 +288,34 @@ def test_transformers_clip(tmp_path, activation, vision):
     assert (clip.mean, clip.std) == ((127.5,) * 3, (63.75,) * 3)
 
 
+@pytest.mark.parametrize("kind", ["AltCLIP", "ChineseCLIP"])
+def test_clips_beside_other_text_towers(tmp_path, kind):
+    """Folders as transformers writes them; AltCLIP's have other names than the model in memory."""
+    import transformers
+
+    tower = dict(hidden_size=48, num_attention_heads=3, num_hidden_layers=2, intermediate_size=70)
+    text = tower | dict(
+        vocab_size=60, max_position_embeddings=90, pad_token_id=int(kind == "AltCLIP")
+    )
+    images = tower | dict(image_size=24, patch_size=8, hidden_act="quick_gelu")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=images, projection_dim=24
+    )
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    model.save_pretrained(tmp_path)
+    clip = load_clip(tmp_path)
+    image, ids = torch.randn(2, 3, 24, 24), torch.randint(3, 60, (3, 12))
+    with torch.no_grad():
+        pairs = [
+            (clip.encode_image(image), model.get_image_features(pixel_values=image)),
+            (clip.encode_text(ids), model.get_text_features(ids, torch.ones_like(ids))),
+        ]
+    for found, out in pairs:
+        expected = getattr(out, "pooler_output", out)
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-4)
+
+
 def test_transformers_clip_without_its_configuration():
     model = transformers_clip("quick_gelu")
     state = model.state_dict()
@@ -296,7 +324,9 @@ def test_transformers_clip_without_its_configuration():
     with pytest.warns(UserWarning, match=GUESS):
         clip = load_clip(state, head_width=24, text_head_width=16)
     check_transformers(clip, model)
-    with pytest.raises(LayoutError, match="width 48 cannot be divided into attention heads of 64"):
+    with pytest.raises(
+        LayoutError, match="width 48 cannot be divided into attention heads of width 64"
+    ):
         load_clip(state, activation="gelu")
 
 
@@ -339,7 +369,7 @@ REFUSED = [
     (lambda: open_clip_with("visual.trunk.attn_pool.latent"), "tensors do not fit each other"),
     (lambda: open_clip_with("visual.trunk.blocks.0.norm1.weight"), "two tensors for visual"),
     (lambda: open_clip_with("visual.attn_pool.query"), "tensors do not fit each other"),
-    (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "is no BERT"),
+    (lambda: open_clip_with("text.transformer.embeddings.LayerNorm.bias"), "other than BERT"),
     (lambda: open_clip_with("text.cls_emb"), "cls_emb is"),
     (lambda: open_clip_with("text.transformer.shared.weight"), "T5 or NLLB"),
     (lambda: {"image_model.embeddings.cls_token": torch.ones(2)}, "FLAVA"),
@@ -391,7 +421,7 @@ def test_models_of_other_kinds(tmp_path, state, message):
 def test_a_part_of_a_sharded_checkpoint(tmp_path):
     path = tmp_path / "open_clip_pytorch_model-00001-of-00002.safetensors"
     save_file(without(open_clip_state(), "transformer."), path)
-    with pytest.raises(LayoutError, match="one part of several"):
+    with pytest.raises(LayoutError, match="is only part"):
         load_clip(path, activation="gelu", head_width=24)
 
 
@@ -568,7 +598,9 @@ def test_a_copy_in_the_cache_folder_needs_no_hub(cache, monkeypatch):
     assert not open_weights(name).verified
     assert clip.digest == weights_digest(name)
     saved(path, image_size=32, text_layers=1)
-    wrong = r"is no ViT-B-32: image size 32, expected 64; text blocks 1, expected 2\. Another"
+    wrong = (
+        r"is not a ViT-B-32: image size 32, expected 64; text blocks 1, expected 2\. It is another"
+    )
     with pytest.raises(LayoutError, match=wrong):
         load_clip(name)
 

@@ -10,6 +10,7 @@ from narrow import images, vit
 from torch import Tensor
 
 import sfp
+from sfp.ops.detectors import squared_distances
 from sfp.outliers.planted import Plant
 from sfp.registry import bind
 
@@ -131,6 +132,16 @@ def test_l2_norm(i):
     norms = [float(x.norm()) for x in trace().outputs[LAYER].patches[i]]
     most = sorted(range(196), key=lambda j: -norms[j])[:10]
     assert marked(detect("l2_norm", trace())[i]) == sorted(most)
+
+
+def test_squared_distances_of_close_and_far_points():
+    generator = torch.Generator().manual_seed(0)
+    x = 30 + 5 * torch.randn(2, 40, 64, generator=generator)
+    x[0, 1], x[0, 2] = x[0, 0], x[0, 0] + 1e-4
+    expected = (x.double()[:, :, None] - x.double()[:, None]).square().sum(-1)
+    found = squared_distances(x)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-9)
+    assert found[0, 0, 1] == 0
 
 
 @pytest.mark.parametrize("i", [0, 1])

@@ -240,7 +240,7 @@ def _flat(tree: Any) -> dict[str, _View]:
     """Tensors by name: those of a state dict, or the attributes of a tree of modules."""
     if isinstance(tree, dict):
         if not tree or not all(isinstance(v, _View) for v in tree.values()):
-            raise ArchiveError("no state dict: a mapping from names to tensors")
+            raise ArchiveError("not a state dict: expected a mapping from names to tensors")
         for name in tree:
             _a(str, name)
         return tree

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from sfp.clip.adaptor import AdaptorConfig
 from sfp.clip.blocks import HEAD_WIDTH
 from sfp.clip.checkpoints.published import HALF, HEAD_WIDTHS, LayoutError
-from sfp.clip.checkpoints.renaming import BLOCKS, count_blocks, packed, shape_of, turned
+from sfp.clip.checkpoints.renaming import BLOCKS, count_blocks, packed, shape_of, stated, turned
 from sfp.clip.pool import PoolConfig
 from sfp.clip.rope import RopeConfig
 from sfp.clip.vit import ImageConfig
@@ -34,8 +34,7 @@ PREFIXES = ("visual.", "vision_model.", "vision_encoder.", "visual_projection.",
 # names of a C-RADIO by its publisher, transformers and timm, which no image-text model has
 _RADIO_SIGN = re.compile(r"radio_model\.|embeddings\.patch_projection\.|(embeds\.)?reg_token$")
 _RADIO_PARTS = re.compile(
-    r"(radio_model|embeddings|encoder\.layer|input_conditioner|adaptors|_heads|_feature_projections)\."
-    r"|summary_idxs$"
+    r"(radio_model|embeddings|encoder\.layer|input_conditioner|adaptors)\.|summary_idxs$"
 )
 _TIMM_PARTS = re.compile(r"(embeds|patch_embed|blocks)\.|(pos_embed|cls_token|reg_token)$")
 RADIO_SIZE = 512  # pixels, of timm's C-RADIOs; their position tables are for 2048
@@ -164,11 +163,12 @@ def _finished(named: State, config: Config) -> State:
                 state[f"{prefix}c_fc.{kind}"] = torch.cat(halves)
         elif name.endswith(".bn.weight"):
             _fold_norm(state, prefix)
-    for name in named:
-        if match := re.fullmatch(r"(.*)\.ls_([12])", name):
-            _fold_scale(
-                state, name, f"{match[1]}.{'attn.out' if match[2] == '1' else 'mlp.c'}_proj"
-            )
+    scales = [match for name in named if (match := re.fullmatch(r"(.*)\.ls_([12])", name))]
+    if scales and len(scales) != 2 * count_blocks(named, _BLOCK):
+        raise LayoutError(f"{len(scales)} layer scales: expected two in each block or none")
+    for match in scales:
+        target = "attn.out_proj" if match[2] == "1" else "mlp.c_proj"
+        _fold_scale(state, match[0], f"{match[1]}.{target}")
     if "visual.pool.probe" in state:
         _project_query(state)
     if "visual.prefix" in state:
@@ -186,7 +186,8 @@ def _reshape(state: State) -> None:
         if f"visual.{theirs}" in state:
             x = state.pop(f"visual.{theirs}")
             x = x.reshape(-1, x.shape[-1])
-            state[f"visual.{ours}_embedding"] = x[0] if theirs == "cls" else x
+            if len(x):  # a configuration may ask for 0 registers
+                state[f"visual.{ours}_embedding"] = x[0] if theirs == "cls" else x
     kernel = state.get("visual.conv1.weight")
     if kernel is not None and kernel.ndim == 2:  # of flattened patches: row, column, channel
         side = math.isqrt(kernel.shape[1] // 3)
@@ -368,7 +369,6 @@ def _pool(state: State, heads: int | None = None) -> PoolConfig:
     )
 
 
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}  # transformers' names
 _NAMED_AT_HOME = ("clip", "clip_vision_model", "", None)
 
 
@@ -377,13 +377,9 @@ def _vision(config: Config, width: int) -> dict[str, Any]:
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         return {}
-    said: dict[str, Any] = {}
+    said = stated(vision)
     if heads := vision.get("num_attention_heads"):
         said["head_width"] = width // int(heads)
-    if name := vision.get("hidden_act"):
-        said["activation"] = _ACTIVATIONS.get(name, name)
-    if eps := vision.get("layer_norm_eps"):
-        said["eps"] = float(eps)
     return said
 
 
@@ -404,7 +400,7 @@ def _plain(state: State, config: Config) -> tuple[ImageConfig, bool]:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return ImageConfig(**sizes), True
+    return ImageConfig(**sizes | _open_clip_said(config)), True
 
 
 def _transformers_clip(state: State, config: Config) -> tuple[ImageConfig, bool]:
@@ -512,7 +508,7 @@ def _timm(state: State, config: Config) -> tuple[ImageConfig, bool]:
         return replace(image, positions=SMOOTH_BICUBIC), settled
     if "visual.pool.query" in state and "visual.ln_pre.weight" not in state:
         return _timm_siglip(state, config), True  # PE has a norm there
-    said = _open_clip_vision(config)
+    said = str(_open_clip_vision(config).get("timm_model_name", ""))
     before = "visual.ln_pre.weight" in state
     sizes = _sizes(
         state,
@@ -569,14 +565,24 @@ def _perception(state: State, config: Config) -> tuple[ImageConfig, bool]:
 def _coca(state: State, config: Config) -> tuple[ImageConfig, bool]:
     """CoCa, whose joint space the first of 256 queries leads into."""
     sizes = _sizes(state, activation="gelu", pool=_pool(state, heads=8), positions=SMOOTH_BICUBIC)
-    return ImageConfig(**sizes), True
+    return ImageConfig(**sizes | _open_clip_said(config)), True
 
 
-def _open_clip_vision(config: Config) -> str:
-    """The name of timm's model in open_clip's configuration, or nothing."""
+def _open_clip_vision(config: Config) -> Config:
+    """What open_clip's configuration says of an image tower; nothing where there is none."""
     model = config.get("model_cfg")
     vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
-    return str(vision.get("timm_model_name", "")) if isinstance(vision, Mapping) else ""
+    return vision if isinstance(vision, Mapping) else {}
+
+
+def _open_clip_said(config: Config) -> dict[str, Any]:
+    """The same of a tower that is open_clip's own, as arguments of `ImageConfig`."""
+    if not (vision := _open_clip_vision(config)):
+        return {}
+    said: dict[str, Any] = {"head_width": int(vision.get("head_width", HEAD_WIDTH))}
+    if config["model_cfg"].get("quick_gelu"):
+        said["activation"] = "quick_gelu"
+    return said
 
 
 def _is_gated(state: State) -> bool:
@@ -616,7 +622,8 @@ def _transformers_blocks(
     )
 
 
-_BLOCKS = _transformers_blocks("layers", "layer_norm", "self_attn", "out_proj")
+# AltCLIP's files say "layer" where transformers' model of it says "layers"
+_BLOCKS = _transformers_blocks("layers?", "layer_norm", "self_attn", "out_proj")
 _EMBEDDINGS = r"vision_model\.embeddings\."
 _SHARED = (
     *_BLOCKS,
@@ -672,11 +679,8 @@ _TIMM = (
 
 # the adaptor into SigLIP 2's space; those of other teachers, and of patches, lead nowhere near texts
 _ADAPTORS = (
-    (
-        r"radio\.(?:adaptors\.siglip2[^.]*\.head_mlp|_heads\.siglip2[^.]*)\.(.+)",
-        r"visual.adaptor.\1",
-    ),
-    (r"radio\.(?:adaptors|_heads|_feature_projections)\..*", ""),
+    (r"radio\.adaptors\.siglip2[^.]*\.head_mlp\.(.+)", r"visual.adaptor.\1"),
+    (r"radio\.adaptors\..*", ""),
 )
 _RADIO_AT = r"radio\.(?:model\.blocks|encoder\.layer)\.(\d+)\."
 _GENERATOR = r"radio\.model\.patch_generator\."

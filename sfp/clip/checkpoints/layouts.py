@@ -165,12 +165,12 @@ def _check_space(image: ImageConfig, texts: Mapping[str, Tensor]) -> None:
     if image.adaptor is None:
         raise LayoutError(
             "this is a C-RADIO without its adaptor to SigLIP 2 (radio_model.adaptors.siglip2-g."
-            "head_mlp.*), so that no texts lie in its space: take its publisher's checkpoint with that "
-            "adaptor; as it is it can be a guide (type='transformers')"
+            "head_mlp.*), so its features cannot be compared with texts: use its publisher's "
+            "checkpoint with that adaptor, or use this one as a guide (type='transformers')"
         )
     if not texts:
         raise LayoutError(
-            "this is a C-RADIO, whose texts SigLIP 2's text tower reads: give that model (g-opt), "
+            "this is a C-RADIO, which needs SigLIP 2's text tower: pass that model (g-opt), "
             "load_clip(..., texts='siglip2-gopt16-384'), or put its folder beside the weights, as text/"
         )
 

@@ -112,9 +112,9 @@ def load_clip(
     )
     if not checkpoint.facts.certain:
         warnings.warn(
-            f"{checkpoint.origin}: nothing says which activation these weights were trained with; "
-            f"taken is {checkpoint.facts.activation}, {checkpoint.facts.because}. The wrong one costs "
-            "accuracy silently: say it with activation=, or append @gelu or @quick_gelu to the path",
+            f"{checkpoint.origin}: it is not recorded which activation these weights were trained "
+            f"with; using {checkpoint.facts.activation}, {checkpoint.facts.because}. The wrong one "
+            "silently costs accuracy: pass activation=, or append @gelu or @quick_gelu to the path",
             stacklevel=2,
         )
     return checkpoint.build()
@@ -206,7 +206,7 @@ def open_weights(
     if lacks_texts(file.state):
         texts = _whose_texts(file, texts)
     elif texts is not None and text_part(file.state):
-        raise LayoutError(f"{file.origin} has a text tower of its own: leave out texts=")
+        raise LayoutError(f"{file.origin} has its own text tower: omit texts=")
     if texts is not None:
         reads = _open(texts)
         file = _joined(file, reads)
@@ -249,7 +249,7 @@ def _open(source: str | Path | Mapping[str, Tensor]) -> _Opened:
         if isinstance(inner, Mapping):  # a training checkpoint
             source = inner
         if not all(isinstance(value, Tensor) for value in source.values()):
-            raise LayoutError("not a state dict: a mapping from names to tensors is expected")
+            raise LayoutError("not a state dict: expected a mapping from names to tensors")
         return _Opened(
             "the state dict", None, None, digest_of(source), False, dict(source), config={}
         )
@@ -430,8 +430,8 @@ def verify(name: str, path: Path) -> tuple[str, bool]:
         expected = _stated(row, part)
         if expected and found[part.name] != expected:
             raise WeightsError(
-                f"{part} is not {name}: its SHA-256 is {found[part.name]}, published is {expected}. "
-                "Delete the file; it is downloaded again, or put an intact copy there."
+                f"{part} is not {name}: its SHA-256 is {found[part.name]}, the published one is "
+                f"{expected}. Delete the file to download it again, or put an intact copy there."
             )
         stated = stated and expected is not None
     if not is_index(path):
@@ -497,9 +497,9 @@ def _from_repository(repo: str) -> Path:
         path = from_hub(repo, WEIGHT_FILES)
     except (OSError, ImportError) as error:
         raise WeightsError(
-            f"no weights {repo!r}: there is no such file or folder, it is no known name, and the "
-            f"Hugging Face Hub did not give them: {error}{known_names(repo)}. Without a network, fetch "
-            f"https://huggingface.co/{repo} elsewhere and give its folder"
+            f"no weights {repo!r}: there is no such file or folder, it is not a known name, and the "
+            f"Hugging Face Hub did not provide it: {error}{known_names(repo)}. Without a network, "
+            f"download https://huggingface.co/{repo} elsewhere and give its folder"
         ) from error
     companions(repo, (*COMPANIONS, *FILES))
     return path
@@ -558,8 +558,8 @@ def download(name: str) -> Path:
     second = row.hub_url if row.sha256 else f"{HUB_FILES[1]} from there"
     other = f" (or {second}, as {row.files[1]})" if row.repo else ""
     raise WeightsError(
-        f"could not download {name}: {'; '.join(map(str, problems))}. {kept}Fetch {row.url} on a "
-        f"machine that has a network and put it at {what}{other}, or give the path of a local copy "
+        f"could not download {name}: {'; '.join(map(str, problems))}. {kept}Download {row.url} on a "
+        f"machine with a network and put it at {what}{other}, or give the path of a local copy "
         "instead of the name. Without any weights, configs/cfg_mini.py still runs."
     ) from problems[0]
 
@@ -577,8 +577,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state |= _read_file(part)
     if missing := [name for name in weight_map(path) if name not in state]:
         raise WeightsError(
-            f"{path} promises {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, "
-            "which its parts do not have: they are of different models; fetch all again"
+            f"{path} lists {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, "
+            "which its parts do not contain: they belong to different models; download all again"
         )
     return state
 
@@ -605,7 +605,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"cannot read weights from {path}: {_first_line(error)}. Expected safetensors, a "
             "TorchScript archive as OpenAI ships them, or a state dict saved by torch.save; the file "
-            "may be truncated: fetch it again."
+            "may be truncated: download it again."
         ) from error
 
 
@@ -617,7 +617,7 @@ def _read_legacy(file: BinaryIO) -> dict[str, Tensor]:
     """
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # CVE-2025-32434
         raise ValueError(
-            "neither safetensors nor a zip file, which alone PyTorch < 2.6 reads safely"
+            "neither safetensors nor a zip file, the only formats that PyTorch < 2.6 reads safely"
         )
     file.seek(0)
     try:
@@ -628,7 +628,7 @@ def _read_legacy(file: BinaryIO) -> dict[str, Tensor]:
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError("no state dict: a mapping from names to tensors")
+        raise ValueError("not a state dict: expected a mapping from names to tensors")
     if sum(v.numel() * v.element_size() for v in state.values()) > file.seek(0, 2):
         raise ValueError("tensors larger than the file that should hold them")
     return {str(name): value for name, value in state.items()}
@@ -657,8 +657,8 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
     wrong = [f"{what} {found}, expected {right}" for what, found, right in rows if found != right]
     if wrong:
         raise LayoutError(
-            f"{checkpoint.origin} is no {row.architecture}: {'; '.join(wrong)}. Another file has taken "
-            "its name: delete it, or put the right one there"
+            f"{checkpoint.origin} is not a {row.architecture}: {'; '.join(wrong)}. It is another file "
+            "with the same name: delete it, or put the right one there"
         )
 
 
@@ -669,7 +669,7 @@ def _check_numbers(clip: CLIP, origin: str) -> None:
             bad = int((~weight.isfinite()).sum())
             raise WeightsError(
                 f"{origin}: {name} has {bad} NaN or infinite of {weight.numel()} values; the file is "
-                "damaged or its training diverged: fetch it again or use other weights"
+                "damaged or its training diverged: download it again or use other weights"
             )
 
 

@@ -55,10 +55,9 @@ def main_file(path: Path) -> Path:
         return _in_folder(path)
     if shard := _SHARD.fullmatch(path.name):
         index = path.with_name(f"{shard[1]}{shard[4]}{INDEX}")
-        there = "" if index.is_file() else ", which is not there: fetch it too"
+        there = "" if index.is_file() else ", which is missing: download it too"
         raise LayoutError(
-            f"{path} is one part of several ({shard[2]} of {shard[3]}): give their index, "
-            f"{index}{there}"
+            f"{path} is only part {shard[2]} of {shard[3]}: give the index, {index}{there}"
         )
     return path
 
@@ -93,8 +92,8 @@ def parts(path: Path) -> list[Path]:
     missing = [name for name in files if not (path.parent / name).is_file()]
     if missing:
         raise WeightsError(
-            f"{path} lists {len(files)} parts, of which {len(missing)} are not beside it: "
-            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Fetch them too"
+            f"{path} lists {len(files)} parts, of which {len(missing)} are not in its folder: "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Download them too"
         )
     return [path.parent / name for name in files]
 

@@ -373,9 +373,10 @@ def biomedclip() -> Family:
 # -- open_clip -------------------------------------------------------------------------------------
 
 
-def _open_clip(**switches: Any) -> Family:
+def _open_clip(eps: float = 1e-5, **switches: Any) -> Family:
     transformer = packages.open_clip("transformer")
-    sizes = dict(width=WIDTH, layers=DEPTH, heads=HEADS, mlp_ratio=2.5)
+    norm = functools.partial(transformer.LayerNorm, eps=eps)
+    sizes = dict(norm_layer=norm, width=WIDTH, layers=DEPTH, heads=HEADS, mlp_ratio=2.5)
     sizes |= dict(output_dim=EMBED) | switches
 
     def made(size: tuple[int, int]) -> nn.Module:
@@ -395,13 +396,14 @@ def _open_clip(**switches: Any) -> Family:
         holder.load_state_dict(state)
         return holder.visual(image)
 
-    config = dict(model_cfg=dict(vision_cfg=dict(head_width=WIDTH // HEADS)))
+    vision = dict(head_width=WIDTH // HEADS, norm_kwargs=dict(eps=eps))
+    config = dict(model_cfg=dict(vision_cfg=vision))
     blocks = list(model.transformer.resblocks)
     return Family(_prefixed(model, "visual."), call, blocks, config, head_width=None)
 
 
 def clipa() -> Family:
-    return _open_clip(no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
+    return _open_clip(1e-3, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
 
 
 def coca(width: int = EMBED) -> Family:

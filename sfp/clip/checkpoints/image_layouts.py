@@ -582,6 +582,8 @@ def _open_clip_said(config: Config) -> dict[str, Any]:
     said: dict[str, Any] = {"head_width": int(vision.get("head_width", HEAD_WIDTH))}
     if config["model_cfg"].get("quick_gelu"):
         said["activation"] = "quick_gelu"
+    if eps := (vision.get("norm_kwargs") or {}).get("eps"):
+        said["eps"] = float(eps)
     return said
 
 

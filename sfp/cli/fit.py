@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sfp.trace import Trace
 
 TEXT = """\
-Looks at a folder of unlabelled images, and writes a file that a method reads.
+Runs over a folder of unlabelled images and writes a file for a method.
 
 Examples:
     sfp fit templates photos --classes voc21 --out voc21.json
@@ -25,17 +25,17 @@ Examples:
         --guide dino=transformers:model=facebook/dino-vitb8
 """
 TEMPLATES = """\
-Ranks the prompt templates of each class by the entropy of the pixels that they give to it (FLOSS), and
-writes a small file for `method=dict(type="floss", experts=FILE)`.
+Ranks the prompt templates of each class by the entropy of the pixels that they assign to it (FLOSS),
+and writes a small file for `method=dict(type="floss", experts=FILE)`.
 
 Examples:
     sfp fit templates photos --classes voc21 --out voc21.json
     sfp fit templates photos --classes classes.txt --method naclip --count 4 --limit 200
 """
 MEMORY = """\
-Keeps two vectors of every region of the images: a guide's, by which it is found again, and the
-method's own. For `method=dict(type="region_memory", base=METHOD, memory=FILE)`, the second version of
-CorrCLIP. Images with damaged files, or without regions, are left out.
+Stores two vectors for every region of the images: a guide's, by which similar regions are found, and
+the method's own. The file is for `method=dict(type="region_memory", base=METHOD, memory=FILE)`, the
+second version of CorrCLIP. Damaged images, and images without regions, are left out.
 
 Examples:
     sfp fit memory photos --method corrclip:eps=None --out memory.safetensors \\
@@ -44,7 +44,7 @@ Examples:
     sfp fit memory photos --regions files:folder=maps \\
         --guide dino=transformers:model=facebook/dino-vitb8
 
-A memory of n regions takes 2 (D + C) n bytes, 2.6 kB a region with DINO ViT-B and CLIP ViT-B/16.
+A memory of n regions takes 2 (D + C) n bytes: 2.6 kB per region with DINO ViT-B and CLIP ViT-B/16.
 """
 EXIT = """
 Exit codes: 0 done; 1 unexpected error; 2 wrong command line; 3 weights or images are missing (the
@@ -69,7 +69,9 @@ def register(commands: argparse._SubParsersAction) -> None:
         action.add_argument(
             "--weights", default="ViT-B/16", help=f"{options.WEIGHTS} (default: ViT-B/16)"
         )
-        action.add_argument("--limit", type=options.positive, help="most images (default: all)")
+        action.add_argument(
+            "--limit", type=options.positive, help="largest number of images (default: all)"
+        )
         action.add_argument("--device", default="auto", help="default: auto")
         options.add_guide(action)
         options.add_regions(action)
@@ -79,13 +81,15 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     templates.add_argument("--out", type=Path, default="experts.json", help="default: experts.json")
     templates.add_argument(
-        "--method", default="naclip", help="whose features, NAME:KNOB=VALUE (default: naclip)"
+        "--method",
+        default="naclip",
+        help="method that gives the features, NAME:KNOB=VALUE (default: naclip)",
     )
     templates.add_argument(
-        "--templates", default="imagenet", help="set that is ranked (default: imagenet)"
+        "--templates", default="imagenet", help="set of templates to rank (default: imagenet)"
     )
     templates.add_argument(
-        "--count", type=options.positive, default=4, help="templates of a class (default: 4)"
+        "--count", type=options.positive, default=4, help="templates per class (default: 4)"
     )
     memory.add_argument(
         "--out", type=Path, default="memory.safetensors", help="default: memory.safetensors"
@@ -93,20 +97,20 @@ def register(commands: argparse._SubParsersAction) -> None:
     memory.add_argument(
         "--method",
         default="corrclip:eps=None",
-        help="whose features, NAME:KNOB=VALUE (default: corrclip:eps=None)",
+        help="method that gives the features, NAME:KNOB=VALUE (default: corrclip:eps=None)",
     )
     memory.add_argument(
         "--find-by",
         default="dino",
         metavar="GUIDE",
-        help="the guide by whose features regions are found again (default: dino)",
+        help="guide whose features are the keys of regions (default: dino)",
     )
     memory.add_argument(
         "--find-output",
         type=options.parse_value,
         default="q+k",
         metavar="OUTPUT",
-        help="which of its outputs; None for its last layer (default: q+k)",
+        help="output of the guide; None for its last layer (default: q+k)",
     )
     for action, side, crop in ((templates, 336, 224), (memory, 448, 336)):
         action.add_argument(
@@ -116,7 +120,7 @@ def register(commands: argparse._SubParsersAction) -> None:
             "--slide-crop", type=int, default=crop, help=f"side of windows (default: {crop})"
         )
         action.add_argument(
-            "--slide-stride", type=int, default=112, help="pixels between them (default: 112)"
+            "--slide-stride", type=int, default=112, help="stride of windows (default: 112)"
         )
 
 
@@ -138,7 +142,7 @@ def _model(args: argparse.Namespace) -> Any:
 
 
 def _reads(args: argparse.Namespace, model: Any) -> Iterator[tuple[Tokens, Trace]]:
-    """What the method reads in all windows of each image of a folder, and their trace."""
+    """The method's features of all windows of each image of a folder, and their trace."""
     import sys
 
     import numpy as np
@@ -149,7 +153,7 @@ def _reads(args: argparse.Namespace, model: Any) -> Iterator[tuple[Tokens, Trace
 
     units = [unit for unit in list_units([args.images]) if not unit.is_archive][: args.limit]
     if not units:
-        raise FileNotFoundError(f"{args.images} holds archives only: this command takes images")
+        raise FileNotFoundError(f"{args.images} holds only archives: this command needs images")
     with progress() as bar:
         for unit in bar.track(units, description="images"):
             try:
@@ -157,21 +161,21 @@ def _reads(args: argparse.Namespace, model: Any) -> Iterator[tuple[Tokens, Trace
                 regions = None
                 if args.regions is not None:
                     regions = _regions(model.engine, unit.name, pixels)
-            except DataError as error:  # the others go on
+            except DataError as error:  # continue with the other images
                 print(f"left out: {error}", file=sys.stderr)
                 continue
             yield model.engine.read(model.method, pixels, regions=regions)
 
 
 def _regions(engine: Any, name: str, pixels: Tensor) -> Tensor:
-    """The regions of an image: of a file, or proposed."""
+    """The regions of an image, from a file or from a proposer."""
     if stored := engine.stored_regions([name]):
         return stored[0].to(engine.device)
     return engine.propose_regions(pixels, pixels.shape[-2:])
 
 
 def _templates(args: argparse.Namespace) -> int:
-    """Ranks templates, and writes those of each class."""
+    """Ranks templates and writes the best of each class."""
     from torch.nn import functional as F
 
     from sfp.clip.text import prompt_templates
@@ -198,7 +202,7 @@ def _templates(args: argparse.Namespace) -> int:
 
 
 def _memory(args: argparse.Namespace) -> int:
-    """Keeps the regions of the images, and writes them."""
+    """Collects the regions of the images and writes them."""
     from sfp.methods import region_memory
 
     model = _model(args)

@@ -26,10 +26,10 @@ def clearclip(
     """softmax(qq), no residual, no MLP.
 
     Args:
-        model_type: attention of the last block(s), of the methods that the release compares with.
+        model_type: attention of the last block(s), named after the methods that the release compares.
             "GEM" is the preset `gem`, which has further knobs.
         ignore_residual: False keeps residual and MLP.
-        last_n_layers: sums what the last n blocks give so, each reading the ordinary stream.
+        last_n_layers: number of last blocks summed; each is applied to its ordinary input.
     """
     if model_type == "GEM":
         return gem(ignore_residual=ignore_residual)

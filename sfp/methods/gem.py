@@ -24,9 +24,9 @@ def normalised_self_self(
     """Mean over y = q, k, v of softmax(t y^ y^T), y^ the unit rows of y, (B, H, T, T) (GEM).
 
     Args:
-        iterations: how often y first becomes softmax(t y^ y^T) y^.
-        temperature: t; by default the image's mean norm of the tokens that were projected, over
-            sqrt(d).
+        iterations: number of times that y is first replaced by softmax(t y^ y^T) y^.
+        temperature: t; by default the mean norm, for each image, of the tokens that were projected,
+            over sqrt(d).
     """
     t: float | Tensor
     if temperature is None:
@@ -54,12 +54,12 @@ def gem(
     """Mean self-self attention of normalised q, k and v, summed over the last blocks; no MLP.
 
     Args:
-        depth: the last `depth - 1` blocks take part, as the release counts them (and not `Method`'s
-            field of that name, which GEM does not need).
-        ss_attn_iter: rounds of smoothing q, k and v with themselves first.
+        depth: the last `depth - 1` blocks are used, counted as in the release; not the field `depth`
+            of `Method`, which GEM does not need.
+        ss_attn_iter: rounds in which q, k and v are first smoothed by their own similarity.
         ss_attn_temp: factor on the cosines; None for the mean norm of the block's input / sqrt(d).
-        ignore_residual: ClearCLIP's variant: nothing is carried from block to block, so that the last
-            one alone counts.
+        ignore_residual: ClearCLIP's variant without the residual between blocks, in which only the last
+            block counts.
     """
     attention = dict(type="normalised_self_self", iterations=ss_attn_iter, temperature=ss_attn_temp)
     if ignore_residual:

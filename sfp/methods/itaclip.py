@@ -18,7 +18,7 @@ def itaclip(*, layers: Sequence[int] = (6, 7, 9)) -> dict[str, Any]:
     """Half of the last block's sm(qq) + sm(kk), half of the middle layers' mean; no MLP.
 
     Args:
-        layers: the middle ones, counted from 0 (7, 8 and 10 counted from 1); none for the last alone.
+        layers: middle layers, counted from 0 (7, 8 and 10 counted from 1); none for only the last.
     """
     attention: dict[str, Any] = dict(type="self_self", pairs=("qq", "kk"))
     if layers:

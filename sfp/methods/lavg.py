@@ -1,11 +1,12 @@
 """LaVG: find objects first, name them afterwards (In Defense of Lazy Visual Grounding, ECCV 2024*).
 
 Regions are found without words, by normalised cuts of a DINO's keys (`sfp.masks.cuts`), and each takes
-the word that its mean features are closest to. Nothing is trained, and no masks are in any training.
+the word closest to its mean features. Nothing is trained, and no model was trained on masks.
 
-Written from its description, no official code or numbers were at hand. Features are taken as unit
+Written from its description, without official code or numbers to compare with. Features are unit
 vectors, so that a region's product with a word is the mean of its pixels' cosines. The dense CRF that
-sharpens masks is not here. Published with SCLIP's features: a mean of 38.8 over the eight benchmarks.
+sharpens masks is not included. Published with SCLIP's features: a mean of 38.8 over the eight
+benchmarks.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from sfp.trace import Trace
 
 @op("refiner", whole=True, regions=True)
 def region_mean(logits: Tensor, trace: Trace, *, least: float = 0.0) -> Tensor:
-    """Logits of an image in which each region has the mean of its pixels', (1, Q, rows, columns).
+    """Logits of an image, averaged over each region's pixels, (1, Q, rows, columns).
 
-    Windows are stitched by area; the logits of pixels are bilinear. Rows and columns are those of the
-    regions. Where masks overlap, their means are averaged; pixels in no region keep their own.
+    Windows are stitched by area; logits of pixels are interpolated bilinearly. Rows and columns are
+    those of the regions. Where masks overlap, their means are averaged; pixels without a region keep
+    their own logits.
 
     Args:
-        logits: of the windows, (W, Q, h, w).
-        trace: of the windows, with regions of the image.
-        least: pixels are inside where a mask's value is larger.
+        logits: logits of the windows, (W, Q, h, w).
+        trace: trace of the windows, with regions of the image.
+        least: pixels belong to a mask if its value is larger.
     """
     joined = logits
     if len(logits) > 1:

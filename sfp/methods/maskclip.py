@@ -17,12 +17,12 @@ from sfp.trace import Trace
 def key_smoothing(
     logits: Tensor, trace: Trace, *, ks_thresh: float = 1.0, scale: float = 100.0
 ) -> Tensor:
-    """Unsure patches take the logits of patches with similar keys (MaskCLIP).
+    """Replaces the logits of uncertain patches by those of patches with similar keys (MaskCLIP).
 
     Weights are cosines of the last block's keys, all heads together, with rows of L1 norm 1.
 
     Args:
-        ks_thresh: patches whose most probable query is less probable are smoothed; 1 is all.
+        ks_thresh: patches are smoothed if their largest probability is smaller; 1 smooths all.
         scale: inverse temperature of those probabilities.
     """
     keys = trace.heads(len(trace.vit.blocks) - 1)
@@ -38,7 +38,7 @@ def key_smoothing(
 def prompt_denoising(
     logits: Tensor, trace: Trace, *, pd_thresh: float = 0.5, scale: float = 100.0
 ) -> Tensor:
-    """Queries that are probable nowhere in the window leave it, with a logit of -100 (MaskCLIP).
+    """Removes queries that are not probable anywhere in the window, by a logit of -100 (MaskCLIP).
 
     Args:
         pd_thresh: least probability that a query must have in some patch.
@@ -55,16 +55,16 @@ def maskclip(
     ks_thresh: float | None = None,
     pd_thresh: float | None = None,
 ) -> dict[str, Any]:
-    """Every token attends to itself alone in the last block.
+    """Every token attends only to itself in the last block.
 
     The release keeps the block's residual and MLP. Later papers (ClearCLIP, SegEarth-OV, FLOSS) report
-    as "MaskCLIP" the form without both, which scores far lower on some sets (VOC20 74.9 -> 61.4).
+    as "MaskCLIP" the form without both, which scores much lower on some datasets (VOC20 74.9 -> 61.4).
 
     Args:
         ignore_residual: True for that reduced form.
         ks_thresh: key smoothing of patches less confident than this; None for none.
-        pd_thresh: prompt denoising of classes less confident than this; None for none. It follows
-            the smoothing, so that the logits it sets are not smoothed.
+        pd_thresh: prompt denoising of classes less confident than this; None for none. It runs after
+            key smoothing, so that the logits it sets are not smoothed.
     """
     readout: dict[str, Any] = dict(attention=dict(type="identity"))
     if ignore_residual:

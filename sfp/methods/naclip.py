@@ -17,8 +17,8 @@ from sfp.trace import Trace
 def neighbour_only(heads: Heads, trace: Trace, *, std: float = 5.0) -> Tensor:
     """softmax(c * Gaussian of the patch distance), one map for all heads, (B, 1, T, T).
 
-    c is the image's mean of |q_i| |k_j| / sqrt(d) over heads and pairs: the prior alone, on the scale
-    of attention logits (NACLIP's strategy "nonly").
+    c is the mean of |q_i| |k_j| / sqrt(d) over heads and pairs of an image, which gives the prior the
+    scale of attention logits (NACLIP's strategy "nonly").
     """
     prior = pad_prefix(gaussian_prior(heads.grid, std, heads.k.device), heads.prefix)  # (T, T)
     # the mean over pairs of a product is the product of the means
@@ -36,13 +36,14 @@ def naclip(
 ) -> dict[str, Any]:
     """softmax(kk + Gaussian of the patch distance), no residual, no MLP.
 
-    The release refines with ten steps of PAMR by default, the paper's main numbers do without: that
-    is `pamr_steps` of the segmentor. Its "nonly" averages norms over the batch, ours per image.
+    The release refines with ten steps of PAMR by default, which the paper's main numbers do not use;
+    set it by `pamr_steps` of the segmentor. The release's "nonly" averages norms over the batch, here
+    they are averaged per image.
 
     Args:
         arch: "vanilla" keeps the last block's residual and MLP.
-        attn_strategy: "nonly" is the Gaussian alone, "kk" the keys alone, "csa" SCLIP's attention.
-        gaussian_std: in patches.
+        attn_strategy: "nonly" is only the Gaussian, "kk" only the keys, "csa" SCLIP's attention.
+        gaussian_std: standard deviation of the Gaussian, in patches.
     """
     rules: dict[str, dict[str, Any] | None] = dict(
         naclip=dict(type="neighbour", std=gaussian_std),

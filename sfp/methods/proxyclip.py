@@ -1,8 +1,8 @@
 """ProxyCLIP: attention from an external encoder (Lan et al., ECCV 2024, arXiv:2408.04883).
 
-The guide's patches attend to each other by similarity, and the last block's values, resampled to the
-guide's grid, follow. The release runs DINO ViT-B/8 on windows of 336 pixels (stride 112). Unlike it,
-this takes the mean similarity of each image, not of the batch, and keeps rows and columns apart.
+The last block's values, resampled to the guide's grid, are mixed by the similarity of the guide's
+patches. The release runs DINO ViT-B/8 on windows of 336 pixels (stride 112). Here, unlike there, the
+mean similarity is that of each image, not of the batch, and rows and columns are not confused.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def proxy_attention(
 
     softmax(gain * (S - centre * mean S)) where that is not negative, times the matrix that resamples
     CLIP's patches to the guide's grid: the same as resampling the values first, as ProxyCLIP does.
-    Prefix tokens are attended by nobody. The readout needs `layout=guide`.
+    Prefix tokens get no attention. The readout needs `layout=guide`.
 
     Args:
-        affinity: S, (B, M, M).
-        guide: whose grid S lives on.
+        affinity: affinity S of the guide's patches, (B, M, M).
+        guide: name of the guide.
         gain: gamma of the paper.
         centre: beta of the paper.
     """
@@ -48,12 +48,12 @@ def proxy_attention(
 
 
 def to_guide(weights: Tensor, grid: tuple[int, int], guide: tuple[int, int]) -> Tensor:
-    """Weights of a guide's patches for CLIP's, which are resampled to the guide's grid.
+    """Weights for a guide's patches, converted to weights for CLIP's patches resampled to its grid.
 
     Args:
-        weights: of patches on the guide's grid, (..., m, M).
-        grid: CLIP's rows and columns, N patches.
-        guide: the guide's.
+        weights: weights of patches on the guide's grid, (..., m, M).
+        grid: rows and columns of CLIP's N patches.
+        guide: rows and columns of the guide's M patches.
 
     Returns:
         (..., m, N).
@@ -73,7 +73,7 @@ def proxyclip(
     Args:
         guide: name of the guide, which the caller provides (`guides=dict(dino=...)`); None is plain
             CLIP, as in the release.
-        beta: factor on the mean similarity; what lies below is left out.
+        beta: factor on the mean similarity; smaller similarities are left out.
         gamma: inverse temperature.
     """
     if guide is None:

@@ -1,22 +1,21 @@
 """A memory of regions of unlabelled images, for any preset: the second version of CorrCLIP.
 
-Of every region of some images `sfp fit memory` keeps two vectors: the mean of a guide's features, by
-which it is found again, and the mean of the preset's own features, which words are compared with. A
-region of a new image takes the mean of the values of the regions most like it by the guide; its
-cosines with the words, painted on the region, are mixed half and half with the preset's own. Labels are
-not needed, and nothing is trained.
+For every region of some images, `sfp fit memory` stores two vectors: a key, the mean of a guide's
+features, and a value, the mean of the preset's own features, which are compared with words. A region
+of a new image takes the mean of the values of the regions with the most similar keys. Its cosines with
+the words are averaged with the preset's own. Labels are not needed, and nothing is trained.
 
 | | here | description |
 | --- | --- | --- |
-| guide | any; published with C-RADIOv3-L at the nearest size that it supports | as it is given |
+| guide | any | C-RADIOv3-L at the nearest size that it supports |
 | regions | given, or any proposer | EntitySeg's (a Mask2Former) |
-| a second memory, of DFN's B/16 with its own words, half and half | not here | yes |
-| windows | padded with zeros, as all of this package | padded by replication |
-| pixels in no region | keep the preset's own logits | not said |
+| second memory from DFN's B/16 with its own words, averaged with the first | no | yes |
+| windows | padded with zeros, as everywhere in this package | padded by replication |
+| pixels without a region | keep the preset's own logits | not stated |
 
 Published on CorrCLIP without merging of regions (`base=dict(type="corrclip", eps=None)`): short side
 448, windows of 336, stride 112; regions of COCO's training images, or of synthetic ones. Written from
-a description, no code or numbers of the authors were at hand.
+a description, without code or numbers of the authors to compare with.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from sfp.registry import METHODS, composition, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
-BUDGET = 2**24  # products held at once
-PROBE = 256  # weights that tell whether a memory is of the same model
+BUDGET = 2**24  # products in memory at once
+PROBE = 256  # number of weights by which the model of a memory is recognised
 
 
 def means_in_regions(maps: Tensor, member: Tensor) -> Tensor:
@@ -59,23 +58,23 @@ def means_in_regions(maps: Tensor, member: Tensor) -> Tensor:
 
 
 def region_keys(trace: Trace, member: Tensor, *, guide: str, output: str | None) -> Tensor:
-    """What regions of an image are found by, unit, (R, D).
+    """Keys of the regions of an image, unit vectors (R, D): the means of a guide's features.
 
     Args:
-        trace: of all windows of an image.
+        trace: trace of all windows of an image.
         member: masks of the regions, (R, H, W), 1 inside and 0 outside.
-        guide, output: as in `Trace.guide`; it sees the whole image.
+        guide, output: as in `Trace.guide`; the guide sees the whole image.
     """
     (maps,) = trace.guide_of_image(guide, output).as_map()
     return means_in_regions(maps, member)
 
 
 def region_values(trace: Trace, features: Tokens, member: Tensor) -> Tensor:
-    """What words are compared with, of regions of an image, unit, (R, C).
+    """Values of the regions of an image, unit vectors (R, C): means of features comparable with words.
 
     Args:
-        trace: of all windows of an image.
-        features: of its windows, or of one grid of the whole image, in the joint space.
+        trace: trace of all windows of an image.
+        features: features in the joint space, of the windows or on one grid of the whole image.
         member: as in `region_keys`.
     """
     maps = F.normalize(upcast(features.as_map()), dim=1)
@@ -90,7 +89,7 @@ def remember(
     """Keys (M, D) and values (M, C) of all regions of some images, in half precision on the host.
 
     Args:
-        reads: of each image, what a method reads in its windows, and their trace
+        reads: for each image, a method's features of its windows and their trace
             (`sfp.engine.Engine.read`).
         guide, output: as in `region_keys`.
 
@@ -108,7 +107,7 @@ def remember(
 
 
 def probe(vit: VisionTransformer) -> Tensor:
-    """Some weights of a model, by which another one is told apart, (n,) float32 on the host."""
+    """Some weights of a model, by which it is recognised, (n,) float32 on the host."""
     return vit.conv1.weight.detach().flatten()[:PROBE].float().cpu()
 
 
@@ -118,10 +117,10 @@ def write_memory(
     """Writes a memory as a safetensors file.
 
     Args:
-        path: of the file.
-        keys, values: as `remember` gives them.
-        vit: the model whose features the values are.
-        **made: how it was made: `guide` and `output` at least, as words.
+        path: file to write.
+        keys, values: from `remember`.
+        vit: model that computed the values.
+        **made: how the memory was made, as strings: at least `guide` and `output`.
     """
     tensors = dict(keys=keys.contiguous(), values=values.contiguous(), probe=probe(vit))
     with atomic_write(path) as temporary:
@@ -130,8 +129,8 @@ def write_memory(
 
 @functools.lru_cache(maxsize=2)
 def _memory(path: str, changed: int, device: torch.device) -> tuple[dict[str, Tensor], dict]:
-    """The contents of a file of regions; `changed` is its time, so that a new one is read again."""
-    with torch.inference_mode(False):  # they also serve calls with gradients
+    """The contents of a file of regions, cached until its modification time `changed` differs."""
+    with torch.inference_mode(False):  # they are also used by calls with gradients
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 found = {name: file.get_tensor(name) for name in ("keys", "values")}
@@ -150,7 +149,7 @@ def read_memory(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is none, or was made with another model or guide; the message says which.
+        ValueError: if it is not a memory, or was made with another model or guide, which is named.
     """
     found, made = _memory(path, Path(path).stat().st_mtime_ns, trace.image.device)
     asked = dict(guide=guide, output=str(output))
@@ -168,17 +167,17 @@ def read_memory(
 
 
 def recalled(own: Tensor, keys: Tensor, values: Tensor, count: int) -> Tensor:
-    """Unit mean of the values of the keys of largest product with each region's, (R, C).
+    """Unit mean of the values of the most similar keys, for each region, (R, C).
 
     Args:
         own: keys of the regions of an image, (R, D).
-        keys: of the memory, (M, D), in any precision.
-        values: (M, C), in any precision.
-        count: how many of them.
+        keys: keys of the memory, (M, D), in any precision.
+        values: values of the memory, (M, C), in any precision.
+        count: number of keys for each region.
     """
     step = max(BUDGET // max(len(own), 1), count)
     best, rows = own.new_empty(len(own), 0), own.new_empty(len(own), 0, dtype=torch.long)
-    for start in range(0, len(keys), step):  # the best of each portion compete with those before
+    for start in range(0, len(keys), step):  # keeps the best of all portions so far
         products = own @ keys[start : start + step].to(own).T
         value, index = products.topk(min(count, products.shape[1]), dim=1)
         best, rows = torch.cat([best, value], 1), torch.cat([rows, index + start], 1)
@@ -200,14 +199,14 @@ def remembered_regions(
 ) -> Tensor:
     """Cosines of an image's pixels, mixed with those of similar regions of other images.
 
-    A region takes the unit mean of the values of the `count` regions of a memory most like it by the
-    guide. Where regions overlap, their cosines are averaged; pixels in no region keep their own.
+    A region takes the unit mean of the values of the `count` regions in memory with the most similar
+    keys. Where regions overlap, their cosines are averaged; pixels without a region keep their own.
 
     Args:
         memory: file that `sfp fit memory` wrote.
-        guide, output: as in `region_keys`; those with which the memory was made.
-        count: similar regions.
-        share: of the memory in the result.
+        guide, output: as in `region_keys`; the same with which the memory was made.
+        count: number of similar regions.
+        share: share of the memory in the result.
 
     Returns:
         (1, Q, rows, columns), rows and columns those of the regions.
@@ -239,7 +238,7 @@ def region_memory(
 
     Args:
         base: the preset, by name or with knobs; published: CorrCLIP with `eps=None`.
-        memory: file that `sfp fit memory` wrote; without one it is the base.
+        memory: file that `sfp fit memory` wrote; without one, the base itself.
         guide, output, count, share: as in `remembered_regions`.
     """
     fields = composition(base)

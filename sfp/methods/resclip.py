@@ -1,15 +1,15 @@
-"""ResCLIP: attention of earlier blocks and a first guess (Yang et al., CVPR 2025, arXiv:2411.15851).
+"""ResCLIP: attention of earlier blocks and a first pass (Yang et al., CVPR 2025, arXiv:2411.15851).
 
 NACLIP's reduced last block, with two additions. RCS: attention of the middle blocks is mixed into it.
-SFR: a first segmentation tells which patches belong together, and the last block reads again.
+SFR: the attention of a second pass is corrected by which patches a first segmentation labels the same.
 
-The paper's main rows carry no post-processing, but the release runs PAMR inside the feedback. Its flags
-`use_rcs` and `use_sfr` are always true by a slip; here they work. It tunes four constants per dataset,
+The paper's main rows use no post-processing, but the release runs PAMR inside the feedback. Its flags
+`use_rcs` and `use_sfr` are always true by mistake; here they work. It tunes four constants per dataset,
 listed in `DATASETS`; its other settings (crops, thresholds) are NACLIP's.
 
-No reference numbers exist for it here (SFR runs on CUDA only). Our reading, where the description is
-open: the Gaussian prior is added after SFR's scale, the class token gets no feedback, distances are
-divided by the grid's largest, the blur pads with nothing.
+It has not been compared with the release (its SFR runs on CUDA only). Where the description is open,
+this is our interpretation: the Gaussian prior is added after SFR's scale, the class token gets no
+feedback, distances are divided by the largest of the grid, and the blur has no padding.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ DATASETS = dict(
 def scaled(heads: Heads, trace: Trace, *, rule: Rule, gain: float) -> Tensor:
     """A rule's weights times a number.
 
-    It scales what the heads put out, but not the bias of `out_proj`: without that, `ln_post` would
-    undo it in a block without residual.
+    It scales the outputs of the heads, but not the bias of `out_proj`. Without that bias, `ln_post`
+    would undo the scale in a block without residual.
     """
     return gain * rule(heads, trace)
 
@@ -70,9 +70,9 @@ def feedback_keys(
 
     Args:
         feedback: affinity M.
-        share: lambda_sfr.
-        gain: tau_sfr.
-        std: of the Gaussian, in patches.
+        share: lambda_sfr of the paper, the share of M.
+        gain: tau_sfr of the paper, an inverse temperature.
+        std: standard deviation of the Gaussian, in patches.
     """
     mask = pad_prefix(trace.once(feedback), heads.prefix)[:, None]  # (B, 1, T, T)
     prior = pad_prefix(gaussian_prior(heads.grid, std, heads.k.device), heads.prefix)  # (T, T)
@@ -90,17 +90,18 @@ def semantic_feedback(
     pamr_steps: int = 10,
     pamr_dilations: Sequence[int] = (8, 16),
 ) -> Tensor:
-    """Which patches a first segmentation labels alike (ResCLIP), (B, N, N).
+    """Affinity of patches with the same label in a first segmentation (ResCLIP), (B, N, N).
 
-    First-pass logits at pixel resolution, refined by PAMR; the class of each pixel, 0 where it is less
-    probable than `temp_thd`; the most frequent class of each patch; then `feedback_mask`.
+    First-pass logits are refined by PAMR at pixel resolution. Each pixel takes its class, or 0 if that
+    is less probable than `temp_thd`, and each patch its most frequent class; `feedback_mask` turns
+    these labels into an affinity.
 
     Args:
         source: tokens of the first pass.
         temp_thd: least probability of a class.
         logit_scale: inverse temperature of the softmax over queries.
-        blur: std of the mask's Gaussian, in patches.
-        pamr_steps, pamr_dilations: PAMR's; 0 steps for none.
+        blur: standard deviation of the mask's Gaussian, in patches.
+        pamr_steps, pamr_dilations: parameters of PAMR; 0 steps for none.
     """
     logits = trace.guess(source)  # (B, Q, h, w)
     grid, patch = trace.embedded.grid, trace.vit.patch
@@ -119,7 +120,7 @@ def semantic_feedback(
 
 
 def patch_modes(labels: Tensor, grid: tuple[int, int], patch: int, classes: int) -> Tensor:
-    """The most frequent label of each patch, the smallest of equals: (B, H, W) -> (B, N) int64."""
+    """The most frequent label of each patch, the smallest in a tie: (B, H, W) -> (B, N) int64."""
     cells = labels[:, : grid[0] * patch, : grid[1] * patch]
     cells = cells.unflatten(2, (grid[1], patch)).unflatten(1, (grid[0], patch))
     cells = cells.transpose(2, 3).flatten(3).flatten(1, 2)  # (B, N, pixels)
@@ -129,16 +130,16 @@ def patch_modes(labels: Tensor, grid: tuple[int, int], patch: int, classes: int)
 
 
 def feedback_mask(labels: Tensor, grid: tuple[int, int], std: float) -> Tensor:
-    """How strongly patches of the same label belong together, (B, N) -> (B, N, N) in 0..1.
+    """Affinity of patches with the same label, (B, N) -> (B, N, N), from 0 to 1.
 
-    1 for patches of one label, times exp(-Chebyshev distance / the grid's largest) where the straight
-    segment between them leaves the label; each row blurred by a Gaussian over the patch numbers (no
-    padding), divided by its sum, and all by the image's largest entry.
+    1 for patches with the same label, times exp(-Chebyshev distance / its maximum in the grid) if the
+    straight segment between them crosses another label. Each row is blurred by a Gaussian over patch
+    numbers (without padding) and divided by its sum; then all are divided by the image's largest entry.
 
     Args:
-        labels: of the patches.
+        labels: labels of the patches.
         grid: rows and columns of patches.
-        std: of the Gaussian, in patches.
+        std: standard deviation of the Gaussian, in patches.
     """
     steps, length = segment_steps(grid, labels.device)
     same = labels[:, :, None] == labels[:, None]  # (B, N, N)
@@ -159,10 +160,10 @@ def segment_steps(
     """The patches on the straight segment between any two patches of a grid.
 
     The segment from i to j is sampled once per row or column, whichever it crosses more of, and each
-    sample belongs to the nearest patch; that of j and i is the same.
+    sample belongs to the nearest patch; the segment from j to i has the same patches.
 
     Returns:
-        (steps, N, N) int64 patch numbers, segments shorter than `steps` staying on their end, and the
+        (steps, N, N) int64 patch numbers, where segments shorter than `steps` repeat their end, and the
         (N, N) Chebyshev distances.
     """
     rows = torch.arange(grid[0], device=device).repeat_interleave(grid[1])
@@ -201,16 +202,16 @@ def resclip(
     """Attention output of the last block alone: no residual, no FFN. Needs the text features.
 
     Args:
-        dataset: dataset whose constants replace those of the next that are None; see `DATASETS`.
-        use_rcs, use_sfr: the two additions; without both it is NACLIP.
+        dataset: dataset whose constants replace those that are None; see `DATASETS`.
+        use_rcs, use_sfr: whether the two additions are used; without both it is NACLIP.
         layers: blocks whose attention RCS adds.
-        gaussian_std: NACLIP's prior, in patches.
+        gaussian_std: standard deviation of NACLIP's prior, in patches.
         tau_rcs, lambda_rcs: scale and share of RCS.
         tau_sfr, lambda_sfr: scale and share of SFR.
-        temp_thd: pixels of the first segmentation that are less certain become class 0.
+        temp_thd: pixels of the first segmentation with a smaller probability become class 0.
         logit_scale: inverse temperature of its softmax.
-        blur: std of the feedback mask's Gaussian.
-        pamr_steps: refinement of the first segmentation; 0 for none.
+        blur: standard deviation of the feedback mask's Gaussian, in patches.
+        pamr_steps: steps of PAMR on the first segmentation; 0 for none.
     """
     given = (temp_thd, lambda_rcs, tau_sfr, lambda_sfr)
     temp_thd, lambda_rcs, tau_sfr, lambda_sfr = (

@@ -1,18 +1,18 @@
-"""RF-CLIP: outliers smoothed in every block, two readouts over the trunk's mean.
+"""RF-CLIP: outliers smoothed after every block, and two readouts with attention of all blocks.
 
-The code is github.com/liblacklucy/RF-CLIP. Patches in which a few known channels are large are blended
-with their neighbourhood, after every block. The last block reads twice, its own input and the mean of
-all blocks' outputs, both mixed by the similarity of that mean; its attention is the mean over all
-blocks of softmax(kk).
+The code is github.com/liblacklucy/RF-CLIP. After every block, patches with large values in a few known
+channels are blended with their neighbourhood. The last block has two readouts, of its own input and of
+the mean of all blocks' outputs, both first mixed by the similarity of that mean; its attention is the
+mean of softmax(kk) over all blocks.
 
 | | here | release |
 | --- | --- | --- |
 | text part | `present_words`, on | the same; it shares the table of CASS |
 | refinement of logits | the engine's `pamr_steps`, off | PAMR, 10 steps; no config switches it off |
-| channels | of OpenAI's ViT-B/16 and ViT-L/14, else the loudest (ours) | those two lists |
+| channels | of OpenAI's ViT-B/16 and ViT-L/14, else the largest (ours) | those two lists |
 | batches | any | one image |
 
-The paper's refocused attention exists in the code, but its default leaves the trunk's attention alone.
+The paper's refocused attention exists in the release, but by default it is not used.
 Published means use windows of 224 pixels, stride 112, short side 336 (Cityscapes 560).
 """
 
@@ -50,18 +50,18 @@ def channel_share(
     factor: float = 5.0,
     count: int = 8,
 ) -> Tensor:
-    """Patches in which one of a few channels holds much more than its share (RF-CLIP).
+    """Patches in which one of a few channels has much more than the mean share (RF-CLIP).
 
     z_c = (x_c - min x) / sum over the channels of (x_c - min x); an outlier has z_c > factor / D for
     one of the chosen channels: `factor` times the mean share.
 
     Args:
-        channels: their numbers; "loudest", the `count` channels whose mean magnitude over the image's
-            patches is largest (ours, for weights whose channels nobody has listed); or "auto": the
-            release's for towers of the size of OpenAI's ViT-B/16 and ViT-L/14, else the loudest. Other
-            weights of those sizes (MetaCLIP, LAION) have other channels: say "loudest" for them.
+        channels: numbers of the channels; "loudest", the `count` channels of largest mean magnitude
+            over the image's patches (ours, for weights without a published list); or "auto", the
+            release's list for towers of the size of OpenAI's ViT-B/16 and ViT-L/14, else "loudest".
+            Other weights of those sizes (MetaCLIP, LAION) have other channels: use "loudest" for them.
         factor: multiple of the mean share; 5 in the release.
-        count: of the loudest channels; the release lists 8.
+        count: number of channels for "loudest"; the release lists 8.
     """
     x = upcast(trace.outputs[layer].patches)  # (B, N, D)
     low = x.amin(-1, keepdim=True)
@@ -78,13 +78,13 @@ def channel_share(
 
 @op("mitigator")
 def box_blend(tokens: Tokens, mask: Tensor, *, share: float = 0.4) -> Tokens:
-    """Outliers are mixed with the mean of the 3 x 3 patches around them (RF-CLIP).
+    """Mixes outliers with the mean of the 3 x 3 patches around them (RF-CLIP).
 
-    (1 - share) x + share * b, where b is the sum over the neighbourhood, the outlier itself and other
-    outliers included, divided by 9 at the border too.
+    (1 - share) x + share * b, where b is the sum over the neighbourhood, including the outlier itself
+    and other outliers, divided by 9 even at the border.
 
     Args:
-        share: of the neighbourhood; 0.4 in the release.
+        share: share of the neighbourhood; 0.4 in the release.
     """
     boxes = F.avg_pool2d(upcast(tokens.as_map()), 3, stride=1, padding=1).flatten(2).mT
     blend = torch.lerp(upcast(tokens.patches), boxes, share).to(tokens.data.dtype)
@@ -95,11 +95,11 @@ def box_blend(tokens: Tokens, mask: Tensor, *, share: float = 0.4) -> Tokens:
 def mean_of_blocks(
     trace: Trace, *, detector: Detector | None = None, mitigator: Mitigator | None = None
 ) -> Tokens:
-    """Mean of what all blocks put out, the last one as it was trained included (RF-CLIP's G).
+    """Mean of the outputs of all blocks, including the last one's ordinary output (RF-CLIP's G).
 
     Args:
-        detector, mitigator: how the last block's output is purified, which the trunk's edits do not
-            see; None leaves it.
+        detector, mitigator: how the last block's output, to which the method's edits do not apply, is
+            purified; None leaves it unchanged.
     """
     last = trace.entering(len(trace.outputs)).with_data(trace.once(native_last))
     if detector is not None and mitigator is not None:
@@ -125,26 +125,27 @@ def source_similarity(trace: Trace, *, source: Source, cut: float | None = None)
 
 @op("smoother")
 def weighted_sum(tokens: Tokens, trace: Trace, *, affinity: Affinity) -> Tokens:
-    """Each patch becomes the sum of all, weighted by its row of an affinity (RF-CLIP).
+    """Replaces each patch by the sum of all patches, weighted by its row of an affinity (RF-CLIP).
 
-    Unlike `aggregate`, rows are not divided by their sum: values grow with the number of similar
-    patches, and only the norm that follows makes them usable.
+    Unlike in `aggregate`, rows are not divided by their sum, so that values grow with the number of
+    similar patches; the layer norm that follows removes this scale.
     """
     weights = trace.once(affinity)
     if tokens.hidden is not None:
         weights = hide(weights, tokens.hidden[:, None])
     total = weights @ upcast(tokens.patches)
     if total.dtype != tokens.data.dtype:  # the sums would leave the range of half precision
-        total = total / total.shape[1]  # which the norm that follows takes out again
+        total = total / total.shape[1]  # the layer norm that follows removes this factor
     return tokens.with_patches(total.to(tokens.data.dtype))
 
 
 @op("attention")
 def mean_of_layers(heads: Heads, trace: Trace, *, pair: str = "kk") -> Tensor:
-    """Mean over all blocks of softmax(a b^T / sqrt(d)), patches alone, (B, H, T, T) (RF-CLIP).
+    """Mean over all blocks of softmax(a b^T / sqrt(d)) for patches only, (B, H, T, T) (RF-CLIP).
 
-    The reading block's is that of the tokens it reads, the others' that of the trunk. Prefix tokens
-    are in the softmax, but nobody attends to them, and they to nobody: rows sum to less than 1.
+    The last block's is computed from the tokens that it reads, the others' are those of the forward
+    pass. Prefix tokens are in the softmax, but neither get attention nor attend to others: rows sum to
+    less than 1.
 
     Args:
         pair: the projections a and b.
@@ -154,9 +155,9 @@ def mean_of_layers(heads: Heads, trace: Trace, *, pair: str = "kk") -> Tensor:
     if blocks > 1:
         # negative numbers are literal: all blocks of a model of any depth
         others = Op(earlier_layers, (("layers", tuple(range(-blocks, -1))), ("pairs", (pair,))))
-        skip = trace.embedded.prefix - heads.prefix  # a readout of patches alone
+        skip = trace.embedded.prefix - heads.prefix  # for a readout of patches without the prefix
         earlier = trace.once(others)[..., skip:, skip:]
-        if earlier.shape[1] != own.shape[1]:  # a pool may have other heads than blocks
+        if earlier.shape[1] != own.shape[1]:  # a pool may have another number of heads than blocks
             own, earlier = own.mean(1, keepdim=True), earlier.mean(1, keepdim=True)
         own = torch.lerp(own, earlier, 1 - 1 / blocks)
     patches = own[..., heads.prefix :, heads.prefix :]
@@ -180,13 +181,13 @@ def rfclip(
     """Two readouts of the last block, summed: no residual, no FFN; words adapted to the image.
 
     Args:
-        channels, factor, count: of the outliers, as in `channel_share`.
-        blend: share of its neighbourhood that an outlier takes.
-        sim_cut: similarities below become 0.
-        dataset: dataset whose constants replace those of the next that are None
-            (`sfp.methods.object_presence.DATASETS`); None leaves the words alone.
+        channels, factor, count: parameters of the detector, as in `channel_share`.
+        blend: share of the neighbourhood that is mixed into an outlier.
+        sim_cut: similarities below this become 0.
+        dataset: dataset whose constants replace those of the next three that are None
+            (`sfp.methods.object_presence.DATASETS`); None leaves the words unchanged.
         image_weight, move, height, scope: as in `object_presence`; the release clusters by complete
-            linkage, and takes each window's own class token ("window") on Cityscapes.
+            linkage, and uses each window's own class token ("window") on Cityscapes.
     """
     detector = dict(type="channel_share", channels=channels, factor=factor, count=count)
     mitigator = dict(type="box_blend", share=blend)

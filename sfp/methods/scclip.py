@@ -22,15 +22,16 @@ def scclip(
 ) -> dict[str, Any]:
     """Two readouts of the last block with the mean of sm(kk) and a similarity map, summed.
 
-    The release finds wrong cells for outliers on grids that are not square, and fails on batches.
+    The release computes wrong positions of outliers on grids that are not square, and fails on batches.
 
     Args:
-        pre_adjust_idx: layer whose similarity aggregates tokens before the block, and guides it.
-        post_adjust_idx: layer whose similarity aggregates them afterwards.
-        multi_start_idx, multi_end_idx: layers from the first to before the second are summed for the
-            second readout.
+        pre_adjust_idx: layer from which the similarity for aggregation before the block, and for the
+            block's attention, is taken.
+        post_adjust_idx: layer from which the similarity for aggregation afterwards is taken.
+        multi_start_idx, multi_end_idx: the second readout uses the sum of the layers from the first of
+            these to the one before the second.
         res_cls: share of the class token that is added to every patch.
-        beta: similarities below are cut to 0 in aggregations; the guiding map is not cut.
+        beta: similarities below this become 0 in aggregations, but not in the attention.
     """
     repair = dict(type="neighbour_mean", alone="keep")
     guide = dict(type="similarity", layer=pre_adjust_idx, fill=repair)

@@ -12,7 +12,7 @@ def sclip(*, csa: bool = True) -> dict[str, Any]:
     """softmax(qq) + softmax(kk) instead of softmax(qk); residual and FFN stay.
 
     Args:
-        csa: False gives the plain forward pass, as in the release.
+        csa: False for the plain forward pass, as in the release.
     """
     attention = dict(type="self_self", pairs=("qq", "kk")) if csa else None
     return dict(readouts=[dict(attention=attention)])

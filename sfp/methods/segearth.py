@@ -1,9 +1,8 @@
 """SegEarth-OV: three self-attentions, and logits without the global bias (Li et al., CVPR 2025).
 
 SegEarth-OV: Towards Training-Free Open-Vocabulary Segmentation for Remote Sensing Images,
-arXiv:2410.01768. Without its learned up-sampler. Written from its description, not compared with its
-code: that the global logits are those of CLIP's own image embedding, and the default of the weight, are
-our reading.
+arXiv:2410.01768. Without its learned upsampler. Written from its description, not compared with its
+code: the global logits from CLIP's own image embedding and the default weight are our interpretation.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ def global_bias(logits: Tensor, trace: Trace, *, weight: float = -0.3) -> Tensor
 
 @METHODS.register_module()
 def segearth(*, ignore_residual: bool = True, cls_token_lambda: float = -0.3) -> dict[str, Any]:
-    """sm(qq) + sm(kk) + sm(vv), no residual, no MLP; a share of the image's logits is taken away.
+    """sm(qq) + sm(kk) + sm(vv), no residual, no MLP; a share of the image's logits is subtracted.
 
     Args:
         ignore_residual: False keeps the last block's residual and MLP.
-        cls_token_lambda: weight of the whole image's logits in every patch's.
+        cls_token_lambda: weight of the whole image's logits that are added to every patch's.
     """
     kept: dict[str, Any] = dict(residual=None, ffn=False) if ignore_residual else {}
     return dict(

@@ -1,10 +1,10 @@
 """SegEarth-OV3: SAM 3's instances and its map of a query, fused and weighted by its presence.
 
-SAM 3 finds things as instances and surfaces in its semantic map; the maximum of both serves both. The
-presence, which SAM 3 multiplies with its instances anyway, then multiplies all, and so counts twice in
-the instances, here as in the release. By our reading; no numbers of the official code were at hand.
-Thresholds of the background are settings of the segmentor: `prob_thd=0.4` on VOC21 and COCO-Object,
-0.1 on Context60 and in remote sensing, else 0.
+SAM 3 segments things as instances and stuff in its semantic map; the maximum of both covers both. It is
+multiplied by the presence, which SAM 3 already includes in the scores of instances; there it counts
+twice, here as in the release. This is our interpretation, not compared with numbers of the official
+code. Thresholds of the background are settings of the segmentor: `prob_thd=0.4` on VOC21 and
+COCO-Object, 0.1 on Context60 and in remote sensing, else 0.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def segearth_ov3(
         guide: name of the SAM 3, which the caller provides (`guides=dict(sam3=dict(type="sam3",
             model="facebook/sam3"))`).
         dataset: dataset whose constants replace those that are None; see `DATASETS`.
-        score: instances of no larger score are left out.
-        windows: whether it looks at each window instead of the whole image: in remote sensing, with
+        score: instances are kept if their score is larger.
+        windows: whether SAM 3 sees each window instead of the whole image: for remote sensing, with
             `slide_crop=512, slide_stride=512`.
     """
     tuned = pick("dataset", dataset, DATASETS)

@@ -1,8 +1,8 @@
 """SFP as released: SC-CLIP's pipeline with SFP's detector and enhancer.
 
 Feature Purification Matters: Suppressing Outlier Propagation for Training-Free Open-Vocabulary
-Semantic Segmentation (Jin et al., ICCV 2025), code at commit 2804f5b. What its poster describes is
-the preset `sfp_paper`.
+Semantic Segmentation (Jin et al., ICCV 2025), code at commit 2804f5b. The method as described on its
+poster is the preset `sfp_paper`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def purification(
     layers: Sequence[int] | Literal["all"],
     **defaults: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """The edits that the flags `purify`, `pm` and `layers` ask for: one, or none.
+    """The edits for the flags `purify`, `pm` and `layers`: one, or none.
 
     Args:
         purify, pm, layers: the flags.
         **defaults: knobs by detector, for a `pm` that is a name.
 
     Raises:
-        ValueError: for names that are not registered, also where `purify` is False.
+        ValueError: for names that are not registered, even if `purify` is False.
     """
     found, replaced = detector(pm, **defaults), mitigator(purify)
     for node, kind in ((found, "detector"), (replaced, "mitigator")):
-        bind(node, kind)  # a typing error is one even if nothing is purified
+        bind(node, kind)  # misspelt names are errors even if nothing is purified
     return [dict(layers=layers, detector=found, mitigator=replaced)] if purify else []
 
 
@@ -71,19 +71,20 @@ def sfp(
     """Outliers of the last but one layer are replaced, then two readouts of the last block are summed.
 
     Args:
-        purify: what becomes of outliers: True, the mean of their neighbours; False, nothing, and none
-            are looked for; or another mitigator ("median", "inpaint", "mask_attention", any registered
-            one, or a node with knobs).
+        purify: how outliers are replaced: True, by the mean of their neighbours; False, not at all
+            (they are not detected either); or by another mitigator ("median", "inpaint",
+            "mask_attention", any registered one, or a node with knobs).
         pm: detector ("som", "l2_norm", "lof", any registered one, or a node with knobs).
-        layers: where, in rising order, or "all"; the release looks at the last but one only.
-        top_k: most outliers that SOM keeps per image and layer.
+        layers: layers to purify, in ascending order, or "all"; in the release only the last but one.
+        top_k: largest number of outliers that SOM keeps per image and layer.
         res_cls: share of the class token that is added to every patch.
-        res_scale: `res_cls * res_scale` is the gain of SOM's comparison (the release ties them).
-        beta: similarities below are cut to 0.
-        pre_layer: whose similarity aggregates the tokens before the last block, and guides it.
-        post_layer: whose similarity aggregates them afterwards.
+        res_scale: `res_cls * res_scale` is the gain of SOM's comparison (the release couples them).
+        beta: similarities below this become 0.
+        pre_layer: layer from which the similarity for aggregation before the last block, and for the
+            block's attention, is taken.
+        post_layer: layer from which the similarity for aggregation afterwards is taken.
         enhancer: self-attention of the last block, one of "qk", "qq", "kk", "vv" and their sums.
-        integrator: whether the second readout, of summed layers, takes part.
+        integrator: whether the second readout, of summed layers, is added.
         integrator_start, integrator_end: first and last of those layers.
     """
     before = dict(

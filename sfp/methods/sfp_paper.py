@@ -1,4 +1,4 @@
-"""SFP as its poster describes it: SOM at every layer, SAE in the last block, HAI over all layers.
+"""SFP as described on its poster: SOM at every layer, SAE in the last block, HAI over all layers.
 
 Feature Purification Matters: Suppressing Outlier Propagation for Training-Free Open-Vocabulary
 Semantic Segmentation (Jin et al., ICCV 2025). The released code is the preset `sfp`.
@@ -51,11 +51,11 @@ def sfp_paper(
 
     Args:
         purify: SOM, the outlier mitigator; False switches it off, the name of another mitigator (or a
-            node) puts that in the place of the mean of the neighbours.
+            node) replaces the mean of the neighbours.
         pm: its detector ("som", "l2_norm", "lof", any registered one, or a node with knobs).
-        layers: where; "all" is every block but the last, each feeding purified tokens to the next.
+        layers: layers to purify; "all" is every block but the last, and each passes purified tokens on.
         enhancer: SAE, the last block's attention: "qq+kk" or another sum; "qk" switches it off.
-        integrator: HAI, the mean attention of layers that multiplies the last block's patches.
+        integrator: HAI, which multiplies the last block's patches by the mean attention of layers.
         integrator_start: its first layer, from 0 (the poster's l0 counts from 1).
     """
     hai = dict(type="aggregate", affinity=dict(type="mean_attention", first=integrator_start))

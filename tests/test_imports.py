@@ -102,7 +102,7 @@ FIRSTS = [
 ]
 FORKS = """
 import os, sys
-import mmengine.runner  # most of the time of a start; it knows nothing of what is tested
+import mmcv.transforms, mmengine.runner, scipy.optimize  # most of a start; know nothing of what is tested
 for first in sys.argv[1:]:
     print(f"{first}:", end=" ", flush=True)
     if not (child := os.fork()):

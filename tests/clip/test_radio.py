@@ -107,6 +107,18 @@ def test_without_an_adaptor_it_says_what_to_do(folders, tmp_path):
             load_clip(source, texts=folder / "text")
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("layers", [0, 3])
+def test_adaptors(norm, layers):
+    """As many residual layers as the file has, with or without a norm before the first."""
+    family = towers.transformers_radio()
+    adaptor = towers.noisy(towers.ResidualMLP(towers.WIDTH, 24, 16, layers, norm=norm))
+    parts = {f"adaptors.siglip2-g.head_mlp.{k}": v for k, v in adaptor.state_dict().items()}
+    family.state = dict(family.state) | parts
+    ours, image = family.tower(), torch.rand(1, 3, 24, 40)
+    torch.testing.assert_close(ours(image), adaptor(family.run(image)[0]), atol=1e-4, rtol=1e-4)
+
+
 def test_a_scale_that_is_missing(folders):
     """transformers would take 1, and features would be wrong without a word."""
     _, state, *_ = folders

@@ -183,6 +183,14 @@ OPEN_CLIP = {
         hf_tokenizer_name="timm/ViT-B-16-SigLIP2",
         tokenizer_kwargs={"clean": "canonicalize"},
     ),
+    "siglip, other switches": dict(
+        pool_type="last",
+        no_causal_mask=True,
+        proj_bias=True,
+        norm_kwargs={"eps": 1e-2},
+        act_kwargs={"approximate": "tanh"},
+        hf_tokenizer_name="timm/ViT-B-16-SigLIP",
+    ),
     "i18n": dict(
         pool_type="last",
         no_causal_mask=True,

@@ -163,6 +163,7 @@ def _finished(named: State, config: Config) -> State:
                 state[f"{prefix}c_fc.{kind}"] = torch.cat(halves)
         elif name.endswith(".bn.weight"):
             _fold_norm(state, prefix)
+    _fill_biases(state)
     scales = [match for name in named if (match := re.fullmatch(r"(.*)\.ls_([12])", name))]
     if scales and len(scales) != 2 * count_blocks(named, _BLOCK):
         raise LayoutError(f"{len(scales)} layer scales: expected two in each block or none")
@@ -176,7 +177,6 @@ def _finished(named: State, config: Config) -> State:
     _reshape(state)
     if "visual.image_mean" in state:
         _fold_normalisation(state)
-    _fill_biases(state)
     return state
 
 
@@ -237,8 +237,8 @@ def _fill_biases(state: State) -> None:
 def _split_prefix(state: State, config: Config) -> None:
     """C-RADIO's class tokens and registers, with the class token of SigLIP 2 first.
 
-    There is one for each teacher; the order of tokens without positions does not matter. Which one is
-    SigLIP 2's stands in the publisher's configuration; without it, it is the first.
+    There is one class token for each teacher. Their order does not matter to the blocks, since they
+    have no positions. The publisher's configuration says which is SigLIP 2's; by default the first.
     """
     tokens = state.pop("visual.prefix")
     first = 0
@@ -582,6 +582,8 @@ def _open_clip_said(config: Config) -> dict[str, Any]:
     said: dict[str, Any] = {"head_width": int(vision.get("head_width", HEAD_WIDTH))}
     if config["model_cfg"].get("quick_gelu"):
         said["activation"] = "quick_gelu"
+    if eps := (vision.get("norm_kwargs") or {}).get("eps"):
+        said["eps"] = float(eps)
     return said
 
 

@@ -179,9 +179,12 @@ def _from_open_clip(
     sizes = replace(sizes, head_width=_head_width(sizes.width, text) or sizes.head_width)
     if sizes.projection != "matrix":
         rules = SIGLIP2 if _is_siglip2(sizes, text) else SIGLIP
-        # as open_clip's configurations say; transformers takes tanh for all
-        activation = "gelu_tanh" if rules == SIGLIP2 else "gelu"
-        return state, _siglip(replace(sizes, activation=activation), rules)
+        # as open_clip's published configurations say; transformers takes tanh for all
+        approximate = (text.get("act_kwargs") or {}).get("approximate")
+        tanh = approximate == "tanh" if text else rules == SIGLIP2
+        sizes = _siglip(replace(sizes, activation="gelu_tanh" if tanh else "gelu"), rules)
+        eps = (text.get("norm_kwargs") or {}).get("eps", sizes.eps)
+        return state, replace(sizes, eps=float(eps))
     if text.get("pool_type") == "eos" or sizes.vocab == XLM_V:
         return state, replace(sizes, pool="end", end=int(text.get("eos_id", 2)), rules=XLM)
     tokenizer = text.get("hf_tokenizer_name")

@@ -102,7 +102,8 @@ FIRSTS = [
 ]
 FORKS = """
 import os, sys
-import mmcv.transforms, mmengine.runner, scipy.optimize  # most of a start; know nothing of what is tested
+# most of the time of a start; they know nothing of what is tested
+import mmcv.transforms, mmengine.runner, scipy.optimize
 for first in sys.argv[1:]:
     print(f"{first}:", end=" ", flush=True)
     if not (child := os.fork()):

@@ -337,7 +337,7 @@ class Model:
         """Unit text features averaged over templates, (Q, C) float32; each word is encoded once."""
         self.engine.convert()
         clip = self.clip
-        state = (clip.digest, clip.dtype, self.engine.device)
+        state = (clip.text_digest, clip.dtype, self.engine.device)
         return torch.stack([self._embedding(query, state) for query in queries])
 
     def _embedding(self, query: str, state: tuple[Any, ...]) -> Tensor:

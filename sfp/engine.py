@@ -296,7 +296,7 @@ class Engine:
         Their last bits depend on which texts are encoded together.
         """
         self.convert()
-        key = (self.clip.digest, self.device, self.clip.dtype, tuple(texts))
+        key = (self.clip.text_digest, self.device, self.clip.dtype, tuple(texts))
         if (bank := self._banks.get(key)) is None:
             with torch.inference_mode(False):  # cached for calls both inside and outside that mode
                 bank = text_bank(self.clip, texts, self.templates).float()
@@ -307,7 +307,7 @@ class Engine:
         """Unit text features for each template separately, (M, Q, C) float32."""
         self.convert()
         templates = prompt_templates(templates)
-        key = (self.clip.digest, self.device, self.clip.dtype, tuple(texts), tuple(templates))
+        key = (self.clip.text_digest, self.device, self.clip.dtype, tuple(texts), tuple(templates))
         if (banks := self._banks.get(key)) is None:
             with torch.inference_mode(False):
                 each = [text_bank(self.clip, texts, [template]) for template in templates]

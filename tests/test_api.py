@@ -445,7 +445,7 @@ def test_forms_of_classes(tmp_path):
         (["cat"], float("nan"), ValueError, "between 0 and 1"),
         (["cat"], True, ValueError, "background=True"),
         (["cat"], {"wall": 1}, ValueError, "expected None, words, or a probability"),
-        (["word " * 90], None, ValueError, "CLIP reads 77"),
+        (["word " * 90], None, ValueError, "CLIP reads at most 77"),
     ],
     ids=str,
 )

@@ -117,8 +117,8 @@ def transformers_clip(name: str = "CLIP", activation: str = "quick_gelu", **text
     )
 
 
-def tipsv2(swiglu: bool = False) -> Family:
-    vision = dict(image_size=SIDE, use_swiglu_ffn=swiglu, layerscale_value=0.7)
+def tipsv2(swiglu: bool = False, **sizes: Any) -> Family:
+    vision = dict(image_size=SIDE, use_swiglu_ffn=swiglu, layerscale_value=0.7) | sizes
     model = _transformers("Tipsv2", vision, dict(hidden_size=WIDTH))
     return Family(
         model.state_dict(),
@@ -165,8 +165,11 @@ def transformers_naflex() -> Family:
 class ResidualMLP(nn.Module):
     """C-RADIO's adaptors, by their publisher's names."""
 
-    def __init__(self, width: int, hidden: int, out: int, layers: int) -> None:
+    def __init__(
+        self, width: int, hidden: int, out: int, layers: int, *, norm: bool = False
+    ) -> None:
         super().__init__()
+        self.pre_norm = nn.Sequential(nn.LayerNorm(width), nn.GELU()) if norm else nn.Identity()
 
         def layer(size: int) -> nn.Sequential:
             return nn.Sequential(nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, size))
@@ -176,7 +179,7 @@ class ResidualMLP(nn.Module):
         self.final = layer(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
+        x = self.fc1(self.pre_norm(x))
         for block in self.blocks:
             x = x + block(x)
         return self.final(x)
@@ -370,9 +373,10 @@ def biomedclip() -> Family:
 # -- open_clip -------------------------------------------------------------------------------------
 
 
-def _open_clip(**switches: Any) -> Family:
+def _open_clip(eps: float = 1e-5, **switches: Any) -> Family:
     transformer = packages.open_clip("transformer")
-    sizes = dict(width=WIDTH, layers=DEPTH, heads=HEADS, mlp_ratio=2.5)
+    norm = functools.partial(transformer.LayerNorm, eps=eps)
+    sizes = dict(norm_layer=norm, width=WIDTH, layers=DEPTH, heads=HEADS, mlp_ratio=2.5)
     sizes |= dict(output_dim=EMBED) | switches
 
     def made(size: tuple[int, int]) -> nn.Module:
@@ -392,13 +396,14 @@ def _open_clip(**switches: Any) -> Family:
         holder.load_state_dict(state)
         return holder.visual(image)
 
-    config = dict(model_cfg=dict(vision_cfg=dict(head_width=WIDTH // HEADS)))
+    vision = dict(head_width=WIDTH // HEADS, norm_kwargs=dict(eps=eps))
+    config = dict(model_cfg=dict(vision_cfg=vision))
     blocks = list(model.transformer.resblocks)
     return Family(_prefixed(model, "visual."), call, blocks, config, head_width=None)
 
 
 def clipa() -> Family:
-    return _open_clip(no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
+    return _open_clip(1e-3, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
 
 
 def coca(width: int = EMBED) -> Family:

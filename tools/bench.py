@@ -24,6 +24,8 @@ import argparse
 import json
 import math
 import platform
+import re
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -519,6 +521,22 @@ def show(console: Console, record: dict[str, Any], threads: int) -> None:
             console.print(f"  labels equal to the sequential reference's: {equal:.3f} %")
 
 
+def without_out(words: list[str]) -> list[str]:
+    """A command line without `--out FILE`."""
+    if "--out" not in words:
+        return words
+    at = words.index("--out")
+    return words[:at] + words[at + 2 :]
+
+
+def processor() -> str:
+    """Its name, as Linux gives it, and the instructions that PyTorch uses of it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"(?m)^model name\s*: (.*)$", info.read_text() if info.is_file() else "")
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -571,6 +589,8 @@ def main() -> int:
         torch=torch.__version__,
         sfp=sfp.__version__,
         machine=platform.machine(),
+        processor=processor(),
+        command=shlex.join(without_out(sys.argv[1:])),
         threads=args.threads,
         cases=[],
     )

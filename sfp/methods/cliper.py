@@ -54,7 +54,8 @@ def fused_attention(weights: Tensor) -> tuple[Tensor, Tensor]:
         weights: M, (B, H, T, T); overwritten.
 
     Returns:
-        M for the next round, the same tensor; and (M + M^T) / 2 without its column means, cut at 0, rows of sum 1.
+        M for the next round, the same tensor; and (M + M^T) / 2 without its column means, cut at 0,
+        rows of sum 1.
     """
     weights /= weights.sum(-2, keepdim=True)  # in place: these are the largest maps of all
     weights /= weights.sum(-1, keepdim=True)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import sfp
 from sfp.cli import main
-from sfp.clip.checkpoints import image_layouts
+from sfp.clip.checkpoints import image_layouts, loading
 from sfp.clip.checkpoints.loading import load_clip, open_weights, weights_digest
 from sfp.clip.checkpoints.published import ARCHITECTURES, PUBLISHED, LayoutError
 from sfp.functional.grid import cropped_positions
@@ -105,6 +105,43 @@ def test_without_an_adaptor_it_says_what_to_do(folders, tmp_path):
     for source in (tmp_path, towers.transformers_radio().state, towers.timm_radio().state):
         with pytest.raises(LayoutError, match=r"without its adaptor to SigLIP 2.*as a guide"):
             load_clip(source, texts=folder / "text")
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("layers", [0, 3])
+def test_adaptors(norm, layers):
+    """As many residual layers as the file has, with or without a norm before the first."""
+    family = towers.transformers_radio()
+    adaptor = towers.noisy(towers.ResidualMLP(towers.WIDTH, 24, 16, layers, norm=norm))
+    parts = {f"adaptors.siglip2-g.head_mlp.{k}": v for k, v in adaptor.state_dict().items()}
+    family.state = dict(family.state) | parts
+    ours, image = family.tower(), torch.rand(1, 3, 24, 40)
+    torch.testing.assert_close(ours(image), adaptor(family.run(image)[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_scale_that_is_missing(folders):
+    """transformers would take 1, and features would be wrong without a word."""
+    _, state, *_ = folders
+    state = dict(state)
+    del state["radio_model.model.blocks.3.ls1.gamma"]
+    with pytest.raises(LayoutError, match="11 layer scales: expected two in each block or none"):
+        load_clip(state)
+
+
+def test_get_fetches_the_text_tower_too(monkeypatch, tmp_path, capsys):
+    fetched = []
+
+    def located(name):
+        fetched.append(name)
+        path = tmp_path / name
+        path.write_bytes(bytes(3))
+        return path
+
+    monkeypatch.setattr(loading, "locate", located)
+    monkeypatch.setattr(loading, "complete", lambda row: None)
+    monkeypatch.setattr(loading, "verify", lambda name, path: ("0" * 64, True))
+    assert main(["weights", "get", "c-radio-v3-l", "c-radio-v3-b"]) == 0
+    assert fetched == ["c-radio-v3-l", "c-radio-v3-b", "siglip2-gopt16-384"]
 
 
 def tower_of(state: dict[str, Tensor], config: dict | None = None):

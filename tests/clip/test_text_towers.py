@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfp.clip.checkpoints import image_layouts, text_layouts
 from sfp.clip.checkpoints.published import LayoutError
+from sfp.clip.checkpoints.renaming import stated
 from sfp.clip.text_towers import TextTower, sinusoids
 
 SMALL = dict(
@@ -117,6 +118,33 @@ def test_metaclip2():
     transformers_text("MetaClip2", text, batch(pad=1, end=2), False, projection_dim=24)
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "ids", "config"),
+    [
+        ("CLIP", dict(eos_token_id=40, pad_token_id=0), dict(end=40), dict(projection_dim=24)),
+        ("Siglip", dict(projection_size=48, hidden_act="gelu"), dict(pad=1), {}),
+        (
+            "MetaClip2",
+            dict(eos_token_id=2, pad_token_id=1, hidden_act="gelu"),
+            dict(pad=1, end=2),
+            dict(projection_dim=24),
+        ),
+        ("Tipsv2", dict(pad_token_id=0, hidden_act="gelu"), dict(pad=0), {}),
+    ],
+)
+def test_what_configurations_state(kind, text, ids, config):
+    """Another end, activation or eps than the family's published models have."""
+    if kind != "CLIP":
+        text = text | dict(layer_norm_eps=1e-2)
+    text = dict(SMALL, hidden_act="quick_gelu") | text
+    transformers_text(kind, text, batch(**ids), kind == "Tipsv2", **config)
+
+
+def test_an_activation_that_is_not_known():
+    with pytest.raises(LayoutError, match="hidden_act 'silu' is none of quick_gelu, gelu"):
+        stated(dict(hidden_act="silu"))
+
+
 def test_tips():
     transformers_text("Tipsv2", dict(SMALL, pad_token_id=0), batch(pad=0), True)
 
@@ -154,6 +182,14 @@ OPEN_CLIP = {
         act_kwargs={"approximate": "tanh"},
         hf_tokenizer_name="timm/ViT-B-16-SigLIP2",
         tokenizer_kwargs={"clean": "canonicalize"},
+    ),
+    "siglip, other switches": dict(
+        pool_type="last",
+        no_causal_mask=True,
+        proj_bias=True,
+        norm_kwargs={"eps": 1e-2},
+        act_kwargs={"approximate": "tanh"},
+        hf_tokenizer_name="timm/ViT-B-16-SigLIP",
     ),
     "i18n": dict(
         pool_type="last",

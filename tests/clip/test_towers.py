@@ -108,6 +108,17 @@ def test_other_sizes(name, monkeypatch):
     compared(given, ours, tiny.images(2, *(patch * cells for cells in grid)), **given.knobs)
 
 
+@pytest.mark.parametrize("registers", [0, 1, 4])
+@pytest.mark.parametrize("biases", [True, False])
+def test_registers_and_biases(registers, biases):
+    """As many as a configuration asks for; queries, keys and values may have no biases."""
+    for given in (
+        towers.tipsv2(num_register_tokens=registers, qkv_bias=biases),
+        towers.transformers_radio(num_registers=registers, qkv_bias=biases),
+    ):
+        compared(given, given.tower(), tiny.images(2, *given.other))
+
+
 # -- dense features --------------------------------------------------------------------------------
 
 POOLED = [name for name in FAMILIES if name.startswith(("SigLIP", "NaFlex", "PE", "CoCa"))]

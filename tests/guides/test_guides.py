@@ -115,6 +115,9 @@ def test_a_guide_that_normalises_images_itself():
     torch.testing.assert_close(
         guide(pictures, "stitched").data, block(patches), atol=1e-5, rtol=1e-4
     )
+    normal = block.norm1(patches)
+    both = block.attention.q_proj(normal) + block.attention.k_proj(normal)  # as CorrCLIP asks for
+    torch.testing.assert_close(guide(pictures, "q+k").data, both, atol=1e-5, rtol=1e-4)
     given = TransformersGuide(model=own, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     assert (given(pictures).data - tokens.data).abs().max() > 1e-3
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from sfp.clip.adaptor import AdaptorConfig
 from sfp.clip.blocks import HEAD_WIDTH
 from sfp.clip.checkpoints.published import HALF, HEAD_WIDTHS, LayoutError
-from sfp.clip.checkpoints.renaming import BLOCKS, count_blocks, packed, shape_of, turned
+from sfp.clip.checkpoints.renaming import BLOCKS, count_blocks, packed, shape_of, stated, turned
 from sfp.clip.pool import PoolConfig
 from sfp.clip.rope import RopeConfig
 from sfp.clip.vit import ImageConfig
@@ -163,11 +163,13 @@ def _finished(named: State, config: Config) -> State:
                 state[f"{prefix}c_fc.{kind}"] = torch.cat(halves)
         elif name.endswith(".bn.weight"):
             _fold_norm(state, prefix)
-    for name in named:
-        if match := re.fullmatch(r"(.*)\.ls_([12])", name):
-            _fold_scale(
-                state, name, f"{match[1]}.{'attn.out' if match[2] == '1' else 'mlp.c'}_proj"
-            )
+    _fill_biases(state)
+    scales = [match for name in named if (match := re.fullmatch(r"(.*)\.ls_([12])", name))]
+    if scales and len(scales) != 2 * count_blocks(named, _BLOCK):
+        raise LayoutError(f"{len(scales)} layer scales: expected two in each block or none")
+    for match in scales:
+        target = "attn.out_proj" if match[2] == "1" else "mlp.c_proj"
+        _fold_scale(state, match[0], f"{match[1]}.{target}")
     if "visual.pool.probe" in state:
         _project_query(state)
     if "visual.prefix" in state:
@@ -175,7 +177,6 @@ def _finished(named: State, config: Config) -> State:
     _reshape(state)
     if "visual.image_mean" in state:
         _fold_normalisation(state)
-    _fill_biases(state)
     return state
 
 
@@ -185,7 +186,8 @@ def _reshape(state: State) -> None:
         if f"visual.{theirs}" in state:
             x = state.pop(f"visual.{theirs}")
             x = x.reshape(-1, x.shape[-1])
-            state[f"visual.{ours}_embedding"] = x[0] if theirs == "cls" else x
+            if len(x):  # a configuration may ask for 0 registers
+                state[f"visual.{ours}_embedding"] = x[0] if theirs == "cls" else x
     kernel = state.get("visual.conv1.weight")
     if kernel is not None and kernel.ndim == 2:  # of flattened patches: row, column, channel
         side = math.isqrt(kernel.shape[1] // 3)
@@ -235,8 +237,8 @@ def _fill_biases(state: State) -> None:
 def _split_prefix(state: State, config: Config) -> None:
     """C-RADIO's class tokens and registers, with the class token of SigLIP 2 first.
 
-    There is one for each teacher; the order of tokens without positions does not matter. Which one is
-    SigLIP 2's stands in the publisher's configuration; without it, it is the first.
+    There is one class token for each teacher. Their order does not matter to the blocks, since they
+    have no positions. The publisher's configuration says which is SigLIP 2's; by default the first.
     """
     tokens = state.pop("visual.prefix")
     first = 0
@@ -367,7 +369,6 @@ def _pool(state: State, heads: int | None = None) -> PoolConfig:
     )
 
 
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}  # transformers' names
 _NAMED_AT_HOME = ("clip", "clip_vision_model", "", None)
 
 
@@ -376,13 +377,9 @@ def _vision(config: Config, width: int) -> dict[str, Any]:
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         return {}
-    said: dict[str, Any] = {}
+    said = stated(vision)
     if heads := vision.get("num_attention_heads"):
         said["head_width"] = width // int(heads)
-    if name := vision.get("hidden_act"):
-        said["activation"] = _ACTIVATIONS.get(name, name)
-    if eps := vision.get("layer_norm_eps"):
-        said["eps"] = float(eps)
     return said
 
 
@@ -585,6 +582,8 @@ def _open_clip_said(config: Config) -> dict[str, Any]:
     said: dict[str, Any] = {"head_width": int(vision.get("head_width", HEAD_WIDTH))}
     if config["model_cfg"].get("quick_gelu"):
         said["activation"] = "quick_gelu"
+    if eps := (vision.get("norm_kwargs") or {}).get("eps"):
+        said["eps"] = float(eps)
     return said
 
 

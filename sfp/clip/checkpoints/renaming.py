@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sfp.clip.blocks import ACTIVATIONS
 from sfp.clip.checkpoints.published import LayoutError
 
 BLOCKS = "transformer.resblocks."
@@ -20,6 +22,26 @@ _PARTS = {
     "self_attn.out_proj": "attn.out_proj",
 }
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+# transformers' names of activations, by ours where they differ
+_ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+
+def stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Activation and eps of a tower, as far as transformers' configuration of it states them.
+
+    Raises:
+        LayoutError: for an activation that no tower here has.
+    """
+    result: dict[str, Any] = {}
+    if name := config.get("hidden_act"):
+        result["activation"] = _ACTIVATION_NAMES.get(name, name)
+        if result["activation"] not in ACTIVATIONS:
+            raise LayoutError(f"hidden_act {name!r} is none of {', '.join(ACTIVATIONS)}")
+    if eps := config.get("layer_norm_eps"):
+        result["eps"] = float(eps)
+    return result
 
 
 def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size:

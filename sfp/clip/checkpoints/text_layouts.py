@@ -22,6 +22,7 @@ from sfp.clip.checkpoints.renaming import (
     hidden_width,
     packed,
     shape_of,
+    stated,
     turned,
 )
 from sfp.clip.text_towers import BertConfig, TextConfig
@@ -78,7 +79,8 @@ def read(
         named = {name.removeprefix("text."): value for name, value in state.items()}
         read_family = _from_open_clip
     named, sizes = read_family(named, config)
-    return named, sizes, sizes.rules in (SIGLIP, SIGLIP2, TIPS)
+    said = sizes.rules == XLM and "hidden_act" in (config.get("text_config") or {})
+    return named, sizes, said or sizes.rules in (SIGLIP, SIGLIP2, TIPS)
 
 
 def _merge_tables(state: dict[str, Tensor]) -> None:
@@ -127,10 +129,14 @@ def _from_transformers(
     sizes = replace(sizes, head_width=_head_width(sizes.width, text) or sizes.head_width)
     if sizes.projection == "linear":  # the only towers of this layout with a bias there
         rules = SIGLIP2 if kind == "siglip2" or sizes.vocab == GEMMA else SIGLIP
-        return state, _siglip(replace(sizes, activation="gelu_tanh"), rules)
+        sizes = _siglip(replace(sizes, activation="gelu_tanh"), rules)
+        return state, replace(sizes, **stated(text))
+    end = int(text.get("eos_token_id") or 2)
     if kind == "metaclip_2" or sizes.vocab == XLM_V:
-        return state, replace(sizes, pool="end", end=int(text.get("eos_token_id", 2)), rules=XLM)
-    return state, _byte_pairs(sizes)
+        return state, replace(sizes, pool="end", end=end, rules=XLM, **stated(text))
+    # the end is at the largest id, which older configurations call 2, unless they say otherwise
+    pool = "argmax" if end in (2, sizes.vocab - 1) else "end"
+    return state, replace(_byte_pairs(sizes), pool=pool, end=-1 if pool == "argmax" else end)
 
 
 def _head_width(width: int, config: Mapping[str, Any]) -> int | None:
@@ -173,9 +179,12 @@ def _from_open_clip(
     sizes = replace(sizes, head_width=_head_width(sizes.width, text) or sizes.head_width)
     if sizes.projection != "matrix":
         rules = SIGLIP2 if _is_siglip2(sizes, text) else SIGLIP
-        # as open_clip's configurations say; transformers takes tanh for all
-        activation = "gelu_tanh" if rules == SIGLIP2 else "gelu"
-        return state, _siglip(replace(sizes, activation=activation), rules)
+        # as open_clip's published configurations say; transformers takes tanh for all
+        approximate = (text.get("act_kwargs") or {}).get("approximate")
+        tanh = approximate == "tanh" if text else rules == SIGLIP2
+        sizes = _siglip(replace(sizes, activation="gelu_tanh" if tanh else "gelu"), rules)
+        eps = (text.get("norm_kwargs") or {}).get("eps", sizes.eps)
+        return state, replace(sizes, eps=float(eps))
     if text.get("pool_type") == "eos" or sizes.vocab == XLM_V:
         return state, replace(sizes, pool="end", end=int(text.get("eos_id", 2)), rules=XLM)
     tokenizer = text.get("hf_tokenizer_name")
@@ -204,14 +213,13 @@ def _tips(
     state["logit_scale"] = -temperature.float().reshape(()).log()
     return state, replace(
         sizes,
-        activation="relu",
         head_width=_head_width(sizes.width, text) or sizes.head_width,
-        eps=float(text.get("layer_norm_eps", 1e-5)),
         causal=False,
         hide_padding=True,
         pool="mean",
         positions="sinusoids",
         rules=TIPS,
+        **dict(activation="relu") | stated(text),
     )
 
 
@@ -360,11 +368,7 @@ def _needed(state: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _bert_switches(text: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers' configuration of a BERT says."""
-    switches: dict[str, Any] = {}
-    if "layer_norm_eps" in text:
-        switches["eps"] = float(text["layer_norm_eps"])
-    if "hidden_act" in text:
-        switches["activation"] = str(text["hidden_act"])
+    switches = stated(text)
     if {"hidden_size", "num_attention_heads"} <= set(text):
         switches["head_width"] = int(text["hidden_size"]) // int(text["num_attention_heads"])
     return switches

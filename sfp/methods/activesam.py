@@ -3,12 +3,11 @@
 Four additions to SegEarth-OV3's maps: only the queries with the highest presence, determined at a lower
 resolution, are used; the text tokens of a query are followed by those of its most similar other queries
 and of more general words; names are converted to a form that SAM 3 knows; and a pixel where two classes
-are nearly equal becomes background more easily. This is our interpretation, without numbers of the
-official code to compare with.
-Thresholds are settings of the segmentor, as those of `segearth_ov3`.
+are nearly equal becomes background more easily. This is our interpretation, not compared with numbers
+of the official code. Thresholds are settings of the segmentor, as for `segearth_ov3`.
 
 The release takes general words from WordNet, which is not included: `hypernyms` names a file with them,
-without which that part is left out. Where the source only gives examples, names are split by our own
+and without one that part is left out. Where the source only gives examples, names are split by our own
 rules.
 """
 
@@ -100,7 +99,7 @@ def canonical(name: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _general(path: str, changed: int) -> Mapping[str, Sequence[str]]:
-    """The contents of a file of general words; `changed` is its time, so that it is read anew."""
+    """The contents of a file of general words, cached until its modification time `changed` differs."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         right = all(isinstance(word, str) for words in found.values() for word in words)
@@ -118,12 +117,12 @@ def _wrong(path: str) -> ValueError:
 
 
 def active(presence: Tensor, quantile: float, most: int) -> Tensor:
-    """The numbers of the queries used for an image, in order: (n,), at least one.
+    """The indices of the queries used for an image, in order: (n,), at least one.
 
     Args:
-        presence: of all queries, (Q,).
-        quantile: queries below this one are left out.
-        most: of the rest at most.
+        presence: presence of all queries, (Q,).
+        quantile: queries with a presence below this quantile are left out.
+        most: largest number of queries.
     """
     best = presence.sort(descending=True, stable=True).indices[:most]
     kept = best[presence[best] >= presence.quantile(quantile)]
@@ -153,15 +152,16 @@ def active_maps(
     Args:
         guide: name of the SAM 3 (`sfp.guides.Sam3Guide`).
         score: instances of no larger score are left out.
-        prune_above: more queries than that are pruned; None prunes none.
-        prune_side: side of the square at which presence is asked for; None for that of training.
-        prune_quantile: queries of a presence below this quantile are left out.
-        prune_most: queries of best presence that are asked for at most.
-        neighbours: other queries whose tokens follow those of a query.
-        hypernyms: JSON file of more general words by (canonical) name, two of which follow too; None
-            for none.
-        names: whether names are brought into the form that SAM 3 knows (`canonical`).
-        windows: whether it looks at each window instead of the whole image: (B, Q, H, W).
+        prune_above: queries are pruned if there are more than this number; None for never.
+        prune_side: side in pixels of the square image for determining presence; None for that of
+            training.
+        prune_quantile: queries with a presence below this quantile are left out.
+        prune_most: largest number of queries used, those of highest presence.
+        neighbours: number of other queries whose tokens follow those of each query.
+        hypernyms: JSON file of more general words by (canonical) name, of which up to two follow as
+            well; None for none.
+        names: whether names are converted to the form that SAM 3 knows (`canonical`).
+        windows: whether SAM 3 sees each window instead of the whole image: (B, Q, H, W).
     """
     sam, queries = sam3_of(trace, guide), trace.known_words().queries
     if names:
@@ -190,8 +190,9 @@ def active_maps(
 def margin_scores(sheet: LogitSheet, rows: Rows, index: Sequence[int]) -> Rows:
     """Lowers scores where two classes are nearly equal (ActiveSAM).
 
-    A pixel's best score s_1 becomes (s_1 sqrt(s_1 - s_2))^(4/5), the others shrink with it: it is below
-    a threshold t where s_1 sqrt(s_1 - s_2) is below t^(5/4), and the best class stays the best.
+    A pixel's best score s_1 becomes (s_1 sqrt(s_1 - s_2))^(4/5), and the others are scaled by the same
+    factor. It is below a threshold t if s_1 sqrt(s_1 - s_2) is below t^(5/4); the best class stays the
+    best.
     """
 
     def scores(start: int, stop: int) -> Tensor:

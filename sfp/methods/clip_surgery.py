@@ -1,4 +1,4 @@
-"""CLIP Surgery: a v-v stream beside the last blocks, and logits without what classes have in common.
+"""CLIP Surgery: a v-v stream beside the last blocks, and logits without the part common to all classes.
 
 A Closer Look at the Explainability of Contrastive Language-Image Pre-training (Li et al., Pattern
 Recognition 2025, arXiv:2304.05653).
@@ -27,9 +27,9 @@ def native_cls(tokens: Tokens, trace: Trace) -> Tokens:
 def remove_redundancy(logits: Tensor, trace: Trace, *, temperature: float = 2.0) -> Tensor:
     """CLIP Surgery's feature surgery: subtracts what a patch has in common with all queries.
 
-    w s - mean over queries of w s, with s the logits and w the queries' weights for the whole image,
-    softmax(temperature * global logits) over its mean. The paper writes it on features of size
-    (N, Q, C); summed over C it is this.
+    w s - mean over queries of w s, where s are the logits and w the weights of the queries in the whole
+    image: softmax(temperature * global logits), divided by its mean. The paper writes it for features
+    of shape (N, Q, C); their sum over C is this.
     """
     weights = (temperature * trace.global_logits()).softmax(-1)  # (B, Q)
     weighted = logits * (weights / weights.mean(-1, keepdim=True))[..., None, None]
@@ -38,10 +38,10 @@ def remove_redundancy(logits: Tensor, trace: Trace, *, temperature: float = 2.0)
 
 @METHODS.register_module()
 def clip_surgery(*, surgery_blocks: int = 6, feature_surgery: bool = True) -> dict[str, Any]:
-    """softmax(vv) summed over the last blocks onto their input, no MLP; CLS stays the plain one.
+    """softmax(vv) summed over the last blocks onto their input, no MLP; CLS of the plain forward pass.
 
-    The release resamples positions bilinearly, in place (so that later sizes start from the result) and
-    only to square grids; ours does not modify the model and supports any grid.
+    The release resamples the position embedding bilinearly, in place (so that later sizes start from
+    the result) and only to square grids; here the model is not modified and any grid works.
 
     Args:
         surgery_blocks: number of last blocks; 0 is the plain forward pass.

@@ -1,22 +1,24 @@
-"""CLIPtrase: clusters of correlated patches, in which pixels vote (Shao et al., ECCV 2024).
+"""CLIPtrase: a class for each cluster of correlated patches, by a vote (Shao et al., ECCV 2024).
 
 Explore the Potential of CLIP for Training-Free Open Vocabulary Semantic Segmentation,
-arXiv:2407.08268. The defaults are the release (224 pixels); its setting for 336 pixels is `eps=1.1,
-min_samples=7`. The paper describes `correlation="cosine", layer=-1, unit_rows=True, denoise="paper"`.
+arXiv:2407.08268. The defaults are those of the release (224 pixels); its setting for 336 pixels is
+`eps=1.1, min_samples=7`. The paper describes `correlation="cosine", layer=-1, unit_rows=True,
+denoise="paper"`.
 
 | | release | paper |
 | --- | --- | --- |
 | last block's attention | softmax(qq) + softmax(kk) + softmax(vv) | mean of the cosines, over heads |
 | clustered | rows of the last but one block's cosines | unit rows of the last block's |
-| denoising | CLS row subtracted, cut at 0 | patches with mean_j w_ij > w_ii left out (Eq. 7) |
+| denoising | CLS row subtracted, clamped at 0 | patches with mean_j w_ij > w_ii left out (Eq. 7) |
 
 Its ablations are `correlation`, `concat`, `product`, `restore` and `features`. The paper does not print
-the formulas of "inner product", of clustered features and of other layers: these are our reading.
+the formulas of "inner product", of clustered features and of other layers; these are interpretations.
 
 Eq. 7 cannot hold for cosines (w_ii = 1 is the largest); it is evaluated on the block's attention.
 
-Background prompts are words of the vocabulary: synonyms of class 0. The release centre-crops images
-to a square and counts void pixels as background: its numbers do not compare with sliding windows.
+Background prompts are words of the vocabulary, synonyms of class 0. The release centre-crops images
+to a square and counts void pixels as background, so its numbers are not comparable with those of
+sliding windows.
 """
 
 from __future__ import annotations
@@ -60,11 +62,11 @@ DENOISE: dict[str, dict[str, Any] | None] = dict(
 def cosine_attention(heads: Heads, trace: Trace, *, concat: bool = False) -> Tensor:
     """Mean over heads of (cos qq + cos kk + cos vv) / 3, one map for all heads, (B, 1, T, T).
 
-    CLIPtrase's weights as its paper prints them: not normalised, so that a row sums to the number of
+    CLIPtrase's weights as printed in its paper. They are not normalised: a row sums to the number of
     tokens times their mean correlation.
 
     Args:
-        concat: cosines of all heads side by side (Eq. 14) in place of the mean of each head's (Eq. 3).
+        concat: cosines of the concatenated heads (Eq. 14) instead of the mean over heads (Eq. 3).
     """
     return mean_cosine(heads.q, heads.k, heads.v, concat=concat)[:, None]
 
@@ -83,10 +85,10 @@ def head_cosine(
 
     Args:
         layer: method layer of the block whose projections are compared.
-        subtract_cls: each column minus its correlation with the class token, cut at 0.
-        unit_rows: rows of unit length.
-        concat: heads side by side, as in `cosine_attention`.
-        product: inner products over sqrt(d) in place of cosines.
+        subtract_cls: subtracts from each column its correlation with the class token and clamps at 0.
+        unit_rows: scales rows to unit length.
+        concat: concatenates the heads, as in `cosine_attention`.
+        product: inner products over sqrt(d) instead of cosines.
     """
     i = trace.layer(layer)
     heads = trace.heads(i)
@@ -106,11 +108,11 @@ def head_cosine(
 def overshadowed(trace: Trace, layer: int, *, pairs: Sequence[str] = ("qk",)) -> Tensor:
     """Patches that attend to themselves less than to the average patch: mean_j w_ij - w_ii > 0.
 
-    CLIPtrase's Eq. 7. With w the correlations that its paper clusters, no patch ever is one: a patch's
-    cosine with itself, 1, is its largest. So w is an attention here, averaged over heads.
+    CLIPtrase's Eq. 7. With the correlations that its paper clusters as w, it holds for no patch: the
+    cosine of a patch with itself, 1, is its largest. Here w is an attention, averaged over heads.
 
     Args:
-        pairs: of which projections, as in `self_self`; ("qk",) is what the block ran with.
+        pairs: pairs of projections, as in `self_self`; ("qk",) is the block's own attention.
     """
     heads = trace.heads(layer)
     weights = self_self(heads, trace, pairs=pairs).mean(1)  # (B, T, T)
@@ -120,7 +122,7 @@ def overshadowed(trace: Trace, layer: int, *, pairs: Sequence[str] = ("qk",)) ->
 
 @op("edit")
 def reread(trace: Trace, layer: int, *, block: int, attention: Rule | None) -> Tokens:
-    """The tokens that leave a layer; one block mixes its own by another attention rule.
+    """The output tokens of a layer, where one block uses another attention rule.
 
     Args:
         block: method layer of that block.
@@ -134,10 +136,10 @@ def reread(trace: Trace, layer: int, *, block: int, attention: Rule | None) -> T
 
 @op("refiner", words=True)
 def cls_product(logits: Tensor, trace: Trace, *, source: Source) -> Tensor:
-    """Logits times those of the class token: queries that the image is not about sink.
+    """Logits times those of the class token, which lowers queries that do not describe the image.
 
     Args:
-        source: tokens whose class token is compared, e.g. `read_last`.
+        source: tokens with the class token that is compared, e.g. `read_last`.
     """
     tokens = source(trace)
     cls = trace.project(tokens).cls[:, 0] if tokens.prefix else trace.vit.embedding(tokens)
@@ -161,23 +163,24 @@ def cluster_vote(
     vote: Literal["mode", "mean"] = "mode",
     cells: int | None = None,
 ) -> Tensor:
-    """Patches cluster, clusters become masks, and the pixels of a mask agree on a class.
+    """Clusters patches, turns the clusters into masks, and gives all pixels of a mask one class.
 
     Args:
-        affinity: whose rows are clustered (DBSCAN) and averaged to the masks' prototypes.
-        eps, min_samples: DBSCAN's.
+        affinity: its rows are clustered (DBSCAN) and averaged to the masks' prototypes.
+        eps, min_samples: parameters of DBSCAN.
         noise: detector of patches that are left out of the clusters.
-        noise_layer: method layer that it judges.
-        guide: external encoder on whose grid the affinities live; None for CLIP's own. Then noise,
-            which judges CLIP's patches, must be None.
-        source: tokens, e.g. `read_last`, whose features are clustered in place of the rows of
-            `affinity`; their cosines then are the affinities that prototypes average.
-        vote: "mode": a pixel's logit is the share of its mask that chooses the query's class;
-            "mean": its mask's mean logit.
+        noise_layer: method layer on which that detector runs.
+        guide: external encoder that the affinities come from; None for CLIP. With a guide, `noise`,
+            which detects among CLIP's patches, must be None.
+        source: tokens, e.g. `read_last`, that are clustered by their features instead of the rows of
+            `affinity`; prototypes are then averages of their cosines.
+        vote: "mode": the logit of a pixel is the share of its mask's pixels with the query's class;
+            "mean": the mean logit of its mask.
         cells: output cells per patch; None for one per pixel.
 
     Returns:
-        (B, Q, H, W). An image in which no patch finds a cluster keeps its logits, or choices.
+        (B, Q, H, W). An image without any cluster keeps its logits ("mean"), or each pixel's best
+        class ("mode").
     """
     rows, clusters, grid = _clusters(
         trace, affinity, eps, min_samples, noise, noise_layer, guide, source
@@ -195,7 +198,7 @@ def cluster_vote(
 
 
 def _agree(logits: Tensor, masks: Tensor | None, index: Tensor, vote: str) -> Tensor:
-    """One image's pixel logits (Q, H, W) after the vote in its masks (H, W)."""
+    """Pixel logits (Q, H, W) of one image after the vote within its masks (H, W)."""
     if vote == "mean":
         return logits if masks is None else mask_means(masks, logits)
     choice = index[logits.max(0).indices]  # (H, W)
@@ -217,11 +220,11 @@ def cluster_points(
     guide: str | None = None,
     count: int = 1,
 ) -> list[Tensor]:
-    """Point prompts from clusters of patches, the peaks of their prototypes: (K, count, 2) each.
+    """Point prompts at the peaks of the prototypes of patch clusters, (K, count, 2) for each image.
 
     Args:
         affinity, eps, min_samples, noise, noise_layer, guide: as in `cluster_vote`.
-        count: points of each cluster.
+        count: number of points per cluster.
     """
     rows, labels, grid = _clusters(trace, affinity, eps, min_samples, noise, noise_layer, guide)
     return [cluster_peaks(own, found, grid, count) for own, found in zip(rows, labels, strict=True)]
@@ -237,7 +240,7 @@ def _clusters(
     guide: str | None,
     source: Source | None = None,
 ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
-    """Affinities (B, N, N), the cluster of each patch (N,) by image, and the grid they live on."""
+    """Affinities (B, N, N), the cluster of each patch (N,) for every image, and the patch grid."""
     if guide is not None and noise is not None:
         raise ValueError(
             f"clusters on the grid of the guide {guide!r} cannot leave out noise: detectors judge "
@@ -282,27 +285,27 @@ def cliptrase(
     cls_logits: bool = False,
     cells: int | None = None,
 ) -> dict[str, Any]:
-    """Residual and FFN stay; the logits come at pixel resolution.
+    """Correlation attention with residual and FFN, and a vote in clusters at pixel resolution.
 
     Args:
-        correlation: the last block's attention: "softmax" (release), "cosine" (paper), "identity" (of
-            patches to themselves alone), or "none", which leaves it as CLIP has it (the paper's
-            ablation without SCR).
-        concat: cosines of all heads side by side (Eq. 14) in place of their mean.
-        restore: layer whose attention `correlation` replaces; blocks after it run as CLIP has them.
-        cluster: False leaves the features alone, without clusters and votes.
-        features: whether patch features are clustered, in place of the rows of their correlations.
-        product: whether inner products are clustered in place of cosines.
-        layer: whose correlations are clustered.
-        unit_rows: whether rows are scaled to unit length before.
+        correlation: attention of the last block: "softmax" (release), "cosine" (paper), "identity"
+            (each patch attends only to itself), or "none", CLIP's own (the paper's ablation without
+            SCR).
+        concat: cosines of the concatenated heads (Eq. 14) instead of their mean over heads.
+        restore: layer in which `correlation` replaces the attention; later blocks are CLIP's own.
+        cluster: False turns clustering and voting off.
+        features: whether patch features are clustered instead of the rows of their correlations.
+        product: whether inner products are clustered instead of cosines.
+        layer: layer from which the clustered correlations are taken.
+        unit_rows: whether rows are scaled to unit length before clustering.
         denoise: "release", "paper" or "none".
-        guide: external encoder, e.g. "dino", whose patches' cosines are clustered instead of CLIP's
-            correlations; `layer`, `unit_rows` and `denoise`, which are about those, then do nothing.
-        eps, min_samples: DBSCAN's; the defaults are for CLIP's correlations.
+        guide: external encoder, e.g. "dino", to cluster by the cosines of its patches instead of CLIP's
+            correlations; `layer`, `unit_rows` and `denoise`, which concern those, are then ignored.
+        eps, min_samples: parameters of DBSCAN; the defaults are for CLIP's correlations.
         vote: "mode" of the pixels' classes, or "mean" of their logits (the detectron2 release, which
-            takes dot products with features that are not normalised; here they are cosines).
-        cls_logits: whether logits are multiplied by the class token's (the release on VOC20).
-        cells: cells per patch in which pixels vote; None for every pixel, as the release.
+            uses dot products with features that are not normalised; here they are cosines).
+        cls_logits: whether logits are multiplied by those of the class token (the release on VOC20).
+        cells: cells per patch that vote; None for every pixel, as in the release.
     """
     rule, noise = RULES[correlation], DENOISE[denoise]
     if concat and correlation == "cosine":

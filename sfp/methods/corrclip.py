@@ -1,13 +1,14 @@
 """CorrCLIP: patches attend within regions (Zhang et al., ICCV 2025, arXiv:2411.10086).
 
-An id map of class-agnostic masks says which patches may look at each other, a guide (DINO ViT-B/8) how
-much. Three streams are normalised, projected and then summed: the values of the last block, those of
-the mean of late layers, and a token of each region, which the trunk's own blocks make out of the class
-token and the region's patches. In the end the pixels of a region take their most frequent label.
+A map of class-agnostic masks determines which patches may attend to each other, and the similarities
+of a guide (DINO ViT-B/8) how much. Three streams are normalised, projected and then summed: the values
+of the last block, those of the mean of late layers, and one token per region, computed by CLIP's own
+blocks from the class token and the region's patches. Finally all pixels of a region take the region's
+most frequent label.
 
-The release takes the smallest id that a window (or, in the vote, an image) has for the unsegmented one,
-so that without unsegmented pixels a region is taken for none: `unsegmented="smallest"` does the same.
-It gives several names to class 0 only; here every class may have some. It runs windows of 336 pixels
+The release treats the smallest id in a window (or, in the vote, in an image) as unsegmented, so that
+without unsegmented pixels a real region is lost; `unsegmented="smallest"` does the same. It supports
+several names for class 0 only; here every class may have several. It runs windows of 336 pixels
 (stride 112) padded to multiples of 56 (`pad_windows=56`), MetaCLIP's weights and 80 templates.
 """
 
@@ -29,7 +30,7 @@ from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
 CHUNK = 2**24  # similarities in memory at once
-LATE = {12: 5, 24: 12, 32: 28}  # blocks -> how many layers the second stream averages
+LATE = {12: 5, 24: 12, 32: 28}  # blocks -> number of layers that the second stream averages
 
 Unsegmented = Literal["zero", "smallest"]
 
@@ -40,7 +41,7 @@ def unit_guide(trace: Trace, *, guide: str, output: str | None) -> Tensor:
 
 
 def known_regions(ids: Tensor, unsegmented: Unsegmented) -> Tensor:
-    """Ids (..., N) in which 0 is what counts as unsegmented."""
+    """Region ids (..., N) with 0 for pixels that count as unsegmented."""
     if unsegmented == "zero":
         return ids
     return torch.where(ids == ids.amin(-1, keepdim=True), 0, ids + 1)
@@ -49,12 +50,12 @@ def known_regions(ids: Tensor, unsegmented: Unsegmented) -> Tensor:
 def merged_regions(
     trace: Trace, *, guide: str, output: str | None, eps: float | None, unsegmented: Unsegmented
 ) -> Tensor:
-    """The region of each of a guide's patches, alike ones merged, (B, M): 0, or from 1.
+    """The region of each patch of a guide after merging similar regions, (B, M): from 1, or 0 for none.
 
     Args:
-        guide, output: of the features that are compared (`Trace.guide`).
+        guide, output: external encoder and its output, by which regions are compared (`Trace.guide`).
         eps: as in `merge_regions`; None merges nothing.
-        unsegmented: the ids that count as no region.
+        unsegmented: id of pixels without a region, as in `region_scope`.
     """
     features = once(trace, unit_guide, guide=guide, output=output)
     ids = nearest(trace.regions, trace.guide(guide, output).grid).flatten(1)
@@ -66,13 +67,13 @@ def merged_regions(
 def scoped_rows(features: Tensor, ids: Tensor, rows: slice, gain: float) -> Tensor:
     """Some rows of the attention within regions of one image, (m, M).
 
-    softmax(gain * S) over the pairs of equal region; and over the pairs of which one patch or both are
-    in none, where S lies above its mean.
+    softmax(gain * S) over the pairs in the same region, and over the pairs with S above its mean in
+    which one or both patches have no region.
 
     Args:
-        features: unit rows whose products are S, (M, D).
-        ids: (M,), 0 for none.
-        rows: which.
+        features: unit rows, (M, D); S holds their products.
+        ids: region of each patch, (M,), 0 for none.
+        rows: rows to compute.
         gain: inverse temperature.
     """
     total = features.sum(0, dtype=torch.float64)
@@ -81,7 +82,7 @@ def scoped_rows(features: Tensor, ids: Tensor, rows: slice, gain: float) -> Tens
     none = ids == 0
     loose = none[rows, None] | none
     allowed = torch.where(loose, similarity > mean, ids[rows, None] == ids)
-    # where all patches are alike, rounding may leave a row's own entry below the mean
+    # if all patches are the same, rounding may leave a row's own entry below the mean
     allowed.diagonal(rows.start or 0).fill_(True)
     return (gain * similarity).masked_fill(~allowed, -torch.inf).softmax(-1)
 
@@ -122,15 +123,15 @@ def region_scope(
 ) -> Tensor:
     """Attention of a guide's patches to CLIP's within regions, one map for all heads, (B, 1, M, T).
 
-    softmax(gain * S) of the guide's cosines S within each region; patches in no region see, and are
-    seen by, all whose S lies above the mean. Times the matrix that resamples CLIP's patches to the
-    guide's grid. Prefix tokens are attended by nobody. The readout needs `layout=guide`.
+    softmax(gain * S) of the guide's cosines S within each region, times the matrix that resamples
+    CLIP's patches to the guide's grid. A patch without a region attends to, and is attended by, all
+    patches with S above its mean. Prefix tokens get no attention. The readout needs `layout=guide`.
 
     Args:
-        guide, output: of an external encoder (`Trace.guide`).
+        guide, output: external encoder and its output (`Trace.guide`).
         gain: inverse temperature.
-        eps: regions whose mean features are no further apart are one; None keeps all apart.
-        unsegmented: pixels of no region: those of id "zero", or of the "smallest" id (the release).
+        eps: distance of mean features up to which regions are merged; None merges nothing.
+        unsegmented: id of pixels without a region: "zero", or the "smallest" one (the release).
     """
     weights = once(
         trace,
@@ -146,33 +147,33 @@ def region_scope(
 
 
 def on_patches(trace: Trace, ids: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Regions of a guide's patches on CLIP's grid, (B, M) -> (B, N)."""
+    """The regions of a guide's patches resampled to CLIP's grid, (B, M) -> (B, N)."""
     return nearest(ids.unflatten(1, grid), trace.embedded.grid).flatten(1)
 
 
 def on_guide(ids: Tensor, tokens: Tensor, grid: tuple[int, int], guide: tuple[int, int]) -> Tensor:
-    """Each patch of a guide is the token of its region, (B, M, D).
+    """The token of the region of each patch of a guide, (B, M, D).
 
     Args:
         ids: regions of CLIP's patches, (B, N) in 0..R-1.
-        tokens: (B, R, D).
+        tokens: tokens of the regions, (B, R, D).
         grid: rows and columns of CLIP's patches.
-        guide: of the guide's.
+        guide: rows and columns of the guide's patches.
     """
     back = nearest(ids.unflatten(1, grid), guide).flatten(1)  # (B, M)
     return tokens.gather(1, back[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def tokens_of_regions(trace: Trace, ids: Tensor, count: int | None = None) -> Tensor:
-    """A token of each region, numbered as the ids, after all blocks: (B, R, D).
+    """One token per region, in the order of the ids, after all blocks: (B, R, D).
 
-    It starts as the class token. In every block it attends to the class token and to the patches of its
-    region, as they enter the block; nobody attends to it, so the trunk need not run again. One product
-    for all regions of all images.
+    A region's token starts as the class token. In every block it attends to the class token and to the
+    patches of its region, as they enter the block. No other token attends to it, so the image's own
+    tokens stay the same and are not computed again.
 
     Args:
         ids: regions of the patches, (B, N) in 0..R-1.
-        count: R; by default up to the largest id.
+        count: R; by default the largest id plus 1.
     """
     count = int(ids.max()) + 1 if count is None else count
     member = ids[:, None] == torch.arange(count, device=ids.device)[:, None]  # (B, R, N)
@@ -194,7 +195,7 @@ def region_tokens(
     eps: float | None = 0.2,
     unsegmented: Unsegmented = "zero",
 ) -> Tokens:
-    """Each patch of a guide's grid is the token of its region, (B, M, D).
+    """Region tokens, placed on the patches of a guide's grid, (B, M, D).
 
     A region's token starts as the class token, and in every block, FFN included, attends to the class
     token and to the patches of the region.
@@ -211,13 +212,13 @@ def region_tokens(
 
 @op("source")
 def late_layers(trace: Trace, *, count: int | None = None) -> Tokens:
-    """Mean of the last layers before the one that the last block reads, (B, T, D).
+    """Mean of the last layers before the input of the last block, (B, T, D).
 
     Args:
-        count: how many; by default 5 of 12 blocks, 12 of 24, 28 of 32, else all but four.
+        count: number of layers; by default 5 of 12 blocks, 12 of 24, 28 of 32, else all but four.
 
     Raises:
-        ValueError: if the model has fewer.
+        ValueError: if the model has fewer layers.
     """
     depth = len(trace.vit.blocks)
     count = LATE.get(depth, depth - 4) if count is None else count
@@ -228,7 +229,7 @@ def late_layers(trace: Trace, *, count: int | None = None) -> Tokens:
 
 
 def once(trace: Trace, compute: Callable[..., Tensor], **knobs: Any) -> Tensor:
-    """`compute(trace, **knobs)`, the first time that it is asked for."""
+    """`compute(trace, **knobs)`, computed once for each trace."""
     return trace.once(Op(compute, tuple(sorted(knobs.items()))))
 
 
@@ -245,20 +246,20 @@ def corrclip(
     correct: bool = True,
     unsegmented: Literal["zero", "smallest"] = "zero",
 ) -> dict[str, Any]:
-    """Attention output of the last block alone, within regions, and a token of each region.
+    """Attention output of the last block alone, within regions, and one token per region.
 
     Needs a guide (`guides=dict(dino=dict(type="transformers", model="facebook/dino-vitb8"))`) and
     regions (`regions=`).
 
     Args:
         guide: name of the guide, which the caller provides.
-        output: which of its outputs: "q+k" of its last block, or None for its final tokens.
+        output: output of the guide: "q+k" of its last block, or None for its final tokens.
         gain: inverse temperature of the attention.
-        eps: regions whose mean features are no further apart are one; None keeps all apart (as v2).
-        late: how many late layers the spatial stream averages; None as in `late_layers`.
+        eps: distance of mean features up to which regions are merged; None merges nothing (as v2).
+        late: number of late layers that the spatial stream averages; None as in `late_layers`.
         spatial, semantic: weights of the second and the third stream; 0 leaves one out.
-        correct: whether the pixels of a region take their most frequent label in the end.
-        unsegmented: pixels of no region: those of id "zero", or of the "smallest" id (the release).
+        correct: whether all pixels of a region finally take the region's most frequent label.
+        unsegmented: id of pixels without a region: "zero", or the "smallest" one (the release).
     """
     regions = dict(guide=guide, output=output, eps=eps, unsegmented=unsegmented)
     rule = dict(type="region_scope", gain=gain, **regions)

@@ -1,14 +1,14 @@
-"""FLOSS: for each class, the templates that its pixels are surest with (Benigmim et al., ICCV 2025*).
+"""FLOSS: for each class, the templates with the most confident pixels (Benigmim et al., ICCV 2025*).
 
 FLOSS: Free Lunch in Open-vocabulary Semantic Segmentation, arXiv:2504.10487*. A pass over unlabelled
-images of the target set (`sfp fit templates`) ranks templates by the entropy of the pixels that they
-give to a class; a small file keeps the best four of each. An expert is a bank of text features in which
-all classes use one class's templates; it speaks where it sees its own class.
+images of the target dataset (`sfp fit templates`) ranks templates by the entropy of the pixels that
+they assign to a class; a small file keeps the best four for each class. An expert is a bank of text
+features in which all classes use the templates of one class; it decides where it predicts that class.
 
-Needs the words themselves, whose banks are encoded once, and unlabelled images beforehand. It costs the
-comparison with K + 1 banks, in every pixel as in the release; `cells=1` compares patches, which is much
-quicker. The command that fits ranks patches, where the release ranks pixels. Written by our reading but
-for the fusion, which is compared with the released code.
+It needs the words themselves, to encode the banks (once), and a fit on unlabelled images beforehand.
+Features are compared with K + 1 banks, at every pixel as in the release; `cells=1` compares patches,
+which is much faster. The fit ranks templates by patches, the release by pixels. The fusion has been
+compared with the released code; the rest follows the paper.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ BUDGET = 2**23  # probabilities in memory at once
 
 
 def fuse_experts(logits: Tensor, default: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities of the expert that is surest of its own class; else the default bank's.
+    """Probabilities of the most confident expert that predicts its own class, else the default bank's.
 
     Args:
-        logits: scaled, of each class's expert, (K, Q, P).
-        default: scaled, of the default bank, (Q, P).
+        logits: scaled logits of each class's expert, (K, Q, P).
+        default: scaled logits of the default bank, (Q, P).
         index: class of each query, (Q,).
 
     Returns:
-        (Q, P) probabilities, and the number of experts that claim each pixel, (P,). Of experts that are
-        equally sure the first speaks.
+        (Q, P) probabilities, and the number of experts that predict their own class for each pixel,
+        (P,). Of equally confident experts the first is used.
     """
     probs = logits.softmax(1)  # (K, Q, P)
     best, query = probs.max(1)  # (K, P)
@@ -57,7 +57,7 @@ def fuse_experts(logits: Tensor, default: Tensor, index: Tensor) -> tuple[Tensor
 
 @functools.lru_cache(maxsize=8)
 def _experts(path: str, changed: int) -> dict[str, Any]:
-    """The contents of a file of experts; `changed` is its time, so that a new one is read again."""
+    """The contents of a file of experts, cached until its modification time `changed` differs."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         prompt_templates(found["templates"])
@@ -70,12 +70,12 @@ def _experts(path: str, changed: int) -> dict[str, Any]:
 
 
 def expert_banks(path: str, trace: Trace) -> Tensor:
-    """The bank of each class's expert for the words of a trace, (K, Q, C), unit.
+    """Unit text features of each class's expert for the words of a trace, (K, Q, C).
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is none, or has no templates for a class; the message names it.
-        LookupError: if the trace has features alone, no words.
+        ValueError: if it is not a file of experts, or has no templates for a class, which is named.
+        LookupError: if the trace has only text features, no words.
     """
     found = _experts(path, Path(path).stat().st_mtime_ns)
     words = trace.known_words()
@@ -101,12 +101,13 @@ def expert_probabilities(
     logit_scale: float = 100.0,
     cells: int | None = None,
 ) -> Tensor:
-    """Probabilities by several text banks, of which each class's expert claims its pixels (FLOSS).
+    """Probabilities from several text banks, fused by the confidence of class experts (FLOSS).
 
     Args:
         experts: file that `sfp fit templates` wrote.
         logit_scale: inverse temperature of the softmax over queries.
-        cells: cells per patch in which banks speak; None for one per pixel of the window, as released.
+        cells: cells per patch at which banks are fused; None for one per pixel of the window, as in
+            the release.
 
     Returns:
         (B, Q, h', w'), for the decision `as_scores`.
@@ -129,7 +130,7 @@ def expert_probabilities(
 
 
 def resize_rows(maps: Tensor, size: tuple[int, ...], start: int, stop: int) -> Tensor:
-    """Rows start to stop of maps (..., h, w) resampled to a size, (..., rows * W)."""
+    """Rows from start to stop of maps (..., h, w) resampled to a size, (..., rows * W)."""
     rows, columns = (
         interpolation(cells, pixels, maps)
         for cells, pixels in zip(maps.shape[-2:], size, strict=True)
@@ -138,10 +139,10 @@ def resize_rows(maps: Tensor, size: tuple[int, ...], start: int, stop: int) -> T
 
 
 def entropies(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed entropy of the pixels that a bank gives to each class, and their number: (K,) each.
+    """Summed entropy of the pixels that a bank assigns to each class, and their number: (K,) each.
 
     Args:
-        logits: scaled, (Q, P).
+        logits: scaled logits, (Q, P).
         index: class of each query, (Q,).
     """
     probs = logits.softmax(0)
@@ -154,11 +155,11 @@ def entropies(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 def fit(
     windows: Iterable[Tensor], banks: Tensor, index: Sequence[int], *, logit_scale: float = 100.0
 ) -> Tensor:
-    """Mean entropy of every template's pixels of every class, (T, K); inf where it has none.
+    """Mean entropy of the pixels that each template assigns to each class, (T, K); inf without pixels.
 
     Args:
         windows: unit features of the patches or pixels of unlabelled images, (P, C) each.
-        banks: text features of each template alone, (T, Q, C).
+        banks: text features of each single template, (T, Q, C).
         index: class of each query.
         logit_scale: inverse temperature.
     """
@@ -176,17 +177,17 @@ def fit(
 def write_experts(
     path: Path, mean_entropy: Tensor, names: Sequence[str], templates: Sequence[str], count: int = 4
 ) -> dict[str, list[int]]:
-    """Writes the `count` templates of lowest mean entropy of each class; all, if it has no pixel.
+    """Writes the `count` templates of lowest mean entropy of each class, or all if it has no pixels.
 
     Args:
-        path: of the file.
-        mean_entropy: (T, K), as `fit` gives it.
+        path: file to write.
+        mean_entropy: (T, K), from `fit`.
         names: first word of each class.
-        templates: their texts.
-        count: templates of an expert.
+        templates: texts of the templates.
+        count: number of templates of an expert.
 
     Returns:
-        Numbers of the templates by class.
+        Indices of the templates by class.
     """
     experts = {}
     for name, column in zip(names, mean_entropy.T, strict=True):
@@ -211,7 +212,7 @@ def floss(
 
     Args:
         base: the preset, by name or with knobs.
-        experts: file that `sfp fit templates` wrote; without one it is the base.
+        experts: file that `sfp fit templates` wrote; without one, the base itself.
         logit_scale, cells: as in `expert_probabilities`.
     """
     fields = composition(base)

@@ -1,18 +1,18 @@
 """FreeCP: drops classes without evidence in the image; similar classes compete for image crops.
 
-The code is github.com/chenqi1126/FreeCP; it runs on any method's logits. Activations spread along the
-trunk's attention; a class whose activation and spread map disagree is redundant; classes whose spread
-maps overlap are ambiguous, and only those that win a crop of the image stay.
+The code is github.com/chenqi1126/FreeCP; it works with the logits of any method. Activations spread
+along CLIP's own attention. A class is redundant if its activation and its spread map disagree; classes
+are ambiguous if their spread maps overlap, and only those that win a crop of the image stay.
 
 | | here | release |
 | --- | --- | --- |
 | text of the crops | `crop_text`, a file; else the same words | some 20 sentences of a language model |
 | boxes | `edges="inside"` | the same: the last row and column of the grid lie in no box |
 | queries | each on its own; synonyms compete too | one per class |
-| base | any preset | MaskCLIP and SCLIP keep the FFN and lose the residual |
+| base | any preset | MaskCLIP and SCLIP keep the FFN, without the residual |
 
-Published: short side 448, windows of 384, stride 112 (Cityscapes 560 and 224). Scores are maps in 0..1
-without a softmax; on sets with a background class, that is what the others leave (`DATASETS`).
+Published: short side 448, windows of 384, stride 112 (Cityscapes 560 and 224). Scores are maps from 0
+to 1 without a softmax; on datasets with a background class, its score is the remainder (`DATASETS`).
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def boxes(activation: Tensor, share: float, edges: str = "inside") -> list[Box]:
     The boxes of holes are grown by one cell. Regions are 8-connected.
 
     Args:
-        activation: (h, w) in 0..1; it is taken in 8 bits, as the release does.
-        share: of the map's maximum above which cells belong to a region.
-        edges: "inside": ends are cut to the last row and column, which then lie in no box (the
-            release); "whole": boxes hold their last row and column.
+        activation: (h, w), from 0 to 1; it is quantised to 8 bits, as in the release.
+        share: share of the map's maximum above which cells belong to a region.
+        edges: "inside": boxes end before the last row and column of the map (the release); "whole":
+            they may include these.
     """
     import cv2
 
@@ -99,7 +99,7 @@ def components(joined: Tensor) -> list[list[int]]:
 
 
 def spread(maps: Tensor, weights: Tensor, share: float, edges: str = "inside") -> Tensor:
-    """Activations (Q, h, w) in 0..1, in their boxes, spread along weights (N, N) and scaled to 0..1."""
+    """Activations (Q, h, w) within their boxes, spread along weights (N, N) and rescaled to 0..1."""
     inside = torch.zeros_like(maps, dtype=torch.bool)
     for mask, activation in zip(inside, maps, strict=True):
         for left, top, right, bottom in boxes(activation, share, edges):
@@ -119,7 +119,7 @@ def redundancy(probs: Tensor, refined: Tensor) -> Tensor:
 
 
 def soft_iou(maps: Tensor) -> Tensor:
-    """Sum of the minimum over sum of the maximum of every two maps (Q, h, w): (Q, Q)."""
+    """Soft IoU of all pairs of maps (Q, h, w), sum of minima over sum of maxima: (Q, Q)."""
     rows = maps.flatten(1)
     both = torch.stack([torch.minimum(row, rows).sum(1) for row in rows])
     sizes = rows.sum(1)
@@ -280,9 +280,9 @@ def freecp(
         redundant, ambiguous: thresholds r_p and a_p, as in `class_purification`.
         background: whether class 0 consists of background words and gets the remainder of the others.
         logit_scale: inverse temperature of the softmax; CLIP's own, 100.
-        box_share, edges: of the boxes, as in `class_purification`.
-        crop_side, crop_text: of the crops, as in `class_purification`.
-        rounds, square: of the affinity, as in `sinkhorn`.
+        box_share, edges: parameters of the boxes, as in `class_purification`.
+        crop_side, crop_text: parameters of the crops, as in `class_purification`.
+        rounds, square: parameters of the affinity, as in `sinkhorn`.
     """
     tuned = pick("dataset", dataset, DATASETS)
     background = tuned[2] if background is None else background

@@ -5,8 +5,8 @@ Patches whose distributions are close in Kullback-Leibler divergence attend to e
 ProxyCLIP's attention and in addition to it.
 
 The release runs ProxyCLIP's setting (windows of 336 pixels, stride 112, padded to multiples of 56). It
-fails on windows that are not square and holds the divergences of all classes at once; here one product
-gives them.
+fails on windows that are not square and keeps the divergences of all classes in memory; here they are
+computed by one matrix product.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ def word_feedback(
     first_scale: float = 20.0,
     uniform_scale: float = 35.0,
 ) -> Tensor:
-    """ProxyCLIP's attention A, corrected by a first look at the words, (B, 1, M, T).
+    """ProxyCLIP's attention A, corrected by the words found in a first pass, (B, 1, M, T).
 
-    (a A + A a + a) / 3, where a holds patches whose distributions over the words are close. The readout
-    is that of `proxy_attention`, in the last block: no residual, no FFN, `layout=guide`.
+    (a A + A a + a) / 3, where a is the attention between patches with close distributions over the
+    words. For the same readout as `proxy_attention`, in the last block: no residual, no FFN,
+    `layout=guide`.
 
     Args:
         affinity, guide, gain, centre: as in `proxy_attention`.
@@ -95,10 +96,10 @@ def first_looks(heads: Heads, trace: Trace, weights: Tensor, guide: str) -> tupl
     """Cosines with the words for a guide's patches with given attention, and for uniform attention.
 
     Args:
-        heads: of what is read with, patches alone or with a prefix, which is left out.
-        trace: with the text features.
-        weights: (B, M, M).
-        guide: whose grid that is.
+        heads: projections of the patches, with or without a prefix, which is left out.
+        trace: trace with text features.
+        weights: attention between the guide's patches, (B, M, M).
+        guide: external encoder of those patches.
 
     Returns:
         (B, M, Q) and (B, 1, Q), at least float32.

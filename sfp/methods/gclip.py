@@ -1,7 +1,7 @@
 """GCLIP: attention map fusion and channel suppression (arXiv:2502.06818).
 
-No official code is known: equations as in the paper's abstract page and a third party's
-re-implementation, and nothing here has been compared with published features.
+No official code is known. The equations are those of the paper's abstract page and of a third party's
+re-implementation; nothing here has been compared with published features.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def suppress_channel(
 ) -> None:
     """GCLIP's channel suppression: scales the MLP's largest output channel to the others' norm.
 
-    Row c of `mlp.c_proj.weight` writes channel c; it is scaled by (mean norm of the other rows) / (its
-    norm). The bias stays.
+    Row c of `mlp.c_proj.weight` computes channel c; it is scaled by (mean norm of the other rows) /
+    (its norm). The bias stays.
 
     Args:
         blocks: method layers; by default those from `outlier_onset` to the last.
@@ -54,16 +54,16 @@ def suppress_channel(
 def outlier_onset(norms: Tensor) -> int:
     """The block at which the entropy of the row norms drops, from row norms (L, D).
 
-    The entropy of a block is that of its norms divided by their sum: log D if all rows are equal, less
-    the more a few stand out. The drop is where two constants, the first the larger, fit the sequence
-    of entropies best (least squares); 0 if no such split exists.
+    The entropy of a block is that of its norms divided by their sum: log D if all norms are equal, and
+    smaller if a few are much larger. The drop is the split at which two constants, of which the first
+    is larger, best fit the sequence of entropies (least squares); 0 if there is none.
     """
     p = norms / norms.sum(-1, keepdim=True)
     entropy = torch.special.entr(p.double()).sum(-1)  # (L,)
-    gains = [1e-9]  # more than rounding leaves of equal entropies
+    gains = [1e-9]  # above the rounding errors of equal entropies
     for i in range(1, len(entropy)):
         before, after = entropy[:i].mean(), entropy[i:].mean()
-        # how much less the squared error is than that of one constant
+        # reduction of the squared error compared with one constant
         gain = i * (len(entropy) - i) * (before - after).clamp_min(0).square()
         gains.append(float(gain))
     return max(range(len(gains)), key=gains.__getitem__)

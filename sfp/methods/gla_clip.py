@@ -85,12 +85,12 @@ def proxy_anchors(
     """The last block's values, mixed over all windows of the image, on the guide's grid, (W, M, D).
 
     Args:
-        guide: name of an external encoder, whose final patches are the keys.
+        guide: name of an external encoder; its final patches are the keys.
         threshold, rounds: as for `proxies`; without rounds the keys are used directly.
-        beta: factor on the mean; None is 1 + beta_share * ln(1 + W) of W windows.
-        gamma: inverse temperature; None is 1 + gamma_share / n of a proxy for n keys.
-        beta_share, gamma_share: as said.
-        row_mean: whether the mean is each row's, at least 0, or one of all pairs.
+        beta: factor on the mean; None for 1 + beta_share * ln(1 + W), with W windows.
+        gamma: inverse temperature; None for 1 + gamma_share / n, for a proxy of n keys.
+        beta_share, gamma_share: factors in these formulas.
+        row_mean: whether the mean is that of each row, at least 0, instead of one over all pairs.
     """
     last = trace.vit.blocks[-1]
     tokens = trace.entering(len(trace.vit.blocks) - 1).only_patches()
@@ -135,11 +135,11 @@ def gla_clip(
     Args:
         guide: name of the guide, which the caller provides.
         threshold: cosine above which keys belong to a proxy.
-        rounds: how often proxies are found anew; 0 for none, as ProxyCLIP.
-        beta: factor on the mean similarity; None follows the number of windows.
-        gamma: inverse temperature; None follows the number of keys of a proxy.
-        beta_share, gamma_share: how strongly they follow.
-        row_mean: whether the mean is each row's, or one of all pairs, as ProxyCLIP's.
+        rounds: number of rounds in which proxies are updated; 0 uses the keys, as in ProxyCLIP.
+        beta: factor on the mean similarity; None derives it from the number of windows.
+        gamma: inverse temperature; None derives it from the number of keys of each proxy.
+        beta_share, gamma_share: factors for deriving them, as in `proxy_anchors`.
+        row_mean: whether the mean is that of each row, instead of one over all pairs as in ProxyCLIP.
     """
     return dict(
         readouts=[

@@ -1,19 +1,20 @@
 """LPOSS and LPOSS+: logits that propagate between patches, then between pixels, of the whole image.
 
 The code is github.com/vladan-stojnic/LPOSS (Stojnić et al., CVPR 2025*). Patches of all windows are the
-nodes of a graph, joined where a DINO's values are alike and near; LPOSS+ goes on with pixels of like
-colour. Both levels are refiners for any preset: `propagate_patches` and `propagate_pixels`.
+nodes of a graph, with edges between nearby patches of similar DINO values; LPOSS+ continues between
+pixels of similar colour. Both levels are refiners for any preset: `propagate_patches` and
+`propagate_pixels`.
 
 | | here | release |
 | --- | --- | --- |
 | base | MaskCLIP with residual and FFN; `base` | the same, of open_clip's LAION ViT-B/16 |
 | neighbours | a matrix product in chunks, sparse products | faiss and cupy, on a GPU |
 | more neighbours than nodes | all nodes | fails |
-| windows of no multiple of the patch | pixels beyond left out, or zeros around | black after them |
+| windows of no multiple of the patch | remaining pixels left out, or zeros around | black after them |
 
 Published: short side 448, windows of 224 pixels, stride 112; no thresholds. Ten steps of the solver do
-not converge at alpha 0.95, and results depend on their number. The graph takes the distance of patches
-in pixels, so it follows the size of the image.
+not converge at alpha 0.95, so results depend on the number of steps. Distances of patches are in
+pixels, so the graph depends on the size of the image.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ def propagate_patches(
 ) -> Tensor:
     """Logits (W, Q, h, w) of all windows of an image, propagated between their patches (LPOSS).
 
-    Nodes are the guide's patches: logits of another grid are resized to it.
+    Nodes are the guide's patches; logits on another grid are resized to the guide's.
 
     Args:
         guide: external encoder whose features determine which patches are similar.
-        output: of the guide (see `Trace.guide`): "v", the values of its last block, or None for its
-            last layer's tokens.
-        neighbours, power, decay: as in `sfp.functional.graphs.neighbour_graph`; the distance is that of
+        output: output of the guide (see `Trace.guide`): "v", the values of its last block, or None for
+            the tokens of its last layer.
+        neighbours, power, decay: as in `sfp.functional.graphs.neighbour_graph`; distances are between
             patch centres in the resized image.
         alpha, steps: as in `sfp.functional.graphs.propagate`.
     """
@@ -90,13 +91,13 @@ def propagate_pixels(
     alpha: float = 0.95,
     steps: int = 10,
 ) -> Tensor:
-    """Merged logits of an image propagated between pixels of like colour (LPOSS+), (1, Q, H, W).
+    """Merged logits of an image, propagated between pixels of similar colour (LPOSS+), (1, Q, H, W).
 
-    Colours are CIE L*a*b*, L over 100 and a and b over 128.
+    Colours are CIE L*a*b*, with L divided by 100, and a and b by 128.
 
     Args:
-        side: of the square of pixels that a pixel is joined to.
-        tau: w = exp(-distance of colours / tau).
+        side: side of the square of pixels that each pixel is connected to.
+        tau: scale of colour distances; edges have the weight exp(-distance / tau).
         alpha, steps: as in `sfp.functional.graphs.propagate`.
     """
     whole = trace.whole
@@ -133,11 +134,11 @@ def lposs(
     """The logits of another preset, propagated between the patches of the image. Needs a guide.
 
     Args:
-        base: the preset, by name or with knobs. Unless it says otherwise, the position table is
+        base: the preset, by name or with knobs. Unless it sets `positions`, the position embedding is
             sampled on the exact grid, as in the release.
         guide, output: external encoder, provided by the caller, and the output used.
-        neighbours, power, decay: of the graph (k, gamma, sigma), as in `propagate_patches`.
-        alpha, steps: of the solver, as in `propagate_patches`.
+        neighbours, power, decay: parameters of the graph (k, gamma, sigma), as in `propagate_patches`.
+        alpha, steps: parameters of the solver, as in `propagate_patches`.
     """
     refiner = dict(
         type="propagate_patches",
@@ -167,8 +168,8 @@ def lposs_plus(
 
     Args:
         base: the preset, by name or with knobs.
-        side, tau: of the graph, as in `propagate_pixels`.
-        alpha, steps: of the solver, as in `propagate_pixels`.
+        side, tau: parameters of the graph, as in `propagate_pixels`.
+        alpha, steps: parameters of the solver, as in `propagate_pixels`.
     """
     refiner = dict(type="propagate_pixels", side=side, tau=tau, alpha=alpha, steps=steps)
     fields = composition(base)

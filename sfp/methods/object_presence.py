@@ -1,15 +1,16 @@
-"""Object presence: words moved towards the image that shows them (CASS and RF-CLIP's text part).
+"""Object presence: moves words towards an image that shows them (CASS and RF-CLIP's text part).
 
 CASS: Kim et al., CVPR 2025, Distilling Spectral Graph for Object-Context Aware Open-Vocabulary Semantic
 Segmentation; code of RF-CLIP: github.com/liblacklucy/RF-CLIP. Both releases have the same constants for
-each benchmark, listed in `DATASETS`: part of RF-CLIP's lead is this, which any method can have.
+each benchmark, listed in `DATASETS`. Part of RF-CLIP's published gain comes from this step, which can
+be added to any method.
 
-It is a comparison, `comparison=dict(type="object_presence", ...)` of any preset; `object_presence` is
-also a preset that adds it to another one.
+It is the comparison `present_words`, for any preset; the preset `object_presence` adds it to another
+one.
 
 The releases cluster by "ward" (CASS) and "complete" linkage (RF-CLIP). CASS can take the image's
-embedding from a larger CLIP with its own text bank; here it is that of the same model. The winner of a
-cluster of one moves too, as in the releases.
+embedding from a larger CLIP with its own text bank; here it comes from the same model. The word of a
+cluster with a single member moves too, as in the releases.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ DATASETS = dict(
 
 
 def hierarchy(text: Tensor, height: float, linkage: str = "complete") -> Tensor:
-    """Which cluster each query belongs to: agglomerative clustering by cosine distance, (Q,) int64.
+    """The cluster of each query, by agglomerative clustering with cosine distances, (Q,) int64.
 
     Args:
         text: unit features, (Q, C).
-        height: where the tree is cut: merges at larger distances do not count.
-        linkage: "complete" or "ward", whose distances are SciPy's.
+        height: distance at which the tree is cut: clusters further apart are not merged.
+        linkage: "complete" or "ward", as in SciPy.
     """
     if len(text) < 2:
         return text.new_zeros(len(text), dtype=torch.long)
@@ -58,7 +59,7 @@ def hierarchy(text: Tensor, height: float, linkage: str = "complete") -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _clusters(data: bytes, kind: str, count: int, height: float, linkage: str) -> list[int]:
-    """`hierarchy` of `count` rows, kept: words stay the same from image to image."""
+    """`hierarchy` of `count` rows, cached, since words stay the same from image to image."""
     from scipy.cluster.hierarchy import fcluster
     from scipy.cluster.hierarchy import linkage as tree
     from scipy.spatial.distance import pdist
@@ -68,7 +69,7 @@ def _clusters(data: bytes, kind: str, count: int, height: float, linkage: str) -
 
 
 def winners(scores: Tensor, clusters: Tensor) -> Tensor:
-    """The query of largest score in each cluster, the first of equals: (B, Q), (Q,) -> (B, Q) bool."""
+    """The query of largest score in each cluster, the first in a tie: (B, Q), (Q,) -> (B, Q) bool."""
     best = scores.new_full((len(scores), len(clusters)), -torch.inf)
     best = best.scatter_reduce(1, clusters.expand_as(scores), scores, "amax")
     equal = scores == best[:, clusters]
@@ -79,7 +80,7 @@ def winners(scores: Tensor, clusters: Tensor) -> Tensor:
 def moved_words(
     text: Tensor, patches: Tensor, present: Tensor, clusters: Tensor, *, move: float, nearest: int
 ) -> Tensor:
-    """The word of each cluster that an image shows most, moved towards the patches that are like it.
+    """Moves the word with the highest score in each cluster towards its most similar patches.
 
     t' = unit((1 - move) t + move * unit(mean of the `nearest` unit patches of largest cosine to t)).
 
@@ -87,12 +88,12 @@ def moved_words(
         text: unit features, (Q, C).
         patches: unit features of an image's patches, (B, N, C).
         present: score of every query in every image, (B, Q).
-        clusters: of the queries, (Q,).
-        move: a.
+        clusters: cluster of each query, (Q,).
+        move: share a of the patches in the moved word.
         nearest: number of patches.
 
     Returns:
-        (B, Q, C), unit; the words that do not win their cluster stay as they are.
+        Unit features (B, Q, C); all other words of a cluster stay the same.
     """
     cosine = patches @ text.T  # (B, N, Q)
     best = cosine.topk(min(nearest, patches.shape[1]), dim=1).indices  # (B, k, Q)
@@ -114,21 +115,20 @@ def present_words(
     nearest: int = 2,
     scope: Literal["image", "window"] = "image",
 ) -> Tensor:
-    """Cosines with words that are moved towards the image, mixed with the image's own (CASS, RF-CLIP).
+    """Cosines with words moved towards the image, mixed with those of its embedding (CASS, RF-CLIP).
 
-    Queries are clustered (`hierarchy`); of each cluster, the one most like the image's embedding moves
-    (`moved_words`). Logits are (1 - image_weight) patch . t' + image_weight g, where g is the
-    cosine of the image's embedding with the words as they were: a prior on classes, the same for all
-    patches. With both weights 0 they are plain cosines.
+    Queries are clustered (`hierarchy`); in each cluster, the one most similar to the image's embedding
+    moves (`moved_words`). Logits are (1 - image_weight) patch . t' + image_weight g, where g is the
+    cosine of the image's embedding with the original words: a prior on classes, the same for all
+    patches. With `image_weight` and `move` 0 they are plain cosines.
 
     Args:
-        image_weight: w.
-        move: a.
+        image_weight: weight w of the image's embedding.
+        move: share a of the patches in a moved word.
         height: eta, the cosine distance at which the tree of queries is cut.
         linkage: "complete" (RF-CLIP) or "ward" (CASS).
-        nearest: patches of the window that a word moves towards.
-        scope: whose embedding it is: the whole image's, or each window's own (the releases on
-            Cityscapes).
+        nearest: number of patches of the window that a word moves towards.
+        scope: image to embed: the whole "image", or each "window" (the releases on Cityscapes).
 
     Returns:
         (B, Q, h, w).
@@ -150,7 +150,7 @@ def presence(
     height: float | None,
     **knobs: Any,
 ) -> dict[str, Any]:
-    """The node of `present_words`, with a benchmark's constants for those that are None."""
+    """The node of `present_words`, with a benchmark's constants in place of None."""
     given = (image_weight, move, height)
     tuned = pick("dataset", dataset, DATASETS)
     values = (own if own is not None else usual for own, usual in zip(given, tuned, strict=True))
@@ -174,7 +174,7 @@ def object_presence(
 
     Args:
         base: the preset, by name or with knobs.
-        dataset: dataset whose constants replace those of the next that are None; see `DATASETS`.
+        dataset: dataset whose constants replace those of the next three that are None; see `DATASETS`.
         image_weight, move, height: as in `present_words`.
         linkage, nearest, scope: as in `present_words`.
     """

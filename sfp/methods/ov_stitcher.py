@@ -1,15 +1,16 @@
 """OV-Stitcher: CorrCLIP over the whole image (CVPR 2026 Findings).
 
-Windows are stitched on three grids of the whole image: what the guide's last block reads, the values of
-CLIP's last block, and the tokens that enter its late blocks. The guide's last block, the scope of
-regions and the late blocks then reach across windows. Region tokens stay with the windows, and are
-stitched when they are painted.
+Three quantities are stitched from windows to grids of the whole image: the input of the guide's last
+block, the values of CLIP's last block, and the input of its late blocks. The guide's last block, the
+attention within regions and the late blocks then span all windows. Region tokens are computed window by
+window, and are stitched after they are placed on the patches.
 
-Three things of the release look like slips. The residual of the guide's last block is its input after
-the guide's final norm (`TransformersGuide`, output "stitched"); the late blocks attend with one head of
-full width and the scale of a small one (`one_head`); windows lie at whole cells of each grid (`floor`).
-The release takes images no smaller than a window, and square windows. It runs windows of 336 pixels
-(stride 112; Stuff 224), and, beside the 80 templates, sentences of a language model for each class.
+Three details of the release look like mistakes. The residual of the guide's last block is its input
+after the guide's final norm (`TransformersGuide`, output "stitched"); the late blocks attend with one
+head of full width and the scale of a small one (`one_head`); windows are moved to whole cells of each
+grid (`floor`). The release supports only square windows, and images no smaller than a window. It runs
+windows of 336 pixels (stride 112; Stuff 224), and adds to the 80 templates sentences of a language
+model for each class.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ def stitched(trace: Trace, maps: Tensor, grid: tuple[int, int], *, floor: bool) 
 
 
 def stitched_heads(trace: Trace, block: Block, i: int, *, floor: bool) -> tuple[Tokens, Heads]:
-    """The tokens that enter a block, and its projections, both stitched.
+    """The input tokens of a block and their projections, both stitched.
 
-    Projections are linear: those of the mean of normalised tokens are the mean of the windows'.
+    As projections are linear, those of averaged normalised tokens are the averages of the windows'.
 
     Args:
-        trace: of the windows.
-        block: number `i`.
+        trace: trace of the windows.
+        block: block number `i` of the model.
         i: absolute layer.
         floor: as in `canvas`.
     """
@@ -60,14 +61,14 @@ def stitched_heads(trace: Trace, block: Block, i: int, *, floor: bool) -> tuple[
 def stitched_blocks(
     trace: Trace, *, count: int | None = None, one_head: bool = True, floor: bool = False
 ) -> Tokens:
-    """Mean of what late blocks make of the stitched tokens that enter them, (1, N, D).
+    """Mean of the outputs of late blocks, run on their stitched input tokens, (1, N, D).
 
-    Each block runs on the grid of the whole image, without class token, residual and FFN included.
+    Each block runs with its residual and FFN on the grid of the whole image, without class token.
 
     Args:
-        count: how many blocks, as in `late_layers`.
-        one_head: one head of full width, with the scale of a small one (the release), or the block's
-            own heads.
+        count: number of blocks, as in `late_layers`.
+        one_head: whether to use one head of full width with the scale of a small one (the release)
+            instead of the block's own heads.
         floor: as in `canvas`.
     """
     windows = trace.windows or trace
@@ -98,7 +99,7 @@ def stitched_values(
     """The windows' values of the last block, stitched and mixed on the whole grid, (1, M, D).
 
     Args:
-        attention: gives the weights.
+        attention: attention rule for the weights.
         layout, layout_output: guide whose grid the weights' rows are on, as in `Readout`.
         floor: as in `canvas`.
     """
@@ -118,10 +119,10 @@ def stitched_region_tokens(
     unsegmented: Literal["zero", "smallest"] = "zero",
     floor: bool = False,
 ) -> Tokens:
-    """Region tokens of each window, painted on the guide's grid and stitched, (1, M, D).
+    """Region tokens of each window, placed on the guide's grid and stitched, (1, M, D).
 
-    Regions are merged over the whole image; a window in which one has no patch makes its token of the
-    class token alone, and paints it nowhere.
+    Regions are merged over the whole image. In a window where a region has no patch, its token is
+    computed from the class token alone and not used.
 
     Args:
         guide, output, eps, unsegmented: as in `region_tokens`.
@@ -138,9 +139,9 @@ def stitched_region_tokens(
 
 
 def window_regions(windows: Trace, ids: Tensor) -> Tensor:
-    """Regions on a grid of the whole image, (h, w), on the patches of each window, (W, N).
+    """Resamples regions on a grid of the whole image, (h, w), to the patches of each window, (W, N).
 
-    By way of the image's pixels: to them, cut, and to the patches, each the nearest.
+    They are resized to the image's pixels, cropped, and resized to the patches, by nearest neighbour.
     """
     grid = window_grid(windows)
     pixels = nearest(ids, (grid.size[0] + grid.padding[0], grid.size[1] + grid.padding[1]))
@@ -168,11 +169,12 @@ def ov_stitcher(
 
     Args:
         guide: name of the guide, which the caller provides.
-        output: which of its outputs; "stitched" is its last block over all windows.
+        output: output of the guide; "stitched" is its last block, run over all windows.
         gain, eps, spatial, semantic, correct, unsegmented: as in `corrclip`.
-        late: how many late blocks make the spatial stream; None as in `late_layers`.
-        one_head: whether these attend with one head of full width and a small one's scale.
-        floor: windows lie at whole cells of each grid, as in the release; False places them by area.
+        late: number of late blocks for the spatial stream; None as in `late_layers`.
+        one_head: whether these attend with one head of full width and the scale of a small one.
+        floor: whether windows are moved to whole cells of each grid, as in the release; False places
+            them by area.
     """
     regions = dict(guide=guide, output=output, eps=eps, unsegmented=unsegmented)
     layout = dict(layout=guide, layout_output=output)

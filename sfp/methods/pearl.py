@@ -1,11 +1,11 @@
 """PEARL: keys aligned with queries by a rotation, and text-aware propagation of the logits.
 
-Code: github.com/PGSmall/PEARL. Its text-aware term multiplies by the diagonal of the queries'
-similarity alone (`einsum("cc,bcij->bcij")`), so that it knows nothing of how classes relate; the
-default here is the full matrix of the paper, `inter_class=False` the release. The other settings
-(crops, thresholds) are NACLIP's without PAMR. The propagation stands where NACLIP's PAMR does, after
-windows are merged; here it runs in each window, which is the same for whole images (`slide_crop=0`).
-Not compared with a run of the official code.
+Code: github.com/PGSmall/PEARL. Its text-aware term uses only the diagonal of the queries' similarity
+matrix (`einsum("cc,bcij->bcij")`) and so ignores relations between classes. The default here is the
+paper's full matrix; `inter_class=False` is the release. The other settings (crops, thresholds) are
+NACLIP's without PAMR. The release propagates after windows are merged, where NACLIP runs PAMR; here
+logits propagate in each window, which is the same for whole images (`slide_crop=0`). Not compared with
+a run of the official code.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from sfp.trace import Trace
 def aligned_keys(heads: Heads, trace: Trace, *, alpha: float = 0.08, steps: int = 0) -> Tensor:
     """softmax(s Q (K R)^T + alpha s K_c K_c^T), head by head, (B, H, T, T).
 
-    R is the rotation that brings the centred keys K_c nearest to the centred queries; the means weight
-    each patch by the norm of its query, and the class token by 0.
+    R is the rotation that brings the centred keys K_c closest to the centred queries. The subtracted
+    means weight each patch by the norm of its query, and the class token by 0.
 
     Args:
-        alpha: of the keys' own correlation.
-        steps: of Newton-Schulz for R; 0 for a singular value decomposition.
+        alpha: weight of the keys' own correlation.
+        steps: Newton-Schulz steps for R; 0 for a singular value decomposition.
     """
     q, k = upcast(heads.q), upcast(heads.k)
     weights = q.norm(dim=-1, keepdim=True).clone()  # (B, H, T, 1)
@@ -50,9 +50,10 @@ def orthogonal_factor(matrix: Tensor, *, steps: int = 0) -> Tensor:
     """The orthogonal matrix nearest to `matrix`, (..., d, d): U V^T of its singular vectors.
 
     Args:
-        matrix: K^T Q gives the R with R^T R = 1 that makes |K R - Q| least.
-        steps: 0 for the singular value decomposition; else that many Newton-Schulz steps
-            X <- 1.5 X - 0.5 X X^T X, matrix products alone, which leave small singular values small.
+        matrix: for K^T Q, the result is the R with R^T R = 1 that minimises |K R - Q|.
+        steps: 0 for the singular value decomposition, else the number of Newton-Schulz steps
+            X <- 1.5 X - 0.5 X X^T X. These need only matrix products, but leave small singular values
+            small.
     """
     if not steps:
         left, _, right = torch.linalg.svd(matrix)
@@ -76,19 +77,19 @@ def text_aware_propagation(
     steps: int = 25,
     inter_class: bool = True,
 ) -> Tensor:
-    """Logits solve (rho + tau Laplacian) F = rho Z on a finer grid (PEARL's TLP), (B, Q, h', w').
+    """Solves (rho + tau Laplacian) F = rho Z for F on a finer grid (PEARL's TLP), (B, Q, h', w').
 
-    Confident cells hold their logits; neighbours of like colour and like meaning pull on each other.
+    Confident cells keep their logits Z; neighbours of similar colour and class are drawn together.
 
     Args:
-        size: the grid has about `size` x `size` cells, in the proportions of the patch grid, and
-            never fewer than that.
+        size: the grid has about `size` x `size` cells in the aspect ratio of the patch grid, and at
+            least as many cells as the patch grid.
         logit_scale: inverse temperature of the softmax over queries.
-        edge: how fast a colour step cuts an edge.
-        tau: strength of the pull.
-        steps: of conjugate gradients.
+        edge: how fast the weight of an edge decays with the colour difference.
+        tau: strength of the propagation.
+        steps: number of conjugate gradient steps.
         inter_class: whether cells of different but similar queries agree (the paper); False compares
-            each query with itself alone, as the release's einsum does.
+            each query only with itself, as the release's einsum does.
     """
     height, width = logits.shape[-2:]
     shape = (
@@ -124,18 +125,18 @@ def propagate(
 def propagation_weights(
     image: Tensor, p: Tensor, similarity: Tensor, *, edge: float = 5.0, floor: float = 0.05
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a cell holds on to, and how strongly neighbours pull on it.
+    """Confidences of the cells, and edge weights between neighbours.
 
     Args:
         image: (B, C, h, w).
         p: class probabilities, (B, Q, h, w).
-        similarity: S of the queries, (Q, Q).
-        edge: how fast a colour step, over the image's mean step, cuts an edge.
-        floor: least confidence.
+        similarity: similarities S of the queries, (Q, Q).
+        edge: how fast edge weights decay with the colour difference over its mean in the image.
+        floor: lower bound of the confidence.
 
     Returns:
-        Confidences max(p, floor)^2 (1 + p_i^T S p_i), (B, 1, h, w), and the edges
-        exp(-edge |step| / mean) (1 + p_i^T S p_j) downwards (B, 1, h - 1, w) and to the right
+        Confidences max(p, floor)^2 (1 + p_i^T S p_i), (B, 1, h, w), and the weights of the edges
+        exp(-edge |difference| / mean) (1 + p_i^T S p_j), downwards (B, 1, h - 1, w) and to the right
         (B, 1, h, w - 1).
     """
     hold = p.amax(1, keepdim=True).clamp_min(floor).square() * (1 + agreement(p, p, similarity))
@@ -149,7 +150,7 @@ def propagation_weights(
 
 
 def agreement(p: Tensor, other: Tensor, similarity: Tensor) -> Tensor:
-    """p_i^T S p_j of two cells' class probabilities (B, Q, ...) each, S (Q, Q): (B, 1, ...)."""
+    """p_i^T S p_j for class probabilities (B, Q, ...) of two cells and S (Q, Q): (B, 1, ...)."""
     return (p * torch.einsum("qr,br...->bq...", similarity, other)).sum(1, keepdim=True)
 
 
@@ -157,9 +158,9 @@ def laplacian(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
     """sum_j w_ij (x_i - x_j) over the four neighbours, (..., h, w).
 
     Args:
-        x: maps.
+        x: maps, (..., h, w).
         down: weights of the edges to the cell below, (..., h - 1, w).
-        right: of those to the cell on the right, (..., h, w - 1).
+        right: weights of the edges to the cell on the right, (..., h, w - 1).
     """
     fall = down * (x[..., :-1, :] - x[..., 1:, :])
     run = right * (x[..., :-1] - x[..., 1:])
@@ -172,13 +173,13 @@ def conjugate_gradients(
 ) -> Tensor:
     """Solves A x = target for a symmetric positive definite A over the last two dimensions.
 
-    Every map (h, w) has steps of its own, so that none depends on the others.
+    Every map (h, w) has its own step sizes, so that none depends on the others.
 
     Args:
-        apply: x -> A x.
-        target: (..., h, w).
-        start: where to begin.
-        steps: iterations; a map that is solved earlier stays as it is.
+        apply: function x -> A x.
+        target: right-hand side, (..., h, w).
+        start: initial x, (..., h, w).
+        steps: number of iterations; a map that converges earlier no longer changes.
     """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -212,12 +213,13 @@ def pearl(
 
     Args:
         alpha: weight of the keys' own correlation; 0.3 on ADE20K and Cityscapes.
-        newton_schulz: steps for the rotation (5 in the release's fast mode); 0 for an exact one.
+        newton_schulz: Newton-Schulz steps for the rotation (5 in the release's fast mode); 0 computes
+            it exactly.
         propagate: whether logits are propagated.
         size: side of the propagation's grid, in cells per window; 224 on Cityscapes.
         tau, steps: strength of the propagation and iterations of its solver.
         inter_class: False for the release's diagonal text term.
-        logit_scale: inverse temperature of the probabilities that steer the propagation.
+        logit_scale: inverse temperature of the probabilities used in the propagation.
     """
     rule = dict(type="aligned_keys", alpha=alpha, steps=newton_schulz)
     refiner = dict(

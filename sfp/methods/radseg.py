@@ -1,12 +1,12 @@
 """RADSeg's two aggregations, for any tower (code by RADSeg-OVSS; the original runs C-RADIOv3).
 
-SCRA, in the last block: what the block's attention puts out, head by head, says how alike tokens are,
-and the values follow that. SCGA, on the final features of the whole image: patches become means of the
-patches that are more alike than the average pair.
+SCRA, in the last block: values are mixed by the similarity of the block's own attention outputs, head
+by head. SCGA, on the final features of the whole image: each patch becomes a mean of the patches whose
+similarity to it exceeds the average over all pairs.
 
 The release runs windows of 336 pixels (stride 224) on images whose sides are multiples of the stride
 (`stride_size`), denoises prompts on probabilities at the output's size, and does not merge the names of
-a class; here a class has its best name. It is for vocabularies without a background.
+a class; here a class takes the score of its best name. It is for vocabularies without a background.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from sfp.trace import Trace
 
 
 def recursive_attention(out: Tensor, gain: float) -> Tensor:
-    """softmax(gain * S) of the cosines S of each head's outputs, without the negative ones.
+    """softmax(gain * S) over the cosines S of each head's outputs that are not negative.
 
     Args:
-        out: (B, H, T, d).
+        out: outputs of the heads, (B, H, T, d).
         gain: inverse temperature.
 
     Returns:
@@ -47,9 +47,9 @@ def recursive_attention(out: Tensor, gain: float) -> Tensor:
 
 @op("attention")
 def self_correlating(heads: Heads, trace: Trace, *, gain: float = 10.0) -> Tensor:
-    """RADSeg's SCRA: attention by the cosines of the last block's own output, (B, H, T, T).
+    """RADSeg's SCRA: attention by the cosines of the last block's own attention output, (B, H, T, T).
 
-    The block attends as it was trained, projects out, and what comes out is split into heads again.
+    The output of the block's ordinary attention, after its projection, is split into heads again.
 
     Args:
         gain: inverse temperature.
@@ -63,22 +63,22 @@ def global_rows(unit: Tensor, rows: slice, mean: Tensor, gain: float) -> Tensor:
     """Some rows of softmax(gain * (S - mean)) over the pairs that are not below the mean.
 
     Args:
-        unit: unit rows of one image, (N, D), whose products are S.
-        rows: which.
-        mean: of all pairs.
+        unit: unit rows of one image, (N, D); S holds their products.
+        rows: rows to compute.
+        mean: mean of S over all pairs.
         gain: inverse temperature.
     """
     above = unit[rows] @ unit.T - mean
-    # where all patches are alike, rounding may leave a row's largest, its own, below the mean
+    # if all patches are the same, rounding may leave a row's largest entry, its own, below the mean
     cut = above < above.amax(-1, keepdim=True).clamp_max(0)
     return (gain * above).masked_fill(cut, -torch.inf).softmax(-1)
 
 
 @op("smoother")
 def global_aggregation(tokens: Tokens, trace: Trace, *, gain: float = 10.0) -> Tokens:
-    """RADSeg's SCGA: each patch becomes a mean of those that are more alike than the average pair.
+    """RADSeg's SCGA: averages each patch with those more similar to it than the average pair.
 
-    The class token stays. Rows go in chunks, so that no large map is held.
+    The class token stays. Rows are processed in chunks, so that no large map is kept in memory.
 
     Args:
         gain: inverse temperature.
@@ -97,7 +97,7 @@ def global_aggregation(tokens: Tokens, trace: Trace, *, gain: float = 10.0) -> T
 
 @op("smoother", whole=True)
 def stitch(tokens: Tokens, trace: Trace, *, floor: bool = False) -> Tokens:
-    """Patches of all windows on one grid of the whole image, (1, P + N, D), after the mean prefix.
+    """Patches of all windows on one grid of the whole image, after the mean prefix, (1, P + N, D).
 
     Args:
         floor: as in `canvas`.
@@ -122,10 +122,10 @@ def query_probabilities(logits: Tensor, trace: Trace, *, scale: float = 100.0) -
 def denoised_scores(
     sheet: LogitSheet, rows: Rows, index: Sequence[int], *, least: float = 0.5
 ) -> Rows:
-    """Probabilities as scores, without the queries that are sure nowhere in the image.
+    """Probabilities as scores, without the queries that are not probable anywhere in the image.
 
     Args:
-        least: queries whose largest probability is less are 0 everywhere.
+        least: queries with a smaller largest probability get 0 everywhere.
     """
     height, width = sheet.size
     step = max(CHUNK // (len(index) * width), 1)
@@ -139,10 +139,11 @@ def denoised_scores(
 
 
 def stride_size(size: tuple[int, int], window: int, stride: int) -> tuple[int, int]:
-    """The size at which RADSeg's release runs an image.
+    """The size to which RADSeg's release resizes an image.
 
-    Sides that are multiples of the stride stay. Else the longer one grows to the next multiple and the
-    other in proportion (floor); then each grows to the next multiple and to at least the window.
+    If both sides are multiples of the stride, they stay. Otherwise the longer side is rounded up to the
+    next multiple and the other scaled in proportion (rounded down); then each is rounded up to the next
+    multiple, and to at least the window.
     """
     if all(side % stride == 0 for side in size):
         return size
@@ -167,7 +168,7 @@ def radseg(
         recursive: inverse temperature of the attention; None for the block's own.
         aggregate: inverse temperature of the aggregation; None for none.
         scale: inverse temperature of the softmax over queries.
-        least: queries that are less probable everywhere in the image are left out.
+        least: queries that are less probable than this everywhere in the image are left out.
     """
     rule = None if recursive is None else dict(type="self_correlating", gain=recursive)
     after: list[dict[str, Any]] = [dict(type="stitch")]

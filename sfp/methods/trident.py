@@ -1,10 +1,11 @@
 """Trident: ProxyCLIP's windows on one grid, mixed by SAM's own attention (Shi et al., ICCV 2025*).
 
 Harnessing Vision Foundation Models for High-Performance, Training-Free Open Vocabulary Segmentation,
-arXiv:2411.09219*. DINO ViT-B/16 guides the windows; the attention of SAM's last global block, where its
-values agree, then mixes the whole image on SAM's grid. Its last stage, which refines labels by SAM's
-decoder, is a setting of the engine that any method can have: `masks=dict(type="sam_refine",
-model="facebook/sam-vit-base")` (`sfp.masks.refine`). Nothing is trained; SAM was, on outlines.
+arXiv:2411.09219*. DINO ViT-B/16 guides the windows; the attention of SAM's last global block, kept
+between positions of similar values, then mixes the whole image on SAM's grid. The last stage, which
+refines labels by SAM's decoder, is a setting of the engine for any method: `masks=dict(
+type="sam_refine", model="facebook/sam-vit-base")` (`sfp.masks.refine`). Nothing is trained, but SAM was
+trained on masks.
 
 | | here | release |
 | --- | --- | --- |
@@ -12,7 +13,7 @@ model="facebook/sam-vit-base")` (`sfp.masks.refine`). Nothing is trained; SAM wa
 | windows that are not square | as they are | token sides swapped |
 | size of the input | the caller's | 16 | side, at least 336, unless both sides are multiples of 16 |
 
-Published: short side 336 to 688 by data set, windows of 336, stride 224 (VOC20 112), factor 1.2
+Published: short side 336 to 688 by dataset, windows of 336, stride 224 (VOC20 112), factor 1.2
 (Cityscapes 3.0, in two halves; VOC20 0), thresholds 0.15 to 0.25.
 """
 
@@ -34,19 +35,19 @@ from sfp.trace import GuideError, Trace
 def agreeing_attention(
     attention: Tensor, values: Tensor, *, factor: float, negative: float | None = None
 ) -> Tensor:
-    """Attention where the values of query and key agree, heads averaged, rows of sum 1: (M, M).
+    """Attention between positions of similar values, averaged over heads, with rows of sum 1: (M, M).
 
-    Head h counts from i to j if the cosine of its values exceeds min(0.9, factor * their mean from i
-    over heads and keys). The cosine of a position with itself, 1, always does.
+    Head h counts from i to j if the cosine of its values at i and j exceeds min(0.9, factor * the mean
+    of such cosines from i over heads and keys). Every position keeps its attention to itself.
 
     Args:
         attention: softmax weights, (H, M, M).
-        values: (H, M, d).
-        factor: phi; 0 keeps what is positive.
-        negative: threshold in place of a negative one; None keeps it.
+        values: values of the heads, (H, M, d).
+        factor: phi; 0 keeps pairs with a positive cosine.
+        negative: replacement for negative thresholds; None keeps them.
     """
     unit = F.normalize(values, dim=-1)
-    mean = (unit @ unit.mean(1)[..., None])[..., 0].mean(0)  # (M,): of cosines, which are products
+    mean = (unit @ unit.mean(1)[..., None])[..., 0].mean(0)  # (M,): mean of the cosines
     threshold = (factor * mean).clamp_max(0.9)
     if negative is not None:
         threshold = torch.where(threshold < 0, negative, threshold)
@@ -71,15 +72,15 @@ def sam_correlation(
     halves: bool = False,
     floor: bool = False,
 ) -> Tokens:
-    """Windows read with a guide's similarity, joined, and mixed on SAM's grid (Trident), (1, M, D).
+    """Reads windows with a guide's similarity, joins them, and mixes them by SAM (Trident), (1, M, D).
 
     Args:
-        guide: whose patches' cosines are the windows' attention, as in ProxyCLIP, but with the mean of
-            all windows.
-        sam: guide that has SAM's attention (`sfp.guides.SamGuide`); None stops at the joined grid.
-        gain, centre: of the windows' attention.
+        guide: external encoder; the cosines of its patches are the windows' attention, as in ProxyCLIP,
+            but centred by the mean over all windows.
+        sam: guide with SAM's attention (`sfp.guides.SamGuide`); None stops at the joined grid.
+        gain, centre: parameters of the windows' attention, as in `proxy_attention`.
         factor, negative: as in `agreeing_attention`.
-        halves: whether the left and the right half of the image go through SAM one by one.
+        halves: whether SAM runs on the left and the right half of the image separately.
         floor: as in `WindowGrid.stitch`.
     """
     whole, last = trace.whole, trace.vit.blocks[-1]
@@ -123,7 +124,7 @@ def sam_correlation(
     return Tokens(joined.flatten(2).mT.to(tokens.data.dtype), size, prefix=0)
 
 
-# factor, what stands in for a negative threshold, whether in halves
+# factor, negative (replacement for negative thresholds), halves
 DATASETS: dict[str, tuple[float, float | None, bool]] = dict(
     ade20k=(1.2, 0.6, False),
     city_scapes=(3.0, 0.6, True),
@@ -164,10 +165,11 @@ def trident(
         guide: name of the guide of the windows, which the caller provides.
         sam: name of the guide with SAM's attention (`guides=dict(sam=dict(type="sam", model=...))`);
             None leaves that step out.
-        dataset: dataset whose constants replace those of the next that are None; see `DATASETS`.
-        beta, gamma: of the windows' attention, as in `proxyclip`.
+        dataset: dataset whose constants replace those of `factor`, `negative` and `halves` that are
+            None; see `DATASETS`.
+        beta, gamma: parameters of the windows' attention, as in `proxyclip`.
         factor, negative, halves: as in `sam_correlation`.
-        floor: windows are moved back to whole cells, as in the release.
+        floor: whether windows are moved back to whole cells, as in the release.
     """
     tuned = DATASETS[dataset]
     reader = dict(

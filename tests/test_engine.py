@@ -14,8 +14,9 @@ import torch
 
 import sfp
 from sfp import engine as engine_module
-from sfp.engine import Engine, choose_device
+from sfp.engine import Engine, Queries, choose_device
 from sfp.feature_cache import LRUCache
+from sfp.functional.labels import otsu
 from sfp.functional.windows import WindowGrid
 from sfp.whole import WholeImage
 
@@ -212,3 +213,27 @@ def test_the_scale_that_the_model_was_trained_with():
     assert own == pytest.approx(float(clip.logit_scale.exp()))
     with pytest.raises(ValueError, match="logit_scale='own': expected a number or 'auto'"):
         sfp.load(clip, **SMALL, logit_scale="own")
+
+
+def test_thresholds_of_two_numbers_and_units_are_checked():
+    for wrong in ((0.5, 0.2), (0.1,), (-0.1, 0.5)):
+        with pytest.raises(ValueError, match="expected a number, or the least and the largest"):
+            Engine(tiny.clip(), prob_thd=wrong)
+    with pytest.raises(ValueError, match="did you mean 'mean'"):
+        Engine(tiny.clip(), pamr_unit="meen")
+
+
+def test_each_image_has_a_threshold_of_its_own():
+    """Otsu's, between two numbers: labels are those of that number."""
+    method, queries = sfp.build_method("sclip"), Queries(tiny.queries(3), (0, 1, 2))
+    images = list(tiny.images(2, 64, 96, seed=3))
+    plain = Engine(tiny.clip(), slide_crop=64, slide_stride=32)
+    both = Engine(tiny.clip(), slide_crop=64, slide_stride=32, prob_thd=(0.2, 0.9))
+    (sheets,) = plain.logits([method], images, [(64, 96)] * 2, queries)
+    for image, sheet in zip(images, sheets, strict=True):
+        free = plain.label(image, sheet, queries.index)
+        own = min(max(float(otsu(free.confidence)), 0.2), 0.9)
+        expected = free.labels.masked_fill(free.confidence < own, 0)
+        found = both.label(image, sheet, queries.index)
+        assert torch.equal(found.labels, expected)
+        assert not torch.equal(found.labels, free.labels)

@@ -102,7 +102,8 @@ FIRSTS = [
 ]
 FORKS = """
 import os, sys
-import mmengine.runner  # most of the time of a start; it knows nothing of what is tested
+# most of the time of a start; they know nothing of what is tested
+import mmcv.transforms, mmengine.runner, scipy.optimize
 for first in sys.argv[1:]:
     print(f"{first}:", end=" ", flush=True)
     if not (child := os.fork()):

@@ -64,7 +64,10 @@ class UniversalMasks(FrozenModel):
             raise ValueError(
                 f"mask proposer 'universal': model of type {kind!r}; valid: {', '.join(KINDS)}"
             )
-        self.side: int | None = int(self.model.config.image_size) if KINDS[kind] else None
+        self.side: int | None = None
+        if KINDS[kind]:
+            size: int | Sequence[int] = self.model.config.image_size
+            self.side = size if isinstance(size, int) else max(size)
         self.min_score = min_score
         self.short_side = short_side
         self.long_side = long_side

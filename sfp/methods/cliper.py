@@ -51,14 +51,15 @@ def fused_attention(weights: Tensor) -> tuple[Tensor, Tensor]:
     """One round: weights with columns, then rows, of sum 1; and the attention made of them.
 
     Args:
-        weights: M, (B, H, T, T).
+        weights: M, (B, H, T, T); overwritten.
 
     Returns:
-        M for the next round; and (M + M^T) / 2 without its column means, cut at 0, rows of sum 1.
+        M for the next round, the same tensor; and (M + M^T) / 2 without its column means, cut at 0,
+        rows of sum 1.
     """
-    weights = weights / weights.sum(-2, keepdim=True)
+    weights /= weights.sum(-2, keepdim=True)  # in place: these are the largest maps of all
     weights /= weights.sum(-1, keepdim=True)
-    fused = weights + weights.mT  # then in place: these are the largest maps there are
+    fused = weights + weights.mT
     fused /= 2
     fused -= fused.mean(-2, keepdim=True)
     fused.clamp_min_(0)
@@ -71,6 +72,14 @@ def _given(weights: Tensor, heads: Heads, trace: Trace) -> Tensor:
     return weights
 
 
+def attention(trace: Trace, i: int) -> Tensor:
+    """Block `i`'s attention weights, (B, H, T, T), without keeping its projections.
+
+    Those of all blocks, of all windows of an image, take more memory than the tokens.
+    """
+    return trace.vit.blocks[i].heads(trace.entering(i)).logits("q", "k").softmax(-1)
+
+
 def readouts(trace: Trace) -> tuple[list[Tokens], Tensor]:
     """The last block's readings of every layer's input, and the last fused attention of patches.
 
@@ -79,9 +88,9 @@ def readouts(trace: Trace) -> tuple[list[Tokens], Tensor]:
         the heads' mean.
     """
     vit, last = trace.vit, len(trace.vit.blocks) - 1
-    total = trace.attention(0)
+    total = attention(trace, 0)
     for i in range(1, last):
-        total += trace.attention(i)
+        total += attention(trace, i)
     read = []
     for i in range(last + 1):
         total, fused = fused_attention(total)
@@ -210,9 +219,9 @@ def kept_classes(
     score = sheet.tiles.amax((0, 1))  # (Q,)
     height = sheet.size[0]
     step = max(2**22 // (len(index) * sheet.size[1]), 1)
-    slabs = [rows(i, min(i + step, height)) for i in range(0, height, step)] if height else []
-    low = torch.stack([slab.amin((1, 2)) for slab in slabs]).amin(0)
-    high = torch.stack([slab.amax((1, 2)) for slab in slabs]).amax(0)
+    slabs = (rows(i, min(i + step, height)) for i in range(0, height, step))
+    ends = torch.stack([torch.stack(slab.flatten(1).aminmax(dim=1)) for slab in slabs])
+    low, high = ends[:, 0].amin(0), ends[:, 1].amax(0)
     kept = score > score_thd
     shift = low if min_max else torch.zeros_like(low)
     gain = ((1 if min_max else score) / (high - shift + 1e-5) * kept)[:, None, None]

@@ -29,7 +29,13 @@ def left_over(trace: Trace, layer: int, label: Callable[[np.ndarray], np.ndarray
     images = upcast(patches).detach().cpu().numpy()  # (B, N, D)
     if images.shape[1] < 3:  # too few patches for outliers
         return torch.zeros(images.shape[:2], dtype=torch.bool, device=patches.device)
-    labels = np.stack([label(image) for image in images])
+    import sklearn
+
+    if not np.isfinite(images).all():
+        raise ValueError("scikit-learn's detectors need finite features")
+    # its own checks, repeated for every point, would take half of the time
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+        labels = np.stack([label(image) for image in images])
     return torch.from_numpy(labels == LEFT_OVER).to(patches.device)
 
 

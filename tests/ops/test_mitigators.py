@@ -394,7 +394,7 @@ def test_purify_flag():
 def test_unknown_mitigators(method):
     with pytest.raises(ValueError, match="did you mean 'median'"):
         sfp.build_method(method, purify="mediam")
-    with pytest.raises(ValueError, match="of kind 'detector' where 'mitigator' is needed"):
+    with pytest.raises(ValueError, match="of kind 'detector', but 'mitigator' is needed"):
         sfp.build_method(method, purify="som")
     with pytest.raises(ValueError, match="did you mean 'alone'"):
         sfp.build_method(method, purify=dict(type="neighbour_mean", alon="keep"))

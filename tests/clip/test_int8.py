@@ -64,7 +64,9 @@ def test_features_are_close_and_the_model_is_left_alone():
 
 def test_what_8_bits_cannot_do():
     clip = tiny.clip()
-    with pytest.raises(ValueError, match=r"float32 models on the CPU, this one is torch\.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"need a float32 model on a CPU, but this one is torch\.bfloat16"
+    ):
         quantised(tiny.clip().bfloat16().visual)
     with pytest.raises(ValueError, match="edits float weights, which an int8 model lacks"):
         sfp.build_method("gclip").features(quantised(clip.visual), tiny.images(1))

@@ -210,6 +210,7 @@ def test_only_new_words_are_encoded(clip, monkeypatch, tmp_path):
 # -- results -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lists_are_single_images(clip):
     sizes = [
         (90, 130),
@@ -372,6 +373,7 @@ def test_sizes_as_they_are(clip):
     assert long.shape == (102, 2048, 3)  # as the benchmarks: 2048 at most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("bf16", torch.bfloat16), ("int8", torch.float32)]
 )

@@ -67,6 +67,7 @@ def outputs(out: Path, what: str = "labels") -> dict[str, bytes]:
     return {f.relative_to(out / what).as_posix(): f.read_bytes() for f in files}
 
 
+@pytest.mark.slow
 def test_folder_list_and_shard_agree(tmp_path, job):
     sizes = ((60, 90), (96, 64), (40, 40), (30, 100), (60, 90))
     files = {f"a/b{i}.png": picture(i, size) for i, size in enumerate(sizes)}
@@ -117,6 +118,7 @@ def test_equal_to_the_segmentor(tmp_path, job):
     assert np.array_equal(found, expected.numpy())
 
 
+@pytest.mark.slow
 def test_what_is_done_is_skipped(tmp_path, job):
     folder = write(tmp_path / "in", {f"{i}.png": picture(i) for i in range(4)})
     tar = shard(tmp_path / "s.tar", {f"{i}.png": picture(i) for i in range(2)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from mmengine import Config
@@ -80,6 +81,7 @@ def test_citation_file_agrees_with_the_readme_and_the_version():
     assert str(paper["year"]) == shown["year"]
 
 
+@pytest.mark.slow
 def test_the_quickstart(tmp_path, monkeypatch):
     """Executes the page's blocks, in order, with the mini world in place of what is not here."""
     for i, name in enumerate(["street.jpg", "photo.jpg"]):

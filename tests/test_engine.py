@@ -56,6 +56,7 @@ def test_threads_get_what_one_caller_gets(model):
         same(one, other)
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_the_number_of_images():
     model = sfp.load(tiny.clip(**tiny.WORDS), **SMALL)
     model.memory.limit = 2**17

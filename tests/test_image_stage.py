@@ -158,6 +158,7 @@ def own_ops():
         sfp.OPS.module_dict.pop(fn.__name__)
 
 
+@pytest.mark.slow
 def test_the_engine_keeps_images_together(own_ops):
     """Whatever the batches and the cache: each image's windows in one trace, and no other's."""
     method = sfp.build_method(dict(refiners=[dict(type="centred_over_windows")]))

@@ -72,6 +72,7 @@ def choices() -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "name", "knob"), choices())
 @pytest.mark.parametrize(
     "value", ["nonsense", "", 7, 1.5, object()], ids=lambda x: type(x).__name__

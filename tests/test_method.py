@@ -261,6 +261,7 @@ def test_an_edit_of_one_layer_leaves_the_earlier_ones():
     assert same == [True] * 4 + [False] * 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "knobs"),
     [
@@ -350,6 +351,7 @@ def test_every_flag_changes_the_features(name, knobs):
     assert change(default, changed) > (1e-4 if knob in ("top_k", "res_scale", "pm") else 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sfp", "sfp_paper"])
 def test_all_self_self_combinations_differ(name):
     each = [features(name, enhancer=enhancer) for enhancer in COMBINATIONS]
@@ -379,6 +381,7 @@ def numbered(blocks: int, depth: int | None) -> Trace:
     return clip.visual.trace(tiny.images(1, 8, 8), depth=depth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "depth", "layer", "absolute"),
     [

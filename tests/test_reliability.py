@@ -126,11 +126,13 @@ def served(tmp_path, monkeypatch):
         httpd.shutdown()
 
 
+@pytest.mark.slow
 def test_two_processes_download_at_once(served, tmp_path):
     assert set(in_processes(lambda: load_clip("ViT-B/16").digest)) == {served.sha256}
     assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()] == [served.file]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "name", ["visual.transformer.resblocks.7.mlp.c_fc.weight", "ln_final.bias"]
@@ -298,6 +300,7 @@ def test_a_claim_of_gigapixels_costs_nothing():
 plain = functools.cache(segmentor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sfp.list_methods())
 @pytest.mark.parametrize("size", [(1, 1), (3, 150), (7, 9)])
 def test_images_smaller_than_a_patch(method, size):
@@ -314,6 +317,7 @@ def test_images_smaller_than_a_patch(method, size):
     assert labels.max() < len(WORDS)
 
 
+@pytest.mark.slow
 def test_an_image_of_3_by_4000_pixels():
     assert label(segmentor(method="sfp"), KINDS["3x4000"][1]).shape == (3, 4000)
 
@@ -346,6 +350,7 @@ def test_large_images_stay_in_8_bits_and_give_the_same_labels(monkeypatch):
     assert (label(model, image) != whole).float().mean() < 1e-3  # rounding of ties at most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("knobs", "said"),
     [
@@ -478,6 +483,7 @@ def test_one_class_only():
     assert labels.unique().tolist() == [0]
 
 
+@pytest.mark.slow
 def test_five_thousand_classes(monkeypatch):
     """Encoded in chunks, labelled in slabs of rows; nothing is 5,000 times the image."""
     names = [f"thing {i}" for i in range(5000)]
@@ -679,6 +685,7 @@ def test_a_read_only_cache_that_holds_everything_is_enough(tmp_path, monkeypatch
         assert prepare(folder / "mini-2", scenes=2) == folder / "mini-2"
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_text_bank(tmp_path):
     clip = tiny.clip(**tiny.WORDS)
     names = [f"thing {i}" for i in range(50)]
@@ -687,6 +694,7 @@ def test_two_processes_share_a_text_bank(tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_mini_scenes(tmp_path):
     root = tmp_path / "mini-2"
     assert in_processes(lambda: prepare(root, scenes=2)) == [root] * 3

@@ -135,6 +135,7 @@ def test_one_window_is_the_whole_image():
     torch.testing.assert_close(at_once.seg_logits.data, windows.seg_logits.data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sfp", "clip_surgery"])
 def test_images_of_different_sizes_in_one_batch(method):
     sizes = [(96, 150), (64, 64), (150, 96), (30, 24), (96, 150)]
@@ -150,6 +151,7 @@ def test_images_of_different_sizes_in_one_batch(method):
         assert wrong.float().mean() < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window_batch", [1, 4, 1000])
 def test_windows_in_any_portions(window_batch):
     image, shape = tiny.images(1, 130, 150)[0], sample(ori_shape=(130, 150))
@@ -261,6 +263,7 @@ def test_padding_is_taken_off(key):
     assert result.pred_sem_seg.shape == (70, 90)  # without `ori_shape`: what was not padded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("direction", "axes"),
     [("horizontal", (2,)), ("vertical", (1,)), ("diagonal", (1, 2))],
@@ -341,6 +344,7 @@ def test_words_are_encoded_once_when_needed(monkeypatch):
 # -- precision, moves, copies --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method", ["clip", "sclip", "sfp"])
 def test_half_precision_on_a_cpu(method, precision):
@@ -461,6 +465,7 @@ def pictures(tmp_path) -> list[str]:
     return paths
 
 
+@pytest.mark.slow
 def test_init_model_and_inference_model(config, pictures):
     model = init_model(config, device="cpu")
     assert model.dataset_meta["classes"] == mini.CLASSES
@@ -496,6 +501,7 @@ def test_words_of_ones_own(config, pictures, tmp_path):
     assert cv2.imread(str(tmp_path / "drawn.png")).shape == (120, 200, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # "weights is None", which ours are not
 def test_inferencer(config, pictures, tmp_path):
     expected = inference_model(init_model(copy.deepcopy(config), device="cpu"), pictures)
@@ -521,6 +527,7 @@ def test_the_inferencer_names_our_classes(config, pictures):
     assert np.array_equal(out["visualization"], palette[out["predictions"]])
 
 
+@pytest.mark.slow
 def test_runner_with_batches(config, tmp_path):
     """Two images a batch, of different sizes: the same counts as one by one."""
     summaries = []
@@ -587,6 +594,7 @@ def test_the_base_config_serves_the_inferencer():
     assert found["predictions"].shape == (60, 80)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", [True, False])
 def test_test_time_augmentation(tmp_path, scores):
     """Mirrored twins and another scale are averaged; one class is no sigmoid."""

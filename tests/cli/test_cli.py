@@ -38,6 +38,7 @@ def elsewhere(tmp_path, monkeypatch):
 # -- exit codes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
@@ -251,6 +252,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.one_of(VALUES, st.lists(VALUES, min_size=2, max_size=3).map(",".join)))
 def test_settings_are_read_as_mmengine_reads_them(text):
     config = pytest.importorskip("mmengine.config")

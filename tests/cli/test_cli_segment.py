@@ -36,6 +36,7 @@ def photos(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder(photos, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--classes", "cat|kitten, grass,sky", "--background", "sand, water"]
@@ -75,6 +76,7 @@ def test_a_result_that_cannot_be_written_fails_alone(photos, tmp_path, capsys):
     assert "1 of 2 images segmented" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_settings_arrive(photos, tmp_path, capsys):
     words = ["--classes", "mini", "--background", "0.5", "--method", "sclip", "--pamr", "2"]
     assert run(str(photos / "a.png"), *words, *MINI, "--out", str(tmp_path / "out")) == 0
@@ -149,6 +151,7 @@ def test_exit_codes(photos, capsys):
 # -- output that cannot show everything ----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "word", "shown"),
     [
@@ -199,6 +202,7 @@ def test_without_standard_output(photos, tmp_path, monkeypatch):
     assert (tmp_path / "out/labels/a.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_method_with_a_guide_and_without_clip(photos, tmp_path, capsys, monkeypatch):
     segmentors.sam3().save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)

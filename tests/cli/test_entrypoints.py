@@ -249,6 +249,7 @@ def test_there_are_tools():
     assert {"tools/test.py", "tools/summary.py", "tools/bench.py"} <= set(TOOLS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -321,6 +322,7 @@ def test_check_only_looks(monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_pictures_and_with_another_method(monkeypatch, capsys, tmp_path):
     arguments = ["--method", "sclip", "--pictures", "0", "--work-dir", str(tmp_path), *FEW]
     assert tool(monkeypatch, "tools/test.py", "configs/cfg_mini.py", *arguments) == 0
@@ -331,6 +333,7 @@ def test_a_run_without_pictures_and_with_another_method(monkeypatch, capsys, tmp
     assert not (tmp_path / "sheet.png").exists()
 
 
+@pytest.mark.slow
 def test_log_level_brings_the_log_back(monkeypatch, capfd, tmp_path):
     arguments = ["--pictures", "0", "--work-dir", str(tmp_path), "--method", "clip", *FEW]
     assert (

@@ -97,6 +97,7 @@ def test_compressed_and_overlapping_archives_cannot_unfold(tmp_path):
         read_state(path)
 
 
+@pytest.mark.slow
 def test_a_program_in_an_archive_never_runs(tmp_path):
     path = tmp_path / "clip.pt"
     torch.jit.save(torch.jit.trace(tiny.clip().visual, tiny.images(1)), path)

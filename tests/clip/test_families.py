@@ -114,6 +114,7 @@ def test_both_towers_and_the_tokenizer(family):
         assert (clip.mean, clip.std) == ((0.0,) * 3, (255.0,) * 3)
 
 
+@pytest.mark.slow
 def test_from_words_to_labels(family):
     """One line for a model, and one for a picture."""
     _, folder, _ = family
@@ -132,6 +133,7 @@ def test_check_says_what_a_folder_is(family, capsys):
     assert "context64,vocabulary420" in shown
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_part_of_the_digest(family):
     _, folder, _ = family
     digest = open_weights(folder).digest

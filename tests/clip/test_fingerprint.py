@@ -116,6 +116,7 @@ def test_the_text_digest_minds_the_text_tower_only():
     assert state_key(clip.visual) == state_key(clip.visual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "move",
     [

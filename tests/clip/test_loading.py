@@ -302,6 +302,7 @@ def test_no_such_file(tmp_path, monkeypatch, name):
 # -- damage and malice ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["trace", "plain", "legacy", "safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.999])
 def test_truncated_files(tmp_path, form, share):

@@ -46,6 +46,7 @@ def same(source: object) -> None:
     assert all(torch.equal(found[name], value) for name, value in state().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in WEIGHT_FILES if not n.endswith("json")] + ["my.pt"])
 def test_a_folder_with_one_file(tmp_path, name):
     file = tmp_path / name

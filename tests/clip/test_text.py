@@ -39,6 +39,7 @@ def clip() -> sfp.CLIP:
 # -- tokens --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["text"][:30])
 def test_tokenizer(case):
     """OpenAI's ids. Their tokenizer can cut long texts off silently; ours says so instead."""
@@ -159,6 +160,7 @@ def full_encoding(clip: sfp.CLIP, prompt: str) -> Tensor:
     return clip.ln_final(x[0, int(row.argmax())]) @ clip.text_projection
 
 
+@pytest.mark.slow
 def test_cut_contexts_give_the_full_features(clip):
     prompts = [c["text"] for c in GOLDEN["cases"] if c["full_len"] <= 77]
     assert {min(c["full_len"], 77) for c in GOLDEN["cases"]} >= {3, 5}

@@ -212,6 +212,7 @@ def test_bert(bert, file, text):
     check(FileTokenizer(BERT, CONTEXT, path), text, package(whitespace(text)).input_ids)
 
 
+@pytest.mark.slow
 @given(text=TEXTS)
 @settings(max_examples=100, deadline=None)
 def test_clipa(bert, text):

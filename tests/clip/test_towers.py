@@ -77,11 +77,13 @@ def compared(given: Family, ours: VisionTransformer, image: Tensor, **knobs) -> 
             ours.rope.rescale = False
 
 
+@pytest.mark.slow
 @EACH
 def test_on_the_grid_of_training(name):
     compared(family(name), tower(name), tiny.images(2, *family(name).size))
 
 
+@pytest.mark.slow
 @EACH
 def test_on_another_grid(name):
     given = family(name)

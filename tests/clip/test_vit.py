@@ -238,6 +238,7 @@ def tower():
     return tiny.clip(layers=2).visual
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [*RUNS, *FLOAT_RUNS])
 @torch.no_grad()
 def test_whatever_looks_on_sees_plain_operations(tower, run):
@@ -246,6 +247,7 @@ def test_whatever_looks_on_sees_plain_operations(tower, run):
     torch.testing.assert_close(y, Reference(tower)(x), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 @torch.no_grad()
 def test_8_bits_too(tower, run):

@@ -126,6 +126,7 @@ def check_golden(clip: CLIP, activation: str) -> None:
     close(torch.stack(layers), expected["layers"], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
@@ -425,6 +426,7 @@ def test_a_part_of_a_sharded_checkpoint(tmp_path):
         load_clip(path, activation="gelu", head_width=24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30))
 def test_damaged_state_dicts_end_in_one_error(seed):
     """Names dropped, renamed and swapped, shapes and types changed: `LayoutError` or a model."""
@@ -465,6 +467,7 @@ def saved(path: Path, form: str = "plain", **size: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form", "expected", "certain"),
     [

@@ -166,6 +166,7 @@ def test_wrong_number_of_images_is_not_ready(root, monkeypatch, capsys):
 # -- prepare -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is also in")
 @pytest.mark.parametrize("name", CONVERTED)
 def test_prepare(name, root, capsys):

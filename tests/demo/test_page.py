@@ -49,6 +49,7 @@ def test_every_tab_draws_all_that_it_has(page, photo, model):
     assert result.summary() in drawn.values[page.tabs["Segmentation"].picture].alt_text
 
 
+@pytest.mark.slow
 def test_words_that_the_mini_clip_does_not_know_are_named(page, photo, model):
     for title in ("Segmentation", "Compare"):
         asked = values(page, photo, title, "cat, dog|puppy", "rug")
@@ -72,6 +73,7 @@ def test_the_page_says_what_the_mini_clip_knows(page, model):
     assert "<code>ViT-B/16</code>" in other
 
 
+@pytest.mark.slow
 def test_the_button_leads_to_the_segmentation(page, photo):
     """From a tab that shows no words; and asks for what is missing."""
     drawn = page._submit(values(page, photo, "Outliers"))

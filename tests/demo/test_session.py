@@ -60,6 +60,7 @@ def test_segmentation_is_the_models(session, model, photo):
     assert re.fullmatch(r"text [\d.]+ s, image [\d.]+ s, total [\d.]+ s", str(timed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sfp", "sfp_paper"])
 def test_outliers_are_those_that_the_method_replaces(method, session, model, photo):
     trace = model.trace(photo, method=method)
@@ -98,6 +99,7 @@ def test_methods_on_offer_run_without_guides():
     assert {"clip", "sfp", "cliptrase", "radseg", "rfclip"} <= set(self_contained_methods())
 
 
+@pytest.mark.slow
 def test_methods_on_offer_with_a_guide(photo):
     model = sfp.load("mini", guides=dict(sam3=Sam3()), device="cpu")
     session = Session(model, "mini")

@@ -188,6 +188,7 @@ def test_an_interrupted_study_continues(tmp_path, ran, capsys):
     assert len(ran) == SCENES
 
 
+@pytest.mark.slow
 def test_a_comparison_takes_up_more_methods_and_other_settings(tmp_path, ran):
     config = mini(tmp_path, **{"test_dataloader.batch_size": 3})
     alone = compare.compare(config, {"clip": "clip"}, pictures=0)["methods"]["clip"]
@@ -207,6 +208,7 @@ def test_a_comparison_takes_up_more_methods_and_other_settings(tmp_path, ran):
     assert len(ran) == SCENES
 
 
+@pytest.mark.slow
 def test_a_name_is_not_a_method(tmp_path):
     """A label that stood for another method before brings nothing of that one's."""
     first = compare.measure(mini(tmp_path), {"mine": "clip"})
@@ -310,6 +312,7 @@ def test_vocabularies_are_an_axis_of_a_comparison(tmp_path, ran):
     assert not ran
 
 
+@pytest.mark.slow
 def test_numbers_of_another_protocol_say_so(tmp_path):
     result = ablate.ablate(mini(tmp_path), "gclip")
     header, rows = ablate.sheet(result)

@@ -53,6 +53,7 @@ def test_two_methods_compare(tmp_path, audit):
     assert "the same method and weights" in audit(a, a)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "name", "options"),
     [

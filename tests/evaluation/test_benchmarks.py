@@ -84,6 +84,7 @@ def scores_by_hand(matrix: np.ndarray) -> dict:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", trees.LAYOUTS)
 def test_from_config_to_metrics(name, config, tmp_path):
     layout = trees.LAYOUTS[name]
@@ -226,6 +227,7 @@ def test_a_truncated_image_is_named_in_one_line(config, weights, tmp_path, capsy
     assert "truncated JPEG" in last
 
 
+@pytest.mark.slow
 def test_evaluations_in_one_process_do_not_mix(config, tmp_path):
     """Each has its own folder for pictures, its own log, its own numbers."""
     cfg, files = config("voc21")
@@ -243,6 +245,7 @@ def test_evaluations_in_one_process_do_not_mix(config, tmp_path):
 # -- picture sheets ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pictures", [2, 6])
 def test_the_sheet_shows_different_images(config, monkeypatch, pictures):
     """Fewer images than asked for: each of them once."""
@@ -303,6 +306,7 @@ def test_overlay_of_many_classes(tmp_path):
     assert (tmp_path / "sheet.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_sheet_of_one_picture_and_many_classes(tmp_path):
     """171 classes at once: the legend has room for all, and the file is a picture."""
     labels = np.arange(18 * 19).reshape(18, 19) % 171

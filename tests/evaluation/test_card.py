@@ -75,6 +75,7 @@ def flip(**options) -> dict:
     return settings.settings(load(**{k.replace("__", "."): v for k, v in options.items()}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "options"),
     [

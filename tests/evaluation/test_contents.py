@@ -129,6 +129,7 @@ def accuracy(own, work: str = "work") -> float:
     return evaluate.evaluate(own.config(work), pictures=0)["aAcc"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["labels", "images"])
 def test_a_correction_of_equal_size_is_seen(own, which):
     """Bitmaps have the same number of bytes whatever they show."""

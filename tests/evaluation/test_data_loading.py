@@ -26,6 +26,7 @@ def built(config):
     return dataset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_workers_give_what_the_process_itself_would(own, size):
     config = own.config()
@@ -60,6 +61,7 @@ def test_workers_use_no_shared_memory(own, monkeypatch):
     assert not seen - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("name", "content"),
@@ -170,6 +172,7 @@ def test_an_image_with_two_label_maps_is_refused(own):
         image_names(dataset)
 
 
+@pytest.mark.slow
 def test_several_datasets_in_one(own, tmp_path):
     """mmengine's `ConcatDataset`, which has no folder of images."""
     config = own.config()

@@ -58,6 +58,7 @@ def test_mmsegs_metric(own, evaluator, prefix):
     assert len(card["data"]["truth_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_two_of_one_kind(own):
     f = 'dict(type="IoUMetric", iou_metrics=["mFscore"])'
     d = 'dict(type="IoUMetric", iou_metrics=["mDice"])'
@@ -68,6 +69,7 @@ def test_two_of_one_kind(own):
     assert found["metrics"]["SegmentationMetric/mIoU"] == pytest.approx(found["mIoU"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_others_see_every_image_each_time(own, capsys):
     """The journal has counts, which are not what another metric needs of an image."""
     evaluator = f'[dict(type="SegmentationMetric"), {DICE}]'
@@ -75,6 +77,7 @@ def test_others_see_every_image_each_time(own, capsys):
     assert "continuing" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_predictions_are_written_each_time(own):
     out = own.root / "maps"
     evaluator = f'dict(type="SegmentationMetric", output_dir={str(out)!r})'
@@ -107,6 +110,7 @@ def test_formatting_needs_no_labels(own):
     assert evaluate.per_class_table(result).row_count == 0
 
 
+@pytest.mark.slow
 def test_dumped_predictions(own):
     """mmengine's `DumpResults`, which scores nothing and needs whole samples."""
     out = own.root / "all.pkl"
@@ -138,6 +142,7 @@ def both_doors(own, **more):
     yield lambda: compare.measure(own.config("two", **more), {"clip": "clip"})
 
 
+@pytest.mark.slow
 def test_masks_of_0_and_255(own, capsys):
     for name, truth in own.truth.items():
         own.label(name, truth * 255)
@@ -152,6 +157,7 @@ def test_masks_of_0_and_255(own, capsys):
     assert "ignored_percent" in (own.root / "one/card.md").read_text()
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_every_class_occurs(own, capsys):
     own.label("0.png", np.where(own.truth["0.png"], 255, 0).astype(np.uint8))
     for door in both_doors(own):
@@ -175,6 +181,7 @@ def test_labels_of_another_class_list_are_named(own):
             door()
 
 
+@pytest.mark.slow
 def test_another_label_is_ignored(own, capsys):
     """`ignore_index` of the metric counts for comparisons, too."""
     for name, truth in own.truth.items():

@@ -121,6 +121,7 @@ def test_methods_with_knobs():
         parse_method("sfp:purify")
 
 
+@pytest.mark.slow
 def test_commands(tmp_path, capsys):
     off = "sfp:purify=False"
     words = ["compare", "mini", "--methods", "clip", off, "sfp", "--paired", off, "--pictures", "0"]

@@ -126,6 +126,7 @@ def test_kill_9(tmp_path, whole):
     assert same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_torn_tail_and_bit_flip(tmp_path, whole):
     """The last record is cut, one bit of another is turned: both images are evaluated again."""
     file = part(whole, tmp_path, SCENES + 1)
@@ -139,6 +140,7 @@ def test_torn_tail_and_bit_flip(tmp_path, whole):
     assert same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_other_settings_are_not_mixed(tmp_path, whole):
     part(whole, tmp_path, 4)
     said = run(tmp_path, **{"model.logit_scale": 20.0})
@@ -147,6 +149,7 @@ def test_other_settings_are_not_mixed(tmp_path, whole):
     assert not same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_no_resume(tmp_path, whole):
     file = part(whole, tmp_path, 4)
     assert "continuing" not in run(tmp_path, resume=False)
@@ -170,6 +173,7 @@ def test_any_number_of_processes(tmp_path, whole):
     assert same(second, whole)
 
 
+@pytest.mark.slow
 def test_processes_of_slurm(tmp_path, whole, monkeypatch):
     """`srun`'s variables are set by hand, its `scontrol` knows two nodes."""
     scontrol = tmp_path / "scontrol"
@@ -212,6 +216,7 @@ def _lines(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_batches_stay_together(tmp_path):
     """With a batch of 3 a batch that is done in part is done again, whole."""
     run(tmp_path / "a", **{"test_dataloader.batch_size": 3})

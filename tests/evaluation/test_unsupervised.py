@@ -269,6 +269,7 @@ def test_clusters_are_the_labels(config):
     assert (result.pred_sem_seg.data[0] == maps.argmax(0)).float().mean() > 0.999
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_made_again(config, tmp_path, capsys):
     unsupervised.ensure_clusters(config())
     path = tmp_path / "work" / unsupervised.FILE

@@ -82,6 +82,7 @@ def patches(window: Tensor, patch: int) -> Tensor:
     return F.avg_pool2d(window, patch) ** 2
 
 
+@pytest.mark.slow
 @few
 @given(sides, sides, st.integers(1, 30), st.integers(1, 4), sides, sides, seeds, st.data())
 def test_sheets_are_mmsegs_slide_inference(h, w, crop, patch, out_h, out_w, seed, data):
@@ -521,6 +522,7 @@ def traced(batch: int = 2) -> sfp.Trace:
     return tiny.clip().double().visual.trace(image, text=None, depth=12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [0.0, 1.0, 1.5, 100.0])
 @pytest.mark.parametrize("top_k", [None, 0, 1, 4, 1000])
 def test_som_patch_by_patch(gain, top_k):

@@ -33,6 +33,7 @@ def test_means_of_masks(side):
     assert means.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [16, 1200])
 def test_mean_votes(side):
     generator = torch.Generator().manual_seed(side)

@@ -434,6 +434,7 @@ def predict(model: sfp.OpenVocabSegmentor, image: Tensor, **meta) -> SegDataSamp
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vote", ["mode", "mean"])
 def test_segmentor_votes(vote):
     image = tiny.images(1, 80, 100)[0]
@@ -481,6 +482,7 @@ def test_the_kept_image_reaches_the_masks(direction):
     assert len(halves.points) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True], ids=["followed", "given"])
 @pytest.mark.parametrize("kind", ["sam", "dino"])
 def test_masks_are_the_same_whatever_the_weights_normalise_by(kind, given):

@@ -169,6 +169,7 @@ def model(request) -> nn.Module:
     return getattr(segmentors, request.param)(mask_channels=16)  # with less all maps look alike
 
 
+@pytest.mark.slow
 def test_a_small_sam(model):
     """As `transformers` runs it, part by part; batches of prompts change nothing."""
     labels = drawn()
@@ -223,6 +224,7 @@ def test_nothing_sure_and_odd_sizes(model):
     assert torch.equal(new.labels, labels.labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_any_method(model, precision):
     """By a setting of the model; labels, confidence and what is not in masks fit together."""

@@ -82,6 +82,7 @@ def test_every_tensor_says_where_it_is_made(name):
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sfp", "sfp_paper"])
 def test_the_engine_too(name):
     engine = Engine(tiny.clip(), slide_crop=64, slide_stride=32, pamr_steps=2, area_thd=0.1)

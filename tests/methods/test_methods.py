@@ -304,6 +304,7 @@ def test_stitched(name):
     assert not torch.allclose(together, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_features_and_input(name):
     method, pixels = sfp.build_method(name), images()

@@ -59,6 +59,7 @@ def test_golden_clip(name):
     torch.testing.assert_close(own, full.diagonal(dim1=-2, dim2=-1)[..., 1:], atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("sfp/", "sclip/"))
 def test_golden_features(name):
     case = Case(name)
@@ -111,6 +112,7 @@ def test_golden_pamr(name):
     case.check("out", out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("text/ensemble80"))
 def test_golden_text_ensemble(name):
     """The 80 templates, their ids folded into the small vocabulary as goldens/README.md says."""

@@ -130,6 +130,7 @@ def freecp_method(case: Case, folder: Path) -> tuple[sfp.Method, dict]:
     return method, dict(text=text, index=index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("freecp/"))
 def test_golden_freecp(name, tmp_path):
     case, hyper = Case(name), Case(name).hyper
@@ -193,6 +194,7 @@ def segmented(
     return sheet.rows(0, sheet.size[0]), labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("e2e/freecp/"))
 def test_golden_freecp_end_to_end(name, tmp_path):
     case, hyper = Case(name), Case(name).hyper
@@ -269,6 +271,7 @@ def test_golden_lposs_base(name):
     case.check("Y", method.compare(features, trace)[0].flatten(1).T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("e2e/lposs"))
 def test_golden_lposs_end_to_end(name):
     """Windows that are no multiple of the patch are padded with black below and right, as released."""
@@ -322,6 +325,7 @@ def test_golden_lposs_end_to_end(name):
     case.check("pred", scores.argmax(0).to(torch.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("e2e/rfclip/"))
 def test_golden_rfclip_end_to_end(name):
     case, hyper = Case(name), Case(name).hyper
@@ -340,6 +344,7 @@ def test_golden_rfclip_end_to_end(name):
     case.check("pred", labels.labels.to(torch.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("cliper/"))
 def test_golden_cliper(name):
     case, hyper = Case(name), Case(name).hyper

@@ -41,6 +41,7 @@ def test_golden_cliptrase_features(name):
         case.check("feats_origin_forward_t4", plain.data[0, ::4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("cliptrase/PC", "cliptrase/VOC"))
 def test_golden_cliptrase(name):
     case = Case(name)

@@ -26,12 +26,14 @@ def features(case: Case, **knobs) -> tuple[sfp.Tokens, sfp.Trace]:
     return method.features(case.clip.visual, case.image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("naclip/"))
 def test_golden_naclip(name):
     case = Case(name)
     case.check_features(features(case)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("clearclip/"))
 def test_golden_clearclip(name):
     case = Case(name)
@@ -45,6 +47,7 @@ def test_golden_maskclip_as_clearclip_reports_it(name):
     case.check_features(method.features(case.clip.visual, case.image)[0].only_patches())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("clearclip_gem/"))
 def test_golden_clearclip_gem(name):
     case = Case(name)
@@ -55,6 +58,7 @@ def test_golden_clearclip_gem(name):
     case.check_features(same.features(case.clip.visual, case.image)[0].only_patches())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("gem/"))
 def test_golden_gem(name):
     case = Case(name)
@@ -103,6 +107,7 @@ def test_clip_surgery_on_other_grids():
     assert torch.equal(clip().visual.positional_embedding, table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("scclip/"))
 def test_golden_scclip(name):
     case = Case(name)

@@ -144,6 +144,7 @@ def same_regions(found: Tensor, expected: Tensor, none: int) -> None:
     assert len(pairs) == len(found.unique()) == len(expected.unique())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("corrclip/window"))
 def test_golden_corrclip_window(name):
     case = Case(name)
@@ -185,6 +186,7 @@ def test_golden_corrclip_window(name):
     check_read(case, method, trace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("corrclip/e2e"))
 def test_golden_corrclip(name):
     case = Case(name)
@@ -194,6 +196,7 @@ def test_golden_corrclip(name):
 # -- GLA-CLIP ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("glaclip/"))
 def test_golden_gla_clip(name):
     case = Case(name)

@@ -38,6 +38,7 @@ def given_tiles(case: Case) -> WindowGrid:
     return WindowGrid(tuple(size), tuple(window), ys, xs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("textregion/"))
 def test_golden_textregion(name):
     case, hyper = Case(name), Case(name).hyper

@@ -239,6 +239,7 @@ def maps_of(guide: Sam3Guide, pixels: np.ndarray, score: float, fuse: str) -> Te
     return torch.stack(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "score", "fuse"), [("sam3", 0.02, "instances"), ("segearth_ov3", 0.05, "twice")]
 )
@@ -266,6 +267,7 @@ def test_segment_without_clip(model, method, score, fuse):
     assert np.array_equal(own.segment(pictures[1], CLASSES).labels, results[1].labels)
 
 
+@pytest.mark.slow
 def test_beside_a_clip(model):
     """Its images keep their size, unless a size is asked for; CLIP's do not."""
     settings = dict(guides=dict(sam3=Sam3Guide(model=model)), device="cpu")

@@ -43,6 +43,7 @@ def test_labels_fit_the_picture(size):
     assert labels.max() < len(mini.CLASSES)
 
 
+@pytest.mark.slow
 def test_every_class_appears_and_things_are_of_a_readable_size():
     counts = np.stack([np.bincount(mini.scene(s)[1].ravel(), minlength=18) for s in range(80)])
     assert (counts > 0).any(0).all()
@@ -166,6 +167,7 @@ def test_run_ends_with_a_log_and_a_checkpoint(tmp_path):
     assert len(longer.run()) == 1
 
 
+@pytest.mark.slow
 def test_export_sees_the_large_picture_as_training_sees_its_half(tmp_path):
     training = train.Training(TINY, tmp_path)
     small = torch.randn(2, 3, train.SIDE, train.SIDE)

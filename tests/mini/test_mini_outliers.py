@@ -124,6 +124,7 @@ def test_in_narrow_steps_the_class_token_sees_the_hubs_only(learner):
         torch.testing.assert_close(wide.entering[-1], x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_second_stage_starts_from_the_first_and_resumes_with_the_same_step(tmp_path):
     first = train.Training(
         train.Recipe(**{f.name: getattr(TINY, f.name) for f in dataclasses.fields(train.Recipe)}),

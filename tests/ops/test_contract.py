@@ -576,6 +576,7 @@ def test_every_knob_is_tried(name):
     assert tried == knobs, "a knob has to appear in one of the settings of EXAMPLES"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sfp.list_ops())
 def test_settings_differ_in_what_they_give(name, pictures, exact):
     """So no knob is dead; a setting that changes nothing tests nothing."""

@@ -43,6 +43,7 @@ def test_batch_equals_singles_on_any_grid(name, size):
         assert torch.equal(detect(name, vit().trace(batch[i : i + 1]))[0], found[i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_tiny_grids_and_equal_patches(name):
     for height, width in ((8, 8), (8, 16), (16, 16), (8, 40)):
@@ -172,6 +173,7 @@ def test_dbscan(i, eps):
     assert marked(detect("dbscan", trace(), eps=eps)[i]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["hdbscan", "optics", "isolation_forest", "dbscan", "lof_textbook"]
 )
@@ -190,6 +192,7 @@ def test_clusterings_leave_far_points_over(name):
         assert len(found) < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["lof_textbook", "dbscan", "hdbscan", "optics", "isolation_forest"]
 )

@@ -376,6 +376,7 @@ def test_corner_cluster(model, pm):
             assert before.vit.project(readout(trace)).data.isfinite().all(), purify
 
 
+@pytest.mark.slow
 def test_purify_flag():
     default = sfp.build_method("sfp")
     assert default == sfp.build_method("sfp", purify="neighbour_mean")

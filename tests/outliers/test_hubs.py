@@ -66,6 +66,7 @@ def test_detectors_are_counted_against_them(trace):
             hubs.study(vit(), [images(1)], chosen, layers)
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     words = ["hubs", "--count", "2", "--layers", "9", "--detectors", "som", "l2_norm"]
     assert cli.main([*words, "--out", str(tmp_path / "hubs.json")]) == 0

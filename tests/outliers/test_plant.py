@@ -159,6 +159,7 @@ def test_wrong_settings(knobs, message):
         plant.Setting(**knobs).blocks(vit())
 
 
+@pytest.mark.slow
 def test_report(result, tmp_path):
     text = plant_report.report(result, "a test", "sfp plant", "x.png")
     for name in result["undisturbed"]:

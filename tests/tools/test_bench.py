@@ -46,6 +46,7 @@ def test_the_reference_where_all_patches_are_outliers(bench):
     assert torch.equal(sys.modules["sequential"].without(x, [0, 1, 2, 3], (2, 2)), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [12, 24])
 def test_the_sequential_reference_gives_the_same_labels(bench, layers):
     bench.ARCHS["small"] = {**SMALL, "layers": layers}

@@ -10,6 +10,7 @@ from sfp.overlay import Panel
 from sfp.visualize.sheets import picture_sheet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [1, 2, 4])
 def test_rows_of_any_aspects_leave_no_bands(tmp_path, columns):
     """A wide, a tall and a square image, each of one grey: as wide as their column, undistorted."""

@@ -73,6 +73,7 @@ def test_nothing_touches_pyplot():
     assert not any("import matplotlib.pyplot" in s.read_text() for s in sources)
 
 
+@pytest.mark.slow
 def test_class_attention_shows_the_class_row(run):
     image, trace = run
     figure = visualize.class_attention(image, trace, LAYERS)
@@ -83,6 +84,7 @@ def test_class_attention_shows_the_class_row(run):
         assert f"layer {i}" in axes.get_title()
 
 
+@pytest.mark.slow
 def test_patch_attention_shows_its_row(run):
     image, trace = run
     figure = visualize.patch_attention(image, trace, LAYERS, (3, 2))
@@ -94,6 +96,7 @@ def test_patch_attention_shows_its_row(run):
         visualize.patch_attention(image, trace, LAYERS, (3, 99))
 
 
+@pytest.mark.slow
 def test_attention_matrices_show_patches_only(run):
     _, trace = run
     figure = visualize.attention_matrices(trace, LAYERS)
@@ -102,6 +105,7 @@ def test_attention_matrices_show_patches_only(run):
     assert [axes.get_xlabel() for axes in panels(figure)] == ["attended patch"] * 2
 
 
+@pytest.mark.slow
 def test_norm_maps_show_norms(run):
     image, trace = run
     figure = visualize.norm_maps(image, trace, LAYERS)
@@ -128,6 +132,7 @@ def test_profile_has_a_line_for_each_statistic_and_run(run):
     assert not visualize.layer_profile(trace).axes[0].lines[0].get_label().endswith(", ")
 
 
+@pytest.mark.slow
 def test_outliers_frame_what_detectors_find(run):
     image, trace = run
     named = ["l2_norm", dict(type="l2_norm", top_k=3)]
@@ -281,6 +286,7 @@ def test_tool_leaves_out_what_it_has_no_data_for(tool, tmp_path, capsys):
     assert "no segmentation.png" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [

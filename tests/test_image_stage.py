@@ -202,7 +202,7 @@ def test_other_words_for_a_stitched_image():
 def test_stitched_refuses():
     with pytest.raises(ValueError, match="stitched='yes': expected True or False"):
         sfp.build_method("clip", stitched="yes")
-    with pytest.raises(ValueError, match="expected one for each of 1 readouts"):
+    with pytest.raises(ValueError, match="expected one for each of the 1 readouts"):
         sfp.build_method(dict(weights=[1.0, 2.0]))
 
 

@@ -1,4 +1,4 @@
-"""Regions that lie in files: id maps, or masks that may overlap, named as the images."""
+"""Regions from files: id maps, or masks that may overlap, named like the images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ ENDINGS = (".png", ".npy")
 
 
 class RegionFiles(nn.Module):
-    """Regions of images out of a folder, for methods that ask for them.
+    """Regions of images from a folder, for methods that need them.
 
-    For an image a/b/c.jpg the first of FOLDER/a/b/c.png, FOLDER/b/c.png and FOLDER/c.png that is
-    there, or the same with .npy. A PNG has the id of each pixel, 0 for none: 8 or 16 bits, or colours
-    as COCO's panoptic maps have them (red + 256 green + 65536 blue). An array (NPY) is such a map of
-    whole numbers, (h, w), or masks (R, h, w), booleans or floats that are above 0 inside. Any size will
-    do, in the image's shape.
+    For an image a/b/c.jpg, the first existing file of FOLDER/a/b/c.png, FOLDER/b/c.png and FOLDER/c.png
+    is read, or the same with .npy. A PNG holds the id of each pixel, 0 for none: 8 or 16 bits, or
+    colours as in COCO's panoptic maps (red + 256 green + 65536 blue). An array (NPY) is such a map of
+    integers, (h, w), or masks (R, h, w), booleans or floats that are positive inside. Any size with the
+    image's aspect ratio works.
 
     Args:
-        folder: with the files.
+        folder: folder with the files.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -47,10 +47,10 @@ class RegionFiles(nn.Module):
         """The regions of an image, (h, w) int64, or masks (R, h, w) float32.
 
         Args:
-            name: the image's path without its ending.
+            name: the image's path without its extension.
 
         Raises:
-            DataError: if there is no file, or it is none of the kinds above; the message names it.
+            DataError: if there is no file, or it has another format; the message names it.
         """
         candidates = list(self._candidates(PurePath(name)))
         path = next((path for path in candidates if path.is_file()), None)
@@ -81,7 +81,7 @@ class RegionFiles(nn.Module):
         *,
         guides: Mapping[str, Callable[..., Tokens]] | None = None,
     ) -> Tensor:
-        """Raises `RegionsError`: an image that comes as pixels alone has no file."""
+        """Raises `RegionsError`: an image given only by its pixels has no file."""
         raise RegionsError(
             "regions come from files named as the images, and this image has no name: pass its path "
             "instead of its pixels, or regions= of the image"

@@ -1,8 +1,8 @@
-"""Labels sharpened by SAM, prompted with what they show: the last stage of Trident, for any method.
+"""Sharpens labels by SAM, prompted with the labels themselves: Trident's last stage, for any method.
 
-Trident (Shi et al., ICCV 2025, arXiv:2411.09219*; Apache-2.0): each connected part of a class becomes a
-prompt, and the class spreads over the mask that SAM draws for it. SAM was trained on outlines without
-names; nothing is trained here.
+Trident (Shi et al., ICCV 2025, arXiv:2411.09219*; Apache-2.0): each connected component of a class
+becomes a prompt, and the class fills the mask that SAM predicts for it. SAM was trained on masks
+without class names; nothing is trained here.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from sfp.tokens import Tokens
 
 @dataclass(frozen=True)
 class Prompts:
-    """What SAM is asked about a class.
+    """Prompts for the components of a class.
 
     Attributes:
-        label: of the class.
-        parts: the part of each pixel, (h, w) int64: 0, or from 1 in the order of the rest.
-        boxes: first and last column and row of each part, (n, 4) as x0, y0, x1, y1, in pixels.
-        points: column and row where the class is most probable, (n, 2).
-        prob: of the class, (h, w).
+        label: number of the class.
+        parts: component of each pixel, (h, w) int64: from 1, in the order of `boxes`, or 0 for none.
+        boxes: first and last column and row of each component, (n, 4) as x0, y0, x1, y1, in pixels.
+        points: column and row where the class is most probable in each component, (n, 2).
+        prob: probability of the class, (h, w).
     """
 
     label: int
@@ -47,14 +47,14 @@ class Prompts:
 def class_prompts(
     labels: Tensor, scores: Tensor, *, coarse_thd: float, min_area: int
 ) -> Iterator[Prompts]:
-    """The 8-connected parts of each class that is there, classes in order, parts from the top.
+    """The 8-connected components of each class in the labels, by class, then from the top.
 
     Args:
-        labels: (h, w).
+        labels: class of each pixel, (h, w).
         scores: class probabilities, (K, h, w).
-        coarse_thd: pixels whose best class is less probable take no part, nor do classes that nowhere
-            reach it.
-        min_area: pixels of the smallest part.
+        coarse_thd: pixels whose best class is less probable are ignored, as are classes that are less
+            probable everywhere.
+        min_area: smallest area of a component in pixels.
     """
     import cv2
 
@@ -88,23 +88,24 @@ def class_prompts(
 
 @STAGES.register_module(name="sam_refine")
 class SamRefine(PromptedSam):
-    """Classes spread over the masks that SAM draws for their parts.
+    """Extends classes to the masks that SAM predicts for their connected components.
 
-    At a lower resolution, the connected parts of each class are found. SAM is given a part's box, the
-    point where its class is most probable, and the class's map; one mask comes back, and counts if
-    SAM is sure of it. A pixel in masks takes the class of largest probability times the mask's own;
-    all others keep their label.
+    The connected components of each class are found at a lower resolution. SAM is prompted with the box
+    of a component, the point where the class is most probable, and the probability map of the class. It
+    predicts one mask, which is used if its predicted IoU is high enough. A pixel inside masks takes the
+    class with the largest product of its probability and the mask's; all others keep their label.
 
     Args:
         model: as in `PromptedSam`; published: "facebook/sam-vit-base".
-        coarse_thd: pixels whose best class is less probable take no part, nor do they in SAM's map;
-            published: 0.2, ADE20K and COCO-Stuff 0.05, Cityscapes 0.1, COCO-Object 0.25, Context 0.15.
-        min_area: pixels of the smallest part, at the lower resolution.
-        min_iou: masks count whose predicted IoU is larger.
-        mask_factor: of the probabilities in the map that SAM is given.
-        shrink: labels' pixels for each of the lower resolution.
-        restore: whether a part whose mask does not count keeps its label where that is more probable
-            than what others bring there; the release means to, but overwrites before it compares.
+        coarse_thd: pixels whose best class is less probable are ignored, and smaller probabilities are
+            0 in SAM's map; published: 0.2, ADE20K and COCO-Stuff 0.05, Cityscapes 0.1, COCO-Object
+            0.25, Context 0.15.
+        min_area: smallest area of a component in pixels, at the lower resolution.
+        min_iou: masks are used if their predicted IoU is larger.
+        mask_factor: factor on the probabilities in the map for SAM.
+        shrink: factor by which the resolution of the labels is lowered.
+        restore: whether a component whose mask is not used keeps its label where that is more probable
+            than the classes of other masks; the release intends this, but overwrites before comparing.
         prompt_batch, image_mean, image_std: as in `PromptedSam`.
     """
 
@@ -149,14 +150,14 @@ class SamRefine(PromptedSam):
     ) -> Labels:
         """The labels with sharper outlines.
 
-        Where SAM's masks decide, scores become those of `spread`, and the confidence the winner's, but
-        at least `coarse_thd`: a mask stands for a part that was as sure as that, and a threshold that
-        acts later must not undo it.
+        Inside SAM's masks, scores become those of `spread`, and the confidence that of the winner, but
+        at least `coarse_thd`: the component of the mask had at least this probability, and a later
+        threshold must not undo the mask.
 
         Args:
             image: normalised for CLIP, (3, h, w), of any size.
-            labels: of the image, at any size, with scores.
-            vit, classes, guides, prob_thd: not used; what other final stages may need.
+            labels: labels of the image, at any size, with scores.
+            vit, classes, guides, prob_thd: not used; other final stages may need them.
 
         Raises:
             ValueError: if the labels have no scores.
@@ -177,14 +178,14 @@ class SamRefine(PromptedSam):
         )
 
     def spread(self, image: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-        """Scores of the classes in their masks, (K, H, W), and where parts had none that counts.
+        """Scores of the classes inside their masks, and the components without a usable mask.
 
         Args:
             image, labels: as in `forward`.
 
         Returns:
-            The largest of sigmoid(mask logit) * probability over a class's masks, 0 outside of them;
-            and (H, W) bool.
+            The maximum of sigmoid(mask logit) * probability over a class's masks, 0 outside of them,
+            (K, H, W); and the pixels of components whose mask is not used, (H, W) bool.
         """
         scores = labels.scores
         assert scores is not None
@@ -218,12 +219,12 @@ class SamRefine(PromptedSam):
     def ask(
         self, embeddings: Any, prompts: Prompts, inner: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """One mask for each part, (n, s, s) logits, and its predicted IoU, (n,).
+        """One mask for each component, (n, s, s) logits, and its predicted IoU, (n,).
 
         Args:
-            embeddings: from `embed`.
-            prompts: of a class.
-            inner: rows and columns of the model's square that the image takes.
+            embeddings: result of `embed`.
+            prompts: prompts of a class.
+            inner: rows and columns that the image takes of the model's square.
         """
         height, width = prompts.prob.shape
         scale = prompts.boxes.new_tensor([inner[1] / width, inner[0] / height])
@@ -245,7 +246,7 @@ class SamRefine(PromptedSam):
         return torch.cat(maps), torch.cat(scores)
 
     def mask_input(self, prob: Tensor) -> Tensor:
-        """A class's map (h, w) as SAM takes it: `mask_factor` times it, a quarter of SAM's square."""
+        """The mask prompt from a class's map (h, w): scaled, at a quarter of SAM's resolution."""
         side = self.side // 4
         height, width = prob.shape
         scale = side / max(height, width)

@@ -19,21 +19,22 @@ KINDS = {"sam": False, "sam2": True, "sam2_video": True}  # whether images are s
 
 
 class PromptedSam(FrozenModel):
-    """A frozen SAM (Kirillov et al., 2023) or SAM 2 (Ravi et al., 2024) that is given prompts.
+    """A frozen SAM (Kirillov et al., 2023) or SAM 2 (Ravi et al., 2024) for prompts.
 
-    Preprocessing is written in torch and as in the releases: bilinear with antialiasing; SAM keeps the
-    shape, the longer side becomes 1024 and zeros fill the square; SAM 2 stretches to the square.
+    Preprocessing follows the releases, in torch: images are resized bilinearly with antialiasing. For
+    SAM the longer side becomes 1024 and the square is padded with zeros; for SAM 2 the image is
+    stretched to the square.
 
     Args:
         model: a name on the Hugging Face hub or a folder, loaded with `AutoModelForMaskGeneration`; or
             a `SamModel` or `Sam2Model`.
-        prompt_batch: most prompts that are decoded at once.
+        prompt_batch: largest number of prompts decoded at once.
         image_mean, image_std: normalisation of the input images, RGB in 0..255; by default
             that of the segmentor's weights, for most OpenAI's.
 
     Raises:
         ImportError: if a model is to be loaded and `transformers` is not installed.
-        ValueError: if the model is neither.
+        ValueError: if the model is neither of them.
     """
 
     def __init__(
@@ -55,18 +56,18 @@ class PromptedSam(FrozenModel):
 
     @property
     def side(self) -> int:
-        """Of the square that the model sees, in pixels."""
+        """Side of the model's square input in pixels."""
         return self.model.config.prompt_encoder_config.image_size
 
     def inner(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the square that an image of that size takes."""
+        """Rows and columns that an image of that size takes of the square."""
         if self.stretch:
             return self.side, self.side
         scale = self.side / max(height, width)
         return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
     def embed(self, image: Tensor) -> Any:
-        """What the decoder sees of an image (3, h, w)."""
+        """The embeddings of an image (3, h, w), for the decoder."""
         inner = self.inner(image.shape[-2], image.shape[-1])
         pixels = F.interpolate(
             self.renormalise(image)[None],
@@ -87,7 +88,7 @@ class PromptedSam(FrozenModel):
         """Mask logits (P, n, s, s) and predicted IoU (P, n), n masks for each of P prompts.
 
         Args:
-            embeddings: from `embed`.
+            embeddings: result of `embed`.
             **prompts: arguments of the model.
 
         Raises:
@@ -112,9 +113,9 @@ class PromptedSam(FrozenModel):
         """Masks (M, s, s) of the square, to be rendered at the size of an image.
 
         Args:
-            masks: logits.
-            inner: rows and columns of the square that the image takes.
-            size: rows and columns.
+            masks: mask logits.
+            inner: rows and columns that the image takes of the square.
+            size: rows and columns of the image.
             scores: as in `MaskSheet`.
         """
         rows, columns = (
@@ -130,19 +131,19 @@ class PromptedSam(FrozenModel):
 class SamMasks(PromptedSam):
     """Masks of a SAM or SAM 2 for prompts.
 
-    Of the three masks that the model offers for an ambiguous prompt, the one that it predicts the
-    highest IoU for, or all. Measures other than the predicted IoU are taken on the model's own maps, a
-    quarter of its square. TextRegion: `min_iou=0.6, multimask=True, min_stability=0.6, box_nms=0.9,
+    Of the three masks that the model predicts for an ambiguous prompt, the one of highest predicted IoU
+    is used, or all. Other measures are computed on the model's own maps, at a quarter of its
+    resolution. TextRegion uses `min_iou=0.6, multimask=True, min_stability=0.6, box_nms=0.9,
     fuse=True`.
 
     Args:
         model: as in `PromptedSam`.
         min_iou: masks with a lower predicted IoU are left out (SAM's automatic mode: 0.88).
-        multimask: whether all three masks of a prompt count, those of larger area first.
-        min_stability: masks of less `stability` are left out (SAM's automatic mode: 0.95).
-        box_nms: masks whose box overlaps that of one with a higher predicted IoU by more are left out
-            (SAM's automatic mode: 0.7); None keeps them.
-        fuse: whether masks that hold most of one another become one (`fuse_contained`).
+        multimask: whether all three masks of a prompt are used, those of larger area first.
+        min_stability: masks of a smaller `stability` are left out (SAM's automatic mode: 0.95).
+        box_nms: IoU of boxes above which, of two masks, the one with the lower predicted IoU is left
+            out (SAM's automatic mode: 0.7); None keeps both.
+        fuse: whether masks that contain most of each other are merged (`fuse_contained`).
         prompt_batch, image_mean, image_std: as in `PromptedSam`.
     """
 
@@ -199,15 +200,15 @@ class SamMasks(PromptedSam):
         return self.sheet(found, inner, size, sure)
 
     def _chosen(self, masks: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
-        """The masks (M, s, s) of prompts that count, of (P, n, s, s), and their predicted IoU."""
+        """The masks (M, s, s) that are used of (P, n, s, s), and their predicted IoU."""
         order = iou.argmax(1, keepdim=True)
         if self.multimask:
             area = (masks > 0).flatten(2).sum(2)
-            order = area.argsort(dim=1, descending=True, stable=True)  # wholes before their parts
+            order = area.argsort(dim=1, descending=True, stable=True)  # whole objects before parts
         rows = torch.arange(len(iou), device=iou.device)[:, None]
         return masks[rows, order].flatten(0, 1), iou[rows, order].flatten()
 
     def _within(self, masks: Tensor, inner: tuple[int, int]) -> Tensor:
-        """Masks (M, s, s) without what lies beside the image."""
+        """Masks (M, s, s), cropped to the image."""
         rows, columns = (-(-masks.shape[i - 2] * inner[i] // self.side) for i in range(2))
         return masks[:, :rows, :columns]

@@ -1,4 +1,4 @@
-"""Masks of networks that divide images by themselves: Mask2Former, MaskFormer and EoMT."""
+"""Masks of networks that segment images without prompts: Mask2Former, MaskFormer and EoMT."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from sfp.numerics import finite
 from sfp.registry import MASKS
 
 KINDS = {"mask2former": False, "maskformer": False, "eomt": True, "eomt_dinov3": True}
-"""Models by `model_type`, and whether they see squares of one size only."""
-MULTIPLE = 32  # of the sides of images that Mask2Former sees
+"""Models by `model_type`, and whether their input is a square of fixed size."""
+MULTIPLE = 32  # the sides of Mask2Former's input are multiples of this
 
 
 @MASKS.register_module(name="universal")
 class UniversalMasks(FrozenModel):
     """Masks of a frozen Mask2Former (Cheng et al., CVPR 2022*), MaskFormer or EoMT (CVPR 2025*).
 
-    Each query of the network gives a mask and probabilities of the classes that it was trained on;
-    masks count whose best class is one, with a probability above `min_score`. The names of the classes
-    are not used, but the network was trained on outlines with names: say so beside results.
+    For each query the network predicts a mask and probabilities of its training classes. Masks are used
+    if their best class is one of those, with a probability above `min_score`. The class names are not
+    used, but the network was trained on masks with class names; say so beside results.
 
-    Mask2Former sees images whose sides are multiples of 32, EoMT squares filled up with black.
+    Images for Mask2Former are resized to multiples of 32, those for EoMT are padded to squares with
+    black.
 
     Args:
         model: a name on the Hugging Face hub, loaded with `AutoModelForUniversalSegmentation`, e.g.
             "facebook/mask2former-swin-large-coco-panoptic" or "tue-mps/coco_panoptic_eomt_large_640",
             or a folder; or such a model.
-        min_score: masks of a smaller probability are left out; CorrCLIP takes 0.5.
-        short_side, long_side: pixels of the short side that images are resized to, and of the long
-            side at most; for models that see squares their own size counts.
-        image_mean, image_std: the normalisation of the images that come in, RGB in 0..255; by default
+        min_score: masks are used if their probability is larger; CorrCLIP uses 0.5.
+        short_side, long_side: images are resized to this short side in pixels, or to this long side if
+            it would be longer; models with square input use their own size instead.
+        image_mean, image_std: normalisation of the input images, RGB in 0..255; by default
             that of the segmentor's weights.
 
     Raises:
         ImportError: if a model is to be loaded and `transformers` is not installed.
-        ValueError: if the model is of another kind.
+        ValueError: if the model is of another type.
     """
 
     needs_points = False
@@ -73,7 +74,7 @@ class UniversalMasks(FrozenModel):
         self.long_side = long_side
 
     def inner(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns that an image of that size is resized to."""
+        """Rows and columns to which an image of that size is resized."""
         short, long = (self.side or self.short_side), (self.side or self.long_side)
         scale = min(short / min(height, width), long / max(height, width))
         sides = [max(int(length * scale + 0.5), 1) for length in (height, width)]

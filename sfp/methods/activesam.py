@@ -151,7 +151,7 @@ def active_maps(
 
     Args:
         guide: name of the SAM 3 (`sfp.guides.Sam3Guide`).
-        score: instances of no larger score are left out.
+        score: instances are kept if their score is larger.
         prune_above: queries are pruned if there are more than this number; None for never.
         prune_side: side in pixels of the square image for determining presence; None for that of
             training.

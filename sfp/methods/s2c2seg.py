@@ -1,24 +1,24 @@
-"""S2C2Seg: a window keeps the classes that a global and a local scorer find in it; for any preset.
+"""S2C2Seg: restricts each window to the classes that a global and a local scorer find; for any preset.
 
-Written from its description, no official code or numbers were at hand. The global scorer is CLIP's
-class token (or the window's mean logits), the local one CLIPSeg, an external model whose decoder was
-trained on the masks of PhraseCut: its supervision goes beyond image-text pairs, which has to stand
-beside every number. What is selected is fused with the local maps; classes that a confident part of
-the window suggests are admitted in one round of repair.
+Written from its description, without official code or numbers to compare with. The global scorer is
+CLIP's class token (or the window's mean logits), the local one CLIPSeg, an external model. Its decoder
+was trained on the masks of PhraseCut, more supervision than image-text pairs; say so beside results.
+Logits of the selected classes are fused with the local maps; classes suggested by confident parts of
+the window are added in one round of repair.
 
 | | here | description |
 | --- | --- | --- |
-| resolution | `cells` to a side of a patch, 4 by default | pixels of the window |
+| resolution | `cells` per side of a patch, 4 by default | pixels of the window |
 | post-processing of the journal's version | settings of the engine, off | PAMR, Otsu's threshold |
 | windows | each selects; `stitched=True` selects for the whole image | each selects |
 
-CLIPSeg looks at each window once, and its decoder runs once for each query. Published on ProxyCLIP
+CLIPSeg encodes each window once, and its decoder runs once for each query. Published on ProxyCLIP
 (DINO ViT-B/8), windows of 336 pixels, stride 112: `share=0.3` (VOC21 and Context60 0.4), `local=0.15`
 (VOC20 and ADE20K 0.10, COCO-Stuff 0.12).
 
 The journal's post-processing: `pamr_steps=3, pamr_dilations=(1, 2, 4, 8, 12, 24), pamr_unit="mean"`,
-and on sets with a background `prob_thd=(THD, 0.5)`, Otsu's threshold between the two (Context60 from
-0.35). That differences of colours are measured channel by channel is our reading.
+and on datasets with a background `prob_thd=(THD, 0.5)`, Otsu's threshold between the two (Context60
+from 0.35). Measuring colour differences channel by channel is our interpretation.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from sfp.functional.precision import upcast
 from sfp.registry import METHODS, composition, op
 from sfp.trace import GuideError, Trace
 
-DROPPED = -1e9  # logit of a query that a window does not show
-ADMITTED = 3  # queries that a repair admits at most, and of best local maps that it looks at
-LEAST = 6  # selected queries before the largest gap is looked for
+DROPPED = -1e9  # logit of a query that is not selected in a window
+ADMITTED = 3  # largest number of queries added by repair, and of candidates by their local maps
+LEAST = 6  # number of queries always ranked above the largest gap
 
 
 def shares(scores: Tensor) -> Tensor:
-    """Scores (Q,) without negative ones, of sum 1; equal ones if none is positive."""
+    """Scores (Q,) with negative ones set to 0 and sum 1; all equal if none is positive."""
     positive = scores.clamp_min(0)
     total = positive.sum()
     return torch.where(total > 0, positive / total, torch.full_like(positive, 1 / len(positive)))
 
 
 def certainty(overall: Tensor, local: Tensor) -> Tensor:
-    """How far each query stands out of a mixture of two scores, (Q,).
+    """How much each query stands out in a mixture of two scores, (Q,).
 
-    pi = alpha G + (1 - alpha) L of the shares G and L, alpha the sum of sqrt(G L); times one minus the
-    entropy of what the others share, over its largest value.
+    pi = alpha G + (1 - alpha) L of the shares G and L, with alpha the sum of sqrt(G L), times one minus
+    the normalised entropy of the other queries' shares.
 
     Args:
-        overall: (Q,).
-        local: (Q,).
+        overall: global scores, (Q,).
+        local: local scores, (Q,).
     """
     a, b = shares(overall), shares(local)
     alpha = (a * b).sqrt().sum().clamp(0, 1)
@@ -73,18 +73,18 @@ def certainty(overall: Tensor, local: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor) -> Tensor:
-    """Minimum to 0, maximum to 1; 0 where all are equal."""
+    """Scales the minimum to 0 and the maximum to 1; 0 if all are equal."""
     span = x.max() - x.min()
     return torch.where(span > 0, (x - x.min()) / span, torch.zeros_like(x))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a window knows about its queries, and the weights with which it decides.
+    """Scores of the queries in a window, and the weights for selecting among them.
 
     Attributes:
-        dense: logits, (Q, P), of P cells.
-        maps: of the local scorer, (Q, P) in 0..1.
+        dense: logits of P cells, (Q, P).
+        maps: maps of the local scorer, (Q, P), from 0 to 1.
         overall: global scores, (Q,).
         local: weight of the local scorer.
         guided: weight of the guided maps.
@@ -99,11 +99,11 @@ class Selection:
     certain: float = 0.2
 
     def first(self, share: float, most: int | None) -> Tensor:
-        """The queries that are among the best by one of three scores, in order, (n,).
+        """The queries that are among the best by at least one of three scores, in order, (n,).
 
         Args:
-            share: of all queries that each score names.
-            most: if there are more, those of best `composite` stay.
+            share: share of all queries that each score selects.
+            most: largest number of queries; of more, those with the best `composite` are kept.
         """
         count = max(int(share * len(self.dense)), 1)
         sure = certainty(self.overall, self.maps.mean(1))
@@ -114,11 +114,11 @@ class Selection:
         return chosen.sort().values
 
     def composite(self, among: Tensor, overall: Tensor) -> Tensor:
-        """Global, local and certain scores of some queries, each scaled over them, summed, (n,).
+        """Weighted sum of global score, local score and `certainty`, scaled over the queries, (n,).
 
         Args:
             among: queries, (n,).
-            overall: global scores of all, (Q,).
+            overall: global scores of all queries, (Q,).
         """
         area = self.maps.mean(1)
         sure = certainty(self.overall, area)
@@ -129,18 +129,18 @@ class Selection:
         )
 
     def fused(self, chosen: Tensor) -> Tensor:
-        """Logits of the chosen queries with the local maps in them, (n, P)."""
+        """Logits of the chosen queries, fused with their local maps, (n, P)."""
         dense, maps = self.dense[chosen], self.maps[chosen]
         main = (1 - self.local) * dense + self.local * maps
         return (1 - self.guided) * main + self.guided * maps * dense.mean(1).softmax(0)[:, None]
 
     def repaired(self, chosen: Tensor, scale: float, sure: float) -> Tensor:
-        """The chosen queries and those that the window's confident cells let in, in order.
+        """The chosen queries, and those added by repair, in order.
 
         Args:
             chosen: queries, (n,).
             scale: inverse temperature of the probabilities.
-            sure: cells of at least that probability are confident.
+            sure: cells of a larger probability are confident.
         """
         others = torch.ones(len(self.dense), dtype=torch.bool, device=chosen.device)
         others[chosen] = False
@@ -196,22 +196,22 @@ def selected_classes(
     sure: float = 0.8,
     cells: int = 4,
 ) -> Tensor:
-    """Logits of the queries that a window shows, fused with a local scorer's maps, (B, Q, H', W').
+    """Logits of the queries selected in a window, fused with a local scorer's maps, (B, Q, H', W').
 
-    All other queries get -1e9, so that a class survives at a pixel only if every window over it
-    selected it.
+    All other queries get -1e9, so that a class is possible at a pixel only if every window that covers
+    it selected the class.
 
     Args:
-        guide: that scores queries by pixel (`sfp.guides.ClipSegGuide`).
-        share: of all queries that each of three scores selects (tau).
+        guide: guide that scores queries at each pixel (`sfp.guides.ClipSegGuide`).
+        share: share of all queries that each of three scores selects (tau).
         local: weight of the local scorer (lambda).
         guided: weight of its maps times the softmax of the selected queries' mean logits.
         overall: global score: cosine with the class token (journal) or mean logit (conference).
-        most: selected queries at most; None for no limit.
-        repair: whether classes that confident cells suggest are let in.
-        scale: inverse temperature of the probabilities that count as confident.
+        most: largest number of selected queries; None for no limit.
+        repair: whether classes suggested by confident cells are added.
+        scale: inverse temperature of the probabilities by which cells are confident.
         sure: cells of a larger probability are confident.
-        cells: of the result to a side of a patch.
+        cells: cells of the result per side of a patch.
     """
     scorer: Any = trace.guides.get(guide)
     if not hasattr(scorer, "scores"):
@@ -252,10 +252,10 @@ def s2c2seg(
     sure: float = 0.8,
     cells: int = 4,
 ) -> dict[str, Any]:
-    """Another preset, whose windows keep the classes that two scorers find; needs words and CLIPSeg.
+    """Another preset, with the classes of each window selected by two scorers; needs words and CLIPSeg.
 
     Args:
-        base: the preset, by name or with knobs; ProxyCLIP needs a guide of its own.
+        base: the preset, by name or with knobs; ProxyCLIP needs its own guide.
         guide: name of the local scorer, which the caller provides (`guides=dict(clipseg=dict(
             type="clipseg", model="CIDAS/clipseg-rd64-refined"))`).
         share, local, guided, overall, most, repair, sure, cells: as in `selected_classes`.

@@ -1,13 +1,14 @@
-"""SAM 3 in the place of CLIP: each query's instances become its map (Carion et al., 2025*).
+"""SAM 3 instead of CLIP: the instances of each query become its map (Carion et al., 2025*).
 
-The reader that tables of 2026 call "SAM 3": by our reading, instances alone, since no source says how
-they are made one map. `sfp/methods/segearth_ov3.py` and `activesam.py` are more careful readers of the
-same outputs. SAM 3 has no features to compare with words, it asks for the words themselves: that is a
-comparison here, which looks at the image and not at CLIP's tokens. `weights="none"` spares a CLIP.
+This is the baseline that papers of 2026 call "SAM 3". No source says how instances are combined into a
+map; using only instances, by their maximum, is our interpretation. `sfp/methods/segearth_ov3.py` and
+`activesam.py` use more of the same outputs. SAM 3 is prompted with words instead of giving features to
+compare with them; here it is a comparison, which uses the image and not CLIP's tokens. With
+`weights="none"` no CLIP is loaded.
 
-SAM 3 sees the whole image, squeezed to a square, at whatever size it comes: give it the image as it is,
-which `sfp.load` does unless `short_side` is set. What comes out are scores in 0..1, no
-probabilities: `prob_thd` is a threshold of those.
+SAM 3 sees the whole image, resized to a square, so it needs the image at its original size, which
+`sfp.load` uses unless `short_side` is set. The results are scores from 0 to 1, not probabilities;
+`prob_thd` is a threshold for them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from sfp.registry import METHODS, Op, op
 from sfp.tokens import Tokens
 from sfp.trace import GuideError, Trace
 
-BUDGET = 2**24  # numbers of resized masks that are held at once
+BUDGET = 2**24  # pixels of resized masks in memory at once
 Fuse = Literal["instances", "once", "twice"]
 Look = Callable[["int | None"], "tuple[Tensor, ...]"]
-"""(side of the square) -> what SAM 3 sees of an image at it; None for that of its training."""
+"""Side of the square (None for that of training) -> SAM 3's features of an image at that size."""
 
 
 def fused_map(
@@ -42,10 +43,10 @@ def fused_map(
     fuse: Fuse,
     most: int | None = None,
 ) -> Tensor:
-    """How much each pixel shows a query, (H, W) in 0..1.
+    """Score of a query at each pixel, (H, W), from 0 to 1.
 
-    With o_i = sigmoid(score_i) sigmoid(presence) of the instances whose o_i is larger than `score`,
-    and all maps at the size of the image before their sigmoid:
+    For the instances with o_i = sigmoid(score_i) sigmoid(presence) larger than `score`, and all maps
+    resized to the image before the sigmoid:
 
     * "instances": max_i o_i sigmoid(mask_i);
     * "once": the maximum of that and sigmoid(presence) sigmoid(semantic) (ConceptBank);
@@ -54,12 +55,12 @@ def fused_map(
 
     Args:
         scores: logits of I instances, (I,).
-        masks: their logits, (I, h, w).
-        presence: logit, ().
-        semantic: logits, (h, w).
+        masks: mask logits of the instances, (I, h, w).
+        presence: logit of the query's presence, ().
+        semantic: logits of the query's map, (h, w).
         size: rows and columns of the result.
         score, fuse: as above.
-        most: instances of best scores that count; None for all.
+        most: largest number of instances, those of best scores; None for all.
     """
     present = presence.sigmoid()
     own = scores.sigmoid() * present
@@ -79,10 +80,10 @@ def fused_map(
 
 
 def sam3_of(trace: Trace, guide: str) -> Any:
-    """The guide of a name, which has to be a SAM 3.
+    """The guide of a name, which must be a SAM 3.
 
     Raises:
-        LookupError: if none was given.
+        LookupError: if there is none.
     """
     found = trace.guides.get(guide)
     if not hasattr(found, "detect"):
@@ -94,16 +95,17 @@ def sam3_of(trace: Trace, guide: str) -> Any:
 
 
 def embedded(trace: Trace, *, guide: str, side: int | None = None) -> tuple[Tensor, ...]:
-    """What SAM 3 sees in the whole image (`Sam3Guide.embed`); for `trace.once`."""
+    """SAM 3's features of the whole image (`Sam3Guide.embed`); for `trace.once`."""
     assert trace.whole is not None
     return sam3_of(trace, guide).embed(trace.whole.pixels[None], side)
 
 
 def images_of(trace: Trace, guide: str, windows: bool) -> Iterator[tuple[Look, tuple[int, int]]]:
-    """What SAM 3 looks at: the whole image, or each window.
+    """The images for SAM 3: the whole image, or each window.
 
     Yields:
-        A function from a side (see `Sam3Guide.embed`) to what it sees, and rows and columns.
+        A function from the side of a square (see `Sam3Guide.embed`) to SAM 3's features of the image,
+        and the image's rows and columns.
     """
     whole, sam = trace.whole, sam3_of(trace, guide)
     assert whole is not None
@@ -112,7 +114,7 @@ def images_of(trace: Trace, guide: str, windows: bool) -> Iterator[tuple[Look, t
         for image in trace.image.split(1):
             yield partial(sam.embed, image), (height, width)
     else:
-        # kept with the trace: other words for the same image cost no second look
+        # cached in the trace: other words for the same image need no second encoding
         yield (
             lambda side: trace.once(Op(embedded, (("guide", guide), ("side", side)))),
             (height, width),
@@ -133,13 +135,13 @@ def query_maps(
     """The maps of all queries, (1 or B, Q, H, W) float32 in 0..1.
 
     Args:
-        trace: of all windows of an image.
-        prompts: what SAM 3 is asked, Q queries (`sfp.guides.sam3.Prompts`).
-        guide: the SAM 3.
+        trace: trace of all windows of an image.
+        prompts: prompts of Q queries (`sfp.guides.sam3.Prompts`).
+        guide: name of the SAM 3.
         score, fuse, most: as in `fused_map`.
-        windows: whether each window is looked at, instead of the whole image.
-        choose: the queries to ask for, by number, from a function as `images_of` yields it; all by
-            default. The maps of the others are 0.
+        windows: whether SAM 3 sees each window instead of the whole image.
+        choose: function that selects the indices of queries to use, given a function as yielded by
+            `images_of`; all by default. The maps of the other queries are 0.
     """
     sam, found = sam3_of(trace, guide), []
     for look, size in images_of(trace, guide, windows):
@@ -147,7 +149,7 @@ def query_maps(
         if choose is not None:
             asked = choose(look)
         check_room(
-            2 * len(prompts) * size[0] * size[1],  # and once more as a sheet
+            2 * len(prompts) * size[0] * size[1],  # the maps, and a copy in the sheet
             trace.image.device,
             f"{len(prompts)} maps of {size[0]} x {size[1]} pixels",
             "make the image smaller (short_side=), or name fewer words",
@@ -174,14 +176,14 @@ def sam3_maps(
     most: int | None = None,
     windows: bool = False,
 ) -> Tensor:
-    """Scores of SAM 3's instances and maps at every pixel of the image, (1, Q, H, W) in 0..1.
+    """Scores of SAM 3's instances and maps at every pixel of the image, (1, Q, H, W), from 0 to 1.
 
     For the decision `as_scores`.
 
     Args:
         guide: name of the SAM 3 (`sfp.guides.Sam3Guide`).
         score, fuse, most: as in `fused_map`.
-        windows: whether it looks at each window instead of the whole image: (B, Q, H, W).
+        windows: whether SAM 3 sees each window instead of the whole image: (B, Q, H, W).
     """
     prompts = sam3_of(trace, guide).encode(trace.known_words().queries)
     return query_maps(
@@ -193,14 +195,14 @@ def sam3_maps(
 def sam3(
     *, guide: str = "sam3", score: float = 0.5, most: int | None = None, windows: bool = False
 ) -> dict[str, Any]:
-    """SAM 3's instances alone, the best one at each pixel; needs the words and no CLIP.
+    """Only SAM 3's instances, the best one at each pixel; needs the words and no CLIP.
 
     Args:
         guide: name of the SAM 3, which the caller provides (`guides=dict(sam3=dict(type="sam3",
             model="facebook/sam3"))`).
-        score: instances of no larger score are left out.
-        most: instances of best scores that count for a query; None for all.
-        windows: whether it looks at each window instead of the whole image.
+        score: instances are kept if their score is larger.
+        most: largest number of instances per query, those of best scores; None for all.
+        windows: whether SAM 3 sees each window instead of the whole image.
     """
     return reader(
         dict(
@@ -210,11 +212,11 @@ def sam3(
 
 
 def reader(comparison: dict[str, Any], decision: str = "as_scores") -> dict[str, Any]:
-    """The fields of a method whose maps are SAM 3's.
+    """The fields of a method with maps from SAM 3.
 
     Args:
-        comparison: the node that makes the maps.
-        decision: what makes class scores of them.
+        comparison: node of the op that computes the maps.
+        decision: name of the op that turns them into class scores.
     """
     return dict(
         readouts=[dict(type="embedded_patches")],

@@ -1,23 +1,23 @@
 """TextRegion: the tokens of each mask are pooled, and words are compared with regions (MIT licence).
 
-Code by avaxiao. Class-agnostic masks, which may be soft and overlap, stand in for attention: the values
-of the last block are summed over a mask as if the class token attended to it alone. The image is seen
-at two scales, in tiles and squeezed as a whole. Patches that look like other regions rather than their
-own hold global information, and leave all masks. Nothing is trained; the masks are SAM 2's, which was
-trained on outlines without names.
+Code by avaxiao. Class-agnostic masks, which may be soft and overlap, replace attention: the values of
+the last block are summed over each mask, as if the class token attended only to it. The image is used
+at two scales, in tiles and as a whole, resized to a square. Patches more similar to other regions than
+to their own hold global information and are removed from all masks. Nothing is trained; the masks are
+those of SAM 2, which was trained on masks without class names.
 
 | | here | release |
 | --- | --- | --- |
-| tiles | any windows, stitched by area; `slide_tiles=True` makes tiles | tiles |
-| values in the sum | as they are; `unit_values=True` for the demo's slip | the demo: of unit length |
+| tiles | any windows, stitched by area; `slide_tiles=True` for tiles | tiles |
+| values in the sum | not normalised; `unit_values=True` as the demo | demo, by mistake: unit length |
 | FFN after the sum | `ffn=False` | evaluation: no; demo: yes |
-| masks | given, or any proposer (`paint="none"`) | SAM 2.1, 16 points a side |
+| masks | given, or any proposer (`paint="none"`) | SAM 2.1, 16 points per side |
 | towers with a pool | mean over a mask, the pool's values, `pool_mlp=False` | SigLIP 2, PE |
 
 Published settings: towers of 336 pixels, tiles of 336 (`slide_crop=336, slide_tiles=True`), short side
 672, `logit_scale=50`; thresholds of the background VOC21 0.4, Context60 0.35, COCO-Object 0.5; for
-SigLIP 2 and PE `beta=0.5, pool_mlp=False`, for SigLIP 2 its scale and bias too. The release's copy of
-PE rotates patches by the angles of their neighbours; here they keep their own.
+SigLIP 2 and PE `beta=0.5, pool_mlp=False`, and for SigLIP 2 also its scale and bias. The release's copy
+of PE rotates patches by the angles of neighbouring positions; here by their own.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from sfp.registry import METHODS, Op, op
 from sfp.tokens import Tokens, cosine_logits
 from sfp.trace import Trace
 
-LARGE = 1e4  # what a half-precision number safely holds
+LARGE = 1e4  # safely within the range of half precision
 Resample = Literal["bicubic", "bilinear"]
 
 
 def squeezed_runs(trace: Trace, *, halves: bool, resample: Resample) -> Trace:
-    """The trunk over the whole image, squeezed to the square that the tower was trained on.
+    """CLIP's image tower on the whole image, resized to the square of its training.
 
     Args:
-        trace: of the windows.
-        halves: whether the left and the right half are squeezed one by one: a batch of two.
+        trace: trace of the windows.
+        halves: whether the left and the right half are resized separately, as a batch of two.
         resample: as in `squeezed`.
     """
     assert trace.whole is not None
@@ -62,9 +62,9 @@ def squeezed_runs(trace: Trace, *, halves: bool, resample: Resample) -> Trace:
 
 
 def dense_values(trace: Trace) -> Tensor:
-    """What is pooled, of each window: values of the last block, heads side by side, (W, D, h, w).
+    """The features to pool, of each window: values of the last block, all heads, (W, D, h, w).
 
-    Of a tower with an attention pool, the tokens that the pool would look at.
+    For a tower with an attention pool, the input tokens of the pool.
     """
     if trace.vit.pool is not None:
         leaving = trace.leaving().only_patches()
@@ -84,7 +84,7 @@ def two_scales(trace: Trace, *, beta: float, halves: bool, resample: Resample) -
     """The windows' values on one grid, plus `beta` times those of the whole image, (1, D, h, w).
 
     Args:
-        trace: of the windows.
+        trace: trace of the windows.
         beta: weight of the whole image.
         halves, resample: as in `squeezed_runs`.
     """
@@ -97,14 +97,14 @@ def two_scales(trace: Trace, *, beta: float, halves: bool, resample: Resample) -
 
 
 def foreignness(features: Tensor, member: Tensor) -> Tensor:
-    """How much more patches look like their own regions than like others, (N,).
+    """How much more similar patches are to their own regions than to others, (N,).
 
-    Mean over a patch's own regions of its mean cosine with their patches, itself among them, minus the
-    same over all other regions. Patches of no region have 0 in place of the first.
+    The mean, over a patch's own regions, of its mean cosine with their patches (itself included), minus
+    the same over all other regions. For patches without a region the first term is 0.
 
     Args:
-        features: (N, D).
-        member: (R, N) bool.
+        features: features of the patches, (N, D).
+        member: which patches belong to each region, (R, N) bool.
     """
     unit = F.normalize(features, dim=-1)
     own = member.to(unit)
@@ -117,12 +117,12 @@ def foreignness(features: Tensor, member: Tensor) -> Tensor:
 
 
 def region_weights(trace: Trace, *, threshold: float | None, **scales: Any) -> Tensor:
-    """How much each region has of each patch of the grid of `two_scales`, (R, N) in 0..1.
+    """Weight of each patch of the grid of `two_scales` in each region, (R, N), from 0 to 1.
 
     Args:
-        trace: of the windows.
-        threshold: patches of less `foreignness` leave all regions; None keeps all.
-        **scales: as of `two_scales`.
+        trace: trace of the windows.
+        threshold: patches of a smaller `foreignness` are removed from all regions; None keeps all.
+        **scales: arguments of `two_scales`.
     """
     maps = trace.once(_op(two_scales, **scales))
     masks = trace.region_masks().to(maps)
@@ -140,14 +140,14 @@ def kept_patches(features: Tensor, weights: Tensor, threshold: float | None) -> 
 def pooled_values(
     values: Tensor, weights: Tensor, block: Block, *, ffn: bool, unit_values: bool
 ) -> Tensor:
-    """What leaves the attention of a block if a token attends to each region, (R, D).
+    """Output of a block for a token that attends to each region, (R, D).
 
-    Rows that half precision would not hold come shortened, which the norm after them undoes.
+    Rows beyond the range of half precision are scaled down, which the layer norm after them undoes.
 
     Args:
-        values: of the block, heads side by side, (N, D).
-        weights: (R, N), not divided by their sum.
-        block: the last one.
+        values: values of the block, all heads, (N, D).
+        weights: attention to the patches, not divided by its sum, (R, N).
+        block: the last block.
         ffn: whether its MLP follows, with its residual.
         unit_values: whether values have unit length in the sum.
     """
@@ -177,18 +177,18 @@ def region_pool(
     halves: bool = False,
     resample: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> Tokens:
-    """A token of each region of the whole image, (1, R, D), as if each stood for the class token.
+    """One token per region of the whole image, (1, R, D), computed like the class token.
 
-    Sum of the last block's values over the region's mask, and what follows in the block. In a tower
-    with an attention pool the mean of what the pool sees, through its values.
+    The sum of the last block's values over the region's mask, followed by the rest of the block. In a
+    tower with an attention pool, the mean of the pool's input, through the pool's values.
 
     Args:
         beta: weight of the whole image beside the windows.
-        threshold: patches of less `foreignness` leave all masks; None keeps all.
+        threshold: patches of a smaller `foreignness` are removed from all masks; None keeps all.
         ffn: whether the MLP of the last block follows, with its residual.
         unit_values: whether values have unit length in the sum.
-        halves: whether the halves of the image are squeezed one by one, not the whole.
-        resample: how it is squeezed: "bicubic" with antialiasing or "bilinear" without.
+        halves: whether the halves of the image are resized separately, instead of the whole.
+        resample: how they are resized: "bicubic" with antialiasing or "bilinear" without.
     """
     scales = dict(beta=beta, halves=halves, resample=resample)
     maps = trace.once(_op(two_scales, **scales))
@@ -221,18 +221,18 @@ def region_logits(
     bias: float = 0.0,
     attention: Rule = self_self,
 ) -> Tensor:
-    """Logits of regions on their pixels, summed where masks overlap, (1, Q, rows, columns).
+    """Logits of regions at their pixels, summed where masks overlap, (1, Q, rows, columns).
 
-    Rows and columns are the masks', or the patches' where those are more. Pixels in no mask take the
-    cosines of the last block, read as it is but for its attention, the whole image's added to the
-    windows'; 0 in a tower with an attention pool.
+    Rows and columns are those of the masks, or of the patches if there are more of these. Pixels
+    without a mask take the cosines of the last block with another attention, those of the whole image
+    added to those of the windows; 0 in a tower with an attention pool.
 
     Args:
-        features: of the regions, from `region_pool`.
-        trace: of the windows.
+        features: features of the regions, from `region_pool`.
+        trace: trace of the windows.
         beta, threshold, halves, resample: as in `region_pool`.
-        scale, bias: of the regions' cosines; SigLIP was trained with others than 1 and 0.
-        attention: of pixels in no mask.
+        scale, bias: factor on the regions' cosines and bias; for SigLIP, those of its training.
+        attention: attention rule for pixels without a mask.
     """
     scales = dict(beta=beta, halves=halves, resample=resample)
     weights = trace.once(_op(region_weights, threshold=threshold, **scales))
@@ -245,7 +245,7 @@ def region_logits(
     own = scale * cosine_logits(features, trace.query_features())[0, :, 0] + bias  # (Q, R)
     logits = (own @ masks.flatten(1)).unflatten(1, masks.shape[1:])
     covered = masks.sum(0) > 0
-    if bool(covered.all()):  # nobody looks at what the last block says besides
+    if bool(covered.all()):  # no pixel needs the cosines of the last block
         return logits[None]
     other = logits.new_zeros(1, len(logits), 1, 1)
     if trace.vit.pool is None:
@@ -255,11 +255,11 @@ def region_logits(
 
 
 def outside(trace: Trace, attention: Rule, *, halves: bool, resample: Resample) -> Tensor:
-    """Cosines of the last block with an attention of its own, at two scales, (1, Q, h, w).
+    """Cosines of the last block with another attention, at two scales, (1, Q, h, w).
 
     Args:
-        trace: of the windows.
-        attention: rule.
+        trace: trace of the windows.
+        attention: attention rule.
         halves, resample: as in `squeezed_runs`.
     """
 
@@ -293,13 +293,13 @@ def textregion(
 
     Args:
         beta: weight of the whole image beside the windows; published: 1, for SigLIP 2 and PE 0.5.
-        threshold: patches that look like other regions rather than their own, by a smaller difference
-            of mean cosines, leave all masks; None keeps all.
+        threshold: patches are removed from all masks if their mean cosine with their own regions, minus
+            that with other regions, is smaller; None keeps all.
         ffn: whether the MLP of the last block follows (the release's demo).
-        unit_values: whether values have unit length in the sum (the demo, by a slip).
-        halves: whether the halves of the image are squeezed one by one (published: Cityscapes).
-        resample: how the whole image is squeezed: "bicubic" with antialiasing or "bilinear" without.
-        scale, bias: of the regions' cosines, those of SigLIP's training for SigLIP.
+        unit_values: whether values have unit length in the sum (the demo, by mistake).
+        halves: whether the halves of the image are resized separately (published: Cityscapes).
+        resample: how the whole image is resized: "bicubic" with antialiasing or "bilinear" without.
+        scale, bias: factor on the regions' cosines and bias; for SigLIP, those of its training.
     """
     scales = dict(beta=beta, threshold=threshold, halves=halves, resample=resample)
     return dict(

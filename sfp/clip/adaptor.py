@@ -1,7 +1,7 @@
-"""From a tower's tokens into the space of another model: C-RADIO's way to the texts of SigLIP 2.
+"""Maps a tower's tokens to the embedding space of another model: from C-RADIO to SigLIP 2.
 
-AM-RADIO (Ranzinger et al., CVPR 2024, arXiv:2312.06709) learns to predict what several teachers make
-of an image; an adaptor per teacher leads from the tower's class token to the teacher's embedding.
+AM-RADIO (Ranzinger et al., CVPR 2024, arXiv:2312.06709) is trained to predict the features of several
+teachers; an adaptor for each teacher maps the tower's class token to the teacher's embedding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Adaptor(nn.Module):
     Args:
         config: sizes.
         width: token width D.
-        embed_dim: C.
+        embed_dim: width C of the other model's space.
     """
 
     def __init__(self, config: AdaptorConfig, width: int, embed_dim: int) -> None:

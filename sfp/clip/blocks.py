@@ -20,7 +20,7 @@ from sfp.trace import Trace
 Rule = Callable[[Heads, Trace], Tensor]
 """An attention rule: (heads, trace) -> weights, (B, H or 1, M, T)."""
 
-HEAD_WIDTH = 64  # of every CLIP tower but the image towers of open_clip's largest models
+HEAD_WIDTH = 64  # in all CLIP towers except the image towers of open_clip's largest models
 
 
 class Linear(nn.Linear):
@@ -43,7 +43,7 @@ class QuickGELU(nn.Module):
         return F.silu(x * 1.702) * (1 / 1.702)
 
     def forward_(self, x: Tensor) -> Tensor:
-        """The same in the memory of `x`."""
+        """The same, in place."""
         return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
 
 
@@ -78,9 +78,9 @@ class MLP(nn.Sequential):
 
 
 def mlp(width: int, activation: str, hidden: int, after: nn.Module | None = None) -> MLP:
-    """The MLP of a block: two linear layers with an activation, a key of `ACTIVATIONS`, between.
+    """The MLP of a block: two linear layers with an activation, a key of `ACTIVATIONS`, in between.
 
-    A norm of what comes out, `after`, follows in post-norm blocks.
+    In post-norm blocks a norm, `after`, follows.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         c_fc=Linear(width, hidden),
@@ -93,12 +93,12 @@ def mlp(width: int, activation: str, hidden: int, after: nn.Module | None = None
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: c_proj(norm(silu(gate) * value)), gate and value of one product (arXiv:2002.05202).
+    """SwiGLU: c_proj(norm(silu(gate) * value)), where `c_fc` computes both (arXiv:2002.05202).
 
     Args:
         width: token width D.
         hidden: width of gate and value.
-        eps: of the norm; None for no norm.
+        eps: epsilon of the norm; None for no norm.
     """
 
     allocates = True
@@ -117,13 +117,13 @@ class GatedMLP(nn.Module):
 
 
 class HeadProjections(nn.Module):
-    """The projections of multi-head attention into queries, keys and values, and out of them.
+    """The input projections (queries, keys, values) and the output projection of attention.
 
     Args:
-        heads: their number.
+        heads: number of attention heads.
         out_proj: linear layer (B, T, D) -> (B, T, D).
-        norm: of what the heads put out, (B, T, D) -> (B, T, D), before `out_proj`; None for none.
-        after: norm of what `out_proj` puts out; None for none.
+        norm: norm of the heads' output before `out_proj`, (B, T, D) -> (B, T, D); None for none.
+        after: norm after `out_proj`; None for none.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class HeadProjections(nn.Module):
         self.after = after
 
     def join(self, mixed: Tensor) -> Tensor:
-        """The attention's output from the heads' mixed values side by side, (B, T, D) each."""
+        """The attention's output (B, T, D) from the concatenated outputs of the heads, (B, T, D)."""
         y = self.out_proj(mixed if self.norm is None else self.norm(mixed))
         return y if self.after is None else self.after(y)
 
@@ -153,7 +153,7 @@ class HeadProjections(nn.Module):
 
         Args:
             x: (B, T, D).
-            names: neighbours in "qkv".
+            names: contiguous part of "qkv".
         """
         width = x.shape[-1]
         start = "qkv".index(names) * width
@@ -198,12 +198,12 @@ class Block(nn.Module):
     Args:
         width: token width D.
         heads: number of attention heads.
-        activation: of the MLP, a key of `ACTIVATIONS`, or "swiglu".
+        activation: activation of the MLP, a key of `ACTIVATIONS`, or "swiglu".
         hidden: width of the MLP's hidden layer, 4 D by default.
-        eps: of the norms.
+        eps: epsilon of the norms.
         inner_norms: whether the heads' output and the hidden layer of a SwiGLU are normalised (EVA-02).
-        post_norm: whether norms stand behind attention and MLP and not before them.
-        rope: rotates queries and keys.
+        post_norm: whether norms come after attention and MLP instead of before them.
+        rope: rotary position embedding of queries and keys, or None.
 
     Raises:
         ValueError: for a post-norm block with a SwiGLU.
@@ -250,9 +250,9 @@ class Block(nn.Module):
 
         Args:
             x: tokens.
-            causal: whether a token sees only itself and those before it.
-            hidden: keys that do not take part, (B, 1, 1 or T, T) bool; not together with `causal`.
-            rotate: what `rope` makes of queries and keys on the tokens' grid.
+            causal: whether tokens attend only to themselves and earlier tokens.
+            hidden: keys that get no attention, (B, 1, 1 or T, T) bool; not together with `causal`.
+            rotate: rotation of queries and keys for the tokens' grid, from `Rope.on`.
         """
         q, k, v = self.attn.project(self.ln_1(x))
         if rotate is not None:
@@ -296,9 +296,9 @@ class Block(nn.Module):
             residual: (B, T or 1, D) added to the attention's output, or None.
             attention: rule that gives the attention weights; None for the block's own, fused.
             ffn: whether the block's MLP (with its residual) follows.
-            trace: what the rule may look at.
-            layout: tokens whose grid and prefix the output takes, one row of weights each; those of
-                `x` by default.
+            trace: trace that the rule may use.
+            layout: tokens with the grid and prefix of the output, one for each row of the weights; by
+                default `x`.
         """
         heads = self.heads(x)
         if attention is None:
@@ -344,9 +344,9 @@ def _sum(y: Tensor, x: Tensor, *layers: nn.Module) -> Tensor:
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = False, hidden: Tensor | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v without keeping the weights: (B, H, T, d) -> (B, T, D).
+    """softmax(q k^T / sqrt(d)) v without storing the weights: (B, H, T, d) -> (B, T, D).
 
-    Keys that are `hidden`, (B, 1, 1 or T, T) bool, do not take part.
+    The keys `hidden`, (B, 1, 1 or T, T) bool, get no attention.
     """
     shown = None if hidden is None else ~hidden
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, is_causal=causal)
@@ -362,7 +362,7 @@ def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, under the name that OpenAI's checkpoints give it.
+    """A stack of blocks, named as in OpenAI's checkpoints.
 
     Args:
         width, activation, hidden, eps, inner_norms, post_norm, rope: as in `Block`.
@@ -408,5 +408,5 @@ class Transformer(nn.Module):
 
 
 def drawn(*shape: int, std: float) -> nn.Parameter:
-    """A parameter of normal random numbers."""
+    """A parameter with normally distributed random values."""
     return nn.Parameter(torch.empty(shape).normal_(std=std))

@@ -25,8 +25,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by by
 _IGNORED = {"_compiled_call_impl"}  # of `Module.compile`, which computes the same
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
 _STANDARD = {*vars(nn.Module())} - {"training", *_HOOKS}  # what every module has
-# of a module, by `without`: its structure when it was last seen, and readers of its values, which are
-# views: they hold the memory of a structure until the next one is seen
+# for each module, by `without`: its structure in the last call, and readers of its values, which are
+# views: they keep the memory of that structure until the structure changes
 _PROBES: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[tuple, list[_Probe]]]] = (
     WeakKeyDictionary()
 )
@@ -91,7 +91,7 @@ class _Identity(int):
 
 
 def _parts(module: nn.Module, without: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, faster, and without some of the first level."""
+    """Like `named_modules`, but faster, and without some submodules of the first level."""
     seen = set()
     stack = [("", module)]
     while stack:
@@ -114,7 +114,7 @@ def _settings(part: nn.Module) -> Iterator[Hashable]:
             if not value:
                 continue
             yield name
-            yield from map(_Identity, value)  # their numbers, which are never given again
+            yield from map(_Identity, value)  # their ids, which are never reused
         elif isinstance(value, (str, int, float, tuple)):
             yield name
             yield str(value)
@@ -149,7 +149,7 @@ class _Probe:
 
 
 def _probes(tensors: Iterable[Tensor]) -> list[_Probe]:
-    """Some values of each tensor, as integers, and for all but large ones the sum of all."""
+    """Reads some values of each tensor, as integers, and the sum of all unless it is large."""
     probes: dict[tuple[torch.device, torch.dtype], _Probe] = {}
     for x in tensors:
         if x.is_meta or not x.numel():
@@ -160,16 +160,16 @@ def _probes(tensors: Iterable[Tensor]) -> list[_Probe]:
         step = _step(x.shape)
         probe.views.append(flat[::step])
         if step > 1 and len(flat) <= SUMMED:
-            words = 8 // x.element_size()  # a sum of int64 is the fastest to be had
+            words = 8 // x.element_size()  # sums of int64 are the fastest
             probe.summed.append(flat[: len(flat) // words * words].view(torch.int64))
     return list(probes.values())
 
 
 def _step(shape: torch.Size) -> int:
-    """The distance between samples, such that every row and column of a matrix has one.
+    """The distance between samples such that every row and column of a matrix is sampled.
 
-    A step shorter than a row skips no row; one that is coprime to the length of a row reaches each
-    column.
+    A step of at most the length of a row reaches every row; a step coprime to the length of a row
+    reaches every column.
     """
     count = math.prod(shape)
     if count <= SAMPLES:

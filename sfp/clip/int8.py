@@ -39,7 +39,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias.detach())
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """(..., K) -> (..., N), or the outputs `rows` alone.
+        """(..., K) -> (..., N), or only the outputs `rows`.
 
         Raises:
             RuntimeError: if gradients are required, since rounding has none.
@@ -73,7 +73,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 @functools.cache
 def works() -> bool:
     """Whether the operator is fast on this CPU and agrees with `F.linear`; checked once."""
-    if cpu_has("int8") is False:  # it would take tens of times as long
+    if cpu_has("int8") is False:  # it would be tens of times slower
         return False
     x = torch.arange(-127, 128, dtype=torch.int16)[:240].to(torch.int8).reshape(10, 24)
     weight = x.flip(0)[:8]

@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == bias.dtype == torch.float32
         and plain(x, weight, bias)
-        and bias.is_contiguous()  # the operator takes its stride for 1
+        and bias.is_contiguous()  # the operator assumes a stride of 1
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)))
         and torch.backends.mkldnn.enabled
         and works()

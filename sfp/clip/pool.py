@@ -31,7 +31,7 @@ class PoolConfig:
     """The sizes of an `AttentionPool`.
 
     Attributes:
-        width: E, of queries, keys, values and of the result.
+        width: width E of queries, keys, values and the result.
         heads: number of attention heads; None for as many as the blocks have.
         hidden: width of the MLP's hidden layer; None for no MLP (CoCa).
         norm: whether the result is normalised at the end (CoCa).
@@ -53,8 +53,8 @@ class AttentionPool(nn.Module):
         config: sizes.
         width: token width D.
         heads: number of attention heads.
-        activation: of the MLP, a key of `ACTIVATIONS`.
-        eps: of the norms.
+        activation: activation of the MLP, a key of `ACTIVATIONS`.
+        eps: epsilon of the norms.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class AttentionPool(nn.Module):
 
         Args:
             x: normalised tokens.
-            attention: rule that gives A.
-            trace: what the rule may look at.
-            heads: what the rule sees instead of the pool's keys; where its heads are of another number,
-                their mean weighs.
+            attention: rule for the weights A.
+            trace: trace that the rule may use.
+            heads: projections for the rule instead of the pool's keys; if they have another number of
+                heads, the mean of their weights is used.
             residual: (B, T or 1, E) added to the result, or None.
             layout: as in `Block.read`.
         """

@@ -1,7 +1,7 @@
-"""Rotary position embeddings of patches: queries and keys are turned by where they lie.
+"""Rotary position embedding (RoPE) of patches: rotates queries and keys according to their position.
 
-RoFormer (Su et al., arXiv:2104.09864), with half of the angles for rows and half for columns, as EVA-02
-(arXiv:2303.11331) and the Perception Encoder (arXiv:2504.13181) have them.
+RoFormer (Su et al., arXiv:2104.09864), with half of the angles for rows and half for columns, as in
+EVA-02 (arXiv:2303.11331) and the Perception Encoder (arXiv:2504.13181).
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-BASE = 10000.0  # of the frequencies
-KEPT = 4  # grids whose rotations are kept
+BASE = 10000.0  # base of the frequencies
+KEPT = 4  # number of grids whose rotations are cached
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Which coordinates turn queries and keys.
+    """Coordinates for the rotation of queries and keys.
 
     Attributes:
-        order: which coordinate is first, "yx" (EVA) or "xy" (PE).
-        side: rows and columns of the grid whose coordinates are meant.
-        first: coordinate of the first row and column: 1 in PE towers whose class token sits at 0.
-        rescale: whether coordinates are stretched so that any grid covers `side`, as in EVA and in
-            timm's PE; if not, patches count from `first`, as in PE's own code. On the grid of that
-            side there is no difference.
+        order: order of the coordinates, "yx" (EVA) or "xy" (PE).
+        side: rows and columns of the grid of training.
+        first: coordinate of the first row and column; 1 in PE towers with a class token, which is at 0.
+        rescale: whether coordinates are scaled so that any grid covers `side`, as in EVA and in timm's
+            PE; otherwise patches are counted from `first`, as in PE's own code. Both are the same on
+            the grid of training.
     """
 
     order: Literal["yx", "xy"]
@@ -38,20 +38,20 @@ class RopeConfig:
 
 
 class Rope(nn.Module):
-    """Turns pairs of neighbouring channels (a_0, a_1), (a_2, a_3), ... of a patch's q and k.
+    """Rotates pairs of neighbouring channels (a_0, a_1), (a_2, a_3), ... of a patch's q and k.
 
-    The first half of the pairs turns with one coordinate, the second with the other, by
-    coordinate * 10000 ** (-i / (d / 4)), i = 0 ... d / 4 - 1. Prefix tokens stay as they are.
+    The first half of the pairs is rotated by one coordinate, the second by the other; the angle is
+    coordinate * 10000 ** (-i / (d / 4)), i = 0 ... d / 4 - 1. Prefix tokens are not rotated.
 
     Args:
         config: the coordinates.
-        head_width: d, a multiple of 4.
+        head_width: width d of an attention head, a multiple of 4.
 
     Attributes:
         rescale: as in `RopeConfig`; may be set.
 
     Raises:
-        ValueError: if the heads cannot be divided so.
+        ValueError: if the width is not a multiple of 4.
     """
 
     def __init__(self, config: RopeConfig, head_width: int) -> None:
@@ -66,7 +66,7 @@ class Rope(nn.Module):
         self._kept: dict[object, Tensor] = {}
 
     def angles(self, grid: tuple[int, int]) -> Tensor:
-        """By how much each patch of a grid is turned, (N, d / 2) float64 on the CPU."""
+        """Rotation angles of the patches of a grid, (N, d / 2) float64 on the CPU."""
         sides = []
         for n in grid:
             at = torch.arange(n, dtype=torch.float64, device="cpu") + self.first
@@ -78,11 +78,11 @@ class Rope(nn.Module):
         return torch.cat([axis.reshape(-1, 1) * frequency for axis in axes], dim=1)
 
     def on(self, grid: tuple[int, int], prefix: int) -> Callable[[Tensor], Tensor]:
-        """`forward` for tokens of one layout."""
+        """`forward` with a fixed grid and prefix."""
         return functools.partial(self, grid=grid, prefix=prefix)
 
     def forward(self, x: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
-        """Queries or keys (B, H, prefix + h * w, d), turned; at least in float32, returned as given."""
+        """Rotates queries or keys (B, H, prefix + h * w, d), in float32 or more; keeps their dtype."""
         turn = self._turn(grid, x)
         patches = x[:, :, prefix:].to(turn.real.dtype).unflatten(-1, (-1, 2))
         turned = torch.view_as_real(torch.view_as_complex(patches.contiguous()) * turn)
@@ -95,7 +95,7 @@ class Rope(nn.Module):
         key = (grid, self.rescale, kind, x.device)
         turn = self._kept.get(key)
         if turn is None:
-            with torch.inference_mode(False):  # it outlives calls with and without gradients
+            with torch.inference_mode(False):  # cached for calls with and without gradients
                 angles = self.angles(grid)
                 turn = torch.polar(torch.ones_like(angles), angles).to(kind).to(x.device)
             if len(self._kept) >= KEPT:

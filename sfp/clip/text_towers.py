@@ -1,7 +1,7 @@
 """Text towers: from texts to token ids to embeddings, for every family of image-text models.
 
-`CLIP.encode_text` delegates to one of these. A tower brings its tokenizer, because ids mean nothing
-without it. Two kinds suffice: transformers of CLIP's kind with switches, and BERTs.
+`CLIP.encode_text` delegates to one of these. A tower includes its tokenizer, since ids are only
+meaningful with it. There are two types: transformers like CLIP's, with options, and BERTs.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ POOLS = ("argmax", "end", "last", "mean", "class")
 
 
 class TextTower(nn.Module):
-    """What a text tower has to offer.
+    """Base class of text towers.
 
     Attributes:
-        context: longest text, in tokens.
+        context: maximal length of a text in tokens.
         embed_dim: width C of the joint space.
         vocab: number of token ids.
-        tokenizer: which makes them.
-        templates: name of the prompts that the model's authors use, a key of `TEMPLATES`.
+        tokenizer: tokenizer of the tower.
+        templates: name of the prompt templates that the model's authors use, a key of `TEMPLATES`.
     """
 
     context: int
@@ -50,7 +50,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.context, self.embed_dim, self.vocab = config.context, config.embed_dim, config.vocab
         self.templates = "tipsv2" if config.rules == TIPS else "imagenet"
-        self.switches = astuple(config)  # what the fingerprint sees besides the weights
+        self.switches = astuple(config)  # part of the fingerprint, besides the weights
         self.tokenizer = (
             BytePairs(config.context, full=not (config.causal or config.hide_padding))
             if config.rules is None
@@ -58,7 +58,7 @@ class TextTower(nn.Module):
         )
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (B, L) int64, L at most `context`; errors as those of `Tokenizer`."""
+        """Token ids (B, L) int64, L at most `context`; raises the errors of `Tokenizer`."""
         return self.tokenizer(texts)
 
     def ends(self, ids: Tensor) -> Tensor:
@@ -69,12 +69,12 @@ class TextTower(nn.Module):
         """Token ids (B, L) -> (B, C) embeddings, not normalised.
 
         Raises:
-            ValueError: if the ids are no such batch.
+            ValueError: if the ids have another shape.
         """
         raise NotImplementedError
 
     def _cut(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The ids as far as any embedding depends on them, and the `ends`."""
+        """The ids up to the last one that an embedding depends on, and the `ends`."""
         if ids.ndim != 2 or ids.shape[1] > self.context:
             raise ValueError(
                 f"expected token ids of shape (B, <= {self.context}), got {tuple(ids.shape)}"
@@ -95,16 +95,17 @@ class TextConfig:
         activation: of the MLPs, a key of `ACTIVATIONS`.
         head_width: width d of an attention head.
         hidden: width of the MLPs' hidden layer, 4 D by default.
-        eps: of the layer norms.
-        causal: whether a token sees only those before it.
-        hide_padding: whether tokens with the id `pad` are seen by none.
-        pool: which token becomes the embedding: that with the largest id ("argmax"), the first with
+        eps: epsilon of the layer norms.
+        causal: whether tokens attend only to themselves and earlier tokens.
+        hide_padding: whether tokens with the id `pad` get no attention.
+        pool: token that becomes the embedding: that with the largest id ("argmax"), the first with
             the id `end` ("end"), the one at the last position ("last"), the mean of all but padding
-            ("mean"), or a class token that is appended ("class", CoCa).
-        end, pad: ids.
-        positions: "learned", or "sinusoids" with token embeddings times the root of D (TIPSv2).
+            ("mean"), or an appended class token ("class", CoCa).
+        end, pad: ids of the end token and of padding.
+        positions: "learned", or "sinusoids", where token embeddings are multiplied by the square root
+            of D (TIPSv2).
         projection: "matrix", "linear" (with a bias), or "none", for which C = D.
-        rules: of its tokenizer; None for OpenAI's byte pairs.
+        rules: rules of the tokenizer; None for OpenAI's byte pairs.
     """
 
     vocab: int
@@ -169,7 +170,7 @@ class TextTransformer(TextTower):
             self.text_projection = Linear(width, config.embed_dim)
 
     def ends(self, ids: Tensor) -> Tensor:
-        """Where the token stands that becomes the embedding, or the last one that it sees."""
+        """Index (B,) of the token that becomes the embedding, or of the last one that it sees."""
         if self.pool == "argmax" and self.causal:
             return ids.argmax(-1)
         if self.pool == "end":
@@ -181,8 +182,8 @@ class TextTransformer(TextTower):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, C).
 
-        What cannot change the result is cut off: everything after the longest text's end in a causal
-        tower, padding in one that hides it.
+        Tokens that cannot change the result are left out: in a causal tower, all after the end of the
+        longest text; in one that hides padding, the padding.
         """
         ids, end = self._cut(ids)
         x = self._embed(ids)  # (B, L, D)
@@ -211,9 +212,9 @@ class TextTransformer(TextTower):
         return x + self.positional_embedding[: x.shape[1]]
 
     def _hidden(self, ids: Tensor) -> Tensor | None:
-        """Keys that do not take part, (B, 1, 1 or L, L) bool, those of the future among them."""
+        """Keys excluded from attention, including those of later tokens, (B, 1, 1 or L, L) bool."""
         if self.pool == "class":
-            # CoCa was trained with this mask one place off: the first token is always seen, and the
+            # CoCa was trained with this mask shifted by one: the first token is always visible, and the
             # class token only if the text fills the context
             padding = nn.functional.pad(ids == self.pad, (1, 0))[:, None, None]
         elif self.hide_padding:
@@ -249,18 +250,18 @@ class BertConfig:
     Attributes:
         vocab: number of token ids.
         context: longest text, in tokens.
-        rows: of the position table.
+        rows: number of positions in the position embedding.
         width, layers, hidden: token width D, number of blocks, width of the MLPs' hidden layer.
         embed_dim: width C of the joint space.
-        head: from the first token to the embedding: "linear"; "mlp" (linear, GELU, linear); or
-            "norm" (layer norm, linear with bias, linear), as AltCLIP has it.
+        head: layers from the first token to the embedding: "linear"; "mlp" (linear, GELU, linear); or
+            "norm" (layer norm, linear with bias, linear), as in AltCLIP.
         head_hidden: width between the two linear layers of a head.
-        activation: of the MLPs.
+        activation: activation of the MLPs.
         head_width: width d of an attention head.
-        eps: of the layer norms.
-        pad: id of padding, which no token sees.
+        eps: epsilon of the layer norms.
+        pad: id of padding, which gets no attention.
         first: position of the first token: 0, or `pad` + 1 in RoBERTas.
-        rules: of its tokenizer.
+        rules: rules of the tokenizer.
     """
 
     vocab: int
@@ -291,10 +292,10 @@ class BertConfig:
 
 
 class BertText(TextTower):
-    """BERT or a RoBERTa, of whose last layer the first token is the embedding.
+    """BERT or RoBERTa; the first token of the last layer becomes the embedding.
 
-    Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers" (NAACL 2019). Token types
-    are not used: that of all tokens is part of the position table.
+    Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers" (NAACL 2019). All tokens have
+    the same token type, whose embedding is included in the position embedding.
 
     Args:
         config: its sizes and switches.
@@ -322,7 +323,7 @@ class BertText(TextTower):
         self.head = _HEADS[config.head](config)
 
     def ends(self, ids: Tensor) -> Tensor:
-        """The last token that is no padding."""
+        """Index of the last token that is not padding."""
         return _last(ids != self.pad)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -364,8 +365,8 @@ class PostNormBlock(nn.Module):
 
     Args:
         width, hidden, head_width: D, width of the MLP's hidden layer, width d of a head.
-        activation: of the MLP.
-        eps: of the layer norms.
+        activation: activation of the MLP, a key of `ACTIVATIONS`.
+        eps: epsilon of the layer norms.
     """
 
     def __init__(
@@ -384,7 +385,7 @@ class PostNormBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D); keys `hidden`, (B, 1, 1, L) bool, do not take part."""
+        """(B, L, D) -> (B, L, D); the keys `hidden`, (B, 1, 1, L) bool, get no attention."""
         q, k, v = self.attn.project(x)
         mixed = fused_attention(q, k, v, hidden=hidden)
         x = self.ln_1(x + self.attn.out_proj(mixed))

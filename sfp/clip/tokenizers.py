@@ -1,9 +1,9 @@
 """Tokenizers: from texts to the token ids that a text tower was trained on.
 
-OpenAI's byte pairs are part of this package (`tokenizer.py`). Every other family has a vocabulary file
-of its own, which lies beside its weights and is read by the package that defines the file: `tokenizers`
-for tokenizer.json and vocab.txt, `sentencepiece` for *.model. Marks, padding and cleaning are done
-here, by the family's `Rules`, because such files say them in several ways or not at all.
+OpenAI's byte pairs are part of this package (`tokenizer.py`). Every other family has its own vocabulary
+file beside its weights, which is read by the package that defines the format: `tokenizers` for
+tokenizer.json and vocab.txt, `sentencepiece` for *.model. Start and end tokens, padding and cleaning
+follow the family's `Rules` here, since such files define them in different ways or not at all.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sfp.clip import tokenizer
 from sfp.clip.checkpoints.published import WeightsError
 from sfp.files import sha256_file
 
-JSON_FILES = ("tokenizer.json", "vocab.txt")  # which `tokenizers` reads
-PIECE_FILES = (  # which `sentencepiece` reads
+JSON_FILES = ("tokenizer.json", "vocab.txt")  # read by `tokenizers`
+PIECE_FILES = (  # read by `sentencepiece`
     "spiece.model",
     "tokenizer.model",
     "sentencepiece.model",
@@ -38,14 +38,14 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def whitespace(text: str) -> str:
-    """Broken encodings mended, HTML entities resolved, runs of white space one space."""
+    """Repairs broken encodings, resolves HTML entities, and collapses white space."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def canonical(text: str) -> str:
-    """As `whitespace`; in lower case and without ASCII punctuation, underscores being spaces.
+    """Like `whitespace`; also lower case, underscores as spaces, and no ASCII punctuation.
 
-    It is how SigLIP's prompts were written in training (Zhai et al., "Sigmoid Loss for Language Image
+    The form of SigLIP's prompts in training (Zhai et al., "Sigmoid Loss for Language Image
     Pre-Training", ICCV 2023; big_vision's `prompt_engineering.py`).
     """
     bare = html.unescape(html.unescape(ftfy.fix_text(text))).strip().replace("_", " ")
@@ -62,16 +62,16 @@ CLEANERS: dict[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True)
 class Rules:
-    """How a family makes ids of a text, given a vocabulary.
+    """How a family turns texts into ids, given a vocabulary.
 
     Attributes:
         start, end: tokens before and after every text, by id or by name; None for none.
-        pad: id that fills texts up.
-        full: whether all are filled up to the context, as a tower needs that sees its padding; else
-            only to the longest of a batch.
-        clean: key of `CLEANERS`, for texts before anything else.
-        shift: by how much ids exceed those of a SentencePiece file; 1 in fairseq's XLM family, whose
-            own first ids are <s>, <pad>, </s> and <unk>.
+        pad: id of padding.
+        full: whether texts are padded to the context, for towers that see padding; otherwise only to
+            the longest of a batch.
+        clean: name of the function, a key of `CLEANERS`, that is applied to texts first.
+        shift: number added to the ids of a SentencePiece file; 1 in fairseq's XLM family, where the
+            first ids are <s>, <pad>, </s> and <unk>.
     """
 
     start: int | str | None = None
@@ -87,16 +87,16 @@ SIGLIP2 = Rules(end=1, pad=0, full=True, clean="canonical")  # Gemma's vocabular
 XLM = Rules(start=0, end=2, pad=1, clean="whitespace", shift=1)
 TIPS = Rules(pad=0, clean="lower")
 BERT = Rules(start="[CLS]", end="[SEP]", pad=0, clean="whitespace")
-# [SEP] is blanked out, and as many tokens as the context are read, most of them padding
+# [SEP] is replaced by padding, and texts are padded to the context
 CLIPA = Rules(start="[CLS]", end=0, pad=0, full=True, clean="whitespace")
 
 
 class Tokenizer:
-    """Texts to ids.
+    """Base class of tokenizers, from texts to ids.
 
     Attributes:
-        context: longest text, in tokens.
-        digest: names everything that the ids depend on.
+        context: maximal length of a text in tokens.
+        digest: identifies everything that the ids depend on.
     """
 
     context: int
@@ -106,18 +106,18 @@ class Tokenizer:
         """Ids (B, L) int64, L at most `context`.
 
         Raises:
-            ValueError: if a text is too long or has no token; the message names it.
-            WeightsError: if the vocabulary or the package that reads it is missing.
+            ValueError: if a text is too long or has no tokens; the message names it.
+            WeightsError: if the vocabulary, or the package for reading it, is missing.
         """
         raise NotImplementedError
 
 
 class BytePairs(Tokenizer):
-    """OpenAI's, with marks at start and end.
+    """OpenAI's tokenizer, with start and end tokens.
 
     Args:
-        context: longest text, in tokens.
-        full: whether texts are filled up to it with zeros.
+        context: maximal length of a text in tokens.
+        full: whether texts are padded to this length with zeros.
     """
 
     def __init__(self, context: int, full: bool = False) -> None:
@@ -131,12 +131,12 @@ class BytePairs(Tokenizer):
 
 
 class FileTokenizer(Tokenizer):
-    """A vocabulary file, used by a family's rules.
+    """A tokenizer from a vocabulary file and a family's rules.
 
     Args:
-        rules: of the family.
-        context: longest text, in tokens.
-        path: of a file that `tokenizers` or `sentencepiece` reads, by its name (`FILES`).
+        rules: rules of the family.
+        context: maximal length of a text in tokens.
+        path: file for `tokenizers` or `sentencepiece`, depending on its name (`FILES`).
     """
 
     def __init__(self, rules: Rules, context: int, path: Path) -> None:
@@ -172,10 +172,10 @@ class FileTokenizer(Tokenizer):
 
 
 class MissingTokenizer(Tokenizer):
-    """In the place of a tokenizer whose file was not found; images can be read without one.
+    """Replaces a tokenizer whose file was not found; images can be encoded without it.
 
     Args:
-        message: what to do, for whoever wants texts encoded.
+        message: error message for calls, with what to do.
     """
 
     digest = "missing"
@@ -201,12 +201,12 @@ class _Json:
             import tokenizers
         except ImportError as error:
             raise _no_package(path, "tokenizers") from error
-        if path.suffix == ".txt":  # as BERT's uncased models have it
+        if path.suffix == ".txt":  # the format of BERT's uncased models
             made = tokenizers.implementations.BertWordPieceTokenizer(str(path), lowercase=True)
             self._tokenizer = made._tokenizer
         else:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self._tokenizer.no_padding()  # which a file may ask for
+        self._tokenizer.no_padding()  # files may enable it
         self._tokenizer.no_truncation()
 
     def encode(self, text: str) -> list[int]:
@@ -249,7 +249,7 @@ def _open(path: Path, sha256: str, shift: int) -> _Vocabulary:
         return _reader(path)(path, shift)
     except WeightsError:
         raise
-    except Exception as error:  # both packages raise whatever their C++ and Rust parts do
+    except Exception as error:  # both packages pass on any error of their C++ and Rust parts
         raise WeightsError(
             f"cannot read the tokenizer {path}: {type(error).__name__}: {error}. Download it again"
         ) from error
@@ -263,7 +263,7 @@ def _no_package(path: Path, package: str) -> WeightsError:
 
 
 def beside(folder: Path) -> Path | None:
-    """The tokenizer file in a folder, preferably one that an installed package reads, or None."""
+    """The tokenizer file in a folder, preferably one that an installed package can read, or None."""
     found = [folder / name for name in FILES if (folder / name).is_file()]
     return next((path for path in found if _is_readable(path)), found[0] if found else None)
 

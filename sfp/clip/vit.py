@@ -1,6 +1,6 @@
-"""The vision transformer: OpenAI's, and with its switches set, that of other families.
+"""The vision transformer of OpenAI's CLIP, with options for those of other families.
 
-Methods never subclass or patch it. They run its trunk once (`trace`), edit tokens between blocks, and
+Methods never subclass or patch it. They run its blocks once (`trace`), edit tokens between blocks, and
 send tokens through some blocks again (`Block.read`).
 """
 
@@ -33,31 +33,31 @@ class ImageConfig:
     """The sizes and switches of an image tower; the defaults are those of OpenAI's CLIP.
 
     Attributes:
-        image_size: side in pixels of the square images that the position table is for.
-        usual_size: side of the images that the tower is for, if that is another (C-RADIO).
+        image_size: side in pixels of the square images of the position embedding.
+        usual_size: usual side of images for the tower, if it differs (C-RADIO).
         patch: side of a patch, in pixels.
         width: token width D.
         layers: number of blocks.
         embed_dim: width C of the joint image-text space.
-        activation: of the MLPs, a key of `sfp.clip.blocks.ACTIVATIONS`, or "swiglu".
+        activation: activation of the MLPs, a key of `sfp.clip.blocks.ACTIVATIONS`, or "swiglu".
         head_width: width d of an attention head.
         hidden: width of the MLPs' hidden layer, 4 D by default.
-        eps: of all norms.
+        eps: epsilon of all norms.
         stem: widths and strides of convolutions before the patch embedding, each followed by a GELU
             (MobileCLIP-B).
         conv_bias: whether the patch embedding has a bias.
-        prefix: number P of tokens in front of the patches: 0, a class token, or more (registers).
-        table_prefix: whether the position table begins with an entry for the class token.
+        prefix: number P of tokens before the patches: 0, 1 (class token), or more (registers).
+        table_prefix: whether the position embedding has a first entry for the class token.
         ln_pre: whether tokens are normalised before the first block.
         inner_norms, post_norm: as in `Block` (EVA-02).
-        rope: rotary positions of queries and keys, or None.
+        rope: rotary position embedding of queries and keys, or None.
         ln_post: whether tokens are normalised after the last block.
-        pool: what becomes the image's embedding: the class token ("cls"), the mean of the patches
-            before the last norm ("mean", CLIPA), or what a learned query gathers.
-        proj: whether a matrix leads into the joint space; if not, tokens are in it.
-        proj_bias: whether a bias is added to that.
-        adaptor: an MLP that leads into the joint space instead of a matrix (C-RADIO), or None.
-        positions: rule that fits the position table to another grid.
+        pool: how the image's embedding is computed: from the class token ("cls"), from the mean of the
+            patches before the last norm ("mean", CLIPA), or by an attention pool.
+        proj: whether a matrix projects into the joint space; otherwise tokens are already in it.
+        proj_bias: whether a bias is added to the projection.
+        adaptor: MLP that projects into the joint space instead of a matrix (C-RADIO), or None.
+        positions: rule that resamples the position embedding to another grid.
         mean, std: normalisation of the images, RGB in 0..1.
     """
 
@@ -97,10 +97,10 @@ class VisionTransformer(nn.Module):
 
     Attributes:
         patch: side of a patch, in pixels.
-        prefix: number of tokens in front of the patches.
-        positions: rule that fits the position table to another grid.
-        native_grid: rows and columns of the position table.
-        usual_grid: rows and columns of the images that the tower is for.
+        prefix: number of tokens before the patches.
+        positions: rule that resamples the position embedding to another grid.
+        native_grid: rows and columns of the position embedding.
+        usual_grid: rows and columns of patches in images of the usual size.
         embed_dim: width C of the joint space.
         is_int8: whether the blocks' weights are rounded to 8 bits (`sfp.clip.int8`).
     """
@@ -178,8 +178,8 @@ class VisionTransformer(nn.Module):
 
         Args:
             image: normalised images, (B, 3, H, W), each side at least one patch.
-            positions: rule that fits the position table (h0, w0, D) to another grid; by default that
-                with which the tower was trained.
+            positions: rule that resamples the position embedding (h0, w0, D) to another grid; by
+                default that of the tower's training.
 
         Raises:
             ValueError: if the image has another shape.
@@ -242,8 +242,7 @@ class VisionTransformer(nn.Module):
 
         Args:
             x: tokens that left the last block, or the pool (`Tokens.pooled`).
-            pool_mlp: whether the pool's MLP follows, if it has one; TextRegion
-                leaves it out.
+            pool_mlp: whether the pool's MLP follows, if it has one; TextRegion leaves it out.
         """
         y = x.data
         if not x.pooled:
@@ -292,7 +291,7 @@ class VisionTransformer(nn.Module):
         return self.gathering(x).mean(1, keepdim=True).to(x.data.dtype) @ x.data
 
     def gathering(self, x: Tokens) -> Tensor:
-        """How much the pool's query would attend to each token, (B, H, T).
+        """The attention of the pool's query to each token, (B, H, T).
 
         Raises:
             ValueError: if the tower has no attention pool.

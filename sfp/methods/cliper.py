@@ -1,15 +1,16 @@
 """CLIPer: a readout for every layer, merged after the softmax, and spread along fused attention.
 
-The code is github.com/linsun449/cliper.code (Sun et al., arXiv:2411.13836*). Without its diffusion
-model, whose attention adds 2.1 points to the published mean. The sum of the trunk's attention is made
-doubly stochastic a step further for each readout; the last block reads each layer's input with it.
+The code is github.com/linsun449/cliper.code (Sun et al., arXiv:2411.13836*). Not included is its
+diffusion model, whose attention adds 2.1 points to the published mean. For each readout, the sum of all
+blocks' attention is normalised one step closer to a doubly stochastic matrix; with the result as
+attention, the last block is applied to each layer's input.
 
 | | here | release |
 | --- | --- | --- |
-| the map that is cut | the selected readout, cut before the mean | the same: the cut is in place |
-| position table | bilinear | bilinear, rounded to half precision |
+| cut of the selected readout | before the mean | the same: the cut is in place |
+| position embedding | bilinear | bilinear, rounded to half precision |
 | windows | at any place, by area | at multiples of the patch |
-| sets without a background class | every pixel becomes one of the classes | may predict background |
+| datasets without background | every pixel becomes one of the classes | may predict background |
 
 Published: short side 336 (Cityscapes 560), windows of 224, stride 112 (336 on VOC); its evaluation is
 not mmsegmentation's, and COCO-Object is COCO 2014's validation set.
@@ -48,14 +49,14 @@ DATASETS = dict(
 
 
 def fused_attention(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """One round: weights with columns, then rows, of sum 1; and the attention made of them.
+    """Normalises columns, then rows, to sum 1, and computes an attention from the result.
 
     Args:
         weights: M, (B, H, T, T); overwritten.
 
     Returns:
-        M for the next round, the same tensor; and (M + M^T) / 2 without its column means, cut at 0,
-        rows of sum 1.
+        M for the next round, the same tensor; and (M + M^T) / 2 minus its column means, clamped at 0,
+        with rows of sum 1.
     """
     weights /= weights.sum(-2, keepdim=True)  # in place: these are the largest maps of all
     weights /= weights.sum(-1, keepdim=True)
@@ -68,20 +69,20 @@ def fused_attention(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _given(weights: Tensor, heads: Heads, trace: Trace) -> Tensor:
-    """An attention rule whose weights are known."""
+    """An attention rule with given weights."""
     return weights
 
 
 def attention(trace: Trace, i: int) -> Tensor:
-    """Block `i`'s attention weights, (B, H, T, T), without keeping its projections.
+    """Attention weights of block `i`, (B, H, T, T), without keeping its projections.
 
-    Those of all blocks, of all windows of an image, take more memory than the tokens.
+    The projections of all blocks, for all windows of an image, take more memory than the tokens.
     """
     return trace.vit.blocks[i].heads(trace.entering(i)).logits("q", "k").softmax(-1)
 
 
 def readouts(trace: Trace) -> tuple[list[Tokens], Tensor]:
-    """The last block's readings of every layer's input, and the last fused attention of patches.
+    """The last block's readouts of every layer's input, and the last fused attention of the patches.
 
     Returns:
         One `Tokens` of width D for each block, in order, reduced (no residual, no FFN); and (B, N, N),
@@ -128,26 +129,25 @@ def layer_probabilities(
 ) -> Tensor:
     """Probabilities of every layer's readout, averaged, and the selected one's spread (CLIPer).
 
-    E = mean_k E_k + E_sel B, where E_sel keeps what is at least `cut` of its maximum, in the mean too,
-    and B is the fused attention of the patches. The softmax is over all queries and the mean of the
-    classes' words. With windows, E_k is half of the whole image's and half of the windows', whose
-    logits spread along their attention first.
+    E = mean_k E_k + E_sel B, where values of E_sel below `cut` times its maximum are 0 (in the mean as
+    well), and B is the fused attention of the patches. The softmax is over all queries and the mean of
+    the classes' words. With windows, E_k is the average for the whole image and the windows, after the
+    windows' logits are spread along their attention.
 
     Args:
         cut: share of a query's maximum.
-        select: readout that spreads.
-        background: whether class 0 is made of background words, which are in the softmax only: 0.
+        select: index of the readout that is spread.
+        background: whether class 0 consists of background words, which take part in the softmax only
+            and score 0.
         logit_scale: inverse temperature.
 
     Returns:
-        Of the whole image, (1, Q, h, w).
+        Scores of the whole image, (1, Q, h, w).
     """
     text = trace.query_features().to(upcast(features.data))
     index = constant(trace.index or range(len(text)), text)
     shown = (index > 0) if background else (index >= 0)
-    mean = F.normalize(
-        (text * shown[:, None]).sum(0, keepdim=True), dim=-1
-    )  # of unit length anyway
+    mean = F.normalize((text * shown[:, None]).sum(0, keepdim=True), dim=-1)  # unit length
     text = torch.cat([text, mean])  # (Q + 1, C)
 
     def logits(of: Trace) -> Tensor:
@@ -162,7 +162,7 @@ def layer_probabilities(
     if image is not trace:
         probs = (probs + windowed(trace, logits(trace), image.embedded.grid).softmax(1)) / 2
     probs = probs[:, :-1]
-    chosen = probs[select]  # a view: the cut is in the mean too
+    chosen = probs[select]  # a view: the cut also changes the mean
     chosen.masked_fill_(chosen < cut * chosen.amax(1, keepdim=True), 0)
     scores = probs.mean(0) + chosen @ attention
     return (scores * shown[:, None]).unflatten(1, image.embedded.grid)[None]
@@ -172,9 +172,9 @@ def windowed(trace: Trace, logits: Tensor, grid: tuple[int, int]) -> Tensor:
     """Logits of windows (L, W, Q, N) on the whole grid, spread along the windows' attention: (L, Q, M).
 
     Args:
-        trace: of the windows.
-        logits: of each readout.
-        grid: rows and columns of the whole image.
+        trace: trace of the windows.
+        logits: logits of each readout.
+        grid: rows and columns of patches of the whole image.
     """
     whole = trace.whole
     assert whole is not None
@@ -204,16 +204,16 @@ def kept_classes(
     background: bool = False,
     min_max: bool = False,
 ) -> Rows:
-    """Classes whose largest score is high enough compete, each scaled to that score (CLIPer).
+    """Scores of the classes with a high enough maximum, each scaled to its maximum (CLIPer).
 
     A query's score is its maximum at patch resolution; its map is divided by its maximum at the size of
-    the output, and multiplied by that score. Queries with no more than `score_thd` are left out. Scores
-    are no probabilities: a map and its spread add up to 2 at most.
+    the output, and multiplied by that score. Queries with a score of at most `score_thd` are left out.
+    Scores are not probabilities: the sum of a map and its spread is up to 2.
 
     Args:
         score_thd: as above.
-        background_thd: score of the background, class 0; 0 gives it (1 - the largest of the others)^2.
-        background: whether class 0 is that.
+        background_thd: score of the background, class 0; 0 for (1 - the largest of the others)^2.
+        background: whether class 0 is a background.
         min_max: whether maps are scaled to 0..1 instead, and not multiplied (the release on VOC21).
     """
     score = sheet.tiles.amax((0, 1))  # (Q,)
@@ -253,11 +253,11 @@ def cliper(
 
     Args:
         dataset: dataset whose constants replace those that are None; see `DATASETS`.
-        cut, select: of the readout that spreads, as in `layer_probabilities`; the release selects the
-            last but one of ViT-L/14 on many sets.
-        logit_scale: 100; 50 in the release on COCO-Object and COCO-Stuff.
+        cut, select: cut and index of the readout that is spread, as in `layer_probabilities`; the
+            release selects the last but one of ViT-L/14 on many datasets.
+        logit_scale: inverse temperature; 50 in the release on COCO-Object and COCO-Stuff.
         score_thd, background_thd, min_max: as in `kept_classes`.
-        background: whether class 0 is made of background words.
+        background: whether class 0 consists of background words.
     """
     given = (cut, score_thd, background_thd, background, min_max)
     values: list[Any] = [

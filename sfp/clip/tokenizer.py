@@ -24,7 +24,7 @@ from torch import Tensor
 
 START, END = 49406, 49407
 SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
-# what counts as one word: a mark, an English contraction, letters, a digit, or other signs
+# a word is a start or end token, an English contraction, letters, a digit, or other characters
 WORD = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,

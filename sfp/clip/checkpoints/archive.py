@@ -1,17 +1,17 @@
-"""Tensors out of PyTorch's zip archives, read as data.
+"""Reads tensors from PyTorch's zip archives as data.
 
-`torch.save` and TorchScript write the same thing: `data.pkl`, which describes tensors and the tree
-they hang in as instructions of the pickle format, and `data/<key>`, their numbers (TorchScript also
-puts its programs under `code/`). What is promised of any file, whoever has written it:
+`torch.save` and TorchScript write the same files: `data.pkl`, which describes tensors and their tree
+by instructions of the pickle format, and `data/<key>` with their values (TorchScript also stores its
+programs under `code/`). For any file, including malicious ones:
 
-* no code of it runs: nothing is imported, called or changed in this process;
-* it yields tensors or an error, and never ends the interpreter;
+* none of its code runs: nothing is imported, called or changed in this process;
+* the result is tensors or an error, and the interpreter never crashes;
 * memory stays within a small multiple of the file's size.
 
-A `pickle.Unpickler` that refuses names keeps only the first: a memo index makes it ask for gigabytes
-(7 bytes for 4 GB), and hashing a deep tuple as a key overflows the C stack. So the few instructions
-that occur are interpreted here, and what they say about sizes is held against the size of the file
-before any memory is asked for.
+A `pickle.Unpickler` that refuses names only guarantees the first: a memo index makes it allocate
+gigabytes (7 bytes for 4 GB), and hashing a deep tuple as a key overflows the C stack. Therefore the few
+instructions that occur are interpreted here, and sizes are compared with the size of the file before
+memory is allocated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-MAX_PROGRAM = 2**24  # bytes of data.pkl; that of a ViT-L/14 has a quarter of a million
+MAX_PROGRAM = 2**24  # bytes of data.pkl; that of a ViT-L/14 has about 250,000
 MAX_NAME = 1000  # characters of a parameter's dotted name
 MAX_SIDES = 8  # dimensions of a tensor
 
@@ -43,7 +43,7 @@ STORAGES = {
     "torch BoolStorage": torch.bool,
 }
 REBUILD = "torch._utils _rebuild_tensor_v2"
-FIRST_ARGUMENT = (  # functions that return it: a parameter's tensor, lists with their types
+FIRST_ARGUMENT = (  # functions that return their first argument: parameters, typed lists
     "torch._utils _rebuild_parameter",
     "torch.jit._pickle build_intlist",
     "torch.jit._pickle build_doublelist",
@@ -54,7 +54,7 @@ FIRST_ARGUMENT = (  # functions that return it: a parameter's tensor, lists with
 
 
 class ArchiveError(ValueError):
-    """An archive that is damaged, or that says what no checkpoint says."""
+    """An archive that is damaged, or has contents that do not occur in checkpoints."""
 
 
 class _Global(NamedTuple):
@@ -69,7 +69,7 @@ class _Storage(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A tensor before it is looked at whether its storage can hold it."""
+    """A tensor that has not yet been compared with the size of its storage."""
 
     storage: Any
     offset: Any
@@ -78,7 +78,7 @@ class _View(NamedTuple):
 
 
 class _Module:
-    """An object of a TorchScript archive: attributes and nothing else."""
+    """An object of a TorchScript archive, with only its attributes."""
 
     attributes: dict[Any, Any] | None = None
 
@@ -86,11 +86,11 @@ class _Module:
 def read_archive(file: BinaryIO) -> dict[str, Tensor]:
     """The state dict in an archive of `torch.save`, or a TorchScript module's tensors by dotted name.
 
-    A state dict may lie under the key "state_dict" of a larger checkpoint; the rest is left alone.
+    A state dict may be under the key "state_dict" of a larger checkpoint, whose rest is ignored.
 
     Raises:
-        ArchiveError: if the archive is damaged, claims more than it holds, or is neither.
-        zipfile.BadZipFile: if it is no zip file, or a part's checksum is wrong.
+        ArchiveError: if the archive is damaged, claims sizes larger than it, or is neither of these.
+        zipfile.BadZipFile: if it is not a zip file, or a checksum is wrong.
     """
     with zipfile.ZipFile(file) as archive:
         roots = [
@@ -107,7 +107,7 @@ def read_archive(file: BinaryIO) -> dict[str, Tensor]:
             ValueError,
             LookupError,
             TypeError,
-        ) as error:  # stack or memo used as none writes it
+        ) as error:  # invalid use of the stack or the memo
             raise ArchiveError(f"data.pkl is malformed: {error}") from error
         if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
             tree = tree["state_dict"]
@@ -115,7 +115,7 @@ def read_archive(file: BinaryIO) -> dict[str, Tensor]:
 
 
 def _interpret(program: bytes) -> Any:  # noqa: C901 - a case per instruction
-    """What the instructions of a data.pkl describe.
+    """The value described by the instructions of a data.pkl.
 
     Each instruction pushes at most one value, so memory stays in proportion to the program.
     """
@@ -182,7 +182,7 @@ def _interpret(program: bytes) -> Any:  # noqa: C901 - a case per instruction
                 stack[-1] = _call(_a(_Global, stack[-1]).name, arguments)
             case "BUILD":
                 state = _a(dict, stack.pop())
-                if not isinstance(stack[-1], dict):  # a dict's state is PyTorch's version note
+                if not isinstance(stack[-1], dict):  # that of a dict holds only version numbers
                     _a(_Module, stack[-1]).attributes = state
             case "STOP":
                 return stack.pop()
@@ -192,14 +192,14 @@ def _interpret(program: bytes) -> Any:  # noqa: C901 - a case per instruction
 
 
 def _a(kind: type, value: Any) -> Any:
-    """The value, if it is of a kind. Messages never show values: nested ones unfold without end."""
+    """The value, if it has a type. Messages never show values: nested ones could be endless."""
     if type(value) is not kind:
         raise ArchiveError(f"data.pkl has a {type(value).__name__} where a {kind.__name__} belongs")
     return value
 
 
 def _key(value: Any) -> str | int:
-    """A key of a mapping. Nothing nested: hashing a deep tuple overflows the interpreter's stack."""
+    """A key of a mapping. It is not nested: hashing a deep tuple overflows the interpreter's stack."""
     if type(value) is int:
         return value
     if len(_a(str, value)) > MAX_NAME:
@@ -208,7 +208,7 @@ def _key(value: Any) -> str | int:
 
 
 def _global(name: str) -> _Global:
-    """A name that occurs in archives, "module name"; any other is refused where it stands."""
+    """A name that occurs in archives, "module name"; any other is refused."""
     known = (*STORAGES, *FIRST_ARGUMENT, REBUILD, "collections OrderedDict")
     if name not in known and not name.startswith("__torch__"):
         raise ArchiveError(f"refused to load {name.replace(' ', '.')[:100]}")
@@ -216,7 +216,7 @@ def _global(name: str) -> _Global:
 
 
 def _storage(pid: Any) -> _Storage:
-    """What data.pkl calls ("storage", type, key, device, elements)."""
+    """The storage for ("storage", type, key, device, elements) in data.pkl."""
     _, kind, key, _, _ = _a(tuple, pid)
     if _a(_Global, kind).name not in STORAGES:
         raise ArchiveError("data.pkl has a storage without a type")
@@ -224,7 +224,7 @@ def _storage(pid: Any) -> _Storage:
 
 
 def _call(name: str, arguments: tuple | None) -> Any:
-    """What a call stands for; without arguments, what a new object does."""
+    """The value of a call; without arguments, of a new object."""
     if arguments is None and name.startswith("__torch__"):
         return _Module()
     if arguments and name == REBUILD:
@@ -250,7 +250,7 @@ def _flat(tree: Any) -> dict[str, _View]:
     while waiting:
         prefix, module = waiting.pop()
         attributes = _a(dict, module.attributes)
-        if id(attributes) in seen:  # a cycle, or a tree that unfolds without end
+        if id(attributes) in seen:  # a cycle, or a tree that could be endless
             raise ArchiveError(f"module {prefix!r} is in the archive's tree twice")
         seen.add(id(attributes))
         for key, value in attributes.items():
@@ -264,7 +264,7 @@ def _flat(tree: Any) -> dict[str, _View]:
 
 
 class _Parts:
-    """The files in an archive; together they cannot be larger than it, overlap as they may."""
+    """The files in an archive; in total they must not be larger than it, even if they overlap."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         self.archive, self.root = archive, root
@@ -272,13 +272,13 @@ class _Parts:
         self.size = self.unread = archive.fp.seek(0, 2)
 
     def read(self, name: str, limit: float = math.inf) -> bytes:
-        """One file, of at most `limit` bytes, compared with its checksum."""
+        """Reads one file, of at most `limit` bytes, and verifies its checksum."""
         try:
             info = self.archive.getinfo(self.root + name)
         except KeyError:
             raise ArchiveError(f"{self.root}{name} is missing") from None
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            # PyTorch stores numbers as they are; what unfolds on reading can be of any size
+            # PyTorch stores values uncompressed; compressed files could expand to any size
             raise ArchiveError(f"{info.filename} is compressed or encrypted")
         if info.file_size > min(limit, self.unread):
             raise ArchiveError(f"{info.filename} claims {info.file_size} bytes: too many")
@@ -286,7 +286,7 @@ class _Parts:
         return self.archive.read(info)
 
     def tensors(self, views: Mapping[str, _View]) -> dict[str, Tensor]:
-        """The tensors, each within its storage, and all of them within the size of the file."""
+        """The tensors; each must fit in its storage, and all of them in the size of the file."""
         self._check_order()
         left = self.size
         storages: dict[_Storage, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Checkpoints over the network: continued where they broke off, verified before they get their name."""
+"""Downloads checkpoints, continues broken downloads, and verifies files before renaming them."""
 
 from __future__ import annotations
 
@@ -37,42 +37,43 @@ except ImportError:  # on Windows two processes may download the same file, and 
 
 TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as broken
 BLOCK = 1 << 20
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for the rest
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left
 
 
 class HashError(OSError):
-    """A file that arrived whole and is not the one that was asked for."""
+    """A downloaded file with the wrong hash."""
 
 
 def fetch(url: str, path: Path, sha256: str, *, timeout: float = TIMEOUT) -> None:
-    """Downloads a file, with a progress bar on stderr, and gives it its name once its hash is right.
+    """Downloads a file with a progress bar on stderr, and renames it after its hash has been verified.
 
-    What has arrived lies in `<path>.part`. A connection that breaks is taken up again as long as that
-    brings more of the file, and the next call continues where this one gave up. Processes that want
-    the same file wait for the first of them.
+    Until then it is stored in `<path>.part`. Broken connections are resumed as long as each attempt
+    adds to the file, and the next call continues where this one stopped. Other processes that need the
+    same file wait for the first of them.
 
     Args:
-        url: where it is.
-        path: where it goes; its folder is created.
-        sha256: of the whole file.
-        timeout: seconds without a byte until a connection counts as broken.
+        url: address of the file.
+        path: where to store it; the folder is created.
+        sha256: hash of the complete file.
+        timeout: seconds without data until a connection counts as broken.
 
     Raises:
-        HashError: if the hash is wrong, also after a second attempt from the start; nothing stays.
-        OSError: if it cannot be had or written; what has arrived stays, unless the disk is full.
+        HashError: if the hash is wrong even after a second attempt from the start; the file is removed.
+        OSError: if it cannot be fetched or written; the part that was fetched is kept, unless the disk
+            is full.
         http.client.HTTPException: if the server does not speak HTTP.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with _alone(part) as file:
-        if path.is_file():  # another process brought it while this one waited
+        if path.is_file():  # another process fetched it while this one waited
             part.unlink()
             return
         try:
             continued = file.seek(0, os.SEEK_END) > 0
             _transfer(url, file, path.name, timeout)
             found = sha256_file(part)
-            if found != sha256 and continued:  # perhaps of another file
+            if found != sha256 and continued:  # the earlier part may be of another file
                 file.truncate(0)
                 _transfer(url, file, path.name, timeout)
                 found = sha256_file(part)
@@ -88,7 +89,7 @@ def fetch(url: str, path: Path, sha256: str, *, timeout: float = TIMEOUT) -> Non
 
 @contextlib.contextmanager
 def _alone(part: Path) -> Iterator[FileIO]:
-    """The unfinished file, open for this process only; others wait, also when this one is killed."""
+    """The incomplete file, opened for this process only; others wait until it is closed."""
     while True:
         file = FileIO(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+")
         with file:
@@ -101,13 +102,13 @@ def _alone(part: Path) -> Iterator[FileIO]:
                 same = os.path.samestat(os.fstat(file.fileno()), part.stat())
             except FileNotFoundError:
                 same = False
-            if same:  # else the one that was waited for has renamed or removed it
+            if same:  # otherwise another process has renamed or removed it
                 yield file
                 return
 
 
 def _transfer(url: str, file: FileIO, name: str, timeout: float) -> None:
-    """Appends what `file` lacks; tries again as long as an attempt brings something."""
+    """Appends the rest of `file`; tries again as long as attempts make progress."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -130,7 +131,7 @@ def _transfer(url: str, file: FileIO, name: str, timeout: float) -> None:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether there is no room for what is being written."""
+    """Whether an error means that there is no space left."""
     return isinstance(error, OSError) and error.errno in FULL
 
 
@@ -145,7 +146,7 @@ def _attempt(url: str, file: FileIO, timeout: float, bar: Progress, task: TaskID
     except urllib.error.HTTPError as error:
         with error:
             if start and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return  # there is no more: the hash decides
+                return  # nothing is left to fetch: the hash decides
         raise
     with response:
         given = response.headers.get("Content-Range", "")
@@ -157,7 +158,7 @@ def _attempt(url: str, file: FileIO, timeout: float, bar: Progress, task: TaskID
         length = response.headers.get("Content-Length")
         total = start + int(length) if length and length.isdigit() else None
         bar.update(task, completed=start, total=total)
-        while block := response.read1(BLOCK):  # what is there: a timeout would lose the rest
+        while block := response.read1(BLOCK):  # available data only: a timeout would lose a block
             _write(file, block)
             bar.advance(task, len(block))
     size = file.tell()
@@ -166,14 +167,14 @@ def _attempt(url: str, file: FileIO, timeout: float, bar: Progress, task: TaskID
 
 
 def _write(file: FileIO, block: bytes) -> None:
-    """All of a block: an unbuffered write may take a part of it when a disk fills up."""
+    """Writes a whole block: an unbuffered write may write only a part of it if the disk fills up."""
     view = memoryview(block)
     while view:
         view = view[file.write(view) :]
 
 
 def on_hub(place: str, names: Sequence[str] = HUB_FILES) -> Path | None:
-    """A checkpoint in the local cache of the Hugging Face Hub, or None; arguments as `from_hub`."""
+    """A checkpoint in the local cache of the Hugging Face Hub, or None; arguments as in `from_hub`."""
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
@@ -189,18 +190,18 @@ def on_hub(place: str, names: Sequence[str] = HUB_FILES) -> Path | None:
 def from_hub(place: str, names: Sequence[str] = HUB_FILES) -> Path:
     """Downloads a checkpoint from the Hugging Face Hub into the Hub's own cache.
 
-    Its library continues broken downloads, and knows mirrors (`HF_ENDPOINT`), tokens (`HF_TOKEN`) and
-    `HF_HUB_OFFLINE`.
+    The Hub's library continues broken downloads, and supports mirrors (`HF_ENDPOINT`), tokens
+    (`HF_TOKEN`) and `HF_HUB_OFFLINE`.
 
     Args:
-        place: as `Published.repo`.
-        names: files of which the first that is there is taken, if `place` names none. Of an index the
-            shards are fetched as well.
+        place: as in `Published.repo`.
+        names: if `place` does not name a file, the first of these that exists is fetched; for an index,
+            its shards as well.
 
     Raises:
         ImportError: if the package huggingface_hub is not installed.
-        HashError: if the file does not have the hash that the Hub states; it is removed.
-        OSError: if it cannot be had.
+        HashError: if the hash is not the one stated by the Hub; the file is removed.
+        OSError: if it cannot be fetched.
     """
     repo, names = split_place(place, names)
     for name in names:
@@ -214,17 +215,17 @@ def from_hub(place: str, names: Sequence[str] = HUB_FILES) -> Path:
 
 
 def companions(place: str, names: Sequence[str]) -> None:
-    """Fetches small files that belong to a checkpoint, as far as they exist and can be had."""
+    """Fetches small files that belong to a checkpoint, if they exist and can be fetched."""
     repo, _ = split_place(place)
     for name in names:
         with contextlib.suppress(
             OSError, ImportError
-        ):  # what is missing is missed when it is needed
+        ):  # missing files are reported when they are needed
             _one_file(repo, name)
 
 
 def _one_file(repo: str, name: str) -> Path | None:
-    """Downloads and verifies a file; None if the repository lacks it. Errors as those of `from_hub`."""
+    """Downloads and verifies a file; None if the repository lacks it. Errors as in `from_hub`."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (
@@ -260,6 +261,6 @@ def _one_file(repo: str, name: str) -> Path | None:
 
 
 def stated_hash(path: Path) -> str | None:
-    """The SHA-256 that the Hub stated for a file in its cache: the name of what the link points to."""
+    """The SHA-256 that the Hub states for a file in its cache: the name of the link's target."""
     name = path.resolve().name
     return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None

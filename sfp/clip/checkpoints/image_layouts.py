@@ -1,10 +1,10 @@
-"""Image towers as different people write them, under the names and with the switches of ours.
+"""Converts image towers from different layouts to the names and switches of ours.
 
-A layout is a table of names, and a function that reads sizes and switches off names, shapes and the
-configuration beside the weights. Four things are worked out and not only renamed, because they are
-constants of a frozen model: scales of whole layers go into the weights that they follow, batch norms
-into the convolutions before them, the projection of a pool's learned query into the query, and a
-normalisation of images that is part of a model into its patch embedding.
+A layout is a table of names, and a function that infers sizes and switches from names, shapes and the
+configuration beside the weights. Four operations are folded into weights, since they are constant in a
+frozen model: layer scales into the weights before them, batch norms into the convolutions before them,
+the projection of a pool's learned query into the query, and a model's own normalisation of images into
+its patch embedding.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from sfp.clip.vit import ImageConfig
 from sfp.functional.grid import cropped_positions, resample_positions
 from sfp.registry import Op
 
-# of an image tower's tensors
+# prefixes of an image tower's tensors
 PREFIXES = ("visual.", "vision_model.", "vision_encoder.", "visual_projection.", "radio.")
-# names of a C-RADIO by its publisher, transformers and timm, which no image-text model has
+# names in C-RADIO's checkpoints of its publisher, transformers and timm, but in no image-text model
 _RADIO_SIGN = re.compile(r"radio_model\.|embeddings\.patch_projection\.|(embeds\.)?reg_token$")
 _RADIO_PARTS = re.compile(
     r"(radio_model|embeddings|encoder\.layer|input_conditioner|adaptors)\.|summary_idxs$"
 )
 _TIMM_PARTS = re.compile(r"(embeds|patch_embed|blocks)\.|(pos_embed|cls_token|reg_token)$")
-RADIO_SIZE = 512  # pixels, of timm's C-RADIOs; their position tables are for 2048
-SIGLIP_HEADS = {1152: 72, 1536: 96}  # width of heads by width of tokens; 64 else
+RADIO_SIZE = 512  # pixels, for timm's C-RADIOs; their position embeddings are for 2048
+SIGLIP_HEADS = {1152: 72, 1536: 96}  # width of heads by width of tokens; otherwise 64
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTHING, ALL = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
@@ -60,15 +60,15 @@ CROPPED_CORNERS = Op(cropped_positions, (("align_corners", True),))
 
 @dataclass(frozen=True)
 class Layout:
-    """Who writes an image tower how.
+    """A layout of image towers.
 
     Attributes:
-        sign: pattern of the beginning of a name that no later layout has.
-        names: pairs of patterns and replacements; the first that fits a name counts. Nothing as a
+        sign: pattern for the beginning of a name that does not occur in later layouts.
+        names: pairs of patterns and replacements; the first match of a name counts. An empty
             replacement leaves the tensor out.
-        config: sizes and switches of the tensors under our names, given the configuration too; and
-            whether these tell all that changes features.
-        flat: whether the tensor of that name is a matrix.
+        config: function from tensors under our names and the configuration to sizes and switches, and
+            whether these determine everything that changes features.
+        flat: whether the tensor that matches `sign` must be a matrix.
     """
 
     sign: str
@@ -77,7 +77,7 @@ class Layout:
     flat: bool = False
 
     def fits(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether a state dict looks so."""
+        """Whether a state dict has this layout."""
         return any(
             re.match(self.sign, name) and (not self.flat or value.ndim == 2)
             for name, value in state.items()
@@ -85,11 +85,11 @@ class Layout:
 
 
 def marked(state: Mapping[str, Tensor]) -> tuple[State, bool]:
-    """A C-RADIO's tensors under names that begin with one of `PREFIXES`, and whether it is one.
+    """Adds one of `PREFIXES` to the names of a C-RADIO; also returns whether it is one.
 
-    Everything else stays as it is.
+    All other names are kept.
     """
-    # DINOv2 has registers too, and a norm behind its blocks
+    # DINOv2 also has registers, but a norm after its blocks
     if not any(map(_RADIO_SIGN.match, state)) or "norm.weight" in state:
         return dict(state), False
     result = {}
@@ -109,16 +109,16 @@ def read(
 
     Args:
         state: tensors whose names begin with one of `PREFIXES`.
-        config: the configuration that lies beside the weights, parsed.
+        config: contents of the configuration beside the weights.
 
     Raises:
-        LayoutError: if sizes cannot be read off; the message says of what.
+        LayoutError: if sizes cannot be inferred; the message names the tensor.
     """
     layout = next((x for x in LAYOUTS if x.fits(state)), LAYOUTS[-1])
     try:
         finished = _finished(_renamed(state, layout.names), config or {})
         image, settled = layout.config(finished, config or {})
-        if image.post_norm:  # their norms are part of what they follow
+        if image.post_norm:  # their norms are part of attention and MLP
             finished = {_behind(name): value for name, value in finished.items()}
         return finished, image, settled
     except LayoutError:
@@ -146,11 +146,11 @@ def _renamed(state: Mapping[str, Tensor], names: tuple[tuple[str, str], ...]) ->
     return named
 
 
-# -- what is worked out ----------------------------------------------------------------------------
+# -- computed tensors ------------------------------------------------------------------------------
 
 
 def _finished(named: State, config: Config) -> State:
-    """Our tensors of those under our names, or under the names of the parts that they are made of."""
+    """Computes our tensors from renamed ones, some of which are parts to be merged or folded."""
     state = dict(named)
     apart = (re.match(r"(.*\.attn\.)[qkv]\.", name) for name in named)
     for prefix in dict.fromkeys(match[1] for match in apart if match):
@@ -181,18 +181,18 @@ def _finished(named: State, config: Config) -> State:
 
 
 def _reshape(state: State) -> None:
-    """What others write transposed, flattened or with leading dimensions of 1."""
+    """Changes tensors that are stored transposed, flattened or with leading dimensions of 1."""
     for theirs, ours in (("table", "positional"), ("registers", "register"), ("cls", "class")):
         if f"visual.{theirs}" in state:
             x = state.pop(f"visual.{theirs}")
             x = x.reshape(-1, x.shape[-1])
-            if len(x):  # a configuration may ask for 0 registers
+            if len(x):  # a configuration may have 0 registers
                 state[f"visual.{ours}_embedding"] = x[0] if theirs == "cls" else x
     kernel = state.get("visual.conv1.weight")
-    if kernel is not None and kernel.ndim == 2:  # of flattened patches: row, column, channel
+    if kernel is not None and kernel.ndim == 2:  # for flattened patches: row, column, channel
         side = math.isqrt(kernel.shape[1] // 3)
         state["visual.conv1.weight"] = kernel.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
-    if "visual.kernel" in state:  # of flattened patches: channel, row, column
+    if "visual.kernel" in state:  # for flattened patches: channel, row, column
         kernel = state.pop("visual.kernel")
         side = math.isqrt(kernel.shape[1] // 3)
         state["visual.conv1.weight"] = kernel.unflatten(1, (3, side, side))
@@ -203,14 +203,14 @@ def _reshape(state: State) -> None:
 
 
 def _fold_scale(state: State, name: str, target: str) -> None:
-    """A scale of a layer's channels, in the layer."""
+    """Folds a scale of a layer's channels into the layer."""
     scale = state.pop(name).float()
     state[f"{target}.weight"] = scale[:, None] * state[f"{target}.weight"].float()
     state[f"{target}.bias"] = scale * state[f"{target}.bias"].float()
 
 
 def _pack(state: State, prefix: str) -> None:
-    """Queries, keys and values one above the other; EVA's keys have no bias."""
+    """Stacks queries, keys and values; EVA's keys have no bias."""
     parts: dict[str, State] = dict(weight={}, bias={})
     for kind, found in parts.items():
         for part in "qkv":
@@ -220,13 +220,13 @@ def _pack(state: State, prefix: str) -> None:
         parts["bias"].setdefault("k", torch.zeros_like(parts["bias"]["q"]))
     for kind, found in parts.items():
         target = f"{prefix}in_proj_{kind}"
-        # EVA-01 has packed weights and single biases
+        # EVA-01 has packed weights, but separate biases
         if found or (kind == "weight" and target not in state):
             state[target] = packed(found, target)
 
 
 def _fill_biases(state: State) -> None:
-    """Zeros for the biases of a kind of layer that has none in any block."""
+    """Adds zero biases to layers that have no bias in any block."""
     for layer in ("attn.in_proj_", "attn.out_proj.", "mlp.c_fc.", "mlp.c_proj."):
         if not any(name.endswith(f"{layer}bias") and _BLOCK in name for name in state):
             for name in [x for x in state if x.endswith(f"{layer}weight") and _BLOCK in x]:
@@ -237,8 +237,8 @@ def _fill_biases(state: State) -> None:
 def _split_prefix(state: State, config: Config) -> None:
     """C-RADIO's class tokens and registers, with the class token of SigLIP 2 first.
 
-    There is one class token for each teacher. Their order does not matter to the blocks, since they
-    have no positions. The publisher's configuration says which is SigLIP 2's; by default the first.
+    There is one class token for each teacher. Their order does not matter for the blocks, since they
+    have no positions. The publisher's configuration states which is SigLIP 2's; by default the first.
     """
     tokens = state.pop("visual.prefix")
     first = 0
@@ -253,7 +253,7 @@ def _split_prefix(state: State, config: Config) -> None:
 
 
 def _fold_normalisation(state: State) -> None:
-    """What a model does to images in 0..1, in its patch embedding: W (x - mean) / std + b."""
+    """Folds a model's normalisation of images into its patch embedding: W (x - mean) / std + b."""
     mean, std = (state.pop(f"visual.image_{part}").double().flatten() for part in ("mean", "std"))
     kernel = state["visual.conv1.weight"].double() / std[:, None, None]
     bias = state.get("visual.conv1.bias", kernel.new_zeros(len(kernel))).double()
@@ -262,7 +262,7 @@ def _fold_normalisation(state: State) -> None:
 
 
 def _fold_norm(state: State, prefix: str) -> None:
-    """A batch norm after a convolution without bias, in the convolution."""
+    """Folds a batch norm into the convolution without bias before it."""
     weight, bias, mean, variance = (
         state.pop(f"{prefix}bn.{part}").double()
         for part in ("weight", "bias", "running_mean", "running_var")
@@ -275,7 +275,7 @@ def _fold_norm(state: State, prefix: str) -> None:
 
 
 def _project_query(state: State) -> None:
-    """The first of a pool's learned queries as its projection leaves it; keys and values alone."""
+    """Projects the first of a pool's learned queries, and keeps only its keys and values."""
     pool = "visual.pool."
     probe = state.pop(f"{pool}probe")
     probe = probe.reshape(-1, probe.shape[-1])[0].double()
@@ -291,7 +291,7 @@ def _project_query(state: State) -> None:
 
 
 def _split_pool(state: State) -> None:
-    """The parts of PyTorch's multi-head attention: queries, and keys with values."""
+    """Splits PyTorch's multi-head attention into queries, and keys with values."""
     pool = "visual.pool."
     bias = state.pop(f"{pool}in_proj_bias")
     width = len(bias) // 3
@@ -299,30 +299,30 @@ def _split_pool(state: State) -> None:
     if f"{pool}in_proj_weight" in state:
         weight = state.pop(f"{pool}in_proj_weight")
         state[f"{pool}q.weight"], state[f"{pool}kv.weight"] = weight[:width], weight[width:]
-    else:  # tokens of another width than the pool
+    else:  # tokens and pool have different widths
         query, key, value = (state.pop(f"{pool}{part}_proj_weight") for part in "qkv")
         state[f"{pool}q.weight"], state[f"{pool}kv.weight"] = query, torch.cat([key, value])
 
 
-# -- what is read off ------------------------------------------------------------------------------
+# -- sizes and switches ----------------------------------------------------------------------------
 
 
 def _sizes(
     state: State, *, head_widths: Mapping[int, int] = HEAD_WIDTHS, **given: Any
 ) -> dict[str, Any]:
-    """What shapes and names tell of any tower, as arguments of `ImageConfig`, beside those `given`.
+    """Arguments of `ImageConfig` from shapes and names of any tower, in addition to those `given`.
 
     Args:
-        state: under our names.
-        head_widths: by the width of tokens; 64 where nothing is said.
-        **given: further arguments; `may_lack` says that a position table may lack the class token.
+        state: tensors under our names.
+        head_widths: widths of heads by the width of tokens; 64 for others.
+        **given: further arguments; with `may_lack` a position embedding may lack the class token.
     """
     width, _, _, kernel = shape_of(state, "visual.conv1.weight", 4)
     rows = shape_of(state, "visual.positional_embedding", 2)[0]
     prefix = int("visual.class_embedding" in state)
     prefix += len(state.get("visual.register_embedding", ()))
     table_prefix = prefix > 0
-    if given.pop("may_lack", False) and math.isqrt(rows) ** 2 == rows:  # no squares are neighbours
+    if given.pop("may_lack", False) and math.isqrt(rows) ** 2 == rows:  # rows - 1 is no square then
         table_prefix = False
     side = math.isqrt(max(rows - table_prefix, 0))
     if side * side + table_prefix != rows or not side:
@@ -373,7 +373,7 @@ _NAMED_AT_HOME = ("clip", "clip_vision_model", "", None)
 
 
 def _vision(config: Config, width: int) -> dict[str, Any]:
-    """What transformers' configuration says of an image tower, as far as it says it."""
+    """The settings of an image tower that transformers' configuration states."""
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         return {}
@@ -384,7 +384,7 @@ def _vision(config: Config, width: int) -> dict[str, Any]:
 
 
 def _plain(state: State, config: Config) -> tuple[ImageConfig, bool]:
-    """OpenAI's tower, in its own layout and open_clip's; CLIPA, which has no norm before the blocks."""
+    """OpenAI's tower, in its own layout and open_clip's; CLIPA without a norm before the blocks."""
     if "visual.proj" not in state:
         raise LayoutError("not a CLIP state dict: visual.proj is missing")
     if not _sizes(state)["table_prefix"]:
@@ -404,7 +404,7 @@ def _plain(state: State, config: Config) -> tuple[ImageConfig, bool]:
 
 
 def _transformers_clip(state: State, config: Config) -> tuple[ImageConfig, bool]:
-    """`CLIPModel`, and the models that have its image tower beside another text tower."""
+    """`CLIPModel`, and models with its image tower and another text tower."""
     sizes = _sizes(state)
     if config.get("model_type") in _NAMED_AT_HOME:
         return ImageConfig(**sizes), False
@@ -412,7 +412,7 @@ def _transformers_clip(state: State, config: Config) -> tuple[ImageConfig, bool]
 
 
 def _transformers_siglip(state: State, config: Config) -> tuple[ImageConfig, bool]:
-    """`SiglipModel`, which holds SigLIP 2 of fixed sizes too."""
+    """`SiglipModel`, also for SigLIP 2 of fixed sizes."""
     return _siglip(state, config, "gelu_tanh", EXACT_BICUBIC), True
 
 
@@ -438,7 +438,7 @@ def _siglip(state: State, config: Config, activation: str, positions: Op) -> Ima
 
 
 def _tipsv2(state: State, config: Config) -> tuple[ImageConfig, bool]:
-    """`Tipsv2Model`, whose class token has seen captions of the web, its register synthetic ones."""
+    """`Tipsv2Model`: the class token was trained on web captions, the register on synthetic ones."""
     gated = f"visual.{BLOCKS}0.mlp.c_fc.weight" in state and _is_gated(state)
     sizes = _sizes(
         state,
@@ -454,10 +454,10 @@ def _tipsv2(state: State, config: Config) -> tuple[ImageConfig, bool]:
 
 
 def _radio(state: State, config: Config) -> tuple[ImageConfig, bool]:
-    """C-RADIO by its publisher, timm's NaFlex and `RadioModel`, normalisation of images left out.
+    """C-RADIO of its publisher, timm's NaFlex and `RadioModel`, without the normalisation of images.
 
-    The publisher and timm align the corners of the position tables of v3-B and v3-H, `RadioModel` of
-    none.
+    The publisher and timm align the corners of the position embeddings of v3-B and v3-H, `RadioModel`
+    does not.
     """
     sizes = _sizes(
         state,
@@ -479,13 +479,13 @@ def _radio(state: State, config: Config) -> tuple[ImageConfig, bool]:
 
 
 def _whole_radio(state: State, config: Config) -> tuple[ImageConfig, bool]:
-    """The same, whose normalisation of images has become part of the patch embedding."""
+    """The same, with the normalisation of images folded into the patch embedding."""
     image, settled = _radio(state, config)
     return replace(image, mean=NOTHING, std=ALL), settled
 
 
 def _is_radio(state: State) -> bool:
-    """Whether a tower of timm's is C-RADIO: registers, and nothing behind the last block."""
+    """Whether a tower of timm is C-RADIO: with registers, and nothing after the last block."""
     behind = ("visual.ln_post.weight", "visual.pool.query")
     return "visual.register_embedding" in state and not any(name in state for name in behind)
 
@@ -502,12 +502,12 @@ def _adaptor(state: State) -> AdaptorConfig | None:
 
 
 def _timm(state: State, config: Config) -> tuple[ImageConfig, bool]:
-    """open_clip's models whose image tower is timm's: SigLIP, PE, EVA, MobileCLIP, BiomedCLIP."""
-    if _is_radio(state):  # with a position table of one size
+    """open_clip's models with an image tower of timm: SigLIP, PE, EVA, MobileCLIP, BiomedCLIP."""
+    if _is_radio(state):  # with a position embedding of one size
         image, settled = _radio(state, config)
         return replace(image, positions=SMOOTH_BICUBIC), settled
     if "visual.pool.query" in state and "visual.ln_pre.weight" not in state:
-        return _timm_siglip(state, config), True  # PE has a norm there
+        return _timm_siglip(state, config), True  # PE has `ln_pre`
     said = str(_open_clip_vision(config).get("timm_model_name", ""))
     before = "visual.ln_pre.weight" in state
     sizes = _sizes(
@@ -535,7 +535,7 @@ def _timm(state: State, config: Config) -> tuple[ImageConfig, bool]:
 
 
 def _timm_siglip(state: State, config: Config) -> ImageConfig:
-    """Timm has the exact GELU in some sizes, unlike transformers and the publisher."""
+    """SigLIP in timm, with the exact GELU in some sizes, unlike transformers and the publisher."""
     sizes = _siglip(state, config, "gelu", SMOOTH_BICUBIC)
     side = sizes.image_size // sizes.patch
     tanh = (
@@ -547,7 +547,7 @@ def _timm_siglip(state: State, config: Config) -> ImageConfig:
 
 
 def _perception(state: State, config: Config) -> tuple[ImageConfig, bool]:
-    """The Perception Encoder as its publisher writes it."""
+    """The Perception Encoder in its publisher's layout."""
     sizes = _sizes(
         state,
         head_widths={1536: 96},
@@ -563,20 +563,20 @@ def _perception(state: State, config: Config) -> tuple[ImageConfig, bool]:
 
 
 def _coca(state: State, config: Config) -> tuple[ImageConfig, bool]:
-    """CoCa, whose joint space the first of 256 queries leads into."""
+    """CoCa; the first of its 256 queries gives the embedding."""
     sizes = _sizes(state, activation="gelu", pool=_pool(state, heads=8), positions=SMOOTH_BICUBIC)
     return ImageConfig(**sizes | _open_clip_said(config)), True
 
 
 def _open_clip_vision(config: Config) -> Config:
-    """What open_clip's configuration says of an image tower; nothing where there is none."""
+    """The settings of an image tower in open_clip's configuration; empty if there are none."""
     model = config.get("model_cfg")
     vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
     return vision if isinstance(vision, Mapping) else {}
 
 
 def _open_clip_said(config: Config) -> dict[str, Any]:
-    """The same of a tower that is open_clip's own, as arguments of `ImageConfig`."""
+    """Arguments of `ImageConfig` from that configuration, for open_clip's own towers."""
     if not (vision := _open_clip_vision(config)):
         return {}
     said: dict[str, Any] = {"head_width": int(vision.get("head_width", HEAD_WIDTH))}
@@ -588,7 +588,7 @@ def _open_clip_said(config: Config) -> dict[str, Any]:
 
 
 def _is_gated(state: State) -> bool:
-    """Whether MLPs are SwiGLUs: their first layer gives twice what their second takes."""
+    """Whether MLPs are SwiGLUs: the output of the first layer is twice the input of the second."""
     first, second = (
         state.get(f"visual.{BLOCKS}0.mlp.{part}.weight") for part in ("c_fc", "c_proj")
     )
@@ -624,7 +624,7 @@ def _transformers_blocks(
     )
 
 
-# AltCLIP's files say "layer" where transformers' model of it says "layers"
+# AltCLIP's files have "layer", transformers' model of it "layers"
 _BLOCKS = _transformers_blocks("layers?", "layer_norm", "self_attn", "out_proj")
 _EMBEDDINGS = r"vision_model\.embeddings\."
 _SHARED = (
@@ -679,7 +679,7 @@ _TIMM = (
     (r"visual\.head\.proj\.weight", "visual.head.weight"),
 )
 
-# the adaptor into SigLIP 2's space; those of other teachers, and of patches, lead nowhere near texts
+# the adaptor to SigLIP 2; those for other teachers, and for patches, are not comparable with texts
 _ADAPTORS = (
     (r"radio\.adaptors\.siglip2[^.]*\.head_mlp\.(.+)", r"visual.adaptor.\1"),
     (r"radio\.adaptors\..*", ""),

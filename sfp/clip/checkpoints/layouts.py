@@ -1,8 +1,8 @@
-"""State dicts of CLIPs as different people write them, recognised by their names, in one form.
+"""Converts state dicts of CLIPs from different layouts, recognised by their names of tensors.
 
-Accepted are OpenAI's layout, which open_clip shares (also with the text tower under `text.`, and under
-the `module.` of distributed training), and that of `CLIPModel` in Hugging Face's transformers. The
-layouts of image towers are in `image_layouts.py`, those of text towers in `text_layouts.py`.
+Accepted are OpenAI's layout, which open_clip shares (also with the text tower under `text.`, and with
+the prefix `module.` of distributed training), and that of `CLIPModel` in Hugging Face's transformers.
+The layouts of image towers are in `image_layouts.py`, those of text towers in `text_layouts.py`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ACCEPTED = (
     "transformers' CLIPModel (vision_model.embeddings.class_embedding, ...)"
 )
 
-_WRAPPERS = ("module.", "_orig_mod.")  # of distributed training and torch.compile
-_SCALARS = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's archives
-_UNUSED = re.compile(r"attn_mask$|text_decoder\.")  # the causal mask; what writes captions
+_WRAPPERS = ("module.", "_orig_mod.")  # prefixes of distributed training and torch.compile
+_SCALARS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
+_UNUSED = re.compile(r"attn_mask$|text_decoder\.")  # the causal mask; CoCa's caption decoder
 
-# how a checkpoint that cannot be used gives itself away, the first that fits: a regular expression for
-# the beginning of a name, what it is, what is in the way
+# checkpoints that cannot be used; the first match counts: a regular expression for the beginning of a
+# name, what the model is, and why it cannot be used
 _REFUSED = (
     (r"visual\.layer1\.", "a ResNet CLIP", "only ViT towers have the patch tokens methods need"),
     (
@@ -83,11 +83,11 @@ class Recognised:
     """A state dict under the names of `sfp.clip.model.CLIP`.
 
     Attributes:
-        layout: one of the names above.
-        state: without bookkeeping.
-        image, text: sizes and switches, as far as names, shapes and the configuration tell them.
-        settled, text_settled: whether they tell the activation of a tower; if not, that in `image` or
-            `text` is OpenAI's.
+        layout: name of the layout, one of those above.
+        state: tensors of the towers, without other entries.
+        image, text: sizes and switches, as far as names, shapes and the configuration determine them.
+        settled, text_settled: whether they determine the activation of a tower; if not, that in `image`
+            or `text` is OpenAI's.
     """
 
     layout: str
@@ -105,15 +105,15 @@ def recognise(
 ) -> Recognised:
     """The layout of a state dict, and the same tensors under the names of this package.
 
-    Names that belong to no layout stay, for `build_clip` to complain about.
+    Names that belong to no layout are kept; `build_clip` reports them.
 
     Args:
-        state: as read.
-        config: the configuration that lies beside the weights, parsed.
-        words: that of the text tower's own weights, if they are others.
+        state: tensors as read.
+        config: contents of the configuration beside the weights.
+        words: configuration of the text tower, if it comes from other weights.
 
     Raises:
-        LayoutError: if it is a model of another kind, or no CLIP; the message says which.
+        LayoutError: if it is another type of model, or not a CLIP; the message says which.
     """
     words = config if words is None else words
     state, wrapped = _unwrap(state)
@@ -131,10 +131,10 @@ def recognise(
     if radio:
         _check_space(image_config, state)
     text, text_config, text_settled = text_layouts.read(state, words)
-    shared = {k: v.reshape(()) if v.numel() == 1 else v for k, v in shared.items()}  # (1,) in some
+    shared = {k: v.reshape(()) if v.numel() == 1 else v for k, v in shared.items()}  # some are (1,)
     if settled and not text_settled:
         activation = image_config.activation
-        if layout != TRANSFORMERS:  # timm's towers have others than the text tower beside them
+        if layout != TRANSFORMERS:  # timm's image towers may have another activation
             quick = (words or {}).get("model_cfg", {}).get("quick_gelu", False)
             activation = "quick_gelu" if quick else "gelu"
         text_config = replace(text_config, activation=activation)
@@ -149,19 +149,19 @@ def recognise(
 
 
 def text_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a state dict has besides the image tower: a text tower, scale and bias of the logits."""
+    """A state dict without the image tower: the text tower, and scale and bias of the logits."""
     state, _ = image_layouts.marked(_unwrap(state)[0])
     shown = image_layouts.PREFIXES
     return {name: value for name, value in state.items() if not name.startswith(shown)}
 
 
 def lacks_texts(state: Mapping[str, Tensor]) -> bool:
-    """Whether this is an image tower whose texts another model's tower reads: C-RADIO's."""
+    """Whether this is an image tower for the text tower of another model: C-RADIO's."""
     return any("siglip2" in name for name in state) and not text_part(state)
 
 
 def _check_space(image: ImageConfig, texts: Mapping[str, Tensor]) -> None:
-    """Raises `LayoutError` if a C-RADIO does not lead to texts; the message says what to do."""
+    """Raises `LayoutError`, with what to do, if a C-RADIO lacks its adaptor or text tower."""
     if image.adaptor is None:
         raise LayoutError(
             "this is a C-RADIO without its adaptor to SigLIP 2 (radio_model.adaptors.siglip2-g."
@@ -176,7 +176,7 @@ def _check_space(image: ImageConfig, texts: Mapping[str, Tensor]) -> None:
 
 
 def _layout(state: Mapping[str, Tensor], wrapped: bool) -> str:
-    """Who writes such names; raises `LayoutError` if nobody does."""
+    """The name of the layout; raises `LayoutError` if it is not known."""
     for pair in (("vision_model", "text_model"), ("vision_encoder", "text_encoder")):
         missing = [t for t in pair if not any(name.startswith(f"{t}.") for name in state)]
         if not missing:
@@ -197,7 +197,7 @@ def _layout(state: Mapping[str, Tensor], wrapped: bool) -> str:
 
 
 def _unwrap(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """Without what wrappers put before every name, and whether there was any."""
+    """Removes the prefixes that wrappers add to all names; also whether there were any."""
     result, wrapped = dict(state), False
     while result and (
         prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in result)), None)

@@ -1,7 +1,7 @@
-"""From a name, a file or a state dict to a CLIP whose weights are what they claim to be.
+"""Loads a CLIP from a name, a file or a state dict, and verifies its weights.
 
-Nothing here runs code from a checkpoint: PyTorch's archives, TorchScript among them, are read as data
-(`archive.py`), safetensors are nothing else, and what `torch.save` wrote before 2020 goes through
+No code from a checkpoint is run: PyTorch's archives, including TorchScript, are read as data
+(`archive.py`), safetensors contain only data, and files that `torch.save` wrote before 2020 are read by
 PyTorch's `weights_only` reader.
 """
 
@@ -59,7 +59,7 @@ from sfp.clip.vit import ImageConfig
 from sfp.files import cache_dir, sha256_file
 from sfp.registry import suggest
 
-TEXTS = "text"  # folder beside weights without texts, with a model whose text tower reads them
+TEXTS = "text"  # folder beside weights without a text tower, with the model that has it
 
 
 def load_clip(
@@ -76,23 +76,24 @@ def load_clip(
     Args:
         source: a published name ("ViT-B/16", "tipsv2-l14", see `PUBLISHED`; found on disk or
             downloaded, and verified); "mini", the small model trained on drawn scenes that ships with
-            this package; "none", for methods that read another model; a local file (TorchScript
+            this package; "none", for methods that use another model; a local file (TorchScript
             archive, `torch.save` or safetensors), a folder, or the index of a model in several files;
-            a repository on the Hugging Face Hub ("org/name"); or a state dict. Layouts are those of
-            OpenAI, open_clip and transformers, recognised by
-            their names. "path@gelu" is short for `activation="gelu"`.
-        activation: "quick_gelu" or "gelu", which a state dict does not tell. By default what the table
-            of published weights says, or a configuration file beside the checkpoint
-            (`open_clip_config.json`, transformers' `config.json`), or its name if it has "quickgelu"
-            in it; else a guess with a warning: GELU for what can only be open_clip's, else QuickGELU.
-        head_width: of the image tower's attention; 80, 88 and 104 in ViT-H, ViT-g and ViT-bigG, else
-            64, unless a configuration file says otherwise.
-        text_head_width: of the text tower's.
-        tokenizer: the vocabulary file of a model that has not OpenAI's; by default the one beside the
-            weights, or in the Hub's cache. Without one the model loads, and reads no texts.
-        texts: for image towers that lead into another model's space (C-RADIO): that model, as
-            `source`, of which the text tower is taken; by default what the table says, or the folder
-            text/ beside the weights.
+            a repository on the Hugging Face Hub ("org/name"); or a state dict. The layouts of OpenAI,
+            open_clip and transformers are recognised by their names of tensors. "path@gelu" is short
+            for `activation="gelu"`.
+        activation: "quick_gelu" or "gelu", which a state dict does not contain. By default it is taken
+            from the table of published weights, from a configuration file beside the checkpoint
+            (`open_clip_config.json`, transformers' `config.json`), or from its name if that contains
+            "quickgelu"; otherwise it is guessed with a warning: GELU for weights that can only be
+            open_clip's, else QuickGELU.
+        head_width: width of the image tower's attention heads; by default 80, 88 and 104 in ViT-H,
+            ViT-g and ViT-bigG, else 64, unless a configuration file states another.
+        text_head_width: width of the text tower's attention heads.
+        tokenizer: vocabulary file of a model that does not use OpenAI's; by default the one beside the
+            weights or in the Hub's cache. Without one the model loads, but cannot encode texts.
+        texts: for image towers that project into another model's space (C-RADIO): that model, as
+            `source`, whose text tower is used; by default that of the table, or the folder text/
+            beside the weights.
 
     Raises:
         WeightsError: if the weights cannot be found, downloaded, verified or read.
@@ -125,19 +126,19 @@ class Checkpoint:
     """Weights that were read and recognised.
 
     Attributes:
-        origin: for messages, a path or "the state dict".
-        path: of the file, if there is one.
-        sha256: of the file, or of the names and values of a state dict.
-        verified: whether the hash is the one that the publisher states.
-        layout: as `sfp.clip.checkpoints.layouts` calls it.
-        state: under the names of `CLIP`, as stored.
+        origin: description for messages, a path or "the state dict".
+        path: path of the file, if there is one.
+        sha256: hash of the file, or of the names and values of a state dict.
+        verified: whether the hash is the one stated by the publisher.
+        layout: name of the layout, from `sfp.clip.checkpoints.layouts`.
+        state: tensors under the names of `CLIP`, as stored.
         image, text: sizes and switches of the towers.
-        facts: what the state does not tell.
-        settled: whether `image` and `text` have their activations from the layout or a configuration,
-            and not from `facts`.
-        tokenizer: of a text tower that has not OpenAI's.
-        row: of the table, if it was asked for by name.
-        texts: where the text tower comes from, if from other weights.
+        facts: properties that the state does not contain.
+        settled: whether the activations in `image` and `text` come from the layout or a configuration
+            instead of `facts`.
+        tokenizer: tokenizer of a text tower that does not use OpenAI's.
+        row: row of the table, for weights given by name.
+        texts: origin of the text tower, if it comes from other weights.
     """
 
     origin: str
@@ -156,7 +157,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Names what the model computes: the hash, and what would change features besides it."""
+        """Identifies what the model computes: the hash, and everything else that changes features."""
         if not self.settled and self.tokenizer is None:
             return _digest(self.sha256, self.facts)
         read_by = self.tokenizer.digest if self.tokenizer else ""
@@ -168,7 +169,7 @@ class Checkpoint:
 
         Raises:
             LayoutError: if names or shapes are not those of a CLIP, or not those of the row.
-            WeightsError: if a number is NaN or infinite.
+            WeightsError: if a value is NaN or infinite.
         """
         try:
             clip = build_clip(
@@ -195,7 +196,7 @@ def open_weights(
     tokenizer: str | Path | None = None,
     texts: str | Path | Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
-    """Finds, verifies, reads and recognises weights; arguments and errors as those of `load_clip`."""
+    """Finds, verifies, reads and recognises weights; arguments and errors as in `load_clip`."""
     if not isinstance(source, Mapping):
         source, suffix = split_activation(source)
         activation = activation or suffix
@@ -231,7 +232,7 @@ def open_weights(
 
 @dataclass(frozen=True)
 class _Opened:
-    """Weights that were read: attributes as of `Checkpoint`, and the configurations beside them."""
+    """Weights that were read, with the attributes of `Checkpoint`, and configurations beside them."""
 
     origin: str
     path: Path | None
@@ -240,7 +241,7 @@ class _Opened:
     verified: bool
     state: dict[str, Tensor]
     config: dict[str, Any]
-    words: dict[str, Any] | None = None  # of the text tower, where that is another model's
+    words: dict[str, Any] | None = None  # configuration of the text tower, if it is another model's
 
 
 def _open(source: str | Path | Mapping[str, Tensor]) -> _Opened:
@@ -254,7 +255,7 @@ def _open(source: str | Path | Mapping[str, Tensor]) -> _Opened:
             "the state dict", None, None, digest_of(source), False, dict(source), config={}
         )
     path = locate(source)
-    sha256, verified = verify(str(source), path)  # before anything looks inside
+    sha256, verified = verify(str(source), path)  # before the file is parsed
     row, config = PUBLISHED.get(str(source)), configuration(path)
     if known := row or row_of(path):
         config = SETTINGS.get(str(known.architecture), {}) | config
@@ -264,7 +265,7 @@ def _open(source: str | Path | Mapping[str, Tensor]) -> _Opened:
 def _whose_texts(
     file: _Opened, given: str | Path | Mapping[str, Tensor] | None
 ) -> str | Path | Mapping[str, Tensor] | None:
-    """Whose text tower reads the texts of a model that has none: who is given, the table, a folder."""
+    """The source of the text tower for a model without one: the given one, a folder, or the table."""
     row = file.row or (row_of(file.path) if file.path else None)
     beside = file.path.parent / TEXTS if file.path else None
     if given is None and beside and beside.is_dir():
@@ -303,7 +304,7 @@ def _settle(
     head_width: int | None,
     text_head_width: int | None,
 ) -> tuple[ImageConfig, TextConfig | BertConfig, Facts]:
-    """The towers' switches and what is known, by the caller, the layout, the table and files beside."""
+    """The towers' configurations and known facts, from the caller, the layout, the table and files."""
     if recognised.settled:
         known = settled_facts(path, recognised.image, row)
     else:
@@ -334,13 +335,13 @@ def find_tokenizer(
     path: Path | None,
     row: Published | None,
 ) -> Tokenizer:
-    """The tokenizer of a text tower that has not OpenAI's, or one that says what is missing.
+    """The tokenizer of a text tower that does not use OpenAI's, or one that says what is missing.
 
     Args:
-        text: the tower.
-        given: a vocabulary file, from the caller.
-        path: of the weights, beside which one may lie.
-        row: of the table, which says in which repository it lies; it is taken from the Hub's cache.
+        text: configuration of the tower.
+        given: vocabulary file from the caller.
+        path: path of the weights, beside which the file may be.
+        row: row of the table, with the file's repository; it is looked up in the Hub's cache.
 
     Raises:
         WeightsError: if the given file cannot be read.
@@ -370,7 +371,7 @@ def weights_digest(source: str | Path) -> str | None:
     """The digest that `load_clip(source)` would have, or None if the weights are not on this machine.
 
     Raises:
-        WeightsError, ValueError: as `load_clip`.
+        WeightsError, ValueError: as in `load_clip`.
     """
     if source == NONE:
         return NONE
@@ -386,7 +387,7 @@ def weights_digest(source: str | Path) -> str | None:
 
 
 def split_activation(source: str | Path) -> tuple[str | Path, str | None]:
-    """A source without the activation that may stand behind its last "@", and that, or None."""
+    """A source without the activation after its last "@", and that activation or None."""
     bare, at, suffix = str(source).rpartition("@")
     if at and suffix in ACTIVATIONS and not os.path.isfile(os.path.expanduser(source)):
         return bare, suffix
@@ -405,17 +406,17 @@ def _digest(sha256: str, known: Facts) -> str:
 def _own(value: Tensor) -> Tensor:
     """A copy, in float32 if it is of lower precision.
 
-    A copy even where nothing is to be converted: safetensors maps the file into memory, and a file
-    that is written anew while the model runs would change its weights or end the process.
+    It is copied even without a conversion: safetensors maps the file into memory, and overwriting the
+    file while the model runs would change its weights or crash the process.
     """
     lower = value.is_floating_point() and value.dtype != torch.float64
     return value.to(torch.float32 if lower else value.dtype, copy=True).contiguous()
 
 
 def verify(name: str, path: Path) -> tuple[str, bool]:
-    """The SHA-256 of weights, and whether there was one to compare it with.
+    """The SHA-256 of weights, and whether it could be compared with a stated one.
 
-    That of a model in several files is of the names and hashes of all.
+    For a model in several files, it is the hash of all their names and hashes.
 
     Raises:
         WeightsError: if a file is not what is published under `name`, or cannot be read.
@@ -443,7 +444,7 @@ def verify(name: str, path: Path) -> tuple[str, bool]:
 
 
 def complete(row: Published) -> None:
-    """Fetches what belongs to a row's weights besides them: configuration and tokenizer."""
+    """Fetches the other files of a row: configuration and tokenizer."""
     from sfp.clip.checkpoints.download import companions
 
     if row.repo and (row.tokenizer or not row.activation):
@@ -453,7 +454,7 @@ def complete(row: Published) -> None:
 
 
 def _stated(row: Published | None, path: Path) -> str | None:
-    """The hash that a file of this row should have, where its publisher or the Hub's cache says it."""
+    """The hash stated for a file of this row by its publisher or the Hub's cache, or None."""
     if row is None or row.shipped:
         return None
     if row.sha256 and path.name == row.file:
@@ -464,7 +465,7 @@ def _stated(row: Published | None, path: Path) -> str | None:
 
 
 def locate(source: str | Path) -> Path:
-    """The file of a source, downloaded if it is a published name or the Hub's and not on this machine.
+    """The file of a source; published names and Hub repositories are downloaded if necessary.
 
     Raises:
         WeightsError: if there is none; the message says which file to put where.
@@ -484,7 +485,7 @@ def locate(source: str | Path) -> Path:
 def _is_whole(path: Path) -> bool:
     try:
         return bool(parts(path))
-    except WeightsError:  # shards that did not arrive
+    except WeightsError:  # missing shards
         return False
 
 
@@ -506,7 +507,7 @@ def _from_repository(repo: str) -> Path:
 
 
 def known_names(name: str) -> str:
-    """The tail of an error message: the closest name, and some of those that there are."""
+    """The end of an error message: the closest name, and some of the valid ones."""
     close = difflib.get_close_matches(name, PUBLISHED, n=1)
     short = [n for n, row in PUBLISHED.items() if row.sha256 or row.shipped]
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -519,8 +520,8 @@ def known_names(name: str) -> str:
 def download(name: str) -> Path:
     """Fetches a published checkpoint, with a progress bar, and verifies it.
 
-    OpenAI's go into sfp's cache folder, those of the Hugging Face Hub into the Hub's. A file appears
-    under its name only when it is whole and its hash is right.
+    OpenAI's are stored in sfp's cache folder, those of the Hugging Face Hub in the Hub's. A file gets
+    its name only when it is complete and its hash is right.
 
     Raises:
         WeightsError: if that fails; the message says which file to put where.
@@ -568,7 +569,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint file or the shards of an index, without running anything in it.
 
     Raises:
-        WeightsError: if a file is damaged, of no known layout, or lacks what the index promises.
+        WeightsError: if a file is damaged, has no known format, or lacks tensors of the index.
     """
     if not is_index(path):
         return _read_file(path)
@@ -588,7 +589,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             if zipfile.is_zipfile(file):
                 return read_archive(file)
-            file.seek(8)  # behind the length of a safetensors header, which is JSON
+            file.seek(8)  # after the length of a safetensors header, which is JSON
             if file.read(1) == b"{" or path.suffix == ".safetensors":
                 return load_file(path)
             return _read_legacy(file)
@@ -596,7 +597,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         OSError,
         ValueError,  # ArchiveError among them
         EOFError,
-        RuntimeError,  # zipfile's, for features of the format that it lacks
+        RuntimeError,  # from zipfile, for unsupported features of the format
         struct.error,
         pickle.UnpicklingError,
         zipfile.BadZipFile,
@@ -613,7 +614,7 @@ def _read_legacy(file: BinaryIO) -> dict[str, Tensor]:
     """The state dict in a file of `torch.save` from before PyTorch 1.6, by PyTorch's restricted reader.
 
     Raises:
-        ValueError: if it holds none, or PyTorch's reader is one that could be tricked.
+        ValueError: if it holds none, or if this version of PyTorch's reader is not safe.
     """
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # CVE-2025-32434
         raise ValueError(
@@ -621,9 +622,9 @@ def _read_legacy(file: BinaryIO) -> dict[str, Tensor]:
         )
     file.seek(0)
     try:
-        # from memory: a file would hand out as many bytes as an instruction asks for
+        # from memory: reading from a file would allocate as many bytes as an instruction claims
         state = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
-    except Exception as error:  # its reader checks little and stumbles in every way there is
+    except Exception as error:  # malformed files raise all kinds of errors in PyTorch's reader
         raise ValueError(_first_line(error)) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
@@ -639,7 +640,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
-    """Raises `LayoutError` if a file is not of the architecture that its name promises."""
+    """Raises `LayoutError` if a file does not have the architecture of its name."""
     row = checkpoint.row
     if row is None or row.architecture is None:
         return
@@ -680,5 +681,5 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(str(state[name].dtype).encode())
         flat = state[name].detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy knows no bfloat16
+        digest.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()

@@ -1,7 +1,8 @@
-"""What a state dict leaves open, and who says it: activation, heads and normalisation.
+"""Properties that a state dict does not contain: activation, heads and normalisation.
 
-In this order: the caller; the table of published weights, for their names and files; a configuration
-file beside the checkpoint (`open_clip_config.json`, or transformers' `config.json`); the layout.
+They are taken, in this order, from the caller; from the table of published weights, for their names and
+files; from a configuration file beside the checkpoint (`open_clip_config.json`, or transformers'
+`config.json`); from the layout.
 """
 
 from __future__ import annotations
@@ -25,25 +26,24 @@ from sfp.clip.checkpoints.published import (
 from sfp.clip.checkpoints.sources import OPEN_CLIP_CONFIG, PREPROCESSOR, TRANSFORMERS_CONFIG
 from sfp.clip.vit import ImageConfig
 
-# settings of open_clip that its tensors do not show, that change what they compute, and that no layout
-# here reads
+# settings of open_clip that change the result, are not visible in the tensors, and are not supported
 _PLAIN: dict[str, dict[str, Any]] = {
     "vision_cfg": dict(pool_type="tok", pos_embed_type="learnable", norm_kwargs={}, act_kwargs={}),
     "text_cfg": dict(use_pad_mask=False, norm_kwargs={}, act_kwargs={}),
 }
-# what a configuration that is none makes of looking into it
+# errors when reading invalid configurations
 WRONG = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the shapes of a checkpoint cannot tell.
+    """Properties of a checkpoint that do not follow from its shapes.
 
     Attributes:
         activation: "quick_gelu" or "gelu".
-        because: who says so, in words.
-        certain: whether somebody does, or it is a guess.
-        head_width, text_head_width: None for the usual ones.
+        because: the source of the activation, for messages.
+        certain: whether it is known, not guessed.
+        head_width, text_head_width: widths of attention heads; None for the usual ones.
         mean, std: normalisation of the images, RGB in 0..1.
     """
 
@@ -57,15 +57,15 @@ class Facts:
 
 
 def facts(path: Path | None, layout: str, row: Published | None = None) -> Facts:
-    """What is known of a checkpoint besides its tensors.
+    """The known properties of a checkpoint besides its tensors.
 
     Args:
-        path: of its file, if it came from one.
-        layout: as `layouts.recognise` calls it.
-        row: its row in the table, if it was asked for by name.
+        path: path of its file, if there is one.
+        layout: name of the layout, from `layouts.recognise`.
+        row: its row in the table, for weights given by name.
 
     Raises:
-        WeightsError: if a configuration beside the file cannot be read, or asks for other parts.
+        WeightsError: if a configuration beside the file cannot be read, or has unsupported settings.
     """
     if path is not None and row is None and layout != layouts.OPENAI:
         row = row_of(path)
@@ -94,14 +94,14 @@ def facts(path: Path | None, layout: str, row: Published | None = None) -> Facts
 
 
 def settled_facts(path: Path | None, image: ImageConfig, row: Published | None = None) -> Facts:
-    """As `facts`, where the layout tells the activation: only images may be described elsewhere.
+    """Like `facts`, for layouts that determine the activation; only the normalisation may differ.
 
     Args:
         path, row: as in `facts`.
-        image: the tower, whose normalisation is its family's.
+        image: configuration of the tower, with the normalisation of its family.
 
     Raises:
-        WeightsError: if what describes the images cannot be read.
+        WeightsError: if the description of the images cannot be read.
     """
     plain = Facts(image.activation, "the layout", mean=image.mean, std=image.std)
     if path is not None and row is None:
@@ -126,7 +126,7 @@ def settled_facts(path: Path | None, image: ImageConfig, row: Published | None =
 
 
 def unusable(path: Path, error: Exception, name: str | None = None) -> WeightsError:
-    """What is raised for a configuration beside weights that makes no sense."""
+    """The error for an invalid configuration beside weights."""
     both = (OPEN_CLIP_CONFIG, TRANSFORMERS_CONFIG)
     names = [name] if name else [each for each in both if path.with_name(each).is_file()]
     return WeightsError(
@@ -144,7 +144,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _from_open_clip(path: Path, config: Mapping[str, Any]) -> Facts:
-    """What open_clip writes, whose defaults are left out."""
+    """Facts from open_clip's configuration, which omits defaults."""
     model = config["model_cfg"]
     text = model["text_cfg"]
     for tower, plain in _PLAIN.items():
@@ -170,7 +170,7 @@ _CLIPS = {"clip": True, "metaclip_2": True, "chinese_clip": False, "altclip": Fa
 
 
 def _from_transformers(path: Path, config: Mapping[str, Any]) -> Facts:
-    """What transformers writes, whose defaults are left out of older files."""
+    """Facts from transformers' configuration; older files omit defaults."""
     kind = config.get("model_type", "clip")
     if kind not in _CLIPS:
         raise ValueError(f"model_type {kind!r}, not {', '.join(map(repr, _CLIPS))}")

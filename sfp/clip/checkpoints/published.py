@@ -1,8 +1,8 @@
-"""Which checkpoints are published, where, and what their files do not tell.
+"""The table of published checkpoints: where they are, and properties that their files do not contain.
 
-A state dict says nothing of its activation, its attention heads or the normalisation of its images:
-for the names in `PUBLISHED` these stand here and in `table.txt`, which says where they come from. The
-hashes are OpenAI's.
+A state dict does not contain its activation, its attention heads or the normalisation of images. For
+the names in `PUBLISHED` these are listed here and in `table.txt`, with sources. The hashes are
+OpenAI's.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from sfp.files import cache_dir, home_dir
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB in 0..1
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-CLIP_MEAN = (122.771, 116.746, 104.094)  # the same in 0..255, as segmentation repositories round it
+CLIP_MEAN = (122.771, 116.746, 104.094)  # the same in 0..255, as rounded in segmentation code
 CLIP_STD = (68.501, 66.632, 70.323)
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SHORT_SIDE = 336  # pixels, of the benchmarks
+SHORT_SIDE = 336  # pixels, in the benchmarks
 MINI = "mini"
-NONE = "none"  # no CLIP, for methods that read another model
+NONE = "none"  # no CLIP, for methods that use another model
 
 RGB = tuple[float, float, float]
 
 
 class WeightsError(RuntimeError):
-    """Weights that cannot be had, read or trusted; the message says which and what to do."""
+    """Weights that cannot be found, read or verified; the message says which and what to do."""
 
 
 class LayoutError(WeightsError, ValueError):
-    """Weights that are whole, but not those of a CLIP with a ViT that this package can run."""
+    """Intact weights that are not those of a supported CLIP with a ViT."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Architecture:
     """The sizes of an image-text model with a ViT.
 
     Attributes:
-        patch, image_size: in pixels; what a patch does not divide is not counted.
-        width, layers: of the image tower.
-        text_width, text_layers: of the text tower.
-        embed_dim: of the joint space.
+        patch, image_size: sides in pixels; the image size is rounded down to a multiple of the patch.
+        width, layers: token width and number of blocks of the image tower.
+        text_width, text_layers: token width and number of blocks of the text tower.
+        embed_dim: width of the joint space.
     """
 
     patch: int
@@ -60,7 +60,7 @@ HEAD_WIDTHS = {
     1280: 80,
     1408: 88,
     1664: 104,
-}  # of open_clip's image towers that are not 64, by width
+}  # widths of heads other than 64 in open_clip's image towers, by the width of tokens
 
 
 @dataclass(frozen=True)
@@ -68,22 +68,22 @@ class Published:
     """A checkpoint that can be downloaded, or ships with this package.
 
     Attributes:
-        file: its name in the cache folder.
-        sha256: of the file on OpenAI's server, whose name states it. The Hugging Face Hub states one
-            on download, and its cache names the file by it.
-        repo: on the Hugging Face Hub, with "/file" behind it if it is called otherwise than
-            open_clip's, and "/*" for any usual name; for OpenAI's weights the second source, in
+        file: name of the file in the cache folder.
+        sha256: hash of the file on OpenAI's server, where it is part of the address. The Hugging Face
+            Hub states hashes on download, and its cache names files by them.
+        repo: repository on the Hugging Face Hub, followed by "/file" if the file does not have
+            open_clip's name, or by "/*" for any usual name; for OpenAI's weights a second source, in
             another format.
         shipped: path of a file that is part of this package.
-        architecture: key of `ARCHITECTURES`, which the file is compared with; None compares nothing.
-        activation: "quick_gelu" or "gelu"; "" where the layout tells it.
+        architecture: key of `ARCHITECTURES`, with which the file is compared; None compares nothing.
+        activation: "quick_gelu" or "gelu"; "" if the layout determines it.
         mean, std: normalisation of the images, RGB in 0..1.
         short_side: pixels to which the short side of images is resized by default.
-        family: by which tables group it.
-        licence: where a source of the table states it.
-        gated: whether its repository asks for consent before a download; None if nobody here knows.
-        tokenizer: repository of the vocabulary file, for models that have not OpenAI's.
-        texts: name of the row whose text tower it shares, for models that have none (C-RADIO).
+        family: name of its group in tables.
+        licence: licence, if a source of the table states it.
+        gated: whether its repository requires consent before a download; None if not known.
+        tokenizer: repository of the vocabulary file, for models that do not use OpenAI's.
+        texts: name of the row whose text tower is used, for models without one (C-RADIO).
     """
 
     file: str
@@ -103,14 +103,14 @@ class Published:
 
     @property
     def url(self) -> str:
-        """Its address, for people; OpenAI names the folder by the hash."""
+        """Its address, for users; OpenAI names the folder by the hash."""
         if self.sha256:
             return f"https://openaipublic.azureedge.net/clip/models/{self.sha256}/{self.file}"
         return self.hub_url
 
     @property
     def hub_url(self) -> str:
-        """Its address on the Hugging Face Hub: of the file, or of all where its name is not known."""
+        """Its address on the Hugging Face Hub: of the file, or if its name is unknown, of all files."""
         repo, names = split_place(str(self.repo))
         page = f"https://huggingface.co/{repo}"
         return f"{page}/tree/main" if len(names) > 2 else f"{page}/resolve/main/{names[0]}"
@@ -122,11 +122,11 @@ class Published:
         return (self.file, other.as_posix())
 
 
-INDEX = ".index.json"  # ends the name of the file that says which tensor is in which shard
-# what open_clip's repositories hold: the first of them that is there
+INDEX = ".index.json"  # end of the name of the file that lists which tensor is in which shard
+# files of open_clip's repositories; the first that exists is used
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# what folders and repositories of any library may hold. open_clip's names come first: repositories of
-# timm have its image tower alone under transformers' name
+# files in folders and repositories of any library. open_clip's names come first: timm's repositories
+# have only the image tower under transformers' name
 WEIGHT_FILES = (
     *HUB_FILES,
     "model.safetensors",
@@ -137,11 +137,11 @@ WEIGHT_FILES = (
 
 
 def split_place(place: str, names: Sequence[str] = HUB_FILES) -> tuple[str, Sequence[str]]:
-    """A repository, and the files of it that may be wanted.
+    """A repository, and the candidate files in it.
 
     Args:
         place: "owner/repository", with "/file" for that file or "/*" for any of `WEIGHT_FILES`.
-        names: what may be wanted if `place` does not say it.
+        names: candidates if `place` does not name a file.
     """
     repo, file = "/".join(place.split("/", 2)[:2]), place.split("/", 2)[2:]
     return repo, WEIGHT_FILES if file == ["*"] else (file or names)
@@ -178,7 +178,7 @@ _MINI = Published(
     "mini.safetensors",
     architecture="mini",
     shipped=Path(__file__).parents[2] / "mini" / "mini.safetensors",
-    short_side=224,  # on which it was trained
+    short_side=224,  # as in training
     family="CLIP of this package",
     licence="MIT",
     gated=False,
@@ -211,7 +211,7 @@ def _table() -> tuple[dict[str, Architecture], dict[str, Published]]:
             plain = f"{name.replace(':', '-')}.safetensors"
             texts = tokenizer[1:] if tokenizer.startswith("=") else None
             rows[name] = Published(
-                # a model with a tokenizer has a folder of its own, where that lies beside it
+                # a model with a tokenizer has its own folder for both
                 plain if tokenizer == "-" or texts else f"{name}/model.safetensors",
                 repo=repo,
                 architecture=architecture,
@@ -230,7 +230,7 @@ def _table() -> tuple[dict[str, Architecture], dict[str, Published]]:
 
 
 ARCHITECTURES, _ROWS = _table()
-# settings by architecture, in the form of open_clip's configurations, that no name or shape shows
+# settings that names and shapes do not determine, by architecture, as in open_clip's configurations
 SETTINGS = {"MobileCLIP2-L-14": {"model_cfg": {"text_cfg": {"no_causal_mask": True}}}}
 PUBLISHED = (
     {
@@ -242,19 +242,19 @@ PUBLISHED = (
     | _ROWS
     | {MINI: _MINI}
 )
-"""By name: OpenAI's, those of table.txt ("model:tag" as open_clip prints them, or short names such as
+"""By name: OpenAI's, those of table.txt ("model:tag" as in open_clip, or short names such as
 "tipsv2-l14"), and the small model of this package."""
 
 
 def in_pixels(mean: RGB, std: RGB) -> tuple[RGB, RGB]:
-    """A normalisation for pixels in 0..255; OpenAI's is rounded as published numbers have it."""
+    """A normalisation for pixels in 0..255; OpenAI's is rounded as in published results."""
     if (tuple(mean), tuple(std)) == (OPENAI_MEAN, OPENAI_STD):
         return CLIP_MEAN, CLIP_STD
     return tuple(255 * x for x in mean), tuple(255 * x for x in std)  # type: ignore[return-value]
 
 
 def find(weights: object) -> Published | None:
-    """The row of a name, or of the path of a file that is known by its place or name."""
+    """The row of a name, or of a file that is known by its path or name."""
     if isinstance(weights, str) and weights in PUBLISHED:
         return PUBLISHED[weights]
     return row_of(Path(weights)) if isinstance(weights, (str, Path)) else None
@@ -263,10 +263,10 @@ def find(weights: object) -> Published | None:
 def short_side(weights: object) -> int | None:
     """Pixels to which the short side of images is resized by default: the row's, else 336.
 
-    None for no CLIP: images keep their size.
+    None without a CLIP: images keep their size.
 
     Args:
-        weights: whatever `load_clip` takes; a name may have its activation behind "@".
+        weights: any source for `load_clip`; a name may be followed by "@" and its activation.
     """
     if isinstance(weights, str) and (bare := weights.rpartition("@")[0]) in PUBLISHED:
         weights = bare
@@ -277,7 +277,7 @@ def short_side(weights: object) -> int | None:
 
 
 def own_templates(weights: object) -> str:
-    """Name of the prompts that the authors of weights use: TIPSv2's for its rows, else CLIP's."""
+    """Name of the prompt templates of the weights' authors: TIPSv2's for its rows, else CLIP's."""
     row = find(weights)
     return "tipsv2" if row and row.family == "TIPSv2" else "imagenet"
 
@@ -288,11 +288,11 @@ def on_disk(name: str) -> Path | None:
     if row.shipped:
         return row.shipped if os.path.isfile(row.shipped) else None
     folders = [cache_dir("weights")]
-    if home := home_dir():  # where OpenAI's own package keeps the same files
+    if home := home_dir():  # OpenAI's own package stores the same files there
         folders.append(home / ".cache" / "clip")
     for folder in folders:
         for file in row.files:
-            if os.path.isfile(folder / file):  # False too where the folder cannot be read
+            if os.path.isfile(folder / file):  # also False if the folder cannot be read
                 return folder / file
     from sfp.clip.checkpoints.download import on_hub
 
@@ -300,7 +300,7 @@ def on_disk(name: str) -> Path | None:
 
 
 def row_of(path: Path) -> Published | None:
-    """The row of a file that is shipped, has a Hub checkpoint's name, or lies in the Hub's cache."""
+    """The row of a file that is shipped, has the name of a Hub checkpoint, or is in the Hub's cache."""
     folder = path.as_posix()
     for row in PUBLISHED.values():
         if row.shipped:

@@ -1,4 +1,4 @@
-"""What the readers of layouts share: tensors renamed, transposed and put together."""
+"""Functions shared by the readers of layouts: renaming, transposing and merging tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PARTS = {
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
-# transformers' names of activations, by ours where they differ
+# transformers' names of activations that differ from ours
 _ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
@@ -45,7 +45,7 @@ def stated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size:
-    """The shape of a tensor that the sizes of a tower are read off.
+    """The shape of a tensor from which the sizes of a tower are inferred.
 
     Raises:
         LayoutError: if it is missing or has another number of dimensions.
@@ -61,7 +61,7 @@ def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> torch.S
 
 
 def turned(x: Tensor) -> Tensor:
-    """The matrix of a Linear as it stands in x @ matrix."""
+    """The matrix of a linear layer, transposed for x @ matrix."""
     return x.T if x.ndim == 2 else x
 
 
@@ -71,13 +71,13 @@ def count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def hidden_width(state: Mapping[str, Tensor], tower: str = "") -> int | None:
-    """Width of the MLPs, read off the first one; 4.36 or 4.92 times the tokens' in some."""
+    """Width of the MLPs, from the first one; in some models 4.36 or 4.92 times that of the tokens."""
     first = state.get(f"{tower}{BLOCKS}0.mlp.c_fc.weight")
     return first.shape[0] if first is not None and first.ndim == 2 else None
 
 
 def packed(parts: Mapping[str, Tensor], target: str) -> Tensor:
-    """Weights or biases of "q", "k" and "v" one above the other.
+    """Weights or biases of "q", "k" and "v", stacked.
 
     Raises:
         LayoutError: if one is missing or they do not fit.
@@ -94,13 +94,13 @@ def packed(parts: Mapping[str, Tensor], target: str) -> Tensor:
 def from_transformers(
     state: Mapping[str, Tensor], names: Mapping[str, str], source: str, target: str
 ) -> dict[str, Tensor]:
-    """A tower of transformers' `CLIPModel` under our names; those that are not its own stay.
+    """A tower of transformers' `CLIPModel` under our names; unknown names are kept.
 
     Args:
-        state: the tower's tensors.
-        names: what is not in blocks, by their name.
-        source: their prefix, such as "vision_model.".
-        target: ours, such as "visual.".
+        state: tensors of the tower.
+        names: our names of tensors outside the blocks, by transformers' names.
+        source: prefix of transformers' names, such as "vision_model.".
+        target: prefix of our names, such as "visual.".
     """
     result: dict[str, Tensor] = {}
     together: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Which files a source stands for: a file, a folder, shards with their index, a name on the Hub."""
+"""Finds the files of a source: a file, a folder, shards with their index, or a name on the Hub."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ COMPANIONS = (OPEN_CLIP_CONFIG, TRANSFORMERS_CONFIG, PREPROCESSOR)
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB = "hf-hub:"  # as open_clip writes names on the Hub
+_HUB = "hf-hub:"  # open_clip's prefix for names on the Hub
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file lists the shards of a model."""
+    """Whether a file is the index of a model's shards."""
     return path.name.endswith(INDEX)
 
 
@@ -46,7 +46,7 @@ def repository(source: str) -> str | None:
 
 
 def main_file(path: Path) -> Path:
-    """The file to read for a path: itself, or what a folder holds.
+    """The file to read for a path: the file itself, or the one in a folder.
 
     Raises:
         WeightsError: for a folder without weights or with several, and for one shard of a model.
@@ -70,7 +70,7 @@ def _in_folder(folder: Path) -> Path:
     if len(found) == 1:
         return main_file(found[0])
     if parts := [p for p in found if _SHARD.fullmatch(p.name)]:
-        return main_file(parts[0])  # which says that the index is missing
+        return main_file(parts[0])  # raises an error about the missing index
     what = (
         f"{len(found)} of other names: {', '.join(p.name for p in found[:4])}" if found else "none"
     )
@@ -99,10 +99,10 @@ def parts(path: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """By a tensor's name the file that holds it, in the index's folder.
+    """The name of the file that holds each tensor, by the tensor's name.
 
     Raises:
-        WeightsError: if it is no such file.
+        WeightsError: if the file is not an index.
     """
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -118,9 +118,9 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def configuration(path: Path) -> dict[str, Any]:
-    """What the configuration files beside weights say, both libraries' in one; {} where there is none.
+    """The merged contents of both libraries' configuration files beside weights; {} if there are none.
 
-    A file that cannot be read counts as absent here: `metadata.facts` complains about those it needs.
+    Files that cannot be read are ignored here; `metadata.facts` reports those that it needs.
     """
     result: dict[str, Any] = {}
     for name in (TRANSFORMERS_CONFIG, OPEN_CLIP_CONFIG):

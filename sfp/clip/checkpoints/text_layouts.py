@@ -1,7 +1,7 @@
-"""Text towers as different people write them, under the names and with the switches of ours.
+"""Converts text towers from different layouts to the names and switches of ours.
 
-Names and shapes tell the kind of a tower; what they leave open comes from the configuration beside the
-weights, if there is one, else from what all published checkpoints of the family have in common.
+Names and shapes determine the type of a tower; everything else comes from the configuration beside the
+weights, if there is one, or from what all published checkpoints of the family have in common.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from sfp.clip.text_towers import BertConfig, TextConfig
 from sfp.clip.tokenizers import BERT, CLIPA, SIGLIP, SIGLIP2, TIPS, XLM, Rules
 from sfp.clip.vit import HEAD_WIDTH
 
-VOCABULARY = 49408  # OpenAI's byte pairs, which open_clip, MetaCLIP and DFN share
+VOCABULARY = 49408  # OpenAI's byte pairs, also used by open_clip, MetaCLIP and DFN
 XLM_V = 901629  # tokens of MetaCLIP 2's vocabulary
-GEMMA = 256000  # of SigLIP 2's
-BERT_PADDED = 32000  # rows of CLIPA's token table, more than its vocabulary has
-HEAD_WIDTHS = {1152: 72}  # of text towers whose heads are not 64 wide, by width
-TEMPERATURE = 0.005065968260169029  # of TIPSv2 where the checkpoint does not have it
-LONG_CLIP_KEPT = 20  # rows of the original position table that LongCLIP kept as they were
+GEMMA = 256000  # tokens of SigLIP 2's vocabulary
+BERT_PADDED = 32000  # rows of CLIPA's token embedding, more than its vocabulary has
+HEAD_WIDTHS = {1152: 72}  # widths of heads other than 64, by the width of tokens
+TEMPERATURE = 0.005065968260169029  # TIPSv2's, for checkpoints without it
+LONG_CLIP_KEPT = 20  # rows of the original position embedding that LongCLIP did not change
 
 _TRANSFORMERS = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -53,12 +53,12 @@ def read(
     """A text tower's tensors under our names, its sizes and switches.
 
     Args:
-        state: what is left of a state dict when the image tower has been taken out.
-        config: the configuration that lies beside the weights, parsed.
+        state: state dict without the image tower.
+        config: contents of the configuration beside the weights.
 
     Returns:
-        The tensors, the sizes and switches, and whether these tell the activation; if not, it is that
-        of the image tower.
+        The tensors, the sizes and switches, and whether these determine the activation; if not, it is
+        that of the image tower.
 
     Raises:
         LayoutError: if sizes cannot be read off, or nothing says which tokenizer the tower has.
@@ -84,14 +84,14 @@ def read(
 
 
 def _merge_tables(state: dict[str, Tensor]) -> None:
-    """Makes one position table of LongCLIP's two."""
+    """Merges LongCLIP's two position embeddings."""
     if (trained := state.pop("positional_embedding_res", None)) is not None:
         kept = state["positional_embedding"][:LONG_CLIP_KEPT]
         state["positional_embedding"] = torch.cat([kept, trained[LONG_CLIP_KEPT:]])
 
 
 def _sizes(state: Mapping[str, Tensor], context: int | None = None) -> TextConfig:
-    """What shapes tell of a tower under OpenAI's names."""
+    """The sizes of a tower under OpenAI's names, from shapes."""
     vocab, width = shape_of(state, "token_embedding.weight", 2)
     if "text_projection" in state:
         projection, embed_dim = "matrix", shape_of(state, "text_projection", 2)[1]
@@ -112,7 +112,7 @@ def _sizes(state: Mapping[str, Tensor], context: int | None = None) -> TextConfi
 
 
 def _turn_projection(state: dict[str, Tensor]) -> None:
-    """Makes a matrix of a linear layer without bias."""
+    """Turns a linear layer without bias into a matrix."""
     if not {"text_projection", "text_projection.bias"} & set(state):
         weight = state.pop("text_projection.weight", None)
         if weight is not None:
@@ -127,20 +127,20 @@ def _from_transformers(
     sizes = _sizes(state)
     text, kind = config.get("text_config") or {}, config.get("model_type")
     sizes = replace(sizes, head_width=_head_width(sizes.width, text) or sizes.head_width)
-    if sizes.projection == "linear":  # the only towers of this layout with a bias there
+    if sizes.projection == "linear":  # the only towers of this layout with a bias in the projection
         rules = SIGLIP2 if kind == "siglip2" or sizes.vocab == GEMMA else SIGLIP
         sizes = _siglip(replace(sizes, activation="gelu_tanh"), rules)
         return state, replace(sizes, **stated(text))
     end = int(text.get("eos_token_id") or 2)
     if kind == "metaclip_2" or sizes.vocab == XLM_V:
         return state, replace(sizes, pool="end", end=end, rules=XLM, **stated(text))
-    # the end is at the largest id, which older configurations call 2, unless they say otherwise
+    # the end token has the largest id; older configurations state 2 for it
     pool = "argmax" if end in (2, sizes.vocab - 1) else "end"
     return state, replace(_byte_pairs(sizes), pool=pool, end=-1 if pool == "argmax" else end)
 
 
 def _head_width(width: int, config: Mapping[str, Any]) -> int | None:
-    """By a configuration of transformers' or open_clip's, if it says it."""
+    """The width of heads from a configuration of transformers or open_clip, or None."""
     heads = config.get("num_attention_heads") or config.get("heads")
     return width // int(heads) if heads else None
 
@@ -150,10 +150,10 @@ def _siglip(sizes: TextConfig, rules: Rules) -> TextConfig:
 
 
 def _byte_pairs(sizes: TextConfig) -> TextConfig:
-    """A tower of OpenAI's kind, unless its vocabulary is another.
+    """A tower like OpenAI's, with its vocabulary.
 
     Raises:
-        LayoutError: if it is.
+        LayoutError: if the vocabulary is another.
     """
     if sizes.vocab > VOCABULARY:
         raise LayoutError(
@@ -179,7 +179,7 @@ def _from_open_clip(
     sizes = replace(sizes, head_width=_head_width(sizes.width, text) or sizes.head_width)
     if sizes.projection != "matrix":
         rules = SIGLIP2 if _is_siglip2(sizes, text) else SIGLIP
-        # as open_clip's published configurations say; transformers takes tanh for all
+        # as in open_clip's published configurations; transformers uses tanh for all
         approximate = (text.get("act_kwargs") or {}).get("approximate")
         tanh = approximate == "tanh" if text else rules == SIGLIP2
         sizes = _siglip(replace(sizes, activation="gelu_tanh" if tanh else "gelu"), rules)
@@ -206,7 +206,7 @@ def _is_siglip2(sizes: TextConfig, text: Mapping[str, Any]) -> bool:
 def _tips(
     state: dict[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], TextConfig]:
-    """TIPSv2's tower, without a projection and with computed positions."""
+    """TIPSv2's tower, without a projection and with sinusoidal positions."""
     text = config.get("text_config") or {}
     sizes = _sizes(state, context=int(text.get("max_position_embeddings", 64)))
     temperature = state.pop("temperature", torch.tensor(TEMPERATURE))
@@ -241,13 +241,13 @@ _BERT_LAYER = re.compile(r"encoder\.layers?\.(\d+)\.(.+)\.(weight|bias)")
 def _bert(
     state: Mapping[str, Tensor], prefix: str, layers: Mapping[str, Tensor], **switches: Any
 ) -> tuple[dict[str, Tensor], BertConfig]:
-    """A BERT of transformers' and its head.
+    """A BERT of transformers and its head.
 
     Args:
-        state: the tensors.
-        prefix: of the BERT's names.
-        layers: tensors of its head, by their names in ours.
-        switches: of `BertConfig`, that shapes do not tell.
+        state: all tensors.
+        prefix: prefix of the BERT's names.
+        layers: tensors of its head, by our names.
+        switches: fields of `BertConfig` that shapes do not determine.
     """
     result = {f"head.{name}": value for name, value in layers.items()}
     together: dict[str, dict[str, Tensor]] = {}
@@ -270,7 +270,7 @@ def _bert(
     positions, types = (
         state[f"{prefix}embeddings.{kind}_embeddings.weight"] for kind in ("position", "token_type")
     )
-    # every token of a text is of the first type
+    # all tokens of a text have the first type
     result["positional_embedding"] = positions.float() + types[0].float()
     last = max(name for name in layers if name.endswith("weight"))
     sizes: dict[str, Any] = dict(
@@ -285,7 +285,7 @@ def _bert(
     return named, BertConfig(**(sizes | switches))
 
 
-# tensors of BERTs that texts do not pass, or that are made above
+# tensors of BERTs that are not used, or have been merged above
 _BERT_ASIDE = r"pooler\.|embeddings\.(position|token_type)"
 
 
@@ -327,7 +327,7 @@ def _chinese(
         state,
         prefix,
         {"0.weight": head},
-        context=52,  # of its publisher's examples
+        context=52,  # as in its publisher's examples
         rules=replace(BERT, clean="none"),
         **_bert_switches(text),
     )
@@ -367,7 +367,7 @@ def _needed(state: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _bert_switches(text: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers' configuration of a BERT says."""
+    """Fields of `BertConfig` from transformers' configuration of a BERT."""
     switches = stated(text)
     if {"hidden_size", "num_attention_heads"} <= set(text):
         switches["head_width"] = int(text["hidden_size"]) // int(text["num_attention_heads"])

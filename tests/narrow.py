@@ -1,4 +1,4 @@
-"""A ViT of CLIP's depth that is quick to run: random weights, 128 wide, a 14x14 grid."""
+"""A fast ViT of CLIP's depth: random weights, width 128, a 14 x 14 grid."""
 
 from __future__ import annotations
 

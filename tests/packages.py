@@ -1,4 +1,4 @@
-"""Packages that define families of models, imported as far as tests need them."""
+"""Imports the parts that tests need of packages that define families of models."""
 
 from __future__ import annotations
 

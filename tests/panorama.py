@@ -1,4 +1,4 @@
-"""A 20,000 x 10,000 image from file to label map at full resolution, with the memory that it takes.
+"""Segments a 20,000 x 10,000 image from file to label map at full resolution; measures memory.
 
 PYTHONPATH=.:tests python tests/panorama.py            # prints megabytes and seconds as JSON
 PYTHONPATH=.:tests python tests/panorama.py 4000 2000 21

@@ -1,4 +1,4 @@
-"""Processes of tests' own: forked, since imports would take longer than what they are for."""
+"""Forked processes for tests, since importing in new ones would take longer than the tests."""
 
 from __future__ import annotations
 

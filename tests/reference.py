@@ -1,4 +1,4 @@
-"""Slow and plain versions of what the package does, written from the papers and not from its code."""
+"""Slow, simple reference implementations, written from the papers and not from the package's code."""
 
 from __future__ import annotations
 

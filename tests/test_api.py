@@ -1,4 +1,4 @@
-"""The Python door: against mmseg's entry points, against itself, and what it refuses."""
+"""The Python API: against mmseg's entry points, its own consistency, and invalid input."""
 
 from __future__ import annotations
 

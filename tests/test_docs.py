@@ -1,4 +1,4 @@
-"""What the docs show is what the code does."""
+"""The docs agree with the code."""
 
 from __future__ import annotations
 

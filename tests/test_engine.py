@@ -1,4 +1,4 @@
-"""One engine for many words, methods and threads: bounded, picklable, and never stale."""
+"""One engine for many words, methods and threads: bounded memory, pickling, no stale results."""
 
 from __future__ import annotations
 

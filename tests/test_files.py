@@ -1,4 +1,4 @@
-"""The cache folder and whole files, wherever the process runs and as whomever."""
+"""The cache folder and atomic writes, for any working directory and user."""
 
 from __future__ import annotations
 

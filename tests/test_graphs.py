@@ -1,6 +1,6 @@
-"""CUDA graphs, as far as a CPU can tell: what is recorded, and when it is used again.
+"""CUDA graphs, as far as they can be tested on a CPU: what is recorded, and when it is replayed.
 
-That replays give what runs give is checked on a GPU, by `tools/gpu_check.sh`.
+That replays have the same results as runs is checked on a GPU, by `tools/gpu_check.sh`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All windows of an image at once: stitched grids, their place in the image, and the engine's part."""
+"""Methods on all windows of an image at once: stitched grids, positions, and the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a knob takes, read from its annotation: found out when a method is built."""
+"""Values of knobs are checked against their annotations when a method is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods: how they are built, what an edit does to later blocks, ablations, layers, surgery."""
+"""Methods: building, effects of edits on later blocks, ablations, layers, surgery."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names: what is registered under them, and what happens if that is done twice."""
+"""The registry: names, and registering a name twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results: files against their readers, COCO against pycocotools, pictures by their pixels."""
+"""Results: files against independent readers, COCO against pycocotools, images by their pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trace keeps, and what it leaves behind when the words change."""
+"""What a trace caches, and what it drops when the words change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class names: files, lists, and what is wrong with them."""
+"""Class names: files, lists, and their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What works without mmcv, mmengine and mmsegmentation, and what is said of the rest."""
+"""What works without mmcv, mmengine and mmsegmentation, and the messages for what does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small random image towers of every family, as the packages that define them build and run them."""
+"""Small random image towers of every family, built and run by the packages that define them."""
 
 from __future__ import annotations
 

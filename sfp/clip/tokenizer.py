@@ -1,7 +1,7 @@
 """OpenAI's byte-pair tokenizer: from text to the ids that CLIP's text tower was trained on.
 
-Ids 0 to 255 are single bytes, 256 to 511 the same bytes at the end of a word, then one id per merge in
-the order in which the merges were learnt, and two marks for start and end of a text. The merges in
+Ids 0 to 255 are single bytes, 256 to 511 the same bytes at the end of a word, followed by one id per
+merge in the order of training, and two ids for the start and end of a text. The merges in
 `merges.txt.gz` are OpenAI's, under the licence in `merges.LICENSE`.
 
 Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (ACL 2016); Radford et

@@ -1,4 +1,4 @@
-"""The command `sfp`: its exit codes, the configs it knows by name, and the wheel it comes in."""
+"""The command `sfp`: its exit codes, the names of its configs, and the installed wheel."""
 
 from __future__ import annotations
 

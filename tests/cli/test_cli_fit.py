@@ -1,4 +1,4 @@
-"""`sfp fit`, from a folder of drawn scenes to a method that reads its file."""
+"""`sfp fit`, from a folder of scenes to a method with the file that it writes."""
 
 from __future__ import annotations
 

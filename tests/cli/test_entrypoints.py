@@ -1,4 +1,4 @@
-"""The commands as people run them: scripts and tools, their output, their exit codes."""
+"""The commands as users run them: scripts and tools, their output and exit codes."""
 
 from __future__ import annotations
 

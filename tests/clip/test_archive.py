@@ -1,4 +1,4 @@
-"""Archives as somebody with bad intentions would write them: no code, no crash, no memory."""
+"""Malicious archives: they must not run code, crash the interpreter or exhaust memory."""
 
 from __future__ import annotations
 

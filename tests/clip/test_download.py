@@ -1,4 +1,4 @@
-"""Downloads from servers that run here: they break off, stall, lie, know no ranges; one is a Hub."""
+"""Downloads from local servers that disconnect, stall, send wrong data, ignore ranges; one is a Hub."""
 
 from __future__ import annotations
 

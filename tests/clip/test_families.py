@@ -1,4 +1,4 @@
-"""Folders of transformers with weights, configuration and tokenizer: from words to labels."""
+"""Model folders of transformers with weights, configuration and tokenizer: from words to labels."""
 
 from __future__ import annotations
 

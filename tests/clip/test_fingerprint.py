@@ -1,4 +1,4 @@
-"""Keys of caches: no change of a model may go unseen, and nothing else may look like one."""
+"""Keys of caches: they must change with a model, and only then."""
 
 from __future__ import annotations
 

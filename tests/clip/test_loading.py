@@ -1,4 +1,4 @@
-"""Checkpoints: every format that people have, what is refused, and the way from a name to a file."""
+"""Checkpoints: all supported formats, files that are refused, and the lookup of names."""
 
 from __future__ import annotations
 

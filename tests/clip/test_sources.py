@@ -1,4 +1,4 @@
-"""One door for weights: a file, a folder, shards with their index, a repository on the Hub."""
+"""Sources of weights: a file, a folder, shards with their index, a repository on the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers of other families against those of the packages, with small vocabularies trained here."""
+"""Tokenizers of other families against other packages, with small vocabularies trained here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image tower's linear layers and in-place operations: never where something looks on."""
+"""The image tower's linear layers and in-place operations, which must not affect observers."""
 
 from __future__ import annotations
 

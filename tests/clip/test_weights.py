@@ -1,4 +1,4 @@
-"""Weights of other publishers: each layout against the code that it comes from; what is refused."""
+"""Weights of other publishers: each layout against its original code, and layouts that are refused."""
 
 from __future__ import annotations
 

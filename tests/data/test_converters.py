@@ -1,4 +1,4 @@
-"""COCO's instances drawn into label maps."""
+"""Label maps drawn from COCO's instances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sfp data`: from what the authors offer to an evaluation, and damage named exactly."""
+"""`sfp data`: from the authors' downloads to an evaluation, and exact reports of damage."""
 
 from __future__ import annotations
 

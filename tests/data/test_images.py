@@ -1,4 +1,4 @@
-"""Pictures in every form that people have them, and what is none."""
+"""Images in all supported formats, and files that are not images."""
 
 from __future__ import annotations
 

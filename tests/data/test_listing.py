@@ -1,4 +1,4 @@
-"""Which files count: folders, links, lists, archives, and what is said about the rest."""
+"""Listing of images: folders, links, lists, archives, and messages about other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page in Chromium, which must fetch nothing from elsewhere.
+"""The page in Chromium, which must not load anything from other servers.
 
 `SFP_SCREENSHOTS=1 python -m pytest tests/demo -m browser` also writes docs/images/demo_*.png.
 """

@@ -1,4 +1,4 @@
-"""The page without a browser: what each tab draws, what it refuses, and the command that serves it."""
+"""The page without a browser: the output of each tab, invalid input, and the command that serves it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page shows, as pixels and HTML."""
+"""The page's output as pixels and HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page computes: the model's own results."""
+"""The page's results are those of the model."""
 
 from __future__ import annotations
 

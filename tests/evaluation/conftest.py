@@ -1,4 +1,4 @@
-"""Data of one's own: a few images and label maps in a folder, and a config for them."""
+"""Custom data: a few images and label maps in a folder, and a config for them."""
 
 from __future__ import annotations
 

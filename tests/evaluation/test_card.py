@@ -1,4 +1,4 @@
-"""The reproduction card: what is on it, and what changes it."""
+"""The reproduction card: its contents, and the changes that affect it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `sfp audit` says of constants that somebody chose, and of what models have seen."""
+"""Reports of `sfp audit` about tuned constants, and about the data that models were trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results are never mixed with those of other files: hashes of images and label maps."""
+"""Hashes of images and label maps, so that results for different files are never mixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers that load images: in order, without shared memory, and what becomes of their errors."""
+"""Workers that load images: in order, without shared memory, and with their errors passed on."""
 
 from __future__ import annotations
 

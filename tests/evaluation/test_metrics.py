@@ -1,4 +1,4 @@
-"""Metrics of others beside or in place of the package's own, and notes on the ground truth."""
+"""Other metrics in addition to or instead of the package's own, and notes on the ground truth."""
 
 from __future__ import annotations
 

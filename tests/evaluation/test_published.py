@@ -1,4 +1,4 @@
-"""Published numbers: what the registry has is what the sources print."""
+"""Published numbers: the registry has those of the sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations that are killed, damaged, changed and run by other numbers of processes."""
+"""Evaluations that are resumed after a kill, damage, changes, or with another number of processes."""
 
 from __future__ import annotations
 

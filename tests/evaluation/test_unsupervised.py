@@ -1,4 +1,4 @@
-"""Clusters in place of words: k-means, Hungarian matching, and evaluations from start to end."""
+"""Clusters instead of words: k-means, Hungarian matching, and complete evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feeds the file readers bytes that nobody meant: weights, class files, pictures, text-feature caches.
+"""Fuzzes the file readers: weights, class files, images, text-feature caches.
 
 Each reader may return or raise the one error it documents; anything else is a find, and is saved with
 its traceback. With atheris (pip install atheris) the mutation is guided by coverage; without it a

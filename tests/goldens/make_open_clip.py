@@ -1,4 +1,4 @@
-"""Writes open_clip.safetensors: what open_clip's own model code computes from small random weights.
+"""Writes open_clip.safetensors, the results of open_clip's own model code with small random weights.
 
     pip download --no-deps open_clip_torch==3.3.0 && unzip -q open_clip_torch-3.3.0-*.whl -d unpacked
     python tests/goldens/make_open_clip.py unpacked

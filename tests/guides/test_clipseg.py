@@ -1,4 +1,4 @@
-"""CLIPSeg as a scorer, compared with what `transformers` makes of the same words and pixels."""
+"""CLIPSeg as a scorer, compared with `transformers` on the same words and pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAM's last attention, beside what the library's own block computes."""
+"""SAM's last attention, compared with the library's own block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks vote on labels: against loops over pixels, and SAM against the library's own processor."""
+"""Votes in masks against loops over pixels, and SAM against the library's own processor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks of Mask2Former and EoMT beside the library's own steps, and regions out of files."""
+"""Masks of Mask2Former and EoMT against the library's own processing, and regions from files."""
 
 from __future__ import annotations
 

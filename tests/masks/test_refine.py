@@ -1,4 +1,4 @@
-"""SAM's refinement of labels: Trident's official numbers, loops, and a small SAM."""
+"""SAM's refinement of labels, against Trident's official numbers and loops, with a small SAM."""
 
 from __future__ import annotations
 

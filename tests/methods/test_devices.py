@@ -1,4 +1,4 @@
-"""What goes wrong on a GPU, found on a CPU: tensors made elsewhere, and decisions on the host."""
+"""GPU problems detected on a CPU: tensors on the wrong device, and synchronisation with the host."""
 
 from __future__ import annotations
 

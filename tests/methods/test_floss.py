@@ -1,4 +1,4 @@
-"""FLOSS from unlabelled images to labels, beside loops; its fusion is compared with the release."""
+"""FLOSS from unlabelled images to labels, against loops; its fusion is compared with the release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A memory of regions, from images to logits, beside loops over pixels in float64."""
+"""A memory of regions, from images to logits, against loops over pixels in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAM 3 as a reader: the guide against `transformers`, the methods against their formulas as loops.
+"""SAM 3: the guide against `transformers`, the methods against their formulas as loops.
 
 There are no official numbers. The model is a small random one.
 """

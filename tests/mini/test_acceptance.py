@@ -1,4 +1,4 @@
-"""What the mini world is for: purification matters in it, and outliers look like outliers."""
+"""The mini world serves its purpose: purification helps in it, and outliers look like outliers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The second stage of the mini CLIP's training, and what its result is accepted by."""
+"""The second stage of the mini CLIP's training, and the acceptance of its result."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What every registered op and method keeps to. A new one is tested by its line in `EXAMPLES`.
+"""The contract of all registered ops and methods. A new one is tested by its line in `EXAMPLES`.
 
 A batch of two equals two singles, on grids of any shape; inputs stay as they were; shapes and types
 are those of the kind; half precision gives finite numbers.

@@ -1,4 +1,4 @@
-"""The planted-outlier benchmark: what is planted, what is scored, what is written."""
+"""The planted-outlier benchmark: planted outliers, scores and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/bench.py: its baseline gives the same labels, its stages add up, its record is whole."""
+"""tools/bench.py: its baseline has the same labels, its stages add up, its record is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/gpu_check.sh, on a CPU: what a GPU is checked with runs, and its record makes tables."""
+"""tools/gpu_check.sh on a CPU: the checks run, and tables can be made from the record."""
 
 from __future__ import annotations
 

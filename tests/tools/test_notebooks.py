@@ -1,4 +1,4 @@
-"""The notebooks run as they are, and carry small outputs."""
+"""The notebooks run without changes, and their stored outputs are small."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Pictures: they show the trace's own numbers, with names on axes and units on colour bars."""
+"""Figures: they show the trace's own numbers, with named axes and units on colour bars."""
 
 from pathlib import Path
 from types import SimpleNamespace

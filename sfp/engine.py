@@ -432,12 +432,12 @@ class Engine:
         prepare: Prepare | None = None,
         regions: Tensor | None = None,
     ) -> tuple[Tokens, Trace]:
-        """What a method reads in all windows of an image, without words, and their trace.
+        """A method's features of all windows of an image, without words, and their trace.
 
         Args:
             method, image, prepare: as in `logits`.
-            regions: of the image, as in `logits`; by default those of the engine's own proposer, if
-                the method needs some.
+            regions: regions of the image, as in `logits`; by default those of the engine's own
+                proposer, if the method needs some.
 
         Raises:
             LookupError: if the method needs words to compute its features.

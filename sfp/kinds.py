@@ -42,7 +42,7 @@ Reader = Annotated[Callable[[Trace], Tokens], Kind("reader")]
 """(trace) -> tokens of width D, before the final normalisation and projection."""
 
 Residual = Annotated[Callable[[Tokens, Tokens], Tensor], Kind("residual")]
-"""(tokens, source) -> what the first block's output is added to, (B, T or 1, D)."""
+"""(tokens, source) -> the residual that is added to the first block's output, (B, T or 1, D)."""
 
 Smoother = Annotated[Callable[[Tokens, Trace], Tokens], Kind("smoother")]
 """(tokens, trace) -> tokens."""

@@ -170,7 +170,7 @@ class Op:
 
 
 def needs_words(part: Any) -> bool:
-    """Whether what a part of a method gives may depend on the words that an image is compared with.
+    """Whether the result of a part of a method may depend on the words to compare an image with.
 
     It may if its function declares it (see `op`), or if anything nested in its knobs or fields does.
     Functions from outside this package that declare nothing are assumed to need words.

@@ -261,7 +261,7 @@ class Trace:
         return last.with_data(self.once(native_last))
 
     def start(self, i: int) -> Heads:
-        """Called by the trunk before block `i`, whose projections are kept while its edits run."""
+        """Called before block `i` runs; keeps its projections while its edits run."""
         heads = self.vit.blocks[i].heads(self.entering(i))
         self._running = (i, heads)
         return heads

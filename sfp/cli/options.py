@@ -248,13 +248,13 @@ def parse_regions(text: str | None) -> dict[str, Any] | None:
 
 
 def add_regions(parser: argparse.ArgumentParser) -> None:
-    """The option that says who finds regions; `parse_regions` reads its value."""
+    """Adds the option for the source of regions; `parse_regions` parses its value."""
     parser.add_argument(
         "--regions",
         metavar="TYPE:KNOB=VALUE",
-        help="for methods that ask for regions: who proposes them, and how they are painted, e.g. "
-        "sam:model=facebook/sam2-hiera-large,paint=largest; or files:folder=FOLDER, of id maps named "
-        "as the images",
+        help="for methods that need regions: mask proposer and order of painting, e.g. "
+        "sam:model=facebook/sam2-hiera-large,paint=largest; or files:folder=FOLDER, with id maps named "
+        "like the images",
     )
 
 

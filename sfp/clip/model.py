@@ -1,4 +1,4 @@
-"""A CLIP: its two towers, what they share, and how one is built from a state dict."""
+"""A CLIP: its two towers, their common parameters, and construction from a state dict."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ OPENAI_TEXT = (
 class CLIP(nn.Module):
     """An image tower and a text tower with a joint space.
 
-    The constructor makes OpenAI's towers, whose state dict has OpenAI's names; `CLIP.of` joins towers
-    of any family.
+    The constructor builds OpenAI's towers, with OpenAI's names in the state dict; `CLIP.of` joins
+    towers of any family.
 
     Args:
         embed_dim: width C of the joint space.
-        image_size, patch, width, layers: of the image tower.
-        context, vocab, text_width, text_layers: of the text tower.
+        image_size, patch, width, layers: sizes of the image tower, as in `ImageConfig`.
+        context, vocab, text_width, text_layers: sizes of the text tower, as in `TextConfig`.
         activation: "quick_gelu" (OpenAI) or "gelu".
-        head_width, hidden: of the image tower, as in `ImageConfig`.
-        text_head_width, text_hidden: of the text tower.
+        head_width, hidden: further sizes of the image tower, as in `ImageConfig`.
+        text_head_width, text_hidden: further sizes of the text tower, as in `TextConfig`.
 
     Attributes:
         visual, text: the towers.
         logit_scale: logarithm of the inverse temperature of training.
-        logit_bias: what training added to the logits, or None.
-        activation: as above, of OpenAI's towers.
+        logit_bias: bias of the logits in training, or None.
+        activation: activation of OpenAI's towers, as above.
         mean, std: normalisation of the images it was trained with, RGB in 0..255.
     """
 
@@ -181,7 +181,7 @@ class CLIP(nn.Module):
         return name
 
     def _still_named(self) -> dict[str, str]:
-        """The digests whose weights have not changed."""
+        """The digests of parts whose weights have not changed."""
         keys = {"all": state_key(self), "text": state_key(self, without=IMAGE_SIDE)}
         return {part: name for part, (name, state) in self._named.items() if state == keys[part]}
 
@@ -209,14 +209,14 @@ class CLIP(nn.Module):
         return self
 
     def share_memory(self) -> CLIP:
-        """As of any module; it moves tensors in place, which `_apply` does not see."""
+        """As for any module; it moves tensors in place, without `_apply`."""
         names = self._still_named()
         super().share_memory()
         self._name_again(names)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, whose tensors have other addresses: digests without their states."""
+        """State for copies and pickles: digests without keys, as tensors get other addresses."""
         return {**self.__dict__, "_named": self._still_named()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ class CLIP(nn.Module):
 
     @property
     def context(self) -> int:
-        """Longest text, in tokens."""
+        """Maximal length of a text in tokens."""
         return self.text.context
 
     @property
@@ -235,7 +235,7 @@ class CLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.logit_scale.device
 
     @property

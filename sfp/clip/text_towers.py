@@ -92,7 +92,7 @@ class TextConfig:
         context: longest text, in tokens.
         width, layers: token width D and number of blocks.
         embed_dim: width C of the joint space.
-        activation: of the MLPs, a key of `ACTIVATIONS`.
+        activation: activation of the MLPs, a key of `ACTIVATIONS`.
         head_width: width d of an attention head.
         hidden: width of the MLPs' hidden layer, 4 D by default.
         eps: epsilon of the layer norms.

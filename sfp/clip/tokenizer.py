@@ -67,7 +67,7 @@ def tokenize(texts: Sequence[str], context: int = 77) -> Tensor:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _encode_word(word: str) -> tuple[int, ...]:
-    """Bytes of a word, merged pair by pair, always the pair whose merge was learnt first."""
+    """Ids of a word: its bytes, merged pair by pair, in the order in which merges were learnt."""
     if word in SPECIAL:
         return (SPECIAL[word],)
     byte_ids, merges = _tables()
@@ -94,7 +94,7 @@ def _replace(ids: list[int], new: int, merges: dict[tuple[int, int], int]) -> li
 
 @functools.cache
 def _tables() -> tuple[list[int], dict[tuple[int, int], int]]:
-    """Ids of the 256 bytes, and of pairs of ids what they merge to."""
+    """Ids of the 256 bytes, and the id of each merged pair of ids."""
     # the file spells bytes as characters: printable ones as they are, others from U+0100 on
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]

@@ -190,7 +190,7 @@ def _for_runner(config: Config, show_dir: str | None, resume: bool) -> Config:
 def _result(
     runner: Runner, metric: SegmentationMetric | None, measured: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What came out, and of what."""
+    """The results of an evaluation, with a description of what was evaluated."""
     result: dict[str, Any] = {}
     if metric is not None:
         names = metric.dataset_meta["classes"]

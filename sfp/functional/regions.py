@@ -37,10 +37,10 @@ def region_means(features: Tensor, ids: Tensor, count: int) -> Tensor:
 
 
 def cells_of_masks(member: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How much each cell of a grid counts in masks when it is resampled to their pixels, bilinear.
+    """The weight of each cell of a grid in masks, for bilinear resampling of the grid to their pixels.
 
-    Its product with a map of the grid is the sum of the resampled map over the pixels of each mask,
-    without the resampled map ever being there.
+    Its product with a map on the grid is the sum of the resampled map over the pixels of each mask,
+    without computing the resampled map.
 
     Args:
         member: masks, (R, H, W), 1 inside and 0 outside.

@@ -25,7 +25,7 @@ def check_room(numbers: int, device: torch.device, what: str, instead: str) -> N
     """Raises an error if float32 numbers need more than the total memory of a device.
 
     Args:
-        numbers: how many are in memory at once.
+        numbers: count of numbers in memory at once.
         device: the device.
         what: what needs them, for the message.
         instead: advice for the message.

@@ -51,15 +51,16 @@ def _interpolation(like: Tensor, source: int, target: int) -> Tensor:
 
 
 def from_square(cells: int, side: int, inner: int, target: int, like: Tensor) -> Tensor:
-    """One side of the way from maps of a padded square to an image's pixels, (target, cells).
+    """The matrix that resamples one side of maps of a padded square to an image, (target, cells).
 
-    Resampled to the square, off with the padding, resampled to the image, bilinear both times.
+    Maps are resampled to the square, cropped to remove the padding, and resampled to the image, both
+    bilinearly.
 
     Args:
-        cells: of the maps.
-        side: of the square, in pixels.
-        inner: pixels of the square that the image takes; behind them is padding.
-        target: pixels of the image.
+        cells: cells of the maps along this side.
+        side: side of the square in pixels.
+        inner: pixels of the square that the image takes; the rest is padding.
+        target: pixels of the image along this side.
         like: type and device of the result.
     """
     padded = interpolation(cells, side, like.new_empty(0, dtype=torch.float64))[:inner]
@@ -242,12 +243,12 @@ class WindowGrid:
         """Windows of side `crop`, `stride` apart; smaller images are their own window.
 
         Args:
-            size: of the image.
-            crop: 0 takes the whole image at once; its logits then go straight to the output size, as
-                in the official codes.
+            size: rows and columns of the image.
+            crop: side of windows; 0 for the whole image, whose logits are resized directly to the
+                output size, as in the official code.
             stride: pixels between windows.
-            multiple: windows are padded to multiples of it (ClearCLIP: of the patch).
-            least: smaller windows are padded to it (one patch: less has no token).
+            multiple: windows are padded to multiples of this (ClearCLIP: of the patch).
+            least: smaller windows are padded to this side (one patch, as less has no token).
             via_input: whole images go through their own size too (NACLIP).
         """
         height, width = int(size[0]), int(size[1])
@@ -266,9 +267,9 @@ class WindowGrid:
         As many as windows of side `crop` fit into each side of the image, at least one.
 
         Args:
-            size: of the image.
-            crop: about the side of a window, in pixels.
-            shape: rows and columns that each is resized to.
+            size: rows and columns of the image.
+            crop: approximate side of a window in pixels.
+            shape: rows and columns to which each window is resized.
         """
         height, width = int(size[0]), int(size[1])
         counts = [max(length // crop, 1) for length in (height, width)]
@@ -301,7 +302,7 @@ class WindowGrid:
 
     @property
     def key(self) -> Hashable:
-        """Equal for grids that lie alike."""
+        """Equal for grids with the same windows."""
         return self.size, self.window, tuple(self.ys), tuple(self.xs), self.padding, self.shape
 
     @property
@@ -436,9 +437,9 @@ class LogitSheet:
 
     Attributes:
         tiles: (R, S, Q), the patches of all windows side by side.
-        vertical: of H pixels and R cells.
-        horizontal: of W pixels and S cells.
-        regions: ids (H, W) of regions whose pixels take their most frequent label in the end, or None.
+        vertical: resampling from R cells to H pixels.
+        horizontal: resampling from S cells to W pixels.
+        regions: ids (H, W) of regions whose pixels finally take their most frequent label, or None.
     """
 
     tiles: Tensor

@@ -108,10 +108,10 @@ def _relative(queries: Tensor, table: Tensor, side: int, *, rows: bool) -> Tenso
     """q_i . R[distance from i to j] along one side: (heads, h, w, side).
 
     Args:
-        queries: (heads, h, w, d).
-        table: of distances from -(side - 1) to side - 1, (2 side - 1, d).
-        side: positions of the square's side.
-        rows: whether distances are of rows, else of columns.
+        queries: queries of the image's positions, (heads, h, w, d).
+        table: relative position embedding for distances -(side - 1) to side - 1, (2 side - 1, d).
+        side: number of positions along a side of the square.
+        rows: whether distances are between rows; otherwise between columns.
     """
     at = torch.arange(queries.shape[1 if rows else 2], device=queries.device)
     distance = at[:, None] - torch.arange(side, device=queries.device) + side - 1

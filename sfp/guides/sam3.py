@@ -119,10 +119,10 @@ class Sam3Guide(FrozenModel):
 
         Args:
             queries: words.
-            neighbours: how many of the other queries follow, those of most similar (cosine) means,
+            neighbours: number of other queries that follow, those with the most similar (cosine) means,
                 each multiplied by its share in the softmax of these similarities.
             related: words that follow a query, by the query.
-            most: how many of those at most.
+            most: largest number of related words.
         """
         means = torch.stack([self._mean(query) for query in queries])  # (Q, D)
         unit = F.normalize(means.float(), dim=-1)

@@ -189,7 +189,7 @@ class MaskVote(Proposal):
         Args:
             vit: CLIP's image tower.
             image: normalised, (3, h, w), of any size.
-            labels: of the image, at any size; with scores if `vote` is "mean".
+            labels: labels of the image, at any size; with scores if `vote` is "mean".
             classes: number of classes.
             guides: external encoders that `points` may need.
             prob_thd: as in `vote_in_masks`.

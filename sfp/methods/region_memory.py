@@ -154,7 +154,7 @@ def read_memory(
     found, made = _memory(path, Path(path).stat().st_mtime_ns, trace.image.device)
     asked = dict(guide=guide, output=str(output))
     if other := {name: made.get(name) for name in asked if made.get(name) != asked[name]}:
-        raise ValueError(f"memory={path!r} was made with {other}, and is asked for {asked}")
+        raise ValueError(f"memory={path!r} was made with {other}, but the method uses {asked}")
     own = probe(trace.vit)
     if found["probe"].shape != own.shape or not torch.allclose(
         found["probe"], own, rtol=0.02, atol=1e-3

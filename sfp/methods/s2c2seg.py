@@ -216,7 +216,7 @@ def selected_classes(
     scorer: Any = trace.guides.get(guide)
     if not hasattr(scorer, "scores"):
         raise GuideError(
-            f"the method asks for a scorer {guide!r}: pass guides=dict({guide}=dict(type='clipseg', "
+            f"the method needs a scorer {guide!r}: pass guides=dict({guide}=dict(type='clipseg', "
             "model='CIDAS/clipseg-rd64-refined')), and pip install 'sfp[guides]'"
         )
     queries = trace.known_words().queries

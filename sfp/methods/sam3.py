@@ -88,7 +88,7 @@ def sam3_of(trace: Trace, guide: str) -> Any:
     found = trace.guides.get(guide)
     if not hasattr(found, "detect"):
         raise GuideError(
-            f"the method asks for a SAM 3 as the guide {guide!r}: pass guides=dict({guide}=dict("
+            f"the method needs a SAM 3 as the guide {guide!r}: pass guides=dict({guide}=dict("
             "type='sam3', model='facebook/sam3')), and pip install 'sfp[guides]' (see docs/methods.md)"
         )
     return found

@@ -99,7 +99,7 @@ def sam_correlation(
     if sam is not None:
         if sam not in trace.guides:
             raise GuideError(
-                f"the method asks for the guide {sam!r}: pass guides=dict({sam}=dict(type='sam', "
+                f"the method needs the guide {sam!r}: pass guides=dict({sam}=dict(type='sam', "
                 "model='facebook/sam-vit-base')), and pip install 'sfp[guides]'; sam=None goes without"
             )
         image = whole.pixels[None]

@@ -47,10 +47,10 @@ def sheet(
     """Writes scenes with their truth and the labels of some methods.
 
     Args:
-        model: with weights that know the scenes' names.
-        seeds: of the scenes.
-        methods: what `build_method` takes, by title.
-        path: of the PNG.
+        model: model that was trained on the scenes' names.
+        seeds: seeds of the scenes.
+        methods: arguments for `build_method`, by title.
+        path: PNG file to write.
     """
     columns: dict[str, list[Panel]] = {title: [] for title in ("image", "truth", *methods)}
     for seed in seeds:
@@ -78,7 +78,7 @@ def modules() -> dict[str, dict[str, Any]]:
 
 
 def outliers(image: np.ndarray, before: Trace, after: Trace, layers: Sequence[int]) -> Figure:
-    """What outliers do to attention and norms, and what purification leaves of it.
+    """The effect of outliers on attention and norms, before and after purification.
 
     Args:
         image: (H, W, 3) uint8.

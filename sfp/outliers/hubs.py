@@ -23,10 +23,10 @@ TIMES = 3.0  # even shares that make a patch a hub
 
 
 def received(trace: Trace, layer: int) -> Tensor:
-    """How much of the other patches' attention each patch receives in a block, in even shares: (B, N).
+    """The attention that each patch receives from the others in a block, relative to the mean: (B, N).
 
-    With uniform attention every patch would receive 1. Attention of a patch to itself and to prefix
-    tokens is left out.
+    With uniform attention every patch receives 1. Attention of a patch to itself and to prefix tokens
+    is left out.
 
     Args:
         trace: a run.

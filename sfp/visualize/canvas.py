@@ -50,9 +50,9 @@ def panels(
     """A figure with a grid of panels.
 
     Args:
-        rows, columns: of the grid.
-        ratio: height of a panel's picture over its width.
-        title: of the figure.
+        rows, columns: numbers of rows and columns of panels.
+        ratio: height of a panel's image over its width.
+        title: title of the figure.
         extra: inches above and below each picture, for its title, axis and colour bar.
 
     Returns:

@@ -171,7 +171,7 @@ def patch_index(trace: Trace, patch: tuple[int, int]) -> int:
 def attention_matrices(trace: Trace, layers: Sequence[int], *, sample: int = 0) -> Figure:
     """Which patch (row) attends to which (column) in each layer, heads averaged, log scale.
 
-    A bright vertical line is a patch that many others look at.
+    A bright vertical line is a patch to which many others attend.
     """
     numbered = absolute(trace, layers)
     figure, grid = panels(1, len(numbered), 1.0, "Attention between patches", extra=1.0)
@@ -199,7 +199,7 @@ def norm_maps(image: np.ndarray, trace: Trace, layers: Sequence[int], *, sample:
 
 
 def layer_profile(traces: Trace | Mapping[str, Trace], *, sample: int = 0) -> Figure:
-    """Norms of the patch tokens, and how few patches the class token looks at, over the layers.
+    """Norms of the patch tokens, and the concentration of the class token's attention, by layer.
 
     Args:
         traces: one run, or several by name to compare.

@@ -150,7 +150,9 @@ def test_what_does_not_fit_is_named(memory, tmp_path):
         method = sfp.build_method("region_memory", base=BASE, **{"memory": memory, **KEYS, **knobs})
         own.logits([method], [image], [(64, 96)], queries, regions=[columns()])
 
-    with pytest.raises(ValueError, match=r"was made with \{'output': 'None'\}, and is asked for"):
+    with pytest.raises(
+        ValueError, match=r"was made with \{'output': 'None'\}, but the method uses"
+    ):
         run(output="q+k")
     other = engine()
     other.clip = tiny.clip(seed=1)

@@ -363,7 +363,7 @@ class WindowGrid:
     def _sides(
         self, make: Callable[..., T], cells: Sequence[int], floor: bool, like: Tensor
     ) -> list[T]:
-        """What `make` makes of the arguments of `overlaps`, for both sides."""
+        """The results of `make` for the arguments of `overlaps`, for both sides."""
         canvas = self.canvas((cells[0], cells[1]), floor=floor)
         made = []
         for i, starts in enumerate((self.ys, self.xs)):

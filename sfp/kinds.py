@@ -66,4 +66,4 @@ Surgery = Annotated[Callable[[VisionTransformer, "int | None"], None], Kind("sur
 """(vit, depth) -> None: replaces weights of a copy of the model."""
 
 Positions = Annotated[Callable[[Tensor, tuple[int, int]], Tensor], Kind("positions")]
-"""(position table (h0, w0, D), grid) -> table (h, w, D)."""
+"""(position embedding (h0, w0, D), grid) -> position embedding (h, w, D)."""

@@ -118,8 +118,8 @@ class Heads:
         x: (B, T, D), the normalised tokens that are projected.
         scale: factor on the attention logits, d ** -0.5.
         grid, prefix, hidden: as in `Tokens`.
-        rotate: applies rotary positions to queries and keys (`sfp.clip.rope`), or None.
-        join: turns mixed values, heads side by side (B, M, D), into the output of the attention.
+        rotate: applies rotary position embedding to queries and keys (`sfp.clip.rope`), or None.
+        join: turns the concatenated outputs of the heads, (B, M, D), into the output of the attention.
         pooled: whether this is the attention of a pool (`Tokens.pooled`).
     """
 

@@ -37,7 +37,7 @@ class _StandIn(types.ModuleType):
 class _Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds a stand-in for torchvision, which has to be built for the one PyTorch that is there.
 
-    timm and open_clip import it for pictures and data sets, which no test touches.
+    timm and open_clip import it for images and datasets, which no test uses.
     """
 
     def find_spec(self, name, path=None, target=None):

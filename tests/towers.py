@@ -26,7 +26,7 @@ class Family:
         call: images -> their embeddings.
         blocks: modules whose outputs are compared.
         config: the configuration beside the weights.
-        size: of images whose grid is the position table's.
+        size: side of the images that have the grid of the position embedding.
         other: of images with another grid, or None if the package cannot run them.
         head_width: what neither names nor shapes nor configuration tell.
         knobs: of our tower, to do what the package does on the other grid.

@@ -39,10 +39,10 @@ def resample_positions(
 def cropped_positions(
     table: Tensor, grid: tuple[int, int], *, align_corners: bool = False
 ) -> Tensor:
-    """A position table on another grid as C-RADIO has it: (h0, w0, D) -> (h, w, D).
+    """Resamples a position embedding to another grid, as in C-RADIO: (h0, w0, D) -> (h, w, D).
 
-    The table is resized (bilinear) to a square whose side is the longer one of the grid, and the top
-    left of that is taken, so that patches are as far apart in both directions.
+    The table is resized bilinearly to a square with the longer side of the grid, and cropped from the
+    top left, so that the spacing of patches is the same in both directions.
 
     Args:
         table: the trained table.

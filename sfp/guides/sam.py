@@ -74,7 +74,7 @@ class SamGuide(FrozenModel):
 
     @torch.no_grad()
     def forward(self, image: Tensor, output: str | None = None) -> Tokens:
-        """Values of the last block, heads side by side, of images (B, 3, H, W): (B, h * w, D)."""
+        """Values of the last block, all heads concatenated, of images (B, 3, H, W): (B, h * w, D)."""
         each = [self.last_attention(one[None])[1].permute(1, 2, 0, 3).flatten(2) for one in image]
         grid = (each[0].shape[0], each[0].shape[1])
         return Tokens(torch.stack(each).flatten(1, 2), grid, prefix=0)

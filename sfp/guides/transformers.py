@@ -126,7 +126,7 @@ class TransformersGuide(FrozenModel):
         size: int | Sequence[int] = self.model.config.patch_size
         self.patch: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         forward = inspect.signature(self.model.forward).parameters
-        # ViT (DINO) resamples its position table only when told to, DINOv2 always does
+        # ViT (DINO) resamples its position embedding only on request, DINOv2 always
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in forward else {}
         )
@@ -140,7 +140,7 @@ class TransformersGuide(FrozenModel):
         Args:
             image: normalised for CLIP.
             output: None for the last layer's tokens; "entering" for those that enter the last block;
-                "q", "k", "v" for its projections, heads side by side; sums like "q+k"; "stitched" for
+                "q", "k", "v" for its projections, all heads; sums like "q+k"; "stitched" for
                 the result of `across`.
 
         Raises:

@@ -327,7 +327,7 @@ def test_diagonal_weights_in_any_chunks(shape, chunk, seed):
     assert half.dtype == torch.float32
 
 
-# -- position tables -----------------------------------------------------------------------------
+# -- position embeddings -------------------------------------------------------------------------
 
 
 def cubic(source: int, target: int, scale: float) -> Tensor:

@@ -739,7 +739,7 @@ def test_methods_in_half_precision(name, halves, clip, exact):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sfp.list_methods())
 def test_methods_compare_grids_not_token_counts(name, exact):
-    """The peers add the 8x8 position table to a 16x4 grid, since both have 64 tokens."""
+    """The peers add the 8x8 position embedding to a 16x4 grid, since both have 64 tokens."""
     image = tiny.images(1, 128, 32).double()
     method = sfp.build_method(name, **(dict(beta=0) if name == "textregion" else {}))  # no square
     context = dict(text=tiny.queries(QUERIES).double(), guides=GUIDES, regions=ids(image))

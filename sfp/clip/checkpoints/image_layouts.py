@@ -327,7 +327,7 @@ def _sizes(
     side = math.isqrt(max(rows - table_prefix, 0))
     if side * side + table_prefix != rows or not side:
         raise LayoutError(
-            f"position table of {rows} rows: expected a square grid{' plus CLS' if prefix else ''}"
+            f"position embedding of {rows} rows: expected a square grid{' plus CLS' if prefix else ''}"
         )
     patch = kernel * math.prod(stride for _, stride in given.get("stem", ()))
     first = f"visual.{BLOCKS}0."
@@ -389,7 +389,7 @@ def _plain(state: State, config: Config) -> tuple[ImageConfig, bool]:
         raise LayoutError("not a CLIP state dict: visual.proj is missing")
     if not _sizes(state)["table_prefix"]:
         rows = len(state["visual.positional_embedding"])
-        raise LayoutError(f"position table of {rows} rows: expected a square grid plus CLS")
+        raise LayoutError(f"position embedding of {rows} rows: expected a square grid plus CLS")
     if "visual.ln_pre.weight" in state or "visual.ln_pre.bias" in state:
         return ImageConfig(**_sizes(state)), False
     sizes = _sizes(

@@ -190,7 +190,7 @@ def test_examples_of_the_help_parse():
     shown = [
         line.strip().split("#")[0].split(" > ")[0]
         for command in commands().values()
-        for line in command.format_help().splitlines()
+        for line in command.format_help().replace("\\\n", " ").splitlines()
         if re.match(r" {2,}sfp ", line)
     ]
     assert len(shown) > 20

@@ -305,7 +305,7 @@ def test_vocabularies_are_an_axis_of_a_comparison(tmp_path, ran):
     again = compare.compare(config, {"clip": "clip", "sfp": "sfp"}, words=words, pictures=0)
     assert (again, ran) == (record, [])
     mine.write_text("cat\ndog\n")
-    with pytest.raises(ValueError, match="names 2 classes, MiniSceneDataset has 18"):
+    with pytest.raises(ValueError, match="has 2 classes, but MiniSceneDataset has 18"):
         compare.compare(config, {"clip": "clip"}, words=words)
     with pytest.raises(FileNotFoundError, match="shiped"):
         compare.compare(config, {"clip": "clip"}, words=["shiped"])

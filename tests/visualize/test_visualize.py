@@ -194,7 +194,7 @@ def test_purification_shows_both_runs_on_one_scale(run, no_grad):
     assert cells[3].images[0].get_clim() == cells[4].images[0].get_clim()
     np.testing.assert_allclose(drawn(cells[8]), drawn(cells[7]) - drawn(cells[6]))
     assert cells[8].images[0].get_clim()[0] == -cells[8].images[0].get_clim()[1]
-    with pytest.raises(LookupError, match=r"after layer 3, only \[10\]"):
+    with pytest.raises(LookupError, match=r"after layer 3, only after \[10\]"):
         visualize.purification(image, trace, after, 3)
 
 

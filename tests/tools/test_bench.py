@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -108,3 +109,20 @@ def test_the_text_bank(bench, monkeypatch, tmp_path, capsys):
     assert record["prompts"] == 160
     assert record["max_difference"] < 1e-5
     assert "160 prompts of 2 ADE20K classes" in capsys.readouterr().out
+
+
+def test_the_tables_of_the_documentation(monkeypatch, capsys):
+    docs = TOOL.parents[1] / "docs"
+    records = [str(path) for path in sorted(docs.glob("measured/cpu_*.json"))]
+    monkeypatch.setattr(sys, "argv", ["bench_tables.py", *records])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(TOOL.with_name("bench_tables.py")), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("\n## ") + 1 == len(records) > 5
+    assert (docs / "cpu.md").read_text().endswith(printed)
+
+
+def test_a_command_line_without_its_output(bench):
+    words = "--classes 21 --out x.json --rounds 2".split()
+    assert bench.without_out(words) == ["--classes", "21", "--rounds", "2"]
+    assert bench.without_out(words[:2]) == words[:2]

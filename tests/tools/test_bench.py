@@ -123,6 +123,6 @@ def test_the_tables_of_the_documentation(monkeypatch, capsys):
 
 
 def test_a_command_line_without_its_output(bench):
-    words = "--classes 21 --out x.json --rounds 2".split()
+    words = ["--classes", "21", "--out", "x.json", "--rounds", "2"]
     assert bench.without_out(words) == ["--classes", "21", "--rounds", "2"]
     assert bench.without_out(words[:2]) == words[:2]

@@ -88,13 +88,7 @@ class ClipSegGuide(FrozenModel):
         return Tokens(tokens[:, 1:], (cells, cells), prefix=0)
 
     def _vision(self, image: Tensor):  # type: ignore[no-untyped-def]  # of `transformers`
-        pixels = F.interpolate(
-            self.renormalise(image),
-            (self.side, self.side),
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )
+        pixels = self.resized(image, (self.side, self.side))
         dtype = next(self.model.parameters()).dtype
         return self.model.clip.vision_model(
             pixel_values=pixels.to(dtype), output_hidden_states=True, interpolate_pos_encoding=True

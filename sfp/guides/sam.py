@@ -86,13 +86,7 @@ class SamGuide(FrozenModel):
         height, width = image.shape[-2:]
         scale = side / max(height, width)
         inner = tuple(max(int(length * scale + 0.5), 1) for length in (height, width))
-        pixels = F.interpolate(
-            self.renormalise(image),
-            inner,
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )
+        pixels = self.resized(image, inner)
         pixels = F.pad(pixels, (0, side - inner[1], 0, side - inner[0]))
         encoder = self.model.vision_encoder
         x = encoder.patch_embed(pixels.to(next(self.model.parameters()).dtype))

@@ -151,13 +151,7 @@ class Sam3Guide(FrozenModel):
             ValueError: if the side is not a multiple of the patch.
         """
         side = side or self.side
-        pixels = F.interpolate(
-            self.renormalise(image),
-            (side, side),
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )
+        pixels = self.resized(image, (side, side))
         dtype = next(self.model.parameters()).dtype
         return tuple(self._tower(side)(pixels.to(dtype)).fpn_hidden_states[:-1])
 

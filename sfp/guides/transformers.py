@@ -91,6 +91,15 @@ class FrozenModel(nn.Module):
         """Expects images normalised for `clip`, unless their normalisation was given."""
         self.renormalise.follow(clip)
 
+    def resized(self, images: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Images (B, 3, h, w) in the model's normalisation, at a size (rows, columns).
+
+        Bilinear with antialiasing, as the image processors of `transformers` do it.
+        """
+        return F.interpolate(
+            self.renormalise(images), size, mode="bilinear", align_corners=False, antialias=True
+        )
+
 
 @GUIDES.register_module(name="transformers")
 class TransformersGuide(FrozenModel):

@@ -69,13 +69,7 @@ class PromptedSam(FrozenModel):
     def embed(self, image: Tensor) -> Any:
         """The embeddings of an image (3, h, w), for the decoder."""
         inner = self.inner(image.shape[-2], image.shape[-1])
-        pixels = F.interpolate(
-            self.renormalise(image)[None],
-            inner,
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )
+        pixels = self.resized(image[None], inner)
         pixels = F.pad(pixels, (0, self.side - inner[1], 0, self.side - inner[0]))
         return self.model.get_image_embeddings(pixels.to(self.dtype))
 

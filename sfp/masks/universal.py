@@ -95,13 +95,7 @@ class UniversalMasks(FrozenModel):
             FloatingPointError: if the model gives NaN or infinite values.
         """
         inner = self.inner(image.shape[-2], image.shape[-1])
-        pixels = F.interpolate(
-            self.renormalise(image)[None],
-            inner,
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )
+        pixels = self.resized(image[None], inner)
         if self.side is not None:
             black = self.renormalise.black.to(pixels)[:, None, None]
             filled = (0, self.side - inner[1], 0, self.side - inner[0])

@@ -26,6 +26,7 @@ from sfp.evaluation.compare import measure
 from sfp.evaluation.published import (
     CONFIGS,
     Number,
+    backbone_of,
     benchmark_of,
     published,
     reservation,
@@ -157,7 +158,8 @@ def _papers() -> dict[str, Study]:
             ],
             note="Inner product, clustered features, earlier layers and <x_i, x_i> are our "
             "interpretation of rows for which the paper gives no formula; it gives no number for "
-            "concatenated heads",
+            "concatenated heads. The published numbers of CLIP are those at 336 pixels (table 7). On "
+            "VOC20 the release also multiplies by the class token's logits, these rows do not",
         ),
         "cliptrase_release": Study(
             "CLIPtrase as released: differences between its code and its paper",
@@ -254,7 +256,7 @@ def ablate(
     if paired:
         bootstrap.bases([row.label for row in runs], paired)
     sources = list(dict.fromkeys(weights)) or [config.model.weights]
-    rows, benchmark = [], benchmark_of(config)
+    rows, benchmark = [], benchmark_of(config.test_dataloader.dataset.type)
     for source in sources:
         own = config.copy()
         own.model.weights = source
@@ -272,10 +274,11 @@ def ablate(
         )
         measured = dict(zip((row.label for row in runs), record["methods"].values(), strict=True))
         groups = settings(own)
+        backbone = backbone_of(groups["weights"])
         for row in study.rows:
             ours = {k: measured.get(row.label, {}).get(k) for k in COLUMNS}
-            found = _of_weights(row, str(source))
-            shown = [_shown(n, str(source), benchmark, groups) for n in found]
+            found = _of_weights(row, backbone)
+            shown = [_shown(n, backbone, benchmark, groups) for n in found]
             method = dict(row.method) if row.method else None
             rows.append(dict(label=prefix + row.label, method=method, **ours, published=shown))
             if paired:
@@ -321,7 +324,7 @@ def _shown(
     if number.benchmark == benchmark:
         why = reservation(number, groups)
     else:
-        why = protocol.name if protocol.options is None else ""
+        why = "" if protocol.options == {} else protocol.name  # {}: that of the shipped configs
     tag = "; ".join(filter(None, (number.backbone if number.backbone != weights else "", why)))
     return dict(benchmark=number.benchmark, value=number.value, tag=tag)
 

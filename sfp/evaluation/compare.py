@@ -26,7 +26,7 @@ from sfp.evaluation.loading import Batches
 from sfp.evaluation.metrics import ignored_label
 from sfp.evaluation.notices import quiet
 from sfp.evaluation.paired import PREVIOUS, bases, cell, differences, heading
-from sfp.evaluation.published import benchmark_of, beside, published
+from sfp.evaluation.published import beside_run
 from sfp.evaluation.scores import (
     COLUMNS,
     cells,
@@ -42,6 +42,7 @@ from sfp.evaluation.settings import image_names, method_settings, settings
 from sfp.files import atomic_write
 from sfp.method import Method, build_method
 from sfp.overlay import Panel
+from sfp.registry import suggest
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.tables import markdown
 from sfp.visualize.sheets import at_size, picture_sheet
@@ -341,8 +342,13 @@ def with_words(config: Config, words: str) -> Config:
     elif words == "shipped":
         found = by_dataset(config.test_dataloader.dataset.type)
         own.model.classes = str(found.words) if found and found.class_file else config.model.classes
-    else:
+    elif Path(words).is_file():
         own.model.classes = words
+    else:
+        raise FileNotFoundError(
+            f'no class file {words!r}: expected "shipped", "names" or the path of a class file'
+            f"{suggest(words, ('shipped', 'names'))}"
+        )
     if (number := load_vocabulary(own.model.classes).num_classes) != len(names):
         raise ValueError(
             f"{words} has {number} classes, but {type(dataset).__name__} has {len(names)}: expected "
@@ -354,17 +360,10 @@ def with_words(config: Config, words: str) -> Config:
 def beside_published(
     config: Config, methods: Mapping[str, str | Mapping[str, Any] | Method]
 ) -> dict[str, list[str]]:
-    """Published numbers of those methods that use their preset's defaults, by name."""
-    benchmark, weights = benchmark_of(config), str(config.model.weights)
-    if benchmark is None:
-        return {}
+    """Published numbers of those presets that have any (`published.beside_run`), by name."""
     groups = settings(config)
-    found = {}
-    for name, method in methods.items():
-        node = dict(type=method) if isinstance(method, str) else method
-        if isinstance(node, Mapping) and set(node) == {"type"}:
-            numbers = published().of_method(node["type"], benchmark, weights)
-            found[name] = list(dict.fromkeys(beside(number, groups) for number in numbers))
+    nodes = {name: method_settings(method) for name, method in methods.items()}
+    found = {name: beside_run(dict(groups, method=node)) for name, node in nodes.items()}
     return {name: lines for name, lines in found.items() if lines}
 
 

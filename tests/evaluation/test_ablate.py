@@ -261,7 +261,7 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
     config.work_dir = str(tmp_path / "other")
     other = ablate.sheet(ablate.ablate(config, "layers"))
     assert other[0][-1] == (
-        "VOC21, published (ViT-B/16; protocol differs in prob_thd (0.15, here 0.3))"
+        "VOC21, published (ViT-B/16; protocol (SFP's configs) differs in prob_thd (0.15, here 0.3))"
     )
     # a digit that the source leaves open stays open
     assert other[1][-1][-1] == "62.x"
@@ -269,18 +269,15 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
     assert record["published"] == {}  # nobody published anything of these weights
     record["published"] = compare.beside_published(
         Config(dict(config, model=dict(config.model, weights="ViT-B/16"))),
-        {"sfp_paper": "sfp_paper", "sclip": "sclip", "mine": dict(type="sfp", pm="lof")},
+        {"sfp_paper": "sfp_paper", "mine": dict(type="sclip", csa=False)},
     )
-    assert record["published"] == {
-        "sfp_paper": [
-            "published 63.9 (SFP's poster), protocol differs in prob_thd (0.15, here 0.3)"
-        ],
-        "sclip": [
-            "published 59.7 (SFP's poster; run by SFP's authors), settings not stated",
-            "published 51.79 (CLIPtrase's paper; run by CLIPtrase's authors), centre crop, 336 px",
-            "published 49.54 (CLIPtrase's paper; run by CLIPtrase's authors), centre crop, 224 px",
-        ],
-    }
+    assert record["published"]["sfp_paper"] == [
+        "published 63.9 (SFP's poster), protocol (SFP's configs) differs in prob_thd (0.15, here 0.3)"
+    ]
+    assert record["published"]["mine"][0] == (
+        "published 59.7 (SFP's poster; run by SFP's authors), settings not stated; here csa false, by "
+        "default true"
+    )
     assert "\n* sfp_paper: published 63.9" in compare.compare_markdown(record)
 
 
@@ -307,7 +304,7 @@ def test_vocabularies_are_an_axis_of_a_comparison(tmp_path, ran):
     mine.write_text("cat\ndog\n")
     with pytest.raises(ValueError, match="has 2 classes, but MiniSceneDataset has 18"):
         compare.compare(config, {"clip": "clip"}, words=words)
-    with pytest.raises(FileNotFoundError, match="shiped"):
+    with pytest.raises(FileNotFoundError, match="shiped.*did you mean 'shipped'"):
         compare.compare(config, {"clip": "clip"}, words=["shiped"])
     assert not ran
 

@@ -18,7 +18,6 @@ from sfp.evaluation.scores import COLUMNS, cell, cells
 from sfp.evaluation.settings import GROUPS, NOTED, STRICT, settings
 from sfp.files import atomic_write
 
-
 _ABSENT = object()  # a key that one side lacks
 
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mmengine.config import Config
-
 from sfp.clip.checkpoints.published import PUBLISHED
 from sfp.data.benchmarks import by_dataset
 from sfp.evaluation.card import Difference, differences

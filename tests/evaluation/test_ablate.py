@@ -304,7 +304,7 @@ def test_vocabularies_are_an_axis_of_a_comparison(tmp_path, ran):
     mine.write_text("cat\ndog\n")
     with pytest.raises(ValueError, match="has 2 classes, but MiniSceneDataset has 18"):
         compare.compare(config, {"clip": "clip"}, words=words)
-    with pytest.raises(FileNotFoundError, match="shiped.*did you mean 'shipped'"):
+    with pytest.raises(FileNotFoundError, match=r"shiped.*did you mean 'shipped'"):
         compare.compare(config, {"clip": "clip"}, words=["shiped"])
     assert not ran
 

@@ -239,7 +239,8 @@ def ablate(
         progress: called with the current weights, the number of finished images and the total.
 
     Returns:
-        "rows": label, method, mIoU, mAcc and aAcc in percent (None for variants that are not run), and
+        "rows": label, method, the scores "columns" in percent (mIoU, mAcc, aAcc and further ones of the
+        config's metric; None for variants that are not run), and
         "published": benchmark, value and "tag" (how its setting differs from ours) of each published
         mIoU; with `paired` also "difference", None for a row without a base.
 
@@ -273,12 +274,14 @@ def ablate(
             progress=partial(progress, str(source)),
         )
         measured = dict(zip((row.label for row in runs), record["methods"].values(), strict=True))
+        found = scores.columns_of(record["methods"].values())
+        columns = [name for name in found if name in COLUMNS or name not in scores.COLUMNS]
         groups = settings(own)
         backbone = backbone_of(groups["weights"])
         for row in study.rows:
-            ours = {k: measured.get(row.label, {}).get(k) for k in COLUMNS}
-            found = _of_weights(row, backbone)
-            shown = [_shown(n, backbone, benchmark, groups) for n in found]
+            ours = {k: measured.get(row.label, {}).get(k) for k in columns}
+            known = _of_weights(row, backbone)
+            shown = [_shown(n, backbone, benchmark, groups) for n in known]
             method = dict(row.method) if row.method else None
             rows.append(dict(label=prefix + row.label, method=method, **ours, published=shown))
             if paired:
@@ -295,6 +298,7 @@ def ablate(
         note=study.note,
         axis=study.axis,
         paired=paired,
+        columns=columns,
         rows=rows,
     )
     _write(result, Path(config.work_dir, f"ablate_{name}"))
@@ -346,12 +350,12 @@ def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in result["rows"]:
         values = {(n["benchmark"], n["tag"]): str(n["value"]) for n in row["published"]}
-        ours = [scores.cell(row[k], decimals=1) for k in COLUMNS]
+        ours = scores.cells(row, 1, result["columns"])
         if result["paired"]:
             ours.append(bootstrap.cell(row["difference"]))
         rows.append([row["label"], *ours, *(values.get(key, "-") for key in columns)])
     between = [bootstrap.heading(result["paired"])] if result["paired"] else []
-    return ["variant", *COLUMNS, *between, *names], rows
+    return ["variant", *result["columns"], *between, *names], rows
 
 
 def caption(result: Mapping[str, Any]) -> str:

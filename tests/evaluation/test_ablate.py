@@ -282,6 +282,23 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_boundaries_are_a_column(tmp_path):
+    """With the metric's own value, as `sfp eval` has it, and the other scores as without it."""
+    options = {"test_evaluator.type": "BoundaryMetric", "test_dataloader.dataset.scenes": 2}
+    config = mini(tmp_path / "all", **options)
+    record = compare.compare(config, {"clip": "clip"}, pictures=0)
+    header, ((_, *row),) = compare.compare_sheet(record)
+    assert header[1:] == ["mIoU", "mAcc", "aAcc", "fwIoU", "bIoU"]
+    alone = mini(tmp_path / "eval", **options, **{"model.method": dict(_delete_=True, type="clip")})
+    scores = evaluate.evaluate(alone, pictures=0)
+    assert row == [f"{scores[k]:.1f}" for k in header[1:5]] + [f"{scores['metrics']['bIoU']:.1f}"]
+    config.work_dir = str(tmp_path / "study")
+    result = ablate.ablate(config, "gclip", paired="none")
+    assert ablate.sheet(result)[0][:6] == ["variant", *header[1:4], "bIoU", "mIoU less none [95 %]"]
+    assert all(0 < row["bIoU"] < row["mIoU"] for row in result["rows"])
+
+
+@pytest.mark.slow
 def test_vocabularies_are_an_axis_of_a_comparison(tmp_path, ran):
     mine = tmp_path / "mine.txt"
     names = (ROOT / "configs/cls_mini.txt").read_text().splitlines()

@@ -49,13 +49,13 @@ class Row:
         label: its name in tables and plots.
         method: argument of `build_method`; None if this package cannot run it.
         published: its published numbers.
-        guide: external encoder that it needs; it is skipped if the config has none of that name.
+        needs: what the config must have, or the row is skipped: a guide of this name, or "regions".
     """
 
     label: str
     method: Mapping[str, Any] | None
     published: Sequence[Number] = ()
-    guide: str | None = None
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ def _paper(label: str, table: int, row: str, **knobs: Any) -> Row:
     return Row(label, method, _numbers(f"cliptrase/{table}", row), knobs.get("guide"))
 
 
-def _backbones(label: str, method: str | None, row: str, guide: str | None = None) -> Row:
+def _backbones(method: str, row: str, needs: str | None = None) -> Row:
     tables = [
         t
         for t in ("main", "ViT-B/32", "ViT-L/14")
         if published().find(table=f"sfp_poster/{t}", row=row)
     ]
     numbers = [n for table in tables for n in _numbers(f"sfp_poster/{table}", row)]
-    return Row(label, dict(type=method) if method else None, numbers, guide)
+    return Row(method, dict(type=method), numbers, needs)
 
 
 @cache
@@ -187,13 +187,13 @@ def _papers() -> dict[str, Study]:
         "backbones": Study(
             "methods by weights",
             [
-                _backbones("clip", "clip", "CLIP"),
-                _backbones("sclip", "sclip", "SCLIP"),
-                _backbones("naclip", "naclip", "NACLIP"),
+                _backbones("clip", "CLIP"),
+                _backbones("sclip", "SCLIP"),
+                _backbones("naclip", "NACLIP"),
                 _row("sfp", "sfp"),
-                _backbones("sfp_paper", "sfp_paper", "SFP"),
-                _backbones("proxyclip", "proxyclip", "ProxyCLIP", guide="dino"),
-                _backbones("LaVG", None, "LaVG"),
+                _backbones("sfp_paper", "SFP"),
+                _backbones("proxyclip", "ProxyCLIP", needs="dino"),
+                _backbones("lavg", "LaVG", needs="regions"),
             ],
         ),
     }
@@ -252,8 +252,9 @@ def ablate(
         raise ValueError(
             f"several --weights work only with the study 'backbones'; {name!r} takes one"
         )
-    guides = config.model.get("guides") or {}
-    runs = [r for r in study.rows if r.method and (r.guide is None or r.guide in guides)]
+    given = {None, *(config.model.get("guides") or {})}
+    given |= {"regions"} if config.model.get("regions") else set()
+    runs = [row for row in study.rows if row.method and row.needs in given]
     if paired:
         bootstrap.bases([row.label for row in runs], paired)
     sources = list(dict.fromkeys(weights)) or [config.model.weights]
@@ -367,7 +368,9 @@ def caption(result: Mapping[str, Any]) -> str:
         text += "; they are for other benchmarks"
     text += f". {result['note']}" if result["note"] else ""
     if idle := [row["label"] for row in result["rows"] if row["mIoU"] is None]:
-        text += f". Not run: {', '.join(idle)} (not implemented, or the guide is missing)"
+        text += (
+            f". Not run: {', '.join(idle)} (not implemented, or the guide or regions are missing)"
+        )
     return text + "."
 
 

@@ -341,6 +341,7 @@ def with_words(config: Config, words: str) -> Config:
         FileNotFoundError: if there is no such file, or no class file is shipped.
         ValueError: if it does not have one entry per class.
     """
+    init_default_scope(config.get("default_scope", "mmseg"))
     own = copy.deepcopy(config)  # `copy()` shares the model's settings
     dataset = DATASETS.build(config.test_dataloader.dataset)
     names = list(dataset.metainfo["classes"])

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import trees
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 
 import sfp
 from sfp import cli
@@ -223,16 +224,16 @@ def test_backbones(tmp_path, ran):
     paths = [tmp_path / f"seed{seed}.safetensors" for seed in range(2)]
     weights = [str(tiny.save(path, seed, **tiny.WORDS)) for seed, path in enumerate(paths)]
     result = ablate.ablate(mini(tmp_path / "work"), "backbones", weights=weights)
-    methods = ("clip", "sclip", "naclip", "sfp", "sfp_paper", "proxyclip", "LaVG")
+    methods = ("clip", "sclip", "naclip", "sfp", "sfp_paper", "proxyclip", "lavg")
     assert [row["label"] for row in result["rows"]] == [
         f"seed{seed}: {method}" for seed in range(2) for method in methods
     ]
-    assert [n for _, n in ran] == [5] * 2 * SCENES  # without a guide, and without LaVG
+    assert [n for _, n in ran] == [5] * 2 * SCENES  # without a guide and without regions
     assert [row["mIoU"] is None for row in result["rows"]] == [False] * 5 + [True] * 2 + [
         False
     ] * 5 + [True] * 2
-    assert "Not run: seed0: proxyclip, seed0: LaVG, seed1" in ablate.caption(result)
-    assert "| seed1: LaVG | - | - | - |" in ablate.report(result)
+    assert "Not run: seed0: proxyclip, seed0: lavg, seed1" in ablate.caption(result)
+    assert "| seed1: lavg | - | - | - |" in ablate.report(result)
     assert (tmp_path / "work/ablate_backbones.png").is_file()
     with pytest.raises(ValueError, match="study 'backbones'"):
         ablate.ablate(mini(tmp_path), "modules", weights=weights)
@@ -279,6 +280,13 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
         "default true"
     )
     assert "\n* sfp_paper: published 63.9" in compare.compare_markdown(record)
+
+
+def test_words_need_no_earlier_run(tmp_path):
+    """In a new process mmengine looks for transforms in its own registry only."""
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        config = compare.with_words(mini(tmp_path), "names")
+    assert len(config.model.classes) == 18
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from string import ascii_lowercase
 from textwrap import wrap
 from typing import Any
 
@@ -340,22 +341,35 @@ def same_benchmark(result: Mapping[str, Any]) -> bool:
     return any(n["benchmark"] == result["benchmark"] for n in numbers)
 
 
+def _published(result: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The benchmarks whose published numbers are shown, this one or else others; marks of their tags.
+
+    With a single tag, which headers then name, its mark is empty.
+    """
+    numbers = [n for row in result["rows"] for n in row["published"]]
+    if same_benchmark(result):
+        numbers = [n for n in numbers if n["benchmark"] == result["benchmark"]]
+    tags = list(dict.fromkeys(n["tag"] for n in numbers))
+    letters = iter(ascii_lowercase)
+    marks = {tag: f" {next(letters)}" if tag and len(tags) > 1 else "" for tag in tags}
+    return list(dict.fromkeys(n["benchmark"] for n in numbers)), marks
+
+
 def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: our numbers, then published ones for this benchmark, or else for others."""
-    columns: dict[tuple[str, str], None] = {}
-    for row in result["rows"]:
-        columns.update({(n["benchmark"], n["tag"]): None for n in row["published"]})
-    if same_benchmark(result):
-        columns = {key: None for key in columns if key[0] == result["benchmark"]}
-    names = [f"{name}, published" + (f" ({tag})" if tag else "") for name, tag in columns]
+    benchmarks, marks = _published(result)
+    tag = f" ({next(iter(marks))})" if len(marks) == 1 and all(marks) else ""
     rows = []
     for row in result["rows"]:
-        values = {(n["benchmark"], n["tag"]): str(n["value"]) for n in row["published"]}
+        values = {
+            n["benchmark"]: f"{n['value']}{marks.get(n['tag'], '')}" for n in row["published"]
+        }
         ours = scores.cells(row, 1, result["columns"])
         if result["paired"]:
             ours.append(bootstrap.cell(row["difference"]))
-        rows.append([row["label"], *ours, *(values.get(key, "-") for key in columns)])
+        rows.append([row["label"], *ours, *(values.get(name, "-") for name in benchmarks)])
     between = [bootstrap.heading(result["paired"])] if result["paired"] else []
+    names = [f"{name}, published{tag}" for name in benchmarks]
     return ["variant", *result["columns"], *between, *names], rows
 
 
@@ -366,6 +380,8 @@ def caption(result: Mapping[str, Any]) -> str:
     text += f" Published numbers: {', '.join(result['sources']) or 'none'}"
     if result["sources"] and not same_benchmark(result):
         text += "; they are for other benchmarks"
+    notes = [f"{mark.strip()}: {tag}" for tag, mark in _published(result)[1].items() if mark]
+    text += f". {'. '.join(notes)}" if notes else ""
     text += f". {result['note']}" if result["note"] else ""
     if idle := [row["label"] for row in result["rows"] if row["mIoU"] is None]:
         text += (

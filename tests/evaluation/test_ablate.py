@@ -234,6 +234,10 @@ def test_backbones(tmp_path, ran):
     ] * 5 + [True] * 2
     assert "Not run: seed0: proxyclip, seed0: lavg, seed1" in ablate.caption(result)
     assert "| seed1: lavg | - | - | - |" in ablate.report(result)
+    header, rows = ablate.sheet(result)
+    assert header[4:6] == ["VOC21, published", "Context60, published"]  # a column each
+    assert [row[4] for row in rows[:5]] == ["18.6 a", "59.7 a", "58.9 a", "-", "63.9 b"]
+    assert "a: ViT-B/16; settings not stated. b: ViT-B/16." in ablate.caption(result)
     assert (tmp_path / "work/ablate_backbones.png").is_file()
     with pytest.raises(ValueError, match="study 'backbones'"):
         ablate.ablate(mini(tmp_path), "modules", weights=weights)

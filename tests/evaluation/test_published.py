@@ -62,6 +62,8 @@ BY_HAND = [
     ("later", "DIH-CLIP", "mIoU", "64.2 36.0 37.4 84.9 39.7 26.7 19.6 40.2 43.6"),
     ("later", "LPOSS, LAION's B/16", "mIoU", "61.1 34.6 33.4 78.8 37.8 25.9 21.8 37.3 41.3"),
     ("later", "CLIPer", "mIoU", "62.1 35.7 37.5 85.0 39.6 26.4 20.6 38.3 43.2"),
+    ("tips_notebook", "values of the last block", "mIoU", "25.06"),
+    ("tips_readme", "SO400M/14", "mIoU", "23.3"),
     ("later", "FLOSS on NACLIP", "mIoU", "- - - 80.2 35.9 23.6 18.4 37.0 -"),
     ("gclip", "GCLIP", "mIoU", "24.8 18.5 33.7"),
 ]  # fmt: skip

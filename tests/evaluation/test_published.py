@@ -203,6 +203,14 @@ def test_a_run_in_the_protocol_of_a_number(monkeypatch):
     assert line.endswith("differs in slide_crop (224, here 0), pipeline (Resize, here CentreCrop)")
 
 
+def test_other_words_are_counted():
+    names = [["background"], *([f"class {i}"] for i in range(20))]
+    (log, _) = said("voc21", "sfp", model__classes=names)
+    assert log.endswith("protocol (SFP's configs) differs in the words of 21 classes")
+    (line,) = said("voc21", "scclip")
+    assert "differs in class 15 (person, person in shirt" in line  # where SFP says "people"
+
+
 def test_other_knobs_and_weights_are_named(tmp_path, monkeypatch):
     (log, pearl) = said("voc21", dict(type="sfp", pm="lof"))
     assert log.endswith('same protocol, as far as known; here pm "lof", by default "som"')

@@ -1,6 +1,6 @@
 # Pascal Context with all its classes (Context459): 5104 images of val, 459 classes.
-# Published: nothing with this protocol for SFP or similar methods; CLIPtrase has 9.95 (table 1) or
-# 10.11 mIoU (table 7) on centre crops.
+# Published: nothing with this protocol for SFP or similar methods; CLIPtrase has 9.36 mIoU on centre
+# crops of 224 pixels (table 6), and 9.95 (table 1) or 10.11 (table 7) on those of 336.
 #     CONFIG=configs/cfg_context459.py WORK_DIR=work/context459 sh test.sh
 # Names and label maps: `sfp data prepare context459` (docs/data.md).
 

@@ -112,12 +112,12 @@ def methods() -> str:
         ([method(r), *cells(r, coarse), origin(r)] for r in rows("cliptrase/8")),
     )
     two = ("VOC21", "ADE20K")
-    others = rows("sfp_poster/ViT-B/32", "sfp_poster/ViT-L/14")
+    others = rows("sfp_poster/ViT-B/32", "sfp_poster/ViT-L/14", "tips_notebook", "tips_readme")
     table_4 = markdown(
-        ["backbone", "method", *two, "protocol"],
-        ([r[0].backbone, method(r), *cells(r, two), protocol(r)] for r in others),
+        ["backbone", "method", *two, "protocol", "source"],
+        ([r[0].backbone, method(r), *cells(r, two), protocol(r), origin(r)] for r in others),
     )
-    shown = [row[0] for row in (*main, *crops)]
+    shown = [row[0] for row in (*main, *crops, *others)]
     notes = [n.note for n in shown] + [found.tables[n.table].note for n in shown]
     return (
         "On the eight benchmarks. Numbers with different protocols (see the column) are not comparable:"
@@ -125,7 +125,7 @@ def methods() -> str:
         f"With CLIPtrase's protocol:\n\n{table_2}\n"
         "Unsupervised segmentation, from CLIPtrase's paper, which gives no settings:"
         f"\n\n{table_3}\n"
-        f"Other backbones, from SFP's poster:\n\n{table_4}\n"
+        f"Other backbones:\n\n{table_4}\n"
         f"Protocols:\n\n{items(f'{p.name}: {p.text}.' for p in found.protocols.values())}\n"
         f"Notes:\n\n{items(notes)}"
     )

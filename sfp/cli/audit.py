@@ -12,7 +12,8 @@ Lists the settings in which two results differ, and says whether their numbers a
 Each side is a card.json, a work folder of `sfp eval` that contains one, or a config. Numbers are
 comparable if protocol, vocabulary and data are equal; method and weights may differ. Also listed
 are each side's constants that are not the defaults, for example because they were tuned for its
-dataset, and what its models were trained on besides images and captions.
+dataset, what its models were trained on besides images and captions, and published numbers for its
+method, benchmark and weights, with what their protocol differs in.
 
 Examples:
     sfp audit work/voc21 work/voc21_sclip
@@ -33,12 +34,13 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares the two sides; returns 1 if they are not comparable."""
-    from rich.console import Console
     from rich.table import Table
 
+    from sfp.cli.terminal import console
     from sfp.evaluation import card
     from sfp.evaluation.choices import constants, seen
     from sfp.evaluation.notices import quiet
+    from sfp.evaluation.published import beside_run
     from sfp.evaluation.scores import COLUMNS, cell
     from sfp.evaluation.settings import FREE, STRICT
 
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         table = Table("group", "setting", "A", "B")
         for row in found:
             table.add_row(row.group, row.name, row.a, row.b)
-        Console(soft_wrap=True).print(table)
+        console().print(table)
     open_questions = card.unknown(a, b)
     if open_questions:
         print(f"Known on one side only: {', '.join(open_questions)}.")
@@ -60,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"{side}: non-default constants: {'; '.join(changed) or 'none'}.")
         for model, data in seen(given):
             print(f"{side}: {model} was trained on {data}.")
+        with quiet():
+            lines = beside_run(given)
+        for line in lines:
+            print(f"{side}: {line.removesuffix('.')}.")
     different = [group for group in STRICT if any(row.group == group for row in found)]
     if different:
         print(

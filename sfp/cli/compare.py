@@ -21,6 +21,9 @@ into the work folder. An interrupted run resumes when started again, also with m
 bootstrap over images: if the interval contains 0, the difference may be due to the choice of
 images.
 
+--classes runs every method with each of several vocabularies. Other settings stay those of the
+config, also thresholds that were tuned for its own words.
+
 Several --weights give one table of towers by methods, matrix.json and matrix.md, with the training
 data of each tower and of the other models. This resumes too, also with more weights.
 

@@ -106,6 +106,7 @@ def _entries(names: Iterable[str]) -> dict[str, Benchmark]:
 
 def _list(args: argparse.Namespace) -> int:
     from rich.table import Table
+    from rich.text import Text
 
     from sfp.cli.terminal import console
     from sfp.data.benchmarks import DOWNLOADED
@@ -117,7 +118,8 @@ def _list(args: argparse.Namespace) -> int:
         style = {"ready": "green", "missing": "dim"}.get(what, "yellow")
         images = " or ".join(map(str, entry.images))
         where = str(root / entry.folder)
-        table.add_row(name, entry.title, images, str(entry.classes), where, f"[{style}]{what}[/]")
+        state = Text(what, style=style)
+        table.add_row(name, entry.title, images, str(entry.classes), where, state)
     console().print(table)
     print("`sfp data prepare NAME` says how to get one, `sfp data check NAME` checks every file")
     return 0

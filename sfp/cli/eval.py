@@ -47,8 +47,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates the config."""
-    from rich.console import Console
-
+    from sfp.cli.terminal import console
     from sfp.evaluation import run as evaluate
 
     if args.local_rank is not None:  # launchers older than torchrun pass it here
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         config, pictures=args.pictures, show_dir=args.show_dir, resume=not args.no_resume
     )
     if result:
-        Console().print(evaluate.per_class_table(result))
+        console().print(evaluate.per_class_table(result))
         files = "metrics.json, card.md" + ", sheet.png" * bool(args.pictures)
         print(f"results in {config.work_dir}: {files}")
     return 0

@@ -24,9 +24,10 @@ def progress(*more: str) -> Progress:
 def console(width: int = 160) -> Console:
     """Standard output. A file or pipe has no width of its own and gets at least `width` columns.
 
-    The environment variable COLUMNS, which rich reads, can make it wider.
+    The environment variable COLUMNS, which rich reads, can make it wider. Text is printed as it is:
+    rich would otherwise take the "[names]" of "clip [names]" for a style, and remove it.
     """
-    found = Console()
+    found = Console(markup=False, emoji=False)
     if not found.is_terminal:
         found.width = max(width, found.width)
     return found

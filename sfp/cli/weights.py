@@ -124,6 +124,7 @@ def list_weights(args: argparse.Namespace) -> int:
         print(weights_markdown(), end="")
         return 0
     from rich.table import Table
+    from rich.text import Text
 
     from sfp.cli.terminal import console
 
@@ -135,7 +136,7 @@ def list_weights(args: argparse.Namespace) -> int:
         table.add_column(name, overflow="fold", no_wrap=name in ("name", "on disk"))
     for family, rows in families().items():
         table.add_section()
-        table.add_row(f"[bold]{family}")
+        table.add_row(Text(family, style="bold"))
         for row in rows:
             path = on_disk(row[0])
             size = _size(path.stat().st_size) if path else "-"

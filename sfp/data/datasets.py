@@ -91,10 +91,10 @@ class CentreCrop(BaseTransform):
 
     def _square(self, pixels: np.ndarray, how: Image.Resampling) -> np.ndarray:
         height, width = pixels.shape[:2]
-        scale = self.size / min(height, width)
-        sides = (max(round(width * scale), self.size), max(round(height * scale), self.size))
+        # rounded as in torchvision's Resize and CenterCrop
+        sides = tuple(side * self.size // min(height, width) for side in (width, height))
         image = Image.fromarray(pixels.astype(np.int32) if pixels.ndim == 2 else pixels)
-        left, top = ((side - self.size) // 2 for side in sides)
+        left, top = (round((side - self.size) / 2) for side in sides)
         square = image.resize(sides, how).crop((left, top, left + self.size, top + self.size))
         return np.asarray(square).astype(pixels.dtype)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from string import ascii_lowercase
 from textwrap import wrap
 from typing import Any
 
@@ -26,6 +27,7 @@ from sfp.evaluation.compare import measure
 from sfp.evaluation.published import (
     CONFIGS,
     Number,
+    backbone_of,
     benchmark_of,
     published,
     reservation,
@@ -48,13 +50,13 @@ class Row:
         label: its name in tables and plots.
         method: argument of `build_method`; None if this package cannot run it.
         published: its published numbers.
-        guide: external encoder that it needs; it is skipped if the config has none of that name.
+        needs: what the config must have, or the row is skipped: a guide of this name, or "regions".
     """
 
     label: str
     method: Mapping[str, Any] | None
     published: Sequence[Number] = ()
-    guide: str | None = None
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,14 @@ def _paper(label: str, table: int, row: str, **knobs: Any) -> Row:
     return Row(label, method, _numbers(f"cliptrase/{table}", row), knobs.get("guide"))
 
 
-def _backbones(label: str, method: str | None, row: str, guide: str | None = None) -> Row:
+def _backbones(method: str, row: str, needs: str | None = None) -> Row:
     tables = [
         t
         for t in ("main", "ViT-B/32", "ViT-L/14")
         if published().find(table=f"sfp_poster/{t}", row=row)
     ]
     numbers = [n for table in tables for n in _numbers(f"sfp_poster/{table}", row)]
-    return Row(label, dict(type=method) if method else None, numbers, guide)
+    return Row(method, dict(type=method), numbers, needs)
 
 
 @cache
@@ -157,7 +159,8 @@ def _papers() -> dict[str, Study]:
             ],
             note="Inner product, clustered features, earlier layers and <x_i, x_i> are our "
             "interpretation of rows for which the paper gives no formula; it gives no number for "
-            "concatenated heads",
+            "concatenated heads. The published numbers of CLIP are those at 336 pixels (table 7). On "
+            "VOC20 the release also multiplies by the class token's logits, these rows do not",
         ),
         "cliptrase_release": Study(
             "CLIPtrase as released: differences between its code and its paper",
@@ -185,13 +188,13 @@ def _papers() -> dict[str, Study]:
         "backbones": Study(
             "methods by weights",
             [
-                _backbones("clip", "clip", "CLIP"),
-                _backbones("sclip", "sclip", "SCLIP"),
-                _backbones("naclip", "naclip", "NACLIP"),
+                _backbones("clip", "CLIP"),
+                _backbones("sclip", "SCLIP"),
+                _backbones("naclip", "NACLIP"),
                 _row("sfp", "sfp"),
-                _backbones("sfp_paper", "sfp_paper", "SFP"),
-                _backbones("proxyclip", "proxyclip", "ProxyCLIP", guide="dino"),
-                _backbones("LaVG", None, "LaVG"),
+                _backbones("sfp_paper", "SFP"),
+                _backbones("proxyclip", "ProxyCLIP", needs="dino"),
+                _backbones("lavg", "LaVG", needs="regions"),
             ],
         ),
     }
@@ -237,7 +240,8 @@ def ablate(
         progress: called with the current weights, the number of finished images and the total.
 
     Returns:
-        "rows": label, method, mIoU, mAcc and aAcc in percent (None for variants that are not run), and
+        "rows": label, method, the scores "columns" in percent (mIoU, mAcc, aAcc and further ones of the
+        config's metric; None for variants that are not run), and
         "published": benchmark, value and "tag" (how its setting differs from ours) of each published
         mIoU; with `paired` also "difference", None for a row without a base.
 
@@ -249,12 +253,13 @@ def ablate(
         raise ValueError(
             f"several --weights work only with the study 'backbones'; {name!r} takes one"
         )
-    guides = config.model.get("guides") or {}
-    runs = [r for r in study.rows if r.method and (r.guide is None or r.guide in guides)]
+    given = {None, *(config.model.get("guides") or {})}
+    given |= {"regions"} if config.model.get("regions") else set()
+    runs = [row for row in study.rows if row.method and row.needs in given]
     if paired:
         bootstrap.bases([row.label for row in runs], paired)
     sources = list(dict.fromkeys(weights)) or [config.model.weights]
-    rows, benchmark = [], benchmark_of(config)
+    rows, benchmark = [], benchmark_of(config.test_dataloader.dataset.type)
     for source in sources:
         own = config.copy()
         own.model.weights = source
@@ -271,11 +276,14 @@ def ablate(
             progress=partial(progress, str(source)),
         )
         measured = dict(zip((row.label for row in runs), record["methods"].values(), strict=True))
+        found = scores.columns_of(record["methods"].values())
+        columns = [name for name in found if name in COLUMNS or name not in scores.COLUMNS]
         groups = settings(own)
+        backbone = backbone_of(groups["weights"])
         for row in study.rows:
-            ours = {k: measured.get(row.label, {}).get(k) for k in COLUMNS}
-            found = _of_weights(row, str(source))
-            shown = [_shown(n, str(source), benchmark, groups) for n in found]
+            ours = {k: measured.get(row.label, {}).get(k) for k in columns}
+            known = _of_weights(row, backbone)
+            shown = [_shown(n, backbone, benchmark, groups) for n in known]
             method = dict(row.method) if row.method else None
             rows.append(dict(label=prefix + row.label, method=method, **ours, published=shown))
             if paired:
@@ -292,6 +300,7 @@ def ablate(
         note=study.note,
         axis=study.axis,
         paired=paired,
+        columns=columns,
         rows=rows,
     )
     _write(result, Path(config.work_dir, f"ablate_{name}"))
@@ -321,7 +330,7 @@ def _shown(
     if number.benchmark == benchmark:
         why = reservation(number, groups)
     else:
-        why = protocol.name if protocol.options is None else ""
+        why = "" if protocol.options == {} else protocol.name  # {}: that of the shipped configs
     tag = "; ".join(filter(None, (number.backbone if number.backbone != weights else "", why)))
     return dict(benchmark=number.benchmark, value=number.value, tag=tag)
 
@@ -332,23 +341,36 @@ def same_benchmark(result: Mapping[str, Any]) -> bool:
     return any(n["benchmark"] == result["benchmark"] for n in numbers)
 
 
+def _published(result: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The benchmarks whose published numbers are shown, this one or else others; marks of their tags.
+
+    With a single tag, which headers then name, its mark is empty.
+    """
+    numbers = [n for row in result["rows"] for n in row["published"]]
+    if same_benchmark(result):
+        numbers = [n for n in numbers if n["benchmark"] == result["benchmark"]]
+    tags = list(dict.fromkeys(n["tag"] for n in numbers))
+    letters = iter(ascii_lowercase)
+    marks = {tag: f" {next(letters)}" if tag and len(tags) > 1 else "" for tag in tags}
+    return list(dict.fromkeys(n["benchmark"] for n in numbers)), marks
+
+
 def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: our numbers, then published ones for this benchmark, or else for others."""
-    columns: dict[tuple[str, str], None] = {}
-    for row in result["rows"]:
-        columns.update({(n["benchmark"], n["tag"]): None for n in row["published"]})
-    if same_benchmark(result):
-        columns = {key: None for key in columns if key[0] == result["benchmark"]}
-    names = [f"{name}, published" + (f" ({tag})" if tag else "") for name, tag in columns]
+    benchmarks, marks = _published(result)
+    tag = f" ({next(iter(marks))})" if len(marks) == 1 and all(marks) else ""
     rows = []
     for row in result["rows"]:
-        values = {(n["benchmark"], n["tag"]): str(n["value"]) for n in row["published"]}
-        ours = [scores.cell(row[k], decimals=1) for k in COLUMNS]
+        values = {
+            n["benchmark"]: f"{n['value']}{marks.get(n['tag'], '')}" for n in row["published"]
+        }
+        ours = scores.cells(row, 1, result["columns"])
         if result["paired"]:
             ours.append(bootstrap.cell(row["difference"]))
-        rows.append([row["label"], *ours, *(values.get(key, "-") for key in columns)])
+        rows.append([row["label"], *ours, *(values.get(name, "-") for name in benchmarks)])
     between = [bootstrap.heading(result["paired"])] if result["paired"] else []
-    return ["variant", *COLUMNS, *between, *names], rows
+    names = [f"{name}, published{tag}" for name in benchmarks]
+    return ["variant", *result["columns"], *between, *names], rows
 
 
 def caption(result: Mapping[str, Any]) -> str:
@@ -358,9 +380,13 @@ def caption(result: Mapping[str, Any]) -> str:
     text += f" Published numbers: {', '.join(result['sources']) or 'none'}"
     if result["sources"] and not same_benchmark(result):
         text += "; they are for other benchmarks"
+    notes = [f"{mark.strip()}: {tag}" for tag, mark in _published(result)[1].items() if mark]
+    text += f". {'. '.join(notes)}" if notes else ""
     text += f". {result['note']}" if result["note"] else ""
     if idle := [row["label"] for row in result["rows"] if row["mIoU"] is None]:
-        text += f". Not run: {', '.join(idle)} (not implemented, or the guide is missing)"
+        text += (
+            f". Not run: {', '.join(idle)} (not implemented, or the guide or regions are missing)"
+        )
     return text + "."
 
 

@@ -18,6 +18,8 @@ from sfp.evaluation.scores import COLUMNS, cell, cells
 from sfp.evaluation.settings import GROUPS, NOTED, STRICT, settings
 from sfp.files import atomic_write
 
+_ABSENT = object()  # a key that one side lacks
+
 
 def write_card(folder: Path, groups: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Writes card.json and card.md.
@@ -95,7 +97,7 @@ class Difference:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
-    """The settings known on both sides in which they differ.
+    """The settings known on both sides in which they differ, key by key.
 
     Weights with equal hashes are equal whatever their names; words are compared class by class.
     """
@@ -109,12 +111,20 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
             continue
         if left.get("type") != right.get("type"):  # different methods have different knobs
             left, right = ({"type": side.get("type")} for side in (left, right))
-        found += [
-            Difference(group, k, *(json.dumps(x, ensure_ascii=False) for x in (v, right[k])))
-            for k, v in left.items()
-            if k in right and v != right[k]
-        ]
+        for name in left:
+            if name in right:
+                found += _values(group, name, left[name], right[name])
     return found
+
+
+def _values(group: str, name: str, a: Any, b: Any) -> Iterator[Difference]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in {**a, **b}:
+            one, two = a.get(key, _ABSENT), b.get(key, _ABSENT)
+            yield from _values(group, f"{name}.{key}", one, two)
+    elif a != b:
+        texts = ("-" if x is _ABSENT else json.dumps(x, ensure_ascii=False) for x in (a, b))
+        yield Difference(group, name, *texts)
 
 
 def _words(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> Iterator[Difference]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sfp.clip.checkpoints.published import MINI, find, short_side
+from sfp.data.benchmarks import by_dataset
 from sfp.evaluation.settings import method_settings
 from sfp.registry import METHODS
 from sfp.segmentor import SETTINGS
@@ -54,8 +55,9 @@ SEEN = {
 def constants(card: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Non-default constants of a card or config: name, value and default as text.
 
-    A method's defaults are those of its preset. If the knob `dataset` of a preset selects constants for
-    a dataset, they are listed with it.
+    A method's defaults are those of its preset. If the knob `dataset` of a preset selects constants
+    that were tuned for a dataset, they are listed with it, also if they are the default but the dataset
+    is the one evaluated.
     """
     method = dict(card["method"])
     name = method.get("type")
@@ -66,7 +68,8 @@ def constants(card: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         usual = method_settings(name).get("dataset")
         chosen = method.get("dataset", usual)
         tuned = getattr(sys.modules[METHODS.get(name).__module__], "DATASETS", {})
-        if chosen != usual and chosen in tuned:
+        evaluated = by_dataset(card.get("data", {}).get("dataset", ""))
+        if chosen in tuned and (chosen != usual or (evaluated and chosen == evaluated.name)):
             yield f"method's constants for {chosen}", _text(tuned[chosen]), _text(tuned.get(usual))
     protocol = card["protocol"]
     for setting in CONSTANTS:

@@ -21,20 +21,21 @@ from sfp.data.benchmarks import by_dataset
 from sfp.data.datasets import DATASETS
 from sfp.data.images import DataError
 from sfp.engine import choose_device
-from sfp.evaluation.journal import Journal, count
+from sfp.evaluation.journal import Journal
 from sfp.evaluation.loading import Batches
-from sfp.evaluation.metrics import ignored_label
+from sfp.evaluation.metrics import SegmentationMetric, counting_metric
 from sfp.evaluation.notices import quiet
 from sfp.evaluation.paired import PREVIOUS, bases, cell, differences, heading
-from sfp.evaluation.published import benchmark_of, beside, published
+from sfp.evaluation.published import beside_run
 from sfp.evaluation.scores import (
-    COLUMNS,
     cells,
+    columns_of,
     confusion,
     coverage,
     note_coverage,
     note_progress,
     note_turned,
+    number,
     rounded,
     summarize,
 )
@@ -42,6 +43,7 @@ from sfp.evaluation.settings import image_names, method_settings, settings
 from sfp.files import atomic_write
 from sfp.method import Method, build_method
 from sfp.overlay import Panel
+from sfp.registry import suggest
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.tables import markdown
 from sfp.visualize.sheets import at_size, picture_sheet
@@ -62,7 +64,7 @@ class _Plan:
     Attributes:
         dataset: the test set.
         images: names of its images.
-        ignored: label of ignored pixels.
+        metric: metric that counts and scores.
         methods: the methods by their names in tables.
         journals, counts: by method; counts are those known so far, by image.
         chosen: indices of the images for the sheet.
@@ -71,7 +73,7 @@ class _Plan:
 
     dataset: Any
     images: list[str]
-    ignored: int
+    metric: SegmentationMetric
     methods: dict[str, Method]
     journals: dict[str, Journal]
     counts: dict[str, dict[str, Tensor]]
@@ -104,8 +106,9 @@ def measure(
         progress: called with the number of finished images and the total.
 
     Returns:
-        "methods": for each name mIoU, mAcc, aAcc, fwIoU and the classes' IoU, in percent. With
-        `paired` also "paired", that name, and "differences", by name as in `paired.differences`.
+        "methods": for each name mIoU, mAcc, aAcc, fwIoU, further scores of the config's metric (bIoU)
+        and the classes' IoU, in percent. With `paired` also "paired", that name, and "differences", by
+        name as in `paired.differences`.
 
     Raises:
         ValueError: if `paired` is not the name of a method.
@@ -131,15 +134,17 @@ def measure(
     if pictures:
         sheet = Path(config.work_dir, "compare.png")
         picture_sheet(columns, classes, plan.dataset.metainfo["palette"], sheet)
-    found = coverage(next(iter(plan.counts.values())).values(), classes)
-    note_coverage(found, len(classes), plan.ignored)
-    entries = {
+    records = {
         name: [counts[image] for image in plan.images] for name, counts in plan.counts.items()
     }
+    entries = {name: [plan.metric.pixels(x) for x in each] for name, each in records.items()}
+    found = coverage(next(iter(entries.values())), classes)
+    note_coverage(found, len(classes), plan.metric.ignore_index)
+    further = {name: plan.metric.further(each) for name, each in records.items()}
     record = dict(
         images=len(plan.images),
         weights=str(config.model.weights),
-        methods={name: _scores(each, classes) for name, each in entries.items()},
+        methods={name: _scores(each, classes, further[name]) for name, each in entries.items()},
     )
     if paired:
         record.update(paired=paired, differences=differences(entries, len(classes), paired))
@@ -179,8 +184,8 @@ def _plan(
         sum(journal.damaged for journal in journals.values()),
     )
     chosen = {i * len(images) // pictures for i in range(pictures)}
-    ignored = ignored_label(config.test_evaluator)
-    plan = _Plan(dataset, images, ignored, methods, journals, counts, chosen)
+    metric = counting_metric(config.test_evaluator, dataset.metainfo)
+    plan = _Plan(dataset, images, metric, methods, journals, counts, chosen)
     size = config.test_dataloader.get("batch_size", 1)
     for start in range(0, len(images), size):
         batch = range(start, min(start + size, len(images)))
@@ -238,7 +243,7 @@ def _record(
     Raises:
         DataError: if a label map does not fit its image; the message names the file.
     """
-    classes = len(plan.dataset.metainfo["classes"])
+    classes, ignored = len(plan.dataset.metainfo["classes"]), plan.metric.ignore_index
     for name, each in labels.items():
         for i, sample, predicted in zip(batch, samples, each, strict=True):
             image = plan.images[i]
@@ -246,17 +251,20 @@ def _record(
                 continue
             truth = sample.gt_sem_seg.data[0].to(predicted)
             try:
-                entries = count(predicted, truth, classes, plan.ignored)
+                entries = plan.metric.intersect_and_union(predicted, truth, classes, ignored)
             except ValueError as error:
                 raise DataError(f"{sample.get('seg_map_path', image)}: {error}") from None
             plan.journals[name].append(image, entries)
             plan.counts[name][image] = entries
 
 
-def _scores(entries: Sequence[Tensor], classes: Sequence[str]) -> dict[str, Any]:
+def _scores(
+    entries: Sequence[Tensor], classes: Sequence[str], further: Mapping[str, float]
+) -> dict[str, Any]:
     matrix = confusion(entries, len(classes))
     scores = rounded(summarize(matrix.diagonal(), matrix.sum(0), matrix.sum(1)), classes)
     each = scores.pop("classes")
+    scores |= {name: number(value) for name, value in further.items()}
     return dict(scores, IoU={name: row["IoU"] for name, row in each.items()})
 
 
@@ -333,6 +341,7 @@ def with_words(config: Config, words: str) -> Config:
         FileNotFoundError: if there is no such file, or no class file is shipped.
         ValueError: if it does not have one entry per class.
     """
+    init_default_scope(config.get("default_scope", "mmseg"))
     own = copy.deepcopy(config)  # `copy()` shares the model's settings
     dataset = DATASETS.build(config.test_dataloader.dataset)
     names = list(dataset.metainfo["classes"])
@@ -341,8 +350,13 @@ def with_words(config: Config, words: str) -> Config:
     elif words == "shipped":
         found = by_dataset(config.test_dataloader.dataset.type)
         own.model.classes = str(found.words) if found and found.class_file else config.model.classes
-    else:
+    elif Path(words).is_file():
         own.model.classes = words
+    else:
+        raise FileNotFoundError(
+            f'no class file {words!r}: expected "shipped", "names" or the path of a class file'
+            f"{suggest(words, ('shipped', 'names'))}"
+        )
     if (number := load_vocabulary(own.model.classes).num_classes) != len(names):
         raise ValueError(
             f"{words} has {number} classes, but {type(dataset).__name__} has {len(names)}: expected "
@@ -354,17 +368,10 @@ def with_words(config: Config, words: str) -> Config:
 def beside_published(
     config: Config, methods: Mapping[str, str | Mapping[str, Any] | Method]
 ) -> dict[str, list[str]]:
-    """Published numbers of those methods that use their preset's defaults, by name."""
-    benchmark, weights = benchmark_of(config), str(config.model.weights)
-    if benchmark is None:
-        return {}
+    """Published numbers of those presets that have any (`published.beside_run`), by name."""
     groups = settings(config)
-    found = {}
-    for name, method in methods.items():
-        node = dict(type=method) if isinstance(method, str) else method
-        if isinstance(node, Mapping) and set(node) == {"type"}:
-            numbers = published().of_method(node["type"], benchmark, weights)
-            found[name] = list(dict.fromkeys(beside(number, groups) for number in numbers))
+    nodes = {name: method_settings(method) for name, method in methods.items()}
+    found = {name: beside_run(dict(groups, method=node)) for name, node in nodes.items()}
     return {name: lines for name, lines in found.items() if lines}
 
 
@@ -375,8 +382,9 @@ def published_lines(record: Mapping[str, Any]) -> list[str]:
 
 def compare_sheet(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a comparison, methods in the order given."""
-    header = ["method", *COLUMNS]
-    rows = [[name, *cells(scores, decimals=1)] for name, scores in record["methods"].items()]
+    columns = columns_of(record["methods"].values())
+    header = ["method", *columns]
+    rows = [[name, *cells(scores, 1, columns)] for name, scores in record["methods"].items()]
     if record["paired"]:
         header.append(heading(record["paired"]))
         for row in rows:

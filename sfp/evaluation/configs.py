@@ -33,7 +33,8 @@ def find_config(name: str | Path) -> Path:
 
     Args:
         name: a path; or the name of a shipped config in one of the forms voc21, cfg_voc21,
-            cfg_voc21.py and configs/cfg_voc21.py. An existing file takes precedence.
+            cfg_voc21.py and configs/cfg_voc21.py, or protocol_cliptrase. An existing file takes
+            precedence.
 
     Raises:
         ConfigError: if there is none; the message suggests the closest name.
@@ -42,8 +43,9 @@ def find_config(name: str | Path) -> Path:
     if path.is_file():
         return path
     short = path.name.removesuffix(".py").removeprefix("cfg_")
-    if path.parent.as_posix() in (".", "configs") and short in config_names():
-        return CONFIGS / f"cfg_{short}.py"
+    file = f"{short}.py" if short.startswith("protocol_") else f"cfg_{short}.py"
+    if path.parent.as_posix() in (".", "configs") and (CONFIGS / file).is_file():
+        return CONFIGS / file
     raise ConfigError(
         f"there is no config {name}: give the path of one, or a name{suggest(short, config_names())}"
     )

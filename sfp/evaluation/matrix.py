@@ -11,17 +11,19 @@ from typing import Any
 
 from mmengine.config import Config
 
-from sfp.clip.checkpoints.published import NONE, find
+from sfp.clip.checkpoints.loading import split_activation
+from sfp.clip.checkpoints.published import MINI, NONE, find
 from sfp.data.images import DataError
 from sfp.evaluation.compare import measure, part_of
-from sfp.evaluation.scores import COLUMNS, cells
+from sfp.evaluation.scores import cells, columns_of
 from sfp.files import atomic_write
 from sfp.method import Method, build_method
 from sfp.registry import guides_of
 from sfp.tables import markdown
 
 # training data of towers other than captions written by people, where a source states it
-TOWERS = {"TIPSv2": "synthetic captions", "CLIP of this package": "captions of drawn scenes only"}
+TOWERS = {"TIPSv2": "synthetic captions"}
+DRAWN = "captions and patch labels of drawn scenes"  # all that the mini CLIP was trained on
 # training data of other models, by a word in their settings
 OTHERS = {
     "sam3": "masks with words",  # before "sam", which is in its name
@@ -117,22 +119,23 @@ def extra_models(config: Config, method: str | Mapping[str, Any] | Method) -> di
 
 def supervision(weights: str, extra: Mapping[str, str]) -> str:
     """The training data of a tower and of other models, in words."""
-    row = find(weights)
+    name, _ = split_activation(weights)
+    row = find(name)
+    own = [DRAWN] if name == MINI else [] if name == NONE else ["captions"]
     tower = TOWERS.get(row.family, "") if row else ""
-    own = [] if weights == NONE else ["captions", tower]
-    words = [tower] if "only" in tower else own
-    return ", ".join(dict.fromkeys(word for word in (*words, *extra.values()) if word))
+    return ", ".join(dict.fromkeys(word for word in (*own, tower, *extra.values()) if word))
 
 
 def matrix_sheet(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table."""
-    header = ["weights", "method", *COLUMNS, "supervision", "extra models"]
+    columns = columns_of(row["scores"] for row in record["rows"] if "scores" in row)
+    header = ["weights", "method", *columns, "supervision", "extra models"]
     rows = []
     for row in record["rows"]:
         if "scores" in row:
-            numbers: Sequence[str] = cells(row["scores"], decimals=1)
+            numbers: Sequence[str] = cells(row["scores"], 1, columns)
         else:
-            numbers = ["refused", *[""] * (len(COLUMNS) - 1)]
+            numbers = ["refused", *[""] * (len(columns) - 1)]
         extra = ", ".join(row["extra"]) or "none"
         rows.append([row["weights"], row["method"], *numbers, row["supervision"], extra])
     return header, rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import mmengine.registry
@@ -151,6 +151,14 @@ class SegmentationMetric(IoUMetric):
     def _confusion(self, results: Sequence[Tensor]) -> Tensor:
         return confusion(results, len(self.dataset_meta["classes"]))
 
+    def pixels(self, entries: Tensor) -> Tensor:
+        """An image's pixel counts, in the format of `journal.count`, from its record."""
+        return entries
+
+    def further(self, results: Sequence[Tensor]) -> dict[str, float]:
+        """Scores besides those of `COLUMNS`, by name, from the records of all images."""
+        return {}
+
     def relabel(self, labels: Tensor) -> Tensor:
         """Predictions as class numbers, for pictures. Identity; `HungarianMetric` maps clusters."""
         return labels
@@ -187,14 +195,22 @@ class BoundaryMetric(SegmentationMetric):
     def evaluate(self, size: int) -> dict[str, float]:
         """As in `SegmentationMetric`; `records` are the pixel counts."""
         scores = super().evaluate(size)
-        self.records = {name: self._pixels(each) for name, each in self.records.items()}
+        self.records = {name: self.pixels(each) for name, each in self.records.items()}
         return scores
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """As in `SegmentationMetric`, with "bIoU"."""
         if self.format_only:
             return super().compute_metrics(results)
-        scores = super().compute_metrics([self._pixels(each) for each in results])
+        scores = super().compute_metrics([self.pixels(each) for each in results])
+        return dict(scores, bIoU=round(self.further(results)["bIoU"], 2))
+
+    def pixels(self, entries: Tensor) -> Tensor:
+        """As in `SegmentationMetric`: without the counts of boundaries."""
+        return entries[:, entries[0] < len(self.dataset_meta["classes"])]
+
+    def further(self, results: Sequence[Tensor]) -> dict[str, float]:
+        """Boundary IoU, the mean over classes, as "bIoU"."""
         classes = len(self.dataset_meta["classes"])
         shift = torch.tensor([[classes], [classes], [0]])
         edges = [each[:, each[0] >= classes] - shift for each in results]
@@ -202,10 +218,7 @@ class BoundaryMetric(SegmentationMetric):
         counts = (matrix.diagonal(), matrix.sum(0), matrix.sum(1))
         summary = summarize(*(x[:classes] for x in counts))
         self.boundary_iou = summary["IoU"]
-        return dict(scores, bIoU=round(summary["mIoU"], 2))
-
-    def _pixels(self, entries: Tensor) -> Tensor:
-        return entries[:, entries[0] < len(self.dataset_meta["classes"])]
+        return dict(bIoU=summary["mIoU"])
 
 
 def complete(nodes: Any) -> list[dict[str, Any]]:
@@ -226,10 +239,16 @@ def complete(nodes: Any) -> list[dict[str, Any]]:
     return nodes
 
 
-def ignored_label(nodes: Any) -> int:
-    """The label of ignored pixels according to the metrics of a config."""
-    metric = METRICS.build(complete(nodes)[0])
-    return metric.ignore_index
+def counting_metric(nodes: Any, dataset_meta: Mapping[str, Any]) -> SegmentationMetric:
+    """The metric of a config that provides the scores of tables and cards.
+
+    Args:
+        nodes: the config's `test_evaluator`.
+        dataset_meta: the dataset's `metainfo`, with its classes.
+    """
+    metric = _main(map(METRICS.build, complete(nodes))) or SegmentationMetric()
+    metric.dataset_meta = dict(dataset_meta)
+    return metric
 
 
 def _metric_type(name: str | type) -> type:
@@ -242,8 +261,11 @@ def _metric_type(name: str | type) -> type:
 
 def main_metric(evaluator: Evaluator) -> SegmentationMetric | None:
     """The metric that provides the scores of tables and cards, if any does."""
-    own = (m for m in evaluator.metrics if hasattr(m, "keep") and not m.format_only)
-    return next(own, None)
+    return _main(evaluator.metrics)
+
+
+def _main(metrics: Iterable[Any]) -> SegmentationMetric | None:
+    return next((m for m in metrics if hasattr(m, "keep") and not m.format_only), None)
 
 
 def needs_every_image(evaluator: Evaluator) -> bool:

@@ -16,13 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mmengine.config import Config
-
+from sfp.clip.checkpoints.published import PUBLISHED
 from sfp.data.benchmarks import by_dataset
-from sfp.evaluation.card import differences
+from sfp.evaluation.card import Difference, differences
 from sfp.evaluation.configs import find_config, read_config
-from sfp.evaluation.settings import STRICT, settings
-from sfp.registry import suggest
+from sfp.evaluation.settings import STRICT, method_settings, plain, settings
+from sfp.registry import METHODS, suggest
 
 FILE = Path(__file__).with_name("published.json")
 METRICS = ("mIoU", "mAcc", "aAcc", "fwIoU")
@@ -69,8 +68,10 @@ class Protocol:
         name: its name in tables.
         text: its description.
         options: differences from the shipped configs, by benchmark, "*" for all: dotted names as in
-            `--cfg-options`, "short_side" in pixels, and "words", a pair whose first word is replaced by
-            the second in every query. None if the settings are unknown or cannot be expressed so.
+            `--cfg-options`; "short_side" in pixels; "centre_crop", its side in pixels and the class of
+            ignored pixels (null: none), see `CentreCrop`; and "words", a pair whose first word is
+            replaced by the second in every query, or null if the words are unknown. None if the
+            settings are unknown or cannot be expressed so.
     """
 
     name: str
@@ -99,7 +100,7 @@ class Number:
         value: in percent; text such as "62.x" where our copy of the source cuts a digit off.
         benchmark: one of `CONFIGS`, or an average by name.
         metric: one of `METRICS`.
-        backbone: "ViT-B/16", ...
+        backbone: name of CLIP's weights as in `sfp weights list`, or another name if there is none.
         protocol: key of `Published.protocols`.
         source: key of `Published.sources`.
         table: key of `Published.tables`.
@@ -109,7 +110,7 @@ class Number:
         extra: models used besides CLIP.
         trained: whether the method involves training.
         ablation: whether the row is a variant in a table of variants.
-        note: remarks on the row.
+        note: remarks on the row, e.g. in what the run differed from the preset's defaults.
     """
 
     value: float | str
@@ -168,11 +169,23 @@ class Published:
         return rows[row]
 
 
-def benchmark_of(config: Config) -> str | None:
-    """The benchmark that a config evaluates, by its name in papers' tables; None for others."""
-    found = by_dataset(config.test_dataloader.dataset.type)
+def benchmark_of(dataset: str) -> str | None:
+    """The name in papers' tables of the benchmark that a dataset type reads; None for others."""
+    found = by_dataset(dataset)
     names = {config_name: name for name, config_name in CONFIGS.items()}
     return names.get(found.name) if found else None
+
+
+def backbone_of(weights: Mapping[str, Any]) -> str:
+    """The name under which weights are published, else the given one.
+
+    OpenAI's files are recognised by their hash, wherever they are.
+
+    Args:
+        weights: the group "weights" of `settings`.
+    """
+    names = {row.sha256: name for name, row in PUBLISHED.items() if row.sha256}
+    return names.get(str(weights.get("sha256")), str(weights["name"]))
 
 
 def settings_of(protocol: str, benchmark: str) -> dict[str, Any] | None:
@@ -183,26 +196,29 @@ def settings_of(protocol: str, benchmark: str) -> dict[str, Any] | None:
         benchmark: one of `CONFIGS`.
 
     Returns:
-        "protocol", "vocabulary" and "data"; None if they are unknown or cannot be expressed as options
-        of a shipped config.
+        "protocol", "vocabulary" (unless the words are unknown) and "data"; None if they are unknown or
+        cannot be expressed as options of a shipped config.
     """
     options = published().protocols[protocol].options
     if options is None:
         return None
     own = {**options.get("*", {}), **options.get(benchmark, {})}
-    words, side = own.pop("words", None), own.pop("short_side", None)
+    unknown = "words" in own and own["words"] is None
+    words, side, crop = (own.pop(key, None) for key in ("words", "short_side", "centre_crop"))
     config = read_config(find_config(CONFIGS[benchmark]))
     config.merge_from_dict(own)
+    steps = config.test_dataloader.dataset.pipeline
+    (i,) = (i for i, step in enumerate(steps) if step["type"] == "Resize")
     if side:
-        steps = config.test_dataloader.dataset.pipeline
-        (resize,) = (step for step in steps if step["type"] == "Resize")
-        resize["scale"] = (resize["scale"][0], side)
+        steps[i]["scale"] = (steps[i]["scale"][0], side)
+    if crop:  # of labels too, which are therefore loaded first
+        steps[i : i + 2] = [steps[i + 1], dict(type="CentreCrop", size=crop[0], void=crop[1])]
     groups = settings(config)
     if words:
         classes = groups["vocabulary"]["classes"]
         renamed = [[query.replace(*words) for query in queries] for queries in classes]
         groups["vocabulary"] = dict(classes=renamed)
-    return {group: groups[group] for group in STRICT}
+    return {group: groups[group] for group in STRICT if not (unknown and group == "vocabulary")}
 
 
 def reservation(number: Number, groups: Mapping[str, Any]) -> str:
@@ -216,20 +232,47 @@ def reservation(number: Number, groups: Mapping[str, Any]) -> str:
     if own is None:
         return published().protocols[number.protocol].name
     found = differences(own, {group: groups.get(group, {}) for group in STRICT})
-    parts = (f"{row.name} ({_short(row.a)}, here {_short(row.b)})" for row in found)
-    return f"protocol differs in {', '.join(parts)}" if found else ""
+    if not found:
+        return "" if "vocabulary" in own else "same settings, but its words are not known"
+    name = published().protocols[number.protocol].name
+    return f"protocol ({name}) differs in " + ", ".join(map(_short, found))
 
 
-def beside(number: Number, groups: Mapping[str, Any]) -> str:
-    """A number in words, and whether it is comparable; arguments as for `reservation`."""
-    by = f"; run by {number.by}" if number.by else ""
-    source = published().sources[number.source].text
-    why = reservation(number, groups) or "same protocol, as far as known"
-    return f"published {number.value} ({source}{by}), {why}"
+def beside_run(groups: Mapping[str, Any]) -> list[str]:
+    """The published numbers of a run's preset, benchmark and weights, in words.
+
+    Each says whether the protocol is the same, and which knobs of the run are not the preset's
+    defaults.
+
+    Args:
+        groups: settings of the run, from `settings`, or its card.
+    """
+    method = plain(groups["method"])
+    name = method.get("type") if isinstance(method, Mapping) else None
+    benchmark = benchmark_of(groups["data"].get("dataset", ""))
+    if name not in METHODS.module_dict or benchmark is None:
+        return []
+    knobs = differences(dict(method=plain(method_settings(name))), dict(method=method))
+    lines = []
+    for number in published().of_method(name, benchmark, backbone_of(groups["weights"])):
+        by = f"; run by {number.by}" if number.by else ""
+        source = published().sources[number.source].text
+        line = f"published {number.value} ({source}{by}), "
+        line += reservation(number, groups) or "same protocol, as far as known"
+        line += "".join(f"; here {knob.name} {knob.b}, by default {knob.a}" for knob in knobs)
+        lines.append(f"{line}. {number.note}" if number.note else line)
+    return list(dict.fromkeys(lines))
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:37] + "..."
+def _short(row: Difference) -> str:
+    """A setting and its two values; of pipelines, the steps that are not in both."""
+    a, b = row.a, row.b
+    if row.name == "pipeline":
+        one, two = (json.loads(text).split(" > ") for text in (a, b))
+        a = " > ".join(step for step in one if step not in two) or "nothing"
+        b = " > ".join(step for step in two if step not in one) or "nothing"
+    a, b = (text if len(text) <= 40 else text[:37] + "..." for text in (a, b))
+    return f"{row.name} ({a}, here {b})"
 
 
 @cache

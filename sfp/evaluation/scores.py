@@ -79,9 +79,17 @@ def cell(value: float | None, decimals: int = 2) -> str:
     return "-" if value is None else f"{value:.{decimals}f}"
 
 
-def cells(scores: Mapping[str, float | None], decimals: int = 2) -> list[str]:
-    """The scores of `COLUMNS` as table cells."""
-    return [cell(scores[column], decimals) for column in COLUMNS]
+def cells(
+    scores: Mapping[str, float | None], decimals: int = 2, columns: Sequence[str] = COLUMNS
+) -> list[str]:
+    """Scores as table cells."""
+    return [cell(scores[column], decimals) for column in columns]
+
+
+def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """`COLUMNS` and any further scores of some rows, e.g. "bIoU"."""
+    further = (k for row in rows for k, v in row.items() if not isinstance(v, Mapping))
+    return list(dict.fromkeys([*COLUMNS, *further]))
 
 
 def coverage(entries: Iterable[Tensor], classes: Sequence[str]) -> dict[str, Any]:

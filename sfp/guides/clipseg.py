@@ -20,7 +20,7 @@ WORDS = 2**12  # queries whose text features are kept
 
 @GUIDES.register_module(name="clipseg")
 class ClipSegGuide(FrozenModel):
-    """A frozen CLIPSeg (Lüddecke and Ecker, CVPR 2022*): images and words -> maps in 0..1.
+    """A frozen CLIPSeg (Lüddecke and Ecker, CVPR 2022): images and words -> maps in 0..1.
 
     Its decoder was trained on the masks of PhraseCut, so methods that use it see more supervision than
     image-text pairs; say so beside their numbers. Images are resized to a square, bilinear, with

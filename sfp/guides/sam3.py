@@ -60,7 +60,7 @@ class Detections:
 
 @GUIDES.register_module(name="sam3")
 class Sam3Guide(FrozenModel):
-    """A frozen SAM 3 (Carion et al., 2025*): images and words -> `Detections`.
+    """A frozen SAM 3 (Carion et al., 2025): images and words -> `Detections`.
 
     It was trained on masks with words, so methods that use it see more supervision than image-text
     pairs; say so beside their numbers. An image is encoded once for all queries, which are decoded in

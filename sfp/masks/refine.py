@@ -1,6 +1,6 @@
 """Sharpens labels by SAM, prompted with the labels themselves: Trident's last stage, for any method.
 
-Trident (Shi et al., ICCV 2025, arXiv:2411.09219*; Apache-2.0): each connected component of a class
+Trident (Shi et al., ICCV 2025, arXiv:2411.09219; Apache-2.0): each connected component of a class
 becomes a prompt, and the class fills the mask that SAM predicts for it. SAM was trained on masks
 without class names; nothing is trained here.
 """

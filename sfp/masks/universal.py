@@ -21,7 +21,7 @@ MULTIPLE = 32  # the sides of Mask2Former's input are multiples of this
 
 @MASKS.register_module(name="universal")
 class UniversalMasks(FrozenModel):
-    """Masks of a frozen Mask2Former (Cheng et al., CVPR 2022*), MaskFormer or EoMT (CVPR 2025*).
+    """Masks of a frozen Mask2Former (Cheng et al., CVPR 2022), MaskFormer or EoMT (CVPR 2025).
 
     For each query the network predicts a mask and probabilities of its training classes. Masks are used
     if their best class is one of those, with a probability above `min_score`. The class names are not

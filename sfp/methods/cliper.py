@@ -1,6 +1,6 @@
 """CLIPer: a readout for every layer, merged after the softmax, and spread along fused attention.
 
-The code is github.com/linsun449/cliper.code (Sun et al., arXiv:2411.13836*). Not included is its
+The code is github.com/linsun449/cliper.code (Sun et al., arXiv:2411.13836). Not included is its
 diffusion model, whose attention adds 2.1 points to the published mean. For each readout, the sum of all
 blocks' attention is normalised one step closer to a doubly stochastic matrix; with the result as
 attention, the last block is applied to each layer's input.

@@ -1,6 +1,6 @@
-"""FLOSS: for each class, the templates with the most confident pixels (Benigmim et al., ICCV 2025*).
+"""FLOSS: for each class, the templates with the most confident pixels (Benigmim et al., ICCV 2025).
 
-FLOSS: Free Lunch in Open-vocabulary Semantic Segmentation, arXiv:2504.10487*. A pass over unlabelled
+FLOSS: Free Lunch in Open-vocabulary Semantic Segmentation, arXiv:2504.10487. A pass over unlabelled
 images of the target dataset (`sfp fit templates`) ranks templates by the entropy of the pixels that
 they assign to a class; a small file keeps the best four for each class. An expert is a bank of text
 features in which all classes use the templates of one class; it decides where it predicts that class.

@@ -1,4 +1,4 @@
-"""LaVG: find objects first, name them afterwards (In Defense of Lazy Visual Grounding, ECCV 2024*).
+"""LaVG: find objects first, name them afterwards (In Defense of Lazy Visual Grounding, ECCV 2024).
 
 Regions are found without words, by normalised cuts of a DINO's keys (`sfp.masks.cuts`), and each takes
 the word closest to its mean features. Nothing is trained, and no model was trained on masks.

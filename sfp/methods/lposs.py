@@ -1,6 +1,6 @@
 """LPOSS and LPOSS+: logits that propagate between patches, then between pixels, of the whole image.
 
-The code is github.com/vladan-stojnic/LPOSS (Stojnić et al., CVPR 2025*). Patches of all windows are the
+The code is github.com/vladan-stojnic/LPOSS (Stojnić et al., CVPR 2025). Patches of all windows are the
 nodes of a graph, with edges between nearby patches of similar DINO values; LPOSS+ continues between
 pixels of similar colour. Both levels are refiners for any preset: `propagate_patches` and
 `propagate_pixels`.

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from sfp.functional.attention import hide
 from sfp.functional.precision import upcast
 from sfp.kinds import Affinity, Detector, Mitigator, Source
+from sfp.methods.object_presence import DATASETS as DATASETS
 from sfp.methods.object_presence import presence
 from sfp.ops.attention import earlier_layers
 from sfp.registry import METHODS, Op, op

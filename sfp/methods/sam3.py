@@ -1,4 +1,4 @@
-"""SAM 3 instead of CLIP: the instances of each query become its map (Carion et al., 2025*).
+"""SAM 3 instead of CLIP: the instances of each query become its map (Carion et al., 2025).
 
 This is the baseline that papers of 2026 call "SAM 3". No source says how instances are combined into a
 map; using only instances, by their maximum, is our interpretation. `sfp/methods/segearth_ov3.py` and

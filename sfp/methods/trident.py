@@ -1,7 +1,7 @@
-"""Trident: ProxyCLIP's windows on one grid, mixed by SAM's own attention (Shi et al., ICCV 2025*).
+"""Trident: ProxyCLIP's windows on one grid, mixed by SAM's own attention (Shi et al., ICCV 2025).
 
 Harnessing Vision Foundation Models for High-Performance, Training-Free Open Vocabulary Segmentation,
-arXiv:2411.09219*. DINO ViT-B/16 guides the windows; the attention of SAM's last global block, kept
+arXiv:2411.09219. DINO ViT-B/16 guides the windows; the attention of SAM's last global block, kept
 between positions of similar values, then mixes the whole image on SAM's grid. The last stage, which
 refines labels by SAM's decoder, is a setting of the engine for any method: `masks=dict(
 type="sam_refine", model="facebook/sam-vit-base")` (`sfp.masks.refine`). Nothing is trained, but SAM was

@@ -83,8 +83,8 @@ def attention_received(
     """Patches that all patches attend to: CLIPtrase's "global patches" (Shao et al., ECCV 2024).
 
     These are patches whose column mean of the patch-to-patch attention, averaged over heads, is more
-    than `above` times the median of the image. The paper shows them as bright columns and gives no
-    threshold.
+    than `above` times the median of the image. The paper shows them as bright stripes of attention maps
+    and gives no threshold.
 
     Args:
         above: multiple of the median; ours.

@@ -20,6 +20,7 @@ from setuptools import find_packages
 import sfp
 from sfp import cli
 from sfp.cli import method_table, methods, options
+from sfp.cli.terminal import print_table
 from sfp.data.images import ImageError
 from sfp.evaluation import configs as shipped
 from sfp.registry import METHODS
@@ -218,6 +219,13 @@ def test_examples_of_the_help_parse():
         parser.parse_args([word.strip('"') for word in words])
 
 
+def test_tables_show_text_as_it_is(capsys):
+    """rich takes words in brackets for styles and words between colons for emoji."""
+    print_table(["method", "[a] mIoU"], [["clip [names]", ":cat:"]], title="[bold]")
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("clip [names]", "[a] mIoU", ":cat:", "[bold]"))
+
+
 def test_versions(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
@@ -372,6 +380,7 @@ def test_files_come_before_names(elsewhere):
 
 
 def test_every_shipped_config_has_a_name():
+    assert shipped.find_config("protocol_cliptrase").name == "protocol_cliptrase.py"
     names = shipped.config_names()
     assert {"mini", "voc20", "voc21", "city_scapes", "coco_stuff164k"} <= set(names)
     assert len(names) == len(list((ROOT / "configs").glob("cfg_*.py")))

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import trees
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 
 import sfp
 from sfp import cli
@@ -223,16 +224,20 @@ def test_backbones(tmp_path, ran):
     paths = [tmp_path / f"seed{seed}.safetensors" for seed in range(2)]
     weights = [str(tiny.save(path, seed, **tiny.WORDS)) for seed, path in enumerate(paths)]
     result = ablate.ablate(mini(tmp_path / "work"), "backbones", weights=weights)
-    methods = ("clip", "sclip", "naclip", "sfp", "sfp_paper", "proxyclip", "LaVG")
+    methods = ("clip", "sclip", "naclip", "sfp", "sfp_paper", "proxyclip", "lavg")
     assert [row["label"] for row in result["rows"]] == [
         f"seed{seed}: {method}" for seed in range(2) for method in methods
     ]
-    assert [n for _, n in ran] == [5] * 2 * SCENES  # without a guide, and without LaVG
+    assert [n for _, n in ran] == [5] * 2 * SCENES  # without a guide and without regions
     assert [row["mIoU"] is None for row in result["rows"]] == [False] * 5 + [True] * 2 + [
         False
     ] * 5 + [True] * 2
-    assert "Not run: seed0: proxyclip, seed0: LaVG, seed1" in ablate.caption(result)
-    assert "| seed1: LaVG | - | - | - |" in ablate.report(result)
+    assert "Not run: seed0: proxyclip, seed0: lavg, seed1" in ablate.caption(result)
+    assert "| seed1: lavg | - | - | - |" in ablate.report(result)
+    header, rows = ablate.sheet(result)
+    assert header[4:6] == ["VOC21, published", "Context60, published"]  # a column each
+    assert [row[4] for row in rows[:5]] == ["18.6 a", "59.7 a", "58.9 a", "-", "63.9 b"]
+    assert "a: ViT-B/16; settings not stated. b: ViT-B/16." in ablate.caption(result)
     assert (tmp_path / "work/ablate_backbones.png").is_file()
     with pytest.raises(ValueError, match="study 'backbones'"):
         ablate.ablate(mini(tmp_path), "modules", weights=weights)
@@ -261,7 +266,7 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
     config.work_dir = str(tmp_path / "other")
     other = ablate.sheet(ablate.ablate(config, "layers"))
     assert other[0][-1] == (
-        "VOC21, published (ViT-B/16; protocol differs in prob_thd (0.15, here 0.3))"
+        "VOC21, published (ViT-B/16; protocol (SFP's configs) differs in prob_thd (0.15, here 0.3))"
     )
     # a digit that the source leaves open stays open
     assert other[1][-1][-1] == "62.x"
@@ -269,19 +274,40 @@ def test_published_numbers_of_the_same_benchmark(tmp_path, monkeypatch):
     assert record["published"] == {}  # nobody published anything of these weights
     record["published"] = compare.beside_published(
         Config(dict(config, model=dict(config.model, weights="ViT-B/16"))),
-        {"sfp_paper": "sfp_paper", "sclip": "sclip", "mine": dict(type="sfp", pm="lof")},
+        {"sfp_paper": "sfp_paper", "mine": dict(type="sclip", csa=False)},
     )
-    assert record["published"] == {
-        "sfp_paper": [
-            "published 63.9 (SFP's poster), protocol differs in prob_thd (0.15, here 0.3)"
-        ],
-        "sclip": [
-            "published 59.7 (SFP's poster; run by SFP's authors), settings not stated",
-            "published 51.79 (CLIPtrase's paper; run by CLIPtrase's authors), centre crop, 336 px",
-            "published 49.54 (CLIPtrase's paper; run by CLIPtrase's authors), centre crop, 224 px",
-        ],
-    }
+    assert record["published"]["sfp_paper"] == [
+        "published 63.9 (SFP's poster), protocol (SFP's configs) differs in prob_thd (0.15, here 0.3)"
+    ]
+    assert record["published"]["mine"][0] == (
+        "published 59.7 (SFP's poster; run by SFP's authors), settings not stated; here csa false, by "
+        "default true"
+    )
     assert "\n* sfp_paper: published 63.9" in compare.compare_markdown(record)
+
+
+def test_words_need_no_earlier_run(tmp_path):
+    """In a new process mmengine looks for transforms in its own registry only."""
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        config = compare.with_words(mini(tmp_path), "names")
+    assert len(config.model.classes) == 18
+
+
+@pytest.mark.slow
+def test_boundaries_are_a_column(tmp_path):
+    """With the metric's own value, as `sfp eval` has it, and the other scores as without it."""
+    options = {"test_evaluator.type": "BoundaryMetric", "test_dataloader.dataset.scenes": 2}
+    config = mini(tmp_path / "all", **options)
+    record = compare.compare(config, {"clip": "clip"}, pictures=0)
+    header, ((_, *row),) = compare.compare_sheet(record)
+    assert header[1:] == ["mIoU", "mAcc", "aAcc", "fwIoU", "bIoU"]
+    alone = mini(tmp_path / "eval", **options, **{"model.method": dict(_delete_=True, type="clip")})
+    scores = evaluate.evaluate(alone, pictures=0)
+    assert row == [f"{scores[k]:.1f}" for k in header[1:5]] + [f"{scores['metrics']['bIoU']:.1f}"]
+    config.work_dir = str(tmp_path / "study")
+    result = ablate.ablate(config, "gclip", paired="none")
+    assert ablate.sheet(result)[0][:6] == ["variant", *header[1:4], "bIoU", "mIoU less none [95 %]"]
+    assert all(0 < row["bIoU"] < row["mIoU"] for row in result["rows"])
 
 
 @pytest.mark.slow
@@ -307,7 +333,7 @@ def test_vocabularies_are_an_axis_of_a_comparison(tmp_path, ran):
     mine.write_text("cat\ndog\n")
     with pytest.raises(ValueError, match="has 2 classes, but MiniSceneDataset has 18"):
         compare.compare(config, {"clip": "clip"}, words=words)
-    with pytest.raises(FileNotFoundError, match="shiped"):
+    with pytest.raises(FileNotFoundError, match=r"shiped.*did you mean 'shipped'"):
         compare.compare(config, {"clip": "clip"}, words=["shiped"])
     assert not ran
 

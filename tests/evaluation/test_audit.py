@@ -99,6 +99,19 @@ def test_configs(tmp_path, audit):
     assert "Known on one side only: protocol precision, data images" in said
 
 
+def test_published_numbers(audit):
+    _, said = audit("voc21", "voc21_sam3")
+    assert "A: published 61.4 (log in SFP's release), same protocol, as far as known.\n" in said
+    assert "B: published 79.8 (another method's paper), settings not stated; here dataset" in said
+
+
+def test_settings_are_compared_key_by_key():
+    a = dict(data=dict(arguments=dict(scenes=4, more=dict(x=1, y=None))))
+    b = dict(data=dict(arguments=dict(scenes=5, more=dict(x=1))))
+    found = [(row.name, row.a, row.b) for row in card.differences(a, b)]
+    assert found == [("arguments.scenes", "4", "5"), ("arguments.more.y", "null", "-")]
+
+
 def test_weights_are_their_hash(tmp_path, audit):
     a, b = write(tmp_path / "a"), write(tmp_path / "b")
     changed = json.loads((b / "card.json").read_text())

@@ -8,7 +8,7 @@ from sfp.evaluation.choices import constants, seen
 from sfp.evaluation.configs import find_config
 from sfp.evaluation.run import load_config
 from sfp.evaluation.settings import settings
-from sfp.methods import resclip
+from sfp.methods import resclip, rfclip
 
 
 def card(config: str, **options) -> dict:
@@ -28,11 +28,18 @@ def test_what_a_user_sets():
     assert found == [("method beta", "0.2", "0.4"), ("pamr_steps", "10", "0")]
 
 
-def test_constants_of_a_method_for_a_data_set():
-    name = next(iter(resclip.DATASETS))
-    method = dict(_delete_=True, type="resclip", dataset=name)
+@pytest.mark.parametrize("preset", [resclip, rfclip])
+def test_constants_of_a_method_for_a_data_set(preset):
+    name = next(iter(preset.DATASETS))
+    method = dict(_delete_=True, type=preset.__name__.rpartition(".")[2], dataset=name)
     found = {name: value for name, value, _ in constants(card("mini", model__method=method))}
     assert set(found) == {"method dataset", f"method's constants for {name}"}
+
+
+def test_default_constants_that_were_tuned_for_the_data_set():
+    method = dict(_delete_=True, type="resclip")
+    (found,) = constants(card("context59", model__method=method))
+    assert found[:2] == ("method's constants for context59", "[0.25, 0.4, 1.8, 0.7]")
 
 
 @pytest.mark.parametrize(

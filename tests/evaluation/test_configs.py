@@ -154,7 +154,8 @@ def test_the_protocol_of_cliptrase(name, void, monkeypatch):
     assert config.model.classes == own.model.classes
     model = config.model
     assert (model.slide_crop, model.prob_thd, model.area_thd) == (0, 0.0, None)
-    assert model.method == dict(type="cliptrase", cls_logits=name == "voc20")
+    release = dict(eps=0.7, min_samples=3)  # of its release, for 224 pixels
+    assert model.method == dict(type="cliptrase", cls_logits=name == "voc20", **release)
     dataset = config.test_dataloader.dataset
     assert dataset.type == own.test_dataloader.dataset.type
     steps = {step.type: step for step in dataset.pipeline}

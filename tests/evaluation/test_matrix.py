@@ -45,7 +45,7 @@ def test_towers_by_methods(siglip, tmp_path, capsys):
     scores = [row["scores"]["mIoU"] for row in record["rows"]]
     assert scores[0] > 20 > 2 * scores[1]  # one is trained, the other random
     table = (tmp_path / "matrix.md").read_text()
-    assert "captions of drawn scenes only" in table
+    assert "captions and patch labels of drawn scenes" in table
     assert table.count("| none |") == 2
     # again, with a method more: what is done is read
     journals = [p for p in tmp_path.rglob("*") if p.is_file() and "journal" in str(p.parent)]
@@ -93,4 +93,5 @@ def test_what_was_learnt_from():
     assert extra_models(config, "naclip") == dict(masks="masks")
     assert supervision("ViT-B/16", extra) == "captions, unlabelled images, masks"
     assert supervision("tipsv2-l14", {}) == "captions, synthetic captions"
-    assert supervision("mini", {}) == "captions of drawn scenes only"
+    drawn = "captions and patch labels of drawn scenes"
+    assert supervision("mini", {}) == supervision("mini@gelu", {}) == drawn

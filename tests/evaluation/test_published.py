@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 import sfp
-from sfp.evaluation.published import CONFIGS, EIGHT, FILE, Number, parse, published
+from sfp.clip.checkpoints.published import PUBLISHED
+from sfp.evaluation.configs import load_config
+from sfp.evaluation.published import (
+    CONFIGS,
+    EIGHT,
+    FILE,
+    Number,
+    backbone_of,
+    beside_run,
+    parse,
+    published,
+    settings_of,
+)
+from sfp.evaluation.settings import method_settings, settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +59,11 @@ BY_HAND = [
     ("later", "Trident", "mIoU", "67.1 38.6 41.1 84.5 42.2 28.3 21.9 42.9 45.8"),
     ("later", "CorrCLIP, MetaCLIP's L/14", "mIoU", "76.7 44.9 49.4 91.5 50.8 34.0 30.7 51.1 53.6"),
     ("later", "RF-CLIP", "mIoU", "67.2 37.9 39.1 87.0 41.4 27.5 21.0 43.0 45.5"),
+    ("later", "DIH-CLIP", "mIoU", "64.2 36.0 37.4 84.9 39.7 26.7 19.6 40.2 43.6"),
+    ("later", "LPOSS, LAION's B/16", "mIoU", "61.1 34.6 33.4 78.8 37.8 25.9 21.8 37.3 41.3"),
+    ("later", "CLIPer", "mIoU", "62.1 35.7 37.5 85.0 39.6 26.4 20.6 38.3 43.2"),
+    ("tips_notebook", "values of the last block", "mIoU", "25.06"),
+    ("tips_readme", "SO400M/14", "mIoU", "23.3"),
     ("later", "FLOSS on NACLIP", "mIoU", "- - - 80.2 35.9 23.6 18.4 37.0 -"),
     ("gclip", "GCLIP", "mIoU", "24.8 18.5 33.7"),
 ]  # fmt: skip
@@ -151,6 +169,61 @@ def test_mistakes_in_the_file_are_named(change, message, data):
     change(broken["tables"][0])
     with pytest.raises(ValueError, match=message):
         parse(broken)
+
+
+@pytest.mark.parametrize("benchmark", [b for b in EIGHT if b != "COCO-Object"])
+@pytest.mark.parametrize("size", [224, 336])
+def test_cliptrases_protocol_is_its_config(benchmark, size, monkeypatch):
+    """Apart from its words, which nobody here knows."""
+    monkeypatch.setenv("BENCHMARK", CONFIGS[benchmark])
+    monkeypatch.setenv("SIZE", str(size))
+    groups = settings(load_config("protocol_cliptrase"))
+    own = settings_of(f"cliptrase_{size}", benchmark)
+    assert own == {group: groups[group] for group in ("protocol", "data")}
+
+
+def said(config: str, method: str | dict, **options) -> list[str]:
+    """The published numbers beside a run."""
+    loaded = load_config(config, options={k.replace("__", "."): v for k, v in options.items()})
+    return beside_run(dict(settings(loaded), method=method_settings(method)))
+
+
+def test_a_run_in_the_protocol_of_a_number(monkeypatch):
+    monkeypatch.setenv("BENCHMARK", "voc20")
+    monkeypatch.setenv("SIZE", "224")
+    (poster, other, same) = said("protocol_cliptrase", "sclip")
+    assert poster == "published 81.5 (SFP's poster; run by SFP's authors), settings not stated"
+    by = "(CLIPtrase's paper; run by CLIPtrase's authors)"
+    assert same == f"published 77.58 {by}, same settings, but its words are not known"
+    assert other == (
+        f"published 79.12 {by}, protocol (centre crop, 336 px) differs in pipeline CentreCrop "
+        '([{"size": 336, "void": null}], here [{"size": 224, "void": null}])'
+    )
+    (line,) = said("protocol_cliptrase", "sfp_paper")
+    assert line.endswith("differs in slide_crop (224, here 0), pipeline (Resize, here CentreCrop)")
+
+
+def test_other_knobs_and_weights_are_named(tmp_path, monkeypatch):
+    (log, pearl) = said("voc21", dict(type="sfp", pm="lof"))
+    assert log.endswith('same protocol, as far as known; here pm "lof", by default "som"')
+    assert "settings not stated" in pearl
+    assert said("voc21", "sfp", model__weights="ViT-B/16@gelu") == []
+    assert said("voc21", dict(type="Method")) == said("mini", "sfp") == []
+    # numbers of other weights of the same size belong to those
+    assert said("voc21", "corrclip") == []
+    (line,) = said("voc21", "corrclip", model__weights="ViT-B-16:metaclip_fullcc")
+    assert line.endswith("settings not stated. CorrCLIP: SAM 2 with 32 points a side.")
+    (line,) = said("voc21", dict(type="resclip", dataset="voc21"))
+    assert "tuned per dataset" in line
+
+
+def test_openais_weights_are_known_by_their_hash():
+    row = PUBLISHED["ViT-L/14"]
+    assert backbone_of(dict(name="/data/clip.pt", sha256=row.sha256)) == "ViT-L/14"
+    assert backbone_of(dict(name="/data/clip.pt", sha256="0")) == "/data/clip.pt"
+    assert backbone_of(dict(name="tipsv2-l14")) == "tipsv2-l14"
+    known = {n.backbone for n in published().numbers if n.method}
+    assert known - {"none"} <= set(PUBLISHED)
 
 
 def test_unknown_rows_are_named():

@@ -697,10 +697,9 @@ class Engine:
         """
         prepare = prepare or self.normalise
         refine = self.refinement(image, prepare)
-        rows = sheet.rows if refine is None else refine(sheet)
         decision = None if method is None else method.decision
         labels = assign(
-            **decided(sheet, rows, index, self.logit_scale, decision),
+            **decided(sheet, refine, index, self.logit_scale, decision),
             prob_thd=self.prob_thd,
             area_thd=self.area_thd,
             keep_scores=scores or getattr(self.masks, "needs_scores", False),

@@ -58,9 +58,8 @@ class Scores:
         """The probabilities, one slab of rows (K, rows, W) at a time."""
         height, width = self.sheet.size
         step = max(SLAB // ((self.index[-1] + 2) * width), 1)
-        rows = self.sheet.rows if self.refine is None else self.refine(self.sheet)
         with torch.inference_mode():
-            reading = decided(self.sheet, rows, self.index, self.scale, self.decision)
+            reading = decided(self.sheet, self.refine, self.index, self.scale, self.decision)
         for start in range(0, height, step):
             stop = min(start + step, height)
             with torch.inference_mode():

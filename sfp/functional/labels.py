@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from sfp.clip.dispatch import intercepted
 from sfp.functional.kept import constant
 from sfp.functional.room import check_room
 from sfp.functional.windows import LogitSheet
 
 Threshold: TypeAlias = "float | Sequence[float]"
-BUDGET = {"cpu": 2**20, "cuda": 2**26}  # probabilities at once; on a CPU they fit into its cache
+BUDGET = {"cpu": 2**19, "cuda": 2**26}  # probabilities at once; on a CPU they fit into its cache
+THREADS = 8  # up to which NumPy's argmax, with vector instructions on one thread, is the faster one
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def class_scores(logits: Tensor, index: Sequence[int], scale: float) -> Tensor:
 
 def decided(
     sheet: LogitSheet,
-    rows: Callable[[int, int], Tensor],
+    refine: Callable[[LogitSheet], Callable[[int, int], Tensor]] | None,
     index: Sequence[int],
     scale: float,
     decision: Callable[..., Callable[[int, int], Tensor]] | None,
@@ -88,14 +90,18 @@ def decided(
 
     Args:
         sheet: the merged logits.
-        rows: the same by rows of the image, as in `assign`.
-        index, scale: as in `assign`.
+        refine: makes refined logits of it, by rows of the image; a linear map, or None.
+        index: as in `assign`.
+        scale: inverse temperature of the softmax.
         decision: an op of that kind (`sfp.kinds.Decision`), or None for the softmax.
     """
+    if decision is None:  # scaled at patch resolution, where it costs least
+        sheet = replace(sheet, tiles=sheet.tiles * scale)
+    rows = sheet.rows if refine is None else refine(sheet)
     if decision is None:
-        return dict(rows=rows, size=sheet.size, index=index, scale=scale)
+        return dict(rows=rows, size=sheet.size, index=index)
     scores = decision(sheet, rows, index)
-    return dict(rows=scores, size=sheet.size, index=range(index[-1] + 1), scale=None)
+    return dict(rows=scores, size=sheet.size, index=range(index[-1] + 1), softmax=False)
 
 
 def best_of_class(probs: Tensor, index: Sequence[int]) -> Tensor:
@@ -106,12 +112,20 @@ def best_of_class(probs: Tensor, index: Sequence[int]) -> Tensor:
     return torch.stack([part.amax(0) for part in probs.split(sizes)])
 
 
+def argmax(values: Tensor) -> Tensor:
+    """Where the last dimension is largest, the first of equals: (..., C) -> (...) int64."""
+    known = values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
+    if known and torch.get_num_threads() <= THREADS and not intercepted():
+        return torch.from_numpy(values.detach().numpy().argmax(-1))
+    return values.argmax(-1)
+
+
 def assign(
     rows: Callable[[int, int], Tensor],
     size: tuple[int, int],
     index: Sequence[int],
     *,
-    scale: float | None = 40.0,
+    softmax: bool = True,
     prob_thd: Threshold = 0.0,
     area_thd: float | None = None,
     keep_scores: bool = False,
@@ -119,9 +133,10 @@ def assign(
     """Labels every pixel, one slab of rows at a time, so that memory does not grow with the classes.
 
     Args:
-        rows: returns the logits (Q, stop - start, W) of rows start to stop.
+        rows: returns the scaled logits (Q, stop - start, W) of rows start to stop.
         size: size of the image, (H, W).
-        index, scale: as in `class_scores`; without a scale, `rows` are already scores.
+        index: as in `class_scores`.
+        softmax: whether scores are the softmax of `rows` over queries, or `rows` themselves.
         prob_thd: pixels whose best probability is below this become class 0 (`within`).
         area_thd: a class other than 0 that wins at most this share of the pixels not won by class 0 is
             removed (SCLIP's protocol for VOC21).
@@ -146,11 +161,13 @@ def assign(
         for start in range(0, height, step):
             own = slice(start, min(start + step, height))
             # queries last, so that a pixel's softmax and maximum run over adjacent memory
-            logits = rows(own.start, own.stop).permute(1, 2, 0)
-            probs = logits if scale is None else (logits * scale).softmax(-1)
+            probs = rows(own.start, own.stop).permute(1, 2, 0)
+            if softmax:
+                probs = probs.softmax(-1)
             if dropped is not None:
                 probs = probs.masked_fill(dropped, 0)
-            torch.max(probs, -1, out=(confidence[own], query[own]))
+            query[own] = best = argmax(probs)
+            confidence[own] = probs.gather(-1, best[..., None])[..., 0]
             if scores is not None:
                 scores[:, own] = best_of_class(probs.permute(2, 0, 1), index)
         return classes[query]

@@ -1,4 +1,4 @@
-"""Sliding windows, and their logits merged and upsampled by two small matrix products.
+"""Sliding windows, and their logits merged and upsampled by two sparse matrices.
 
 Every step from a window's patch logits to the final image is linear and acts separately on rows and
 columns: upsampling to the window, placing it, dividing by the number of windows that cover a pixel (the
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from sfp.functional.kept import kept
 
 T = TypeVar("T")
-BLOCK = 256  # pixels along a side for which a merging matrix is used at once
+PIXELS = 2**20  # merged at once; each takes about 50 bytes of indices and weights
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:
@@ -127,34 +127,59 @@ def merge_matrix(
 class Side:
     """The matrix for one side of an image, from the cells of all windows along it to its pixels.
 
+    Nearly all of it is zero: a pixel depends on two cells of each window that covers it. So only the
+    nonzero weights are kept, in the order of the pixels.
+
     Attributes:
-        matrix: (pixels, cells).
-        first, last: for each pixel, the first and the last cell with a nonzero weight.
+        cells: the cell of each weight, int32.
+        weights: the weights.
+        first: for each pixel, which weight is its first, int32.
+        bounds: the same and the number of weights, on the host.
     """
 
-    matrix: Tensor
-    first: list[int]
-    last: list[int]
+    cells: Tensor
+    weights: Tensor
+    first: Tensor
+    bounds: tuple[int, ...]
 
     @classmethod
     def of(cls, like: Tensor, *merged: Any) -> Side:
         """From `merge_matrix` with these arguments, with the dtype and device of `like`."""
         matrix = merge_matrix(*merged)
-        used = (matrix != 0).to(torch.uint8)
-        first, after = used.argmax(1), used.flip(1).argmax(1)
-        return cls(matrix.to(like), first.tolist(), (matrix.shape[1] - 1 - after).tolist())
+        used = matrix != 0
+        bounds = F.pad(used.sum(1).cumsum(0), (1, 0))
+        cells, first = (x.to(like.device, torch.int32) for x in (used.nonzero()[:, 1], bounds[:-1]))
+        return cls(cells, matrix[used].to(like), first, tuple(bounds.tolist()))
 
     def __len__(self) -> int:
-        return len(self.matrix)
+        return len(self.first)
 
-    def band(self, start: int, stop: int) -> tuple[slice, Tensor]:
-        """The range of cells that pixels start to stop depend on, and the matrix cut to both."""
-        own = slice(min(self.first[start:stop]), max(self.last[start:stop]) + 1)
-        return own, self.matrix[start:stop, own]
+    def resample(self, maps: Tensor, start: int, stop: int) -> Tensor:
+        """Pixels start to stop of many maps.
+
+        Args:
+            maps: the cells of this side, another side, and channels: (cells, M, C), contiguous.
+
+        Returns:
+            (M, stop - start, C), contiguous.
+        """
+        many = maps.shape[1]
+        begin, end = self.bounds[start], self.bounds[stop]
+        each = torch.arange(many, dtype=torch.int32, device=maps.device)[:, None]
+        cells = self.cells[begin:end] * many + each  # (M, weights)
+        first = self.first[start:stop] - begin + each * (end - begin)  # (M, stop - start)
+        pixels = F.embedding_bag(
+            cells.flatten(),
+            maps.flatten(0, 1),
+            first.flatten(),
+            per_sample_weights=self.weights[begin:end].repeat(many),
+            mode="sum",
+        )
+        return pixels.unflatten(0, (many, stop - start))
 
     def cpu(self) -> Side:
         """A copy in the host's memory."""
-        return replace(self, matrix=self.matrix.cpu())
+        return Side(self.cells.cpu(), self.weights.cpu(), self.first.cpu(), self.bounds)
 
 
 def overlaps(
@@ -421,7 +446,7 @@ class WindowGrid:
         cells = logits.shape[2:]
         rows, columns = (
             kept(
-                target[i] * len(starts) * cells[i],
+                4 * target[i],
                 Side.of,
                 tiles,
                 *(tuple(starts), window[i], cells[i], via[i], target[i], self.padding[i]),
@@ -459,14 +484,16 @@ class LogitSheet:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Logits of output rows start to stop, (Q, stop - start, W), a pixel's adjacent in memory."""
-        width = len(self.horizontal)
-        if max(self.size) <= BLOCK:
-            own, rows = slice(None), self.vertical.matrix[start:stop]
-            blocks = [(slice(None), self.horizontal.matrix)]
-        else:  # almost every product is with zero: only the windows around take part
-            own, rows = self.vertical.band(start, stop)
-            blocks = [self.horizontal.band(x, x + BLOCK) for x in range(0, width, BLOCK)]
-        part = rows @ self.tiles[own].flatten(1)  # one product for all columns and queries
-        part = part.unflatten(1, self.tiles.shape[1:])  # (stop - start, S, Q)
-        parts = [columns @ part[:, own] for own, columns in blocks]  # (stop - start, block, Q)
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).permute(2, 0, 1)
+        width, queries = len(self.horizontal), self.tiles.shape[2]
+        step = max(PIXELS // width, 1)
+        if stop - start <= step:
+            return self._rows(start, stop).permute(2, 0, 1)
+        merged = self.tiles.new_empty(stop - start, width, queries)
+        for at in range(start, stop, step):
+            end = min(at + step, stop)
+            merged[at - start : end - start] = self._rows(at, end)
+        return merged.permute(2, 0, 1)
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        part = self.vertical.resample(self.tiles, start, stop)  # (S, stop - start, Q)
+        return self.horizontal.resample(part, 0, len(self.horizontal))  # (stop - start, W, Q)

@@ -242,7 +242,7 @@ def test_assign_by_hand(index, height, width, prob_thd, area_thd, keep, budget, 
 
     def rows(start: int, stop: int) -> Tensor:
         slabs.append((start, stop))
-        return logits[:, start:stop]
+        return 2 * logits[:, start:stop]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(labels.BUDGET, "cpu", budget)
@@ -250,7 +250,6 @@ def test_assign_by_hand(index, height, width, prob_thd, area_thd, keep, budget, 
             rows,
             (height, width),
             index,
-            scale=2.0,
             prob_thd=prob_thd,
             area_thd=area_thd,
             keep_scores=keep,
@@ -464,9 +463,7 @@ def test_a_threshold_of_the_images_own():
     logits = torch.stack([random(3, 12, 14).abs() + 0.5, -random(4, 12, 14).abs()])
 
     def own(threshold: labels.Threshold) -> labels.Labels:
-        return labels.assign(
-            lambda a, b: logits[:, a:b], (12, 14), (0, 1), scale=1.0, prob_thd=threshold
-        )
+        return labels.assign(lambda a, b: logits[:, a:b], (12, 14), (0, 1), prob_thd=threshold)
 
     free = own(0.0)
     fixed = own(float(labels.otsu(free.confidence)))

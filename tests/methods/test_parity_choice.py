@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import sfp
 from sfp.engine import Engine, Queries
 from sfp.functional.graphs import PixelGraph, lab_of_rgb, neighbour_graph, propagate
-from sfp.functional.labels import Labels, assign
+from sfp.functional.labels import Labels, assign, decided
 from sfp.functional.windows import WindowGrid, window_starts
 from sfp.methods import cliper, floss, freecp, trident
 from sfp.methods.object_presence import hierarchy, moved_words, present_words, winners
@@ -470,6 +470,6 @@ def test_golden_trident(name):
     case.check("logits_s8", sheet.rows(0, original[0])[:, ::8, ::8])
     words = hyper["background_queries"]
     index = (*[0] * words, *range(1, len(text) - words + 1))
-    settings = dict(scale=hyper["logit_scale"], prob_thd=hyper["prob_thd"])
-    labels = assign(sheet.rows, original, index, **settings)
+    reading = decided(sheet, None, index, hyper["logit_scale"], None)
+    labels = assign(**reading, prob_thd=hyper["prob_thd"])
     case.check("pred", labels.labels.to(torch.uint8))

@@ -15,7 +15,7 @@ import sfp
 from sfp.clip.pool import AttentionPool, PoolConfig
 from sfp.clip.vit import ImageConfig, VisionTransformer
 from sfp.engine import Engine
-from sfp.functional.labels import assign
+from sfp.functional.labels import assign, decided
 from sfp.functional.windows import WindowGrid, squeezed
 from sfp.methods import textregion
 from sfp.trace import RegionsError
@@ -89,14 +89,9 @@ def test_golden_textregion(name):
     size = tuple(case.entry["ori_shape"] or case.image.shape[2:])
     words = hyper["background_queries"]
     index = (*[0] * words, *range(1, len(text) - words + 1))
-    labels = assign(
-        replace(grid.whole, direct=method.direct).sheet(logits, size).rows,
-        size,
-        index,
-        scale=hyper["logit_scale"],
-        prob_thd=hyper["prob_thd"],
-        keep_scores=True,
-    )
+    sheet = replace(grid.whole, direct=method.direct).sheet(logits, size)
+    reading = decided(sheet, None, index, hyper["logit_scale"], None)
+    labels = assign(**reading, prob_thd=hyper["prob_thd"], keep_scores=True)
     case.check("probs_s8", labels.scores[:, ::8, ::8])
     case.check("pred", labels.labels.to(torch.uint8))
 

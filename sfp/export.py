@@ -7,9 +7,14 @@ the error says why.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import logging
+import traceback
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +28,13 @@ from sfp.clip.vit import VisionTransformer
 from sfp.engine import Engine, Queries
 from sfp.files import atomic_write
 from sfp.method import Method
+from sfp.registry import Op
 from sfp.trace import GuideError
 from sfp.vocabulary import Vocabulary
 
 FORMATS = (".onnx", ".pt2")
 PRECISIONS = ("fp32", "fp16", "int8")
+ONNX_BYTES = 3 * 2**29  # above this PyTorch would put the weights into a second file
 # operators whose output shape depends on values, or which return values to Python
 DATA_DEPENDENT = {
     *("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "bincount"),
@@ -71,8 +78,14 @@ class WindowModel(nn.Module):
 
     def __init__(self, engine: Engine, method: Method, queries: Queries | None) -> None:
         super().__init__()
-        self.visual = engine.clip.visual
-        self.method = method
+        if method.decision is not None:
+            raise ExportError(
+                f"this method cannot be exported: its decision, {method.decision}, needs the merged "
+                "logits of a whole image"
+            )
+        # here, because surgery looks at the weights, which the tracer does not let it do
+        self.visual = method.operate(engine.clip.visual)
+        self.method = replace(method, surgery=())
         self.scale = engine.logit_scale
         if not isinstance(engine.prob_thd, (int, float)):
             raise ExportError(
@@ -126,8 +139,8 @@ def export(
         engine: an engine on a CPU, in float32.
         method: a method that does not branch on values and needs no other model.
         vocabulary: the words.
-        out: a path that ends with .onnx or .pt2. Beside it, `<name>.safetensors` holds the text
-            features as "queries", (Q, C) float32, and `<name>.json` describes labels and inputs.
+        out: a path that ends with .onnx or .pt2. Beside it, `<out>.safetensors` holds the text
+            features as "queries", (Q, C) float32, and `<out>.json` describes labels and inputs.
         side: side of the windows in pixels; by default that of the engine's windows.
         words_as_input: make text features a second input, with any number of queries, each a class of
             its own, instead of part of the model.
@@ -138,20 +151,27 @@ def export(
         The files written.
 
     Raises:
-        ExportError: if the method cannot be exported, or the format or precision is unknown.
+        ExportError: if the method cannot be exported, the format or precision is unknown, or the
+            model is too large for an ONNX file.
         ModuleNotFoundError: if a package that the format needs is missing.
     """
-    if out.suffix not in FORMATS:
-        raise ExportError(f"{out}: the file name must end with {' or '.join(FORMATS)}")
-    if precision not in PRECISIONS or (precision == "int8" and out.suffix != ".onnx"):
-        raise ExportError(
-            f"precision={precision!r}: choose from {', '.join(PRECISIONS)} (int8 for .onnx only)"
-        )
+    check_format(out, precision)
     queries = engine.queries(vocabulary)
     side = side or engine.slide_crop or engine.clip.visual.usual_grid[0] * engine.clip.visual.patch
     model = WindowModel(engine, method, None if words_as_input else queries).eval()
     if precision == "fp16":
         model.visual = _half(model.visual)
+    size = sum(x.numel() * x.element_size() for x in model.parameters())
+    if out.suffix == ".onnx" and size > ONNX_BYTES:
+        raise ExportError(
+            f"{out}: {size / 2**30:.1f} GiB of weights, but an ONNX file holds at most "
+            f"{ONNX_BYTES / 2**30:.1f}: export a .pt2 file"
+            + (
+                ", or with precision='fp16'"
+                if size <= 2 * ONNX_BYTES and precision != "fp16"
+                else ""
+            )
+        )
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     example[:, ::3] = 255  # some contrast, for methods that depend on it
     inputs: dict[str, Tensor] = dict(image=example)
@@ -163,7 +183,8 @@ def export(
             torch.export.save(program, temporary)
         else:
             _save_onnx(program, temporary, precision)
-    bank, about = out.with_suffix(".safetensors"), out.with_suffix(".json")
+    # their names contain that of the model, for one exported as .onnx and .pt2 with other settings
+    bank, about = (out.with_name(out.name + suffix) for suffix in (".safetensors", ".json"))
     with atomic_write(bank) as temporary:
         save_file({"queries": queries.features.contiguous()}, temporary)
     names = vocabulary.queries if words_as_input else vocabulary.names
@@ -182,6 +203,29 @@ def export(
     return [out, bank, about]
 
 
+def check_format(out: Path, precision: str) -> None:
+    """Raises an `ExportError` for a file name or precision that cannot be written."""
+    if out.suffix not in FORMATS:
+        raise ExportError(f"{out}: the file name must end with {' or '.join(FORMATS)}")
+    if precision not in PRECISIONS or (precision == "int8" and out.suffix != ".onnx"):
+        raise ExportError(
+            f"precision={precision!r}: choose from {', '.join(PRECISIONS)} (int8 for .onnx only)"
+        )
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    """Discards what exporters and quantizers warn about themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _program(model: WindowModel, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
     """Exports the model for batches of any size, and for any number of queries if they are an input."""
     shapes: dict[str, Any] = {"image": {0: torch.export.Dim("batch", min=1, max=256)}}
@@ -190,14 +234,25 @@ def _program(model: WindowModel, inputs: dict[str, Tensor]) -> torch.export.Expo
     try:
         with torch.no_grad(), Static():
             model(**inputs)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's warnings about itself
+        with torch.no_grad(), _without_notices():
             return torch.export.export(model, (), kwargs=inputs, dynamic_shapes=shapes)
-    except (ExportError, GuideError) as error:
+    except GuideError as error:
         raise ExportError(f"this method cannot be exported: {error}") from error
     except Exception as error:  # the tracer raises many kinds for code it cannot trace
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ExportError(f"this method cannot be exported: {first[0]}") from error
+        raise ExportError(
+            f"this method cannot be exported: {_raised_in(error)}{first[0]}"
+        ) from error
+
+
+def _raised_in(error: Exception) -> str:
+    """Names the innermost op of a method in which an error was raised; "" if there is none."""
+    ops = [
+        frame.f_locals["self"].fn.__name__
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code is Op.__call__.__code__
+    ]
+    return f"op {ops[-1]!r}: " if ops else ""
 
 
 def _half(visual: VisionTransformer) -> VisionTransformer:
@@ -212,8 +267,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, precision: str
         raise ModuleNotFoundError(
             f"ONNX files need more packages ({error}): pip install 'sfp[export]'", name=error.name
         ) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _without_notices():
         onnx = torch.onnx.export(
             program,
             dynamo=True,
@@ -233,10 +287,14 @@ def _quantise(path: Path) -> None:
 
     rounded = path.with_name(f"{path.name}.int8")
     try:
-        quantize_dynamic(
-            path, rounded, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8,
-            per_channel=True,
-        )  # fmt: skip
+        with _without_notices():
+            quantize_dynamic(
+                path,
+                rounded,
+                op_types_to_quantize=["MatMul"],
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+            )
         rounded.replace(path)
     finally:
         rounded.unlink(missing_ok=True)

@@ -59,20 +59,37 @@ def _temporary_cache() -> Path:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends without an error."""
+    """A temporary path beside `path` that replaces it when the block ends without an error.
+
+    Raises:
+        OSError: if the file cannot be written; it names `path`, not the temporary file.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # a short name, since that of `path` may have the maximal length of 255 bytes
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{path.suffix}")
-    # not mkstemp, whose mode 0600 would lock other users out of a cache: the umask applies
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    mode = temporary.stat().st_mode & 0o777
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # not mkstemp, whose mode 0600 would lock other users out of a cache: the umask applies
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise _about(path, error) from error
+    try:
+        mode = temporary.stat().st_mode & 0o777
         yield temporary
         os.chmod(temporary, mode)  # because safetensors replaces this file with one of mode 0600
         os.replace(temporary, path)
+    except OSError as error:
+        # an error of writing has no file name (a full disk) or the temporary one
+        if error.errno and error.filename in (None, str(temporary)):
+            raise _about(path, error) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _about(path: Path, error: OSError) -> OSError:
+    """The same error, about the file that the caller wants to write."""
+    return OSError(error.errno, f"cannot be written ({error.strerror})", str(path))
 
 
 def sha256_file(path: str | Path) -> str:

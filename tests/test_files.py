@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -115,3 +116,26 @@ def test_whole_or_not_at_all(tmp_path):
         fail()
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    """Not the temporary file, of which a user knows nothing."""
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder").mkdir()
+
+    def write(path: Path, error: Exception | None = None) -> None:
+        with atomic_write(path):
+            if error:
+                raise error
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    other = FileNotFoundError(errno.ENOENT, "No such file", "elsewhere")
+    for path, error, message in (
+        ("file/deep/a.txt", None, r"cannot be written \(Not a directory\): .*/file/deep/a\.txt'"),
+        ("folder", None, r"cannot be written \(Is a directory\): .*/folder'"),
+        ("a.txt", full, r"cannot be written \(No space left on device\): .*/a\.txt'"),
+        ("a.txt", other, r"No such file: 'elsewhere'"),
+    ):
+        with pytest.raises(OSError, match=message):
+            write(tmp_path / path, error)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}

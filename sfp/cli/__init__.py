@@ -12,6 +12,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, TextIO, cast
@@ -73,15 +74,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Errors without an exit code, that is bugs, are raised.
     """
-    before = sys.stdout, sys.stderr
-    out, err = (_Output(stream) if stream else stream for stream in before)
+    before = sys.stdout, sys.stderr, warnings.formatwarning
+    out, err = (_Output(stream) if stream else stream for stream in before[:2])
+    warnings.formatwarning = _plain_warnings()
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
         args = build_parser().parse_args(argv)
         args.words = list(sys.argv[1:] if argv is None else argv)
         return guarded(args.run, args) or int(isinstance(out, _Output) and out.reader_left)
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr, warnings.formatwarning = before
+
+
+def _plain_warnings() -> Callable[..., str]:
+    """A `warnings.formatwarning` without file and line of the code; each message is shown once."""
+    seen: set[str] = set()
+
+    def format_warning(message: Warning | str, *args: Any, **kwargs: Any) -> str:
+        text = str(message).strip()
+        if text in seen:
+            return ""
+        seen.add(text)
+        return f"warning: {text}\n"
+
+    return format_warning
 
 
 class _Output:
@@ -160,5 +176,7 @@ def exit_code(error: Exception) -> int:
 
 def _message(error: Exception) -> str:
     """An error's message; errors of a data loader's worker hold a traceback that ends with it."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     text = str(error).strip()
     return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     guides = dict(map(parse_guide, args.guide))
     if weights == NONE:
         raise ValueError("--weights none: the demo shows a CLIP's layers; name one, e.g. mini")
+    if args.port is not None and not 0 < args.port < 2**16:
+        raise ValueError(f"--port {args.port}: expected 1 to {2**16 - 1}")
     if args.method not in (valid := self_contained_methods(guides)):
         raise ValueError(f"--method {args.method}{suggest(args.method, valid)}")
     model = sfp.load(weights, args.method, device=args.device, guides=guides)

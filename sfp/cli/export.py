@@ -45,7 +45,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--threshold",
-        type=float,
+        type=options.probability,
         default=0.0,
         help="pixels with a lower probability get label 0 (default: 0)",
     )
@@ -65,11 +65,15 @@ def register(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exports."""
     from sfp.engine import Engine
-    from sfp.export import export
+    from sfp.export import check_format, export
     from sfp.method import build_method
-    from sfp.vocabulary import as_vocabulary
+    from sfp.vocabulary import as_vocabulary, check_threshold
 
+    check_format(args.out, args.precision)  # raises before weights are loaded
     vocabulary = as_vocabulary(options.parse_classes(args.classes))
+    if not args.words_as_input:
+        check_threshold(vocabulary, args.threshold)
+        options.note_words(args.weights, vocabulary)
     method = build_method(options.parse_method(args.method))
     files = export(
         Engine(args.weights, prob_thd=args.threshold),
@@ -81,5 +85,6 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
     )
     for file in files:
-        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+        size = file.stat().st_size
+        print(f"{file}: {size / 2**20:.1f} MiB" if size >= 2**20 else f"{file}: {size:,} bytes")
     return 0

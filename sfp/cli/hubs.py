@@ -35,7 +35,9 @@ def register(commands: argparse._SubParsersAction) -> None:
         "--images", type=Path, help="folder of images (default: drawn scenes of the mini world)"
     )
     parser.add_argument("--count", type=positive, default=40, help="number of images (default: 40)")
-    parser.add_argument("--size", type=int, help="side of the square crops (default: the model's)")
+    parser.add_argument(
+        "--size", type=positive, help="side of the square crops (default: the model's)"
+    )
     parser.add_argument(
         "--layers", type=int, nargs="+", help="blocks, from 0 (default: the deeper half)"
     )

@@ -59,12 +59,18 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--overlay", action="store_true", help="also write the labels drawn over each image"
     )
-    parser.add_argument("--batch-size", type=int, default=4, help="images (default: 4)")
-    parser.add_argument("--workers", type=int, default=4, help="threads per process (default: 4)")
+    parser.add_argument(
+        "--batch-size", type=options.positive, default=4, help="images (default: 4)"
+    )
+    parser.add_argument(
+        "--workers", type=options.positive, default=4, help="threads per process (default: 4)"
+    )
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument("--part", help="I/N: only every N-th input, starting at I (0 to N-1)")
     parser.add_argument("--engine", choices=["local", "ray"], default="local")
-    parser.add_argument("--processes", type=int, help="with ray (default: one per GPU, or one)")
+    parser.add_argument(
+        "--processes", type=options.positive, help="with ray (default: one per GPU, or one)"
+    )
     options.add_import(parser)
     options.add_cfg_options(parser)
 
@@ -77,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from sfp.files import atomic_write
 
     job = _job(args)
+    options.note_words(job.weights, job.classes)
     units, suffix = list_units(args.inputs), ""
     if args.part:
         number, count = _part(args.part)
@@ -118,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{report['done']} labelled, {report['skipped']} skipped, {report['failed']} failed in "
         f"{seconds:.1f} s: {report['images_per_second']:.2f} images/s; results in {args.out}"
+        + (f", reasons in {failures.name}" if statuses["failed"] else "")
     )
     return 1 if statuses["failed"] else 0
 

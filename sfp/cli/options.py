@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmengine.config import Config
+
+    from sfp.vocabulary import Vocabulary
 
 WEIGHTS = "name or path of CLIP weights, e.g. ViT-L/14"
 METHOD = "preset, with knobs if needed: sclip, or sfp:pm=lof,layers=all"
@@ -261,22 +264,40 @@ def add_regions(parser: argparse.ArgumentParser) -> None:
 def add_pictures(parser: argparse.ArgumentParser, default: int) -> None:
     """Adds the option for the number of images on the picture sheet."""
     parser.add_argument(
-        "--pictures", type=_count, default=default, help=f"images on the sheet (default: {default})"
+        "--pictures", type=count, default=default, help=f"images on the sheet (default: {default})"
     )
 
 
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return int(text)
 
 
-def _count(text: str) -> int:
-    """A number of pictures, for argparse."""
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
-    return number
+def count(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text}")
+    return int(text)
+
+
+def probability(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    try:
+        if 0 <= (number := float(text)) <= 1:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+
+
+def note_words(weights: object, vocabulary: Vocabulary) -> None:
+    """Says on stderr which words the mini CLIP knows, if it is in use."""
+    from sfp.mini import vocabulary_note
+
+    if note := vocabulary_note(weights, vocabulary):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def load(args: argparse.Namespace, *, weights: str | None, method: str | None = None) -> Config:

@@ -46,7 +46,9 @@ def register(commands: argparse._SubParsersAction) -> None:
         "--images", type=Path, help="folder of images (default: drawn scenes of the mini world)"
     )
     parser.add_argument("--count", type=positive, default=16, help="number of images (default: 16)")
-    parser.add_argument("--size", type=int, help="side of the square crops (default: the model's)")
+    parser.add_argument(
+        "--size", type=positive, help="side of the square crops (default: the model's)"
+    )
     parser.add_argument("--out", type=Path, default="work/plant", help="default: work/plant")
     parser.add_argument(
         "--layer", type=int, help="block after which to plant, from 0 (default: the middle)"

@@ -20,10 +20,11 @@ Segments images with your own words and prints the classes found in each.
 
 Examples:
     sfp segment photo.jpg --classes "cat, grass, sky" --out out
-    sfp segment photos --classes "cat|kitten, sofa|couch" --background "wall, floor" --out out
-    --overlay sfp segment street.jpg --classes cityscapes --short-side 560 --method sclip --out out
-    --coco sfp segment a.jpg --classes car --method sam3 --weights none --guide
-    sam3=sam3:model=facebook/sam3
+    sfp segment photos --classes "cat|kitten, sofa|couch" --background "wall, floor" \\
+        --out out --overlay
+    sfp segment street.jpg --classes cityscapes --short-side 560 --method sclip --out out --coco
+    sfp segment a.jpg --classes car --method sam3 --weights none \\
+        --guide sam3=sam3:model=facebook/sam3
 
 With --out it writes the labels as palette PNGs, OUT/labels/<name>.png; with --overlay also the
 labels drawn over each image, OUT/overlay/<name>.jpg; with --coco also COCO annotations of all
@@ -70,7 +71,11 @@ def register(commands: argparse._SubParsersAction) -> None:
         help="resize the short side to this many pixels (default: 336; 224 for the mini CLIP)",
     )
     parser.add_argument(
-        "--pamr", type=int, default=0, metavar="STEPS", help="steps of PAMR, which sharpens edges"
+        "--pamr",
+        type=options.count,
+        default=0,
+        metavar="STEPS",
+        help="steps of PAMR, which sharpens edges",
     )
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument(
@@ -89,7 +94,6 @@ def run(args: argparse.Namespace) -> int:
     from sfp.files import atomic_write
     from sfp.functional.room import RoomError
     from sfp.method import build_method
-    from sfp.mini import vocabulary_note
     from sfp.vocabulary import as_vocabulary, background_threshold, check_threshold
 
     units = _units(args)
@@ -99,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
     method = build_method(options.parse_method(args.method))
     if method.decision is None:
         check_threshold(vocabulary, threshold)
-    if method.reads_clip and (note := vocabulary_note(args.weights, vocabulary)):
-        print(f"note: {note}", file=sys.stderr)
+    if method.reads_clip:
+        options.note_words(args.weights, vocabulary)
     model = sfp.load(
         args.weights,
         method,

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfp.cli import options
 from sfp.cli.options import WEIGHTS, add_command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from sfp.vocabulary import Vocabulary
 
 TEXT = """\
 Draws what happens inside a model: outliers, attention, norms, purification and the segmentation.
@@ -55,8 +58,8 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--weights", default="mini", help=f"{WEIGHTS} (default: mini)")
     parser.add_argument(
         "--classes",
-        help="names separated by commas, or a class file (default: the mini world's with its "
-        "weights; with others nothing is segmented)",
+        help=f"{options.CLASSES} (default: the mini world's with its weights; with others nothing "
+        "is segmented)",
     )
     parser.add_argument(
         "--patch",
@@ -65,7 +68,11 @@ def register(commands: argparse._SubParsersAction) -> None:
         metavar=("ROW", "COL"),
         help="patch to show (default: the middle)",
     )
-    parser.add_argument("--size", type=int, help="short side in pixels (default: 336, scenes 224)")
+    parser.add_argument(
+        "--size",
+        type=options.positive,
+        help="short side in pixels (default: 336; 224 for scenes and for the mini CLIP)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,9 +96,13 @@ def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     """The pictures with their file names, one at a time."""
     import sfp
     from sfp import visualize
+    from sfp.clip.checkpoints import published
 
-    side = args.size or (336 if args.image else 224)  # 224 is what scenes are drawn at
-    photo = sfp.as_image(args.image) if args.image else sfp.mini.scene(args.scene, side)[0]
+    if args.image:
+        side, photo = args.size or published.short_side(args.weights), sfp.as_image(args.image)
+    else:
+        side = args.size or 224  # what scenes are drawn at
+        photo = sfp.mini.scene(args.scene, side)[0]
     classes = class_names(args)
     model = sfp.load(args.weights, args.method, short_side=side)
     image = model.resized(photo)
@@ -123,13 +134,13 @@ def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     yield "segmentation", visualize.segmentation(image, {args.method: result}, result.names)
 
 
-def class_names(args: argparse.Namespace) -> str | list[str] | list[list[str]] | None:
+def class_names(args: argparse.Namespace) -> Vocabulary | None:
     """The classes of `--classes`, or the mini world's for its weights."""
     from sfp import mini
-    from sfp.vocabulary import parse_words
+    from sfp.vocabulary import as_vocabulary
 
     if args.classes is None:
-        return list(mini.CLASSES) if args.weights == "mini" else None
-    if Path(args.classes).is_file():
-        return args.classes
-    return parse_words(args.classes)
+        return as_vocabulary(list(mini.CLASSES)) if args.weights == "mini" else None
+    vocabulary = as_vocabulary(options.parse_classes(args.classes))
+    options.note_words(args.weights, vocabulary)
+    return vocabulary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import socket
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -77,8 +78,13 @@ class Page:
             The address.
 
         Raises:
-            OSError: if the port is taken.
+            OSError: if the host is no address of this machine, or the port is taken.
         """
+        try:  # gradio would try all its ports, with a message for each
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host, 0), family=family).close()
+        except OSError as error:
+            raise OSError(f"cannot listen at host {host}: {error.strerror}") from error
         theme = gr.themes.Base(
             primary_hue="blue", font=FONTS, font_mono=MONO, spacing_size="sm", text_size="sm"
         )

@@ -33,6 +33,8 @@ __all__ = [
     "vocabulary_note",
 ]
 
+SHOWN = 10  # unknown words that a note lists
+
 
 def checkpoint() -> Path:
     """Path of the shipped weights: OpenAI's layout, patch 16, 224 px, half-precision matrices.
@@ -84,6 +86,8 @@ def vocabulary_note(weights: object, vocabulary: Vocabulary | None = None) -> st
     real = "for photos use real weights, --weights ViT-B/16 (`sfp weights get ViT-B/16` downloads them)"
     unknown = unknown_words(weights, vocabulary) if vocabulary else []
     if unknown:
+        if len(unknown) > SHOWN:
+            unknown[SHOWN:] = [f"and {len(unknown) - SHOWN} more"]
         return f"{', '.join(unknown)}: unknown to the mini CLIP, which {knows}; {real}"
     return f"the mini CLIP {knows}; {real}"
 

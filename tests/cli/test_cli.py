@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -129,7 +130,25 @@ def test_errors_become_a_line_and_a_code(error, code, capsys):
         raise error
 
     assert cli.guarded(run, argparse.Namespace()) == code
-    assert capsys.readouterr().err == f"error: {error}\n"
+    text = "a.png: no such file" if getattr(error, "filename", None) else error
+    assert capsys.readouterr().err == f"error: {text}\n"
+
+
+def test_warnings_are_a_line_each_and_told_once(monkeypatch):
+    shown = []
+
+    def run(args: argparse.Namespace) -> int:  # pytest records warnings before they are written
+        shown.extend(
+            warnings.formatwarning(UserWarning(text), UserWarning, "code.py", 1)
+            for text in ("first", "second", "first")
+        )
+        return 0
+
+    monkeypatch.setattr("sfp.cli.version.run", run)
+    before = warnings.formatwarning
+    assert cli.main(["version"]) == 0
+    assert warnings.formatwarning is before
+    assert shown == ["warning: first\n", "warning: second\n", ""]
 
 
 def test_bugs_are_not_hidden():
@@ -188,16 +207,16 @@ def test_every_command_is_there_and_explained(capsys):
 def test_examples_of_the_help_parse():
     """Every command line that a help shows is one that the parser takes."""
     parser = cli.build_parser()
-    shown = [
-        line.strip().split("#")[0].split(" > ")[0]
-        for command in commands().values()
-        for line in command.format_help().replace("\\\n", " ").splitlines()
-        if re.match(r" {2,}sfp ", line)
-    ]
+    shown = []
+    for command in commands().values():
+        text = command.format_help().replace("\\\n", " ")
+        for block in re.findall(r"^[Ee]xamples?:\n((?: .*\n)+)", text, re.MULTILINE):
+            shown += [line.split("#")[0].split(" > ")[0] for line in block.splitlines()]
     assert len(shown) > 20
     for line in shown:
-        words = re.findall(r'"[^"]*"|\S+', line)
-        parser.parse_args([word.strip('"') for word in words[1:]])
+        assert len(re.findall(rf"\bsfp ({'|'.join(cli.COMMANDS)})\b", line)) == 1, line
+        words = re.findall(r'"[^"]*"|\S+', line.split("sfp ", 1)[1])
+        parser.parse_args([word.strip('"') for word in words])
 
 
 def test_tables_show_text_as_it_is(capsys):

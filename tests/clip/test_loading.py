@@ -401,6 +401,24 @@ def test_pickles_run_nothing(tmp_path, form, protocol):
     assert not target.exists()
 
 
+def test_why_a_file_is_no_checkpoint(tmp_path):
+    """The reason, without PyTorch's advice to run what is in the file."""
+    path = tmp_path / "clip.pt"
+
+    def reason() -> str:
+        with pytest.raises(sfp.WeightsError, match="cannot read weights from") as error:
+            load_clip(path)
+        assert "weights_only" not in str(error.value)
+        return str(error.value)
+
+    path.write_bytes(b"\xff\xd8\xff\xe0 a photo")
+    assert r"or pickle: it begins with b'\xff\xd8\xff\xe0 a p'" in reason()
+    torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=False)
+    assert "it holds a torch.nn.modules.linear.Linear besides tensors" in reason()
+    path.write_bytes(b"\x80\x02garbage")
+    assert "a pickle that torch.save did not write" in reason()
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -613,7 +631,7 @@ def check_advice(error: pytest.ExceptionInfo, home: Path) -> None:
         PUBLISHED["ViT-B/16"].url,
         str(home / "cache" / "weights" / "ViT-B-16.pt"),
         PUBLISHED["ViT-B/16"].sha256,
-        "cfg_mini.py",
+        "weights 'mini'",
     ):
         assert part in str(error.value)
 

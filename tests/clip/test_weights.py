@@ -799,8 +799,24 @@ def test_gated_repositories_say_what_to_do(monkeypatch):
     def refused(repo, name, **options):
         raise GatedRepoError.__new__(GatedRepoError)
 
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub, "hf_hub_download", refused)
     with pytest.raises(
         OSError, match=r"org/model is gated: accept its terms at .*org/model.*HF_TOKEN"
     ):
+        download.from_hub("org/model")
+
+
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
+    """Its library would repeat its request five times, with a line on stderr for each."""
+    hub = pytest.importorskip("huggingface_hub")
+
+    def asked(*args, **options):
+        raise AssertionError
+
+    monkeypatch.setattr(hub, "hf_hub_download", asked)
+    monkeypatch.setattr(download.urllib.request, "getproxies", dict)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")  # a name that never resolves, RFC 2606
+    with pytest.raises(OSError, match=r"hub\.invalid cannot be found"):
         download.from_hub("org/model")

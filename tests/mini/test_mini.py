@@ -86,6 +86,9 @@ def test_the_note_names_unknown_words_those_it_knows_and_real_weights():
         assert all(name in mini.vocabulary_note("mini", known) for name in mini.CLASSES)
     assert "sfp weights get ViT-B/16" in note
     assert mini.vocabulary_note("ViT-B/16", as_vocabulary(["dog"])) == ""
+    many = mini.vocabulary_note("mini", as_vocabulary([f"word {i}" for i in range(1000)]))
+    assert many.startswith("word 0, ")
+    assert "word 9, and 990 more: unknown" in many
 
 
 def test_prepare_writes_what_scene_draws_and_then_leaves_it(tmp_path):

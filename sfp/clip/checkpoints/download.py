@@ -7,7 +7,9 @@ import errno
 import http.client
 import os
 import re
+import socket
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from io import FileIO
@@ -37,6 +39,7 @@ except ImportError:  # on Windows two processes may download the same file, and 
 
 TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as broken
 BLOCK = 1 << 20
+HUB = "https://huggingface.co"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left
 
 
@@ -214,6 +217,20 @@ def from_hub(place: str, names: Sequence[str] = HUB_FILES) -> Path:
     raise FileNotFoundError(f"{repo} has none of {', '.join(names)}")
 
 
+def _check_network() -> None:
+    """Raises an OSError if the Hub's name cannot be resolved, as on a machine without a network.
+
+    The Hub's library would try again and again, for half a minute, before it says so.
+    """
+    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", HUB)).hostname
+    if host is None or urllib.request.getproxies() or os.environ.get("HF_HUB_OFFLINE"):
+        return  # a proxy resolves names; offline, the library looks into its cache only
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise OSError(f"{host} cannot be found: {error.strerror}") from error
+
+
 def companions(place: str, names: Sequence[str]) -> None:
     """Fetches small files that belong to a checkpoint, if they exist and can be fetched."""
     repo, _ = split_place(place)
@@ -237,6 +254,7 @@ def _one_file(repo: str, name: str) -> Path | None:
         raise ImportError(
             "the package huggingface_hub is missing: pip install 'sfp[hub]'"
         ) from error
+    _check_network()
     try:
         path = Path(hf_hub_download(repo, name, endpoint=os.environ.get("HF_ENDPOINT")))
     except LocalEntryNotFoundError:  # no network: an OSError that says so

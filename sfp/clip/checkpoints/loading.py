@@ -13,7 +13,9 @@ import http.client
 import io
 import os
 import pickle
+import re
 import struct
+import urllib.error
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -558,10 +560,11 @@ def download(name: str) -> Path:
     what = f"{path} (SHA-256 {row.sha256})" if row.sha256 else path
     second = row.hub_url if row.sha256 else f"{HUB_FILES[1]} from there"
     other = f" (or {second}, as {row.files[1]})" if row.repo else ""
+    reasons = "; ".join(map(_reason, problems))
     raise WeightsError(
-        f"could not download {name}: {'; '.join(map(str, problems))}. {kept}Download {row.url} on a "
+        f"could not download {name}: {reasons}. {kept}Download {row.url} on a "
         f"machine with a network and put it at {what}{other}, or give the path of a local copy "
-        "instead of the name. Without any weights, configs/cfg_mini.py still runs."
+        "instead of the name. The weights 'mini' need no download."
     ) from problems[0]
 
 
@@ -621,9 +624,18 @@ def _read_legacy(file: BinaryIO) -> dict[str, Tensor]:
             "neither safetensors nor a zip file, the only formats that PyTorch < 2.6 reads safely"
         )
     file.seek(0)
+    data = file.read()
+    if data[:1] != pickle.PROTO:
+        raise ValueError(f"no safetensors, zip file or pickle: it begins with {data[:8]!r}")
     try:
         # from memory: reading from a file would allocate as many bytes as an instruction claims
-        state = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # its message advises to run the file's code
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"it holds a {found[1]} besides tensors: save the model's state_dict()"
+            ) from error
+        raise ValueError("a pickle that torch.save did not write") from error
     except Exception as error:  # malformed files raise all kinds of errors in PyTorch's reader
         raise ValueError(_first_line(error)) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
@@ -633,6 +645,12 @@ def _read_legacy(file: BinaryIO) -> dict[str, Tensor]:
     if sum(v.numel() * v.element_size() for v in state.values()) > file.seek(0, 2):
         raise ValueError("tensors larger than the file that should hold them")
     return {str(name): value for name, value in state.items()}
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a download, without urllib's brackets and the final full stop."""
+    inner = error.reason if type(error) is urllib.error.URLError else error
+    return str(inner).rstrip(".")
 
 
 def _first_line(error: Exception) -> str:

@@ -234,8 +234,12 @@ def reservation(number: Number, groups: Mapping[str, Any]) -> str:
     found = differences(own, {group: groups.get(group, {}) for group in STRICT})
     if not found:
         return "" if "vocabulary" in own else "same settings, but its words are not known"
+    words = [row for row in found if row.group == "vocabulary"]
+    parts = [_short(row) for row in found if row.group != "vocabulary" or len(words) == 1]
+    if len(words) > 1:
+        parts.append(f"the words of {len(words)} classes")
     name = published().protocols[number.protocol].name
-    return f"protocol ({name}) differs in " + ", ".join(map(_short, found))
+    return f"protocol ({name}) differs in {', '.join(parts)}"
 
 
 def beside_run(groups: Mapping[str, Any]) -> list[str]:

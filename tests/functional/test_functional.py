@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import sfp
 from sfp.functional import attention, labels
+from sfp.functional import windows as windows_module
 from sfp.functional.grid import resample_positions
 from sfp.functional.pamr import pamr
 from sfp.functional.windows import WindowGrid, interpolation, merge_matrix, window_starts
@@ -113,6 +114,39 @@ def test_sheet_slabs(numbers, seed):
     whole = sheet.rows(0, out_h)
     slabs = [sheet.rows(y, min(y + step, out_h)) for y in range(0, out_h, step)]
     torch.testing.assert_close(torch.cat(slabs, 1), whole, atol=1e-12, rtol=1e-9)
+
+
+@few
+@given(st.lists(sides, min_size=6, max_size=6), st.sampled_from([1, 60, 2**20]), seeds)
+def test_sheet_is_two_products_with_full_matrices(numbers, pixels, seed):
+    """Also where one slab is merged in parts."""
+    h, w, crop, out_h, out_w, queries = numbers
+    grid = WindowGrid.over((h, w), crop, max(crop // 2, 1))
+    logits = random(seed, len(grid.places), queries, 3, 4)
+    tiles = logits.unflatten(0, (len(grid.ys), len(grid.xs)))  # (ys, xs, Q, 3, 4)
+    rows = merge_matrix(grid.ys, grid.window[0], 3, h, out_h).unflatten(1, (-1, 3))
+    columns = merge_matrix(grid.xs, grid.window[1], 4, w, out_w).unflatten(1, (-1, 4))
+    expected = torch.einsum("yai,xbj,abqij->qyx", rows, columns, tiles)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows_module, "PIXELS", pixels)
+        merged = grid.sheet(logits, (out_h, out_w)).rows(0, out_h)
+    torch.testing.assert_close(merged, expected, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 1000])
+def test_argmax_is_the_first_of_equals(dtype, threads, monkeypatch):
+    """By NumPy or by PyTorch, of any strides; a NaN counts as the largest."""
+    monkeypatch.setattr(labels, "THREADS", 8 // threads)
+    values = (4 * random(0, 30, 6, 9)).round().to(dtype)
+    values[3, 2, 5] = torch.nan
+    values[4, 1] = 1
+    for x in (values, values.permute(2, 0, 1), values.transpose(0, 2)[::2]):
+        expected = [
+            next((i for i, v in enumerate(row) if v != v), row.index(max(row)))
+            for row in x.flatten(0, -2).tolist()
+        ]
+        assert labels.argmax(x).flatten().tolist() == expected
 
 
 @few

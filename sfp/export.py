@@ -179,10 +179,14 @@ def export(
         inputs["words"] = queries.features
     program = _program(model, inputs)
     with atomic_write(out) as temporary:
-        if out.suffix == ".pt2":
-            torch.export.save(program, temporary)
-        else:
+        if out.suffix == ".onnx":
             _save_onnx(program, temporary, precision)
+        else:
+            try:
+                torch.export.save(program, temporary)
+            except RuntimeError as error:  # the only kind that PyTorch's writer raises
+                reason = str(error).splitlines()[0]
+                raise OSError(f"{out} cannot be written: {reason}") from error
     # their names contain that of the model, for one exported as .onnx and .pt2 with other settings
     bank, about = (out.with_name(out.name + suffix) for suffix in (".safetensors", ".json"))
     with atomic_write(bank) as temporary:

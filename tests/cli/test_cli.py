@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import shutil
@@ -137,6 +138,13 @@ def test_errors_become_a_line_and_a_code(error, code, capsys):
     assert cli.guarded(run, argparse.Namespace()) == code
     text = "a.png: no such file" if getattr(error, "filename", None) else error
     assert capsys.readouterr().err == f"error: {text}\n"
+
+
+def test_a_full_disk_says_what_to_do():
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert cli.message(full).startswith("No space left on device: free some, or choose another")
+    full.filename = b"a/b.png"
+    assert cli.message(full) == "a/b.png: No space left on device"
 
 
 def test_warnings_are_a_line_each_and_told_once(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import logging
 import traceback
@@ -182,11 +183,10 @@ def export(
         if out.suffix == ".onnx":
             _save_onnx(program, temporary, precision)
         else:
-            try:
-                torch.export.save(program, temporary)
-            except RuntimeError as error:  # the only kind that PyTorch's writer raises
-                reason = str(error).splitlines()[0]
-                raise OSError(f"{out} cannot be written: {reason}") from error
+            # by way of memory, since PyTorch's own writer aborts the process on a full disk
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer)
+            temporary.write_bytes(buffer.getbuffer())
     # their names contain that of the model, for one exported as .onnx and .pt2 with other settings
     bank, about = (out.with_name(out.name + suffix) for suffix in (".safetensors", ".json"))
     with atomic_write(bank) as temporary:

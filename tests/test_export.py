@@ -145,19 +145,6 @@ def test_words_that_are_wrong(engine, tmp_path, capsys):
     assert "expected a number from 0 to 1, got 7" in capsys.readouterr().err
 
 
-def test_a_program_that_cannot_be_written(engine, tmp_path, monkeypatch):
-    """PyTorch's writer raises a RuntimeError on a full disk, which would look like a bug."""
-
-    def fail(program, path):
-        raise RuntimeError("PytorchStreamWriter failed writing file data/0\nframe #0: ...")
-
-    monkeypatch.setattr(exporting, "_program", lambda *args: None)
-    monkeypatch.setattr(torch.export, "save", fail)
-    with pytest.raises(OSError, match=r"x\.pt2 cannot be written: .* writing file data/0$"):
-        export(engine, sfp.build_method("clip"), WORDS, tmp_path / "x.pt2")
-    assert not list(tmp_path.iterdir())
-
-
 def test_models_that_are_too_large_for_onnx(engine, tmp_path, monkeypatch):
     """PyTorch would put their weights into a second file, under the name of the temporary one."""
     monkeypatch.setattr(exporting, "ONNX_BYTES", 7 * 2**20)  # the mini CLIP's tower has 9 MiB

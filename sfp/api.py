@@ -87,8 +87,6 @@ def load(
     """
     if short_side not in ("auto", None):
         short_side = check_short_side(short_side)
-    if pamr_steps < 0:
-        raise ValueError(f"pamr_steps={pamr_steps}: expected 0 (no refinement) or more")
     if memory_mb < 0:
         raise ValueError(f"memory_mb={memory_mb}: expected 0 (no cache) or more")
     device = choose_device(device)

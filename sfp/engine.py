@@ -191,6 +191,8 @@ class Engine:
         if isinstance(logit_scale, str) and logit_scale != "auto":
             raise ValueError(f"logit_scale={logit_scale!r}: expected a number or 'auto'")
         model_templates(templates)  # raises before anything is loaded
+        if pamr_steps < 0:
+            raise ValueError(f"pamr_steps={pamr_steps}: expected 0 (no refinement) or more")
         if pamr_unit not in (units := ("deviation", "mean")):
             raise ValueError(f"unknown pamr_unit={pamr_unit!r}{suggest(pamr_unit, units)}")
         if isinstance(prob_thd, Sequence) and not (

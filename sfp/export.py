@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import logging
 import traceback
@@ -179,10 +180,13 @@ def export(
         inputs["words"] = queries.features
     program = _program(model, inputs)
     with atomic_write(out) as temporary:
-        if out.suffix == ".pt2":
-            torch.export.save(program, temporary)
-        else:
+        if out.suffix == ".onnx":
             _save_onnx(program, temporary, precision)
+        else:
+            # by way of memory, since PyTorch's own writer aborts the process on a full disk
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer)
+            temporary.write_bytes(buffer.getbuffer())
     # their names contain that of the model, for one exported as .onnx and .pt2 with other settings
     bank, about = (out.with_name(out.name + suffix) for suffix in (".safetensors", ".json"))
     with atomic_write(bank) as temporary:

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -377,29 +378,29 @@ class Method(_Fields):
             logits = refine(logits, trace)
         return logits
 
-    @property
+    @cached_property
     def reads_clip(self) -> bool:
         """Whether it uses CLIP's tokens; if not, it also runs with weights "none"."""
         return any(getattr(each, "fn", each) is not embedded_patches for each in self.readouts)
 
-    @property
+    @cached_property
     def words_in_trunk(self) -> bool:
         """Whether the run of the trunk depends on words; if not, `Trace.with_words` can change them."""
         return needs_words(self.edits)
 
-    @property
+    @cached_property
     def words_in_readouts(self) -> bool:
         """Whether the result of `read` depends on words."""
         return needs_words((self.image, self.readouts))
 
-    @property
+    @cached_property
     def needs_whole(self) -> bool:
         """Whether it needs all windows of an image in one trace."""
         return self.image is not None or needs(
             (self.readouts, self.comparison, self.refiners), "whole"
         )
 
-    @property
+    @cached_property
     def needs_regions(self) -> bool:
         """Whether it needs an id map of the image's regions."""
         return self.vote != "no" or needs(

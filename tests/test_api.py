@@ -472,6 +472,7 @@ def test_words_that_are_wrong(clip, classes, background, error, message):
         (dict(templates=["a photo"]), ValueError, "must have one {}"),
         (dict(memory_mb=-1), ValueError, "memory_mb=-1"),
         (dict(window_batch=0), ValueError, "window_batch=0"),
+        (dict(pamr_steps=-1), ValueError, "pamr_steps=-1"),
         (dict(guides=dict(dino=dict(type="transfomers"))), ValueError, "did you mean"),
         (dict(weights="ViT-B/61"), sfp.WeightsError, "did you mean 'ViT-B/16'"),
     ],

@@ -298,6 +298,7 @@ def test_flips_are_turned_back(direction, axes, pamr_steps):
         (dict(slide_stride=0), "slide_stride=0 must be"),
         (dict(slide_crop=-1), "slide_crop=-1"),
         (dict(window_batch=0), "window_batch=0"),
+        (dict(pamr_steps=-1), "pamr_steps=-1"),
         (dict(method=dict(type="sfp", pm="dbscn")), "did you mean 'dbscan'"),
         (dict(classes=[]), "class list is empty"),
         (dict(templates="imagnet"), "'imagnet'"),

@@ -9,6 +9,7 @@ errors instead of printing them.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -155,7 +156,7 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         code = exit_code(error)
         if code == 1:
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
     return code
 
 
@@ -174,9 +175,12 @@ def exit_code(error: Exception) -> int:
     return 2 if isinstance(error, ValueError) or type(error) is LookupError else 1
 
 
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
     """An error's message; errors of a data loader's worker hold a traceback that ends with it."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename:
+            return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        if error.errno == errno.ENOSPC:
+            return f"{error.strerror}: free some, or choose another folder for the results"
     text = str(error).strip()
     return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text

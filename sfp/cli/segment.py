@@ -91,6 +91,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Segments the images; returns 1 if some failed."""
     import sfp
+    from sfp.cli import message
     from sfp.files import atomic_write
     from sfp.functional.room import RoomError
     from sfp.method import build_method
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
             except bad as error:  # continue with the others
                 if len(units) == 1:
                     raise
-                print(f"failed: {error}", file=sys.stderr)
+                print(f"failed: {message(error)}", file=sys.stderr)
                 failures.append(error)
                 continue
             print(f"{unit.path}: {result.summary()}")

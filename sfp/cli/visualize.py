@@ -81,14 +81,17 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from matplotlib.image import imsave
 
+    from sfp.files import atomic_write
     from sfp.visualize import contact_sheet
 
     args.out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         figures = dict(pictures(args))
     for name, figure in figures.items():
-        figure.savefig(args.out / f"{name}.png")
-    imsave(args.out / "overview.png", contact_sheet(list(figures.values())))
+        with atomic_write(args.out / f"{name}.png") as path:
+            figure.savefig(path)
+    with atomic_write(args.out / "overview.png") as path:
+        imsave(path, contact_sheet(list(figures.values())))
     print(f"{len(figures) + 1} pictures in {args.out}: overview.png, {', '.join(figures)}")
     return 0
 

@@ -442,6 +442,8 @@ class MiniSceneDataset(LocalFiles):
         img_suffix: str = ".png",
         **kwargs: Any,
     ) -> None:
+        if not isinstance(scenes, int) or scenes < 1:
+            raise ValueError(f"scenes={scenes!r}: expected a whole number of at least 1")
         folder = data_root or cache_dir(f"mini-{scenes}")
         try:
             root = prepare(folder, scenes=scenes)

@@ -350,3 +350,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes] | None]
                 yield member.name, member.size, stream.read if stream else None
             elif member.islnk() or member.issym():
                 yield member.name, 0, None
+        # tarfile takes an incomplete header for the end, which is a block of zeros
+        assert shard.fileobj is not None
+        if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("unexpected end of data")

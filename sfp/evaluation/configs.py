@@ -5,11 +5,13 @@ In the repository they are the folder `configs`; installed they are `sfp.configs
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 from sfp.evaluation.notices import quiet
 from sfp.registry import suggest
@@ -89,7 +91,7 @@ def load_config(
         options: dotted keys and values, e.g. {"model.method.pm": "lof"}; applied last.
 
     Raises:
-        ConfigError: if there is no such file, or it is not a config.
+        ConfigError: if there is no such file, it is not a config, or an option sets what no config has.
     """
     path = find_config(path)
     config = read_config(path, "model.type")
@@ -100,7 +102,16 @@ def load_config(
         config.model.weights = weights
     config.work_dir = work_dir or config.get("work_dir") or str(Path("work", Path(path).stem))
     if options:
+        # mmengine would add a misspelt name and never read it
+        known = {*config, *inspect.signature(Runner.__init__).parameters, "clusters"} - {
+            "self",
+            "cfg",
+        }
+        for name in options:
+            if (first := name.partition(".")[0]) not in known:
+                raise ConfigError(f"{name}: a config has no {first!r}{suggest(first, known)}")
         config.merge_from_dict(dict(options))
+        require(config, "model.type")
     return config
 
 
@@ -113,7 +124,7 @@ def require(config: Config, *settings: str) -> None:
     for name in settings:
         node: Any = config
         for key in name.split("."):
-            if key not in node:
+            if not isinstance(node, (Config, Mapping)) or key not in node:
                 raise ConfigError(
                     f"{config.filename or 'the config'} has no {name}: a config must inherit from "
                     "base_config.py and add its data and classes, as cfg_voc21.py does"

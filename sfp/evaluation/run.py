@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import time
 from collections.abc import Mapping
@@ -12,12 +14,13 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS, init_default_scope
+from mmengine.registry import HOOKS, Registry, init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch.utils.data import DataLoader
 
 from sfp.clip.checkpoints.loading import locate
 from sfp.clip.checkpoints.published import NONE
@@ -40,6 +43,8 @@ from sfp.registry import suggest
 from sfp.segmentor import SETTINGS
 from sfp.visualize.sheets import at_size, picture_sheet
 from sfp.vocabulary import load_vocabulary
+
+LOADER = inspect.signature(DataLoader).parameters  # settings of `test_dataloader`
 
 
 @HOOKS.register_module(force=True)  # modules may be imported again
@@ -98,13 +103,15 @@ def check(config: Config) -> None:
             raise ConfigError(f"the segmentor has no setting {name!r}{suggest(name, known)}")
     require(config, "model.classes", "model.weights", "test_dataloader.dataset.type")
     require(config, "test_evaluator", "test_cfg.type")
+    for name in config.test_dataloader:
+        if name not in LOADER:
+            raise ConfigError(f"test_dataloader has no setting {name!r}{suggest(name, LOADER)}")
     complete(config.test_evaluator)
     model_templates(config.model.get("templates", "auto"))
     build_method(config.model.get("method", "sfp"))
-    try:
-        dataset = DATASETS.build(config.test_dataloader.dataset)
-    except (TypeError, KeyError) as error:  # for an unknown argument or type
-        raise ConfigError(f"test_dataloader.dataset: {error.args[0]}") from None
+    dataset = _built(DATASETS, config, "test_dataloader.dataset")
+    if config.model.get("data_preprocessor"):
+        _built(MODELS, config, "model.data_preprocessor")
     names = load_vocabulary(config.model.classes).names  # some class files belong to the data
     expected = dataset.metainfo.get("classes") or names
     if len(names) != len(expected):
@@ -114,6 +121,19 @@ def check(config: Config) -> None:
         )
     if config.model.weights != NONE:
         locate(config.model.weights)
+
+
+def _built(registry: Registry, config: Config, place: str) -> Any:
+    """Builds a part of a config.
+
+    Raises:
+        ConfigError: for an unknown argument or type; the message names the part.
+    """
+    node = functools.reduce(getattr, place.split("."), config)
+    try:
+        return registry.build(node)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"{place}: {error.args[0]}") from None
 
 
 @quiet()

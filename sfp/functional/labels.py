@@ -98,10 +98,11 @@ def decided(
     if decision is None:  # scaled at patch resolution, where it costs least
         sheet = replace(sheet, tiles=sheet.tiles * scale)
     rows = sheet.rows if refine is None else refine(sheet)
+    given = dict(size=sheet.size, like=sheet.tiles)
     if decision is None:
-        return dict(rows=rows, size=sheet.size, index=index)
+        return dict(given, rows=rows, index=index)
     scores = decision(sheet, rows, index)
-    return dict(rows=scores, size=sheet.size, index=range(index[-1] + 1), softmax=False)
+    return dict(given, rows=scores, index=range(index[-1] + 1), softmax=False)
 
 
 def best_of_class(probs: Tensor, index: Sequence[int]) -> Tensor:
@@ -125,6 +126,7 @@ def assign(
     size: tuple[int, int],
     index: Sequence[int],
     *,
+    like: Tensor,
     softmax: bool = True,
     prob_thd: Threshold = 0.0,
     area_thd: float | None = None,
@@ -136,6 +138,7 @@ def assign(
         rows: returns the scaled logits (Q, stop - start, W) of rows start to stop.
         size: size of the image, (H, W).
         index: as in `class_scores`.
+        like: type and device of the rows.
         softmax: whether scores are the softmax of `rows` over queries, or `rows` themselves.
         prob_thd: pixels whose best probability is below this become class 0 (`within`).
         area_thd: a class other than 0 that wins at most this share of the pixels not won by class 0 is
@@ -145,17 +148,16 @@ def assign(
     Raises:
         RoomError: if these do not fit into memory.
     """
-    first = rows(0, 1)
     height, width = size
     if keep_scores:
         what = f"probabilities of {height} x {width} pixels and {index[-1] + 1} classes"
         numbers = height * width * (index[-1] + 1)
-        check_room(numbers, first.device, what, "use a smaller image, or do without scores")
-    step = max(BUDGET.get(first.device.type, BUDGET["cuda"]) // (len(index) * width), 1)
-    classes = constant(index, first)
-    confidence = first.new_empty(size)
-    query = first.new_empty(size, dtype=torch.long)
-    scores = first.new_empty(index[-1] + 1, *size) if keep_scores else None
+        check_room(numbers, like.device, what, "use a smaller image, or do without scores")
+    step = max(BUDGET.get(like.device.type, BUDGET["cuda"]) // (len(index) * width), 1)
+    classes = constant(index, like)
+    confidence = like.new_empty(size)
+    query = like.new_empty(size, dtype=torch.long)
+    scores = like.new_empty(index[-1] + 1, *size) if keep_scores else None
 
     def sweep(dropped: Tensor | None = None) -> Tensor:
         for start in range(0, height, step):

@@ -21,6 +21,7 @@ a description, without code or numbers of the authors to compare with.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from sfp.tokens import Tokens
 from sfp.trace import Trace
 
 BUDGET = 2**24  # products in memory at once
-PROBE = 256  # number of weights by which the model of a memory is recognised
+PROBE = 4  # weights of each parameter by which the model of a memory is recognised
 
 
 def means_in_regions(maps: Tensor, member: Tensor) -> Tensor:
@@ -106,9 +107,24 @@ def remember(
     return torch.cat(keys), torch.cat(values)
 
 
-def probe(vit: VisionTransformer) -> Tensor:
-    """Some weights of a model, by which it is recognised, (n,) float32 on the host."""
-    return vit.conv1.weight.detach().flatten()[:PROBE].float().cpu()
+def probe(vit: VisionTransformer) -> dict[str, list[float]]:
+    """Some weights of each parameter of a model, by which it is recognised."""
+    chosen = {}
+    for name, x in vit.named_parameters():
+        flat = x.detach().flatten()
+        chosen[name] = flat[:: max(len(flat) // PROBE, 1)][:PROBE].float().tolist()
+    return chosen
+
+
+def same_model(a: Mapping[str, list[float]], b: Mapping[str, list[float]]) -> bool:
+    """Whether two results of `probe` are those of one model, in any two precisions.
+
+    Only parameters that both have are compared, as layers of 8 bits have none.
+    """
+    both = [name for name in a if name in b]
+    one, other = (torch.tensor([v for name in both for v in x[name]]) for x in (a, b))
+    # bf16 keeps 8 binary digits, fp16 no numbers below 6e-8
+    return bool(both) and torch.allclose(one, other, rtol=2**-8, atol=1e-6)
 
 
 def write_memory(
@@ -122,21 +138,23 @@ def write_memory(
         vit: model that computed the values.
         **made: how the memory was made, as strings: at least `guide` and `output`.
     """
-    tensors = dict(keys=keys.contiguous(), values=values.contiguous(), probe=probe(vit))
+    tensors = dict(keys=keys.contiguous(), values=values.contiguous())
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata=made)
+        save_file(tensors, temporary, metadata=dict(made, probe=json.dumps(probe(vit))))
 
 
 @functools.lru_cache(maxsize=2)
-def _memory(path: str, changed: int, device: torch.device) -> tuple[dict[str, Tensor], dict]:
+def _memory(
+    path: str, changed: int, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The contents of a file of regions, cached until its modification time `changed` differs."""
     with torch.inference_mode(False):  # they are also used by calls with gradients
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 found = {name: file.get_tensor(name) for name in ("keys", "values")}
-                found["probe"] = file.get_tensor("probe").cpu()
-                return found, dict(file.metadata() or {})
-        except SafetensorError as error:
+                made = dict(file.metadata() or {})
+                return found, dict(made, probe=json.loads(made["probe"]))
+        except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
                 f"memory={path!r}: expected a file that `sfp fit memory` wrote ({error})"
             ) from None
@@ -155,10 +173,7 @@ def read_memory(
     asked = dict(guide=guide, output=str(output))
     if other := {name: made.get(name) for name in asked if made.get(name) != asked[name]}:
         raise ValueError(f"memory={path!r} was made with {other}, but the method uses {asked}")
-    own = probe(trace.vit)
-    if found["probe"].shape != own.shape or not torch.allclose(
-        found["probe"], own, rtol=0.02, atol=1e-3
-    ):
+    if not same_model(made["probe"], probe(trace.vit)):
         raise ValueError(
             f"memory={path!r} was made with other weights ({made.get('weights', 'not known')}): run "
             "`sfp fit memory` with these"

@@ -58,11 +58,19 @@ def panels(
     Returns:
         The figure, and its axes as an array (rows, columns).
     """
-    # narrower panels for tall pictures, so that a panel's area stays about the same
-    width = SIDE / max(ratio, 1) ** 0.5
+    width = panel_width(ratio)
     size = columns * (width + 0.25) + 0.4, rows * (width * ratio + extra) + 0.4
     figure = Picture(*size, title)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def panel_width(ratio: float) -> float:
+    """Inches of a panel whose image is `ratio` times as high as it is wide.
+
+    Panels of tall pictures are narrower and those of panoramas wider, so that their areas stay about
+    the same.
+    """
+    return SIDE / max(ratio, min(2 * ratio, 1)) ** 0.5
 
 
 def numbers(x: Tensor) -> np.ndarray:
@@ -101,8 +109,9 @@ def draw_map(
     artist = axes.imshow(values, cmap=cmap, norm=norm, interpolation="nearest")
     label_patches(axes)
     figure = axes.get_figure()
+    wide = max(1.0, values.shape[1] / values.shape[0] / 3)  # low panels get long thin bars
     bar = figure.colorbar(  # type: ignore[union-attr]
-        artist, ax=axes, location="bottom", shrink=0.9, aspect=18, pad=0.02, format=ticks
+        artist, ax=axes, location="bottom", shrink=0.9, aspect=18 * wide, pad=0.02, format=ticks
     )
     if norm is None or type(norm) is Normalize:
         bar.ax.xaxis.set_major_locator(MaxNLocator(3))

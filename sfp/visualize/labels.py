@@ -16,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 
 from sfp.overlay import Panel, overlay
 from sfp.palette import class_colours
-from sfp.visualize.canvas import panels
+from sfp.visualize.canvas import panel_width, panels
 
 
 class Segmented(Protocol):
@@ -63,7 +63,12 @@ def segmentation(
         colours = palette.tolist()
     ratio = image.shape[0] / image.shape[1]
     title = "Segmentation and its confidence"
-    figure, grid = panels(2, len(titled) + 1, ratio, title, extra=0.4)
+    # beside the confidence there is room for the legend
+    width = panel_width(ratio)
+    columns = max(1 + (len(present) > 9), int(width / 1.6))
+    legend = 0.35 + 0.17 * -(-len(present) // columns)  # inches
+    extra = max(0.4, legend - width * ratio)
+    figure, grid = panels(2, len(titled) + 1, ratio, title, extra=extra)
     grid[0, 0].imshow(image)
     grid[0, 0].set_title("image", fontsize=9)
     for column, (title, result) in zip(grid.T[1:], titled.items(), strict=True):
@@ -94,7 +99,7 @@ def segmentation(
         fontsize=8,
         title_fontsize=8,
         frameon=False,
-        ncols=1 + (len(present) > 9),
+        ncols=columns,
     )
     return figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import shutil
@@ -50,6 +51,11 @@ def elsewhere(tmp_path, monkeypatch):
         ("eval mini --method scilp", 2, "did you mean 'sclip'"),
         ("eval mini --weights ViT-B/61", 3, "did you mean 'ViT-B/16'"),
         ("eval mini --weights broken.pt", 3, r"broken\.pt"),
+        ("eval mini --cfg-options mdoel.pamr_steps=1", 2, "mdoel.pamr_steps: .* mean 'model'"),
+        ("eval mini --cfg-options model=3", 2, "has no model.type"),
+        ("eval mini --cfg-options test_dataloader.num_wrokers=1", 2, "did you mean 'num_workers'"),
+        ("eval mini --cfg-options model.data_preprocessor.x=1", 2, r"model\.data_prepro.* 'x'"),
+        ("eval mini --cfg-options test_dataloader.dataset.scenes=x", 2, "scenes='x': expected"),
         ("compare mini --methods scilp", 2, "did you mean 'sclip'"),
         ("compare voc21", 3, "no image folder"),
         ("ablate mini --study layer", 2, "did you mean 'layers'"),
@@ -68,7 +74,7 @@ def elsewhere(tmp_path, monkeypatch):
 )
 def test_exit_codes(command, code, message, elsewhere, capsys):
     (elsewhere / "broken.pt").write_bytes(b"no weights")
-    few = FEW if re.match("(eval|compare|ablate) mini", command) else []
+    few = FEW if re.match("(eval|compare|ablate) mini(?!.*scenes=)", command) else []
     assert cli.main([*command.split(), *few]) == code
     printed = capsys.readouterr()
     assert not printed.out
@@ -132,6 +138,13 @@ def test_errors_become_a_line_and_a_code(error, code, capsys):
     assert cli.guarded(run, argparse.Namespace()) == code
     text = "a.png: no such file" if getattr(error, "filename", None) else error
     assert capsys.readouterr().err == f"error: {text}\n"
+
+
+def test_a_full_disk_says_what_to_do():
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert cli.message(full).startswith("No space left on device: free some, or choose another")
+    full.filename = b"a/b.png"
+    assert cli.message(full) == "a/b.png: No space left on device"
 
 
 def test_warnings_are_a_line_each_and_told_once(monkeypatch):

@@ -271,7 +271,7 @@ def test_there_are_tools():
         ),
         (["configs/cfg_mini.py", "--weights", "ViT-B/61"], 3, "did you mean 'ViT-B/16'"),
         (["configs/cfg_mini.py", "--launcher", "mpi"], 2, "invalid choice: 'mpi'"),
-        (["configs/cfg_mini.py", "--pictures", "many"], 2, "value: 'many'"),
+        (["configs/cfg_mini.py", "--pictures", "many"], 2, "at least 0, got many"),
         (["configs/cfg_mini.py", "--pictures", "-1"], 2, "pictures"),
         (
             ["configs/cfg_mini.py", "--cfg-options", "model.method.pm=dbscn"],

@@ -309,3 +309,14 @@ def test_damaged_archives(tmp_path):
         (outcome,) = read(tmp_path / name)
         assert outcome.status == "failed"
         assert name in outcome.error
+
+
+@pytest.mark.parametrize("cut", [1024, 1224])
+def test_tar_files_that_end_between_images(tmp_path, cut):
+    """After a whole image, or within the next one's header, which tarfile takes for the end."""
+    data = tar(tmp_path / "s.tar", {"0.png": b"0", "1.png": b"1"}).read_bytes()
+    (tmp_path / "s.tar").write_bytes(data[:cut])
+    image, outcome = items(Unit(str(tmp_path / "s.tar"), "s"), lambda name: False)
+    assert image == Item("s/0", data=b"0")
+    assert outcome.status == "failed"
+    assert "s.tar: unexpected end of data; the rest of it is skipped" in outcome.error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import tiny
@@ -10,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
+from sfp.clip.int8 import quantised
 from sfp.engine import Engine, Queries
 from sfp.functional.regions import cells_of_masks
 from sfp.methods import region_memory
-from sfp.methods.region_memory import recalled, remember, write_memory
+from sfp.methods.region_memory import probe, recalled, remember, same_model, write_memory
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -140,6 +143,19 @@ def test_cells_of_masks_are_sums_over_pixels():
     expected = torch.stack([(up * mask).sum((1, 2)) for mask in member])
     found = cells_of_masks(member, (4, 5)) @ maps[0].flatten(1).T
     torch.testing.assert_close(found, expected)
+
+
+def test_a_model_is_recognised_in_any_precision():
+    """But not after fine-tuning, also where most of it was frozen."""
+    vit = tiny.clip().visual
+    own = probe(vit)
+    for other in (copy.deepcopy(vit).half(), copy.deepcopy(vit).bfloat16(), quantised(vit)):
+        assert same_model(own, probe(other)), other
+    tuned = copy.deepcopy(vit)
+    with torch.no_grad():
+        tuned.blocks[1].mlp.c_fc.weight += 1e-3
+    assert not same_model(own, probe(tuned))
+    assert not same_model(own, {})
 
 
 def test_what_does_not_fit_is_named(memory, tmp_path):

@@ -1,5 +1,6 @@
 """Figures: they show the trace's own numbers, with named axes and units on colour bars."""
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from sfp import cli, mini, visualize
 from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
 from sfp.ops.detectors import l2_norm, som
 from sfp.palette import OKABE_ITO
+from sfp.visualize import canvas
 from sfp.visualize.features import neighbour_cosine, principal_colours, reference_cosine
 
 ROOT = Path(__file__).parents[2]
@@ -215,6 +217,24 @@ def test_equal_features_get_equal_colours():
     assert same.max() == 1
     (flat,) = principal_colours([torch.ones(20, 8)], torch.ones(20, 8))
     assert np.isfinite(flat).all()
+
+
+def test_a_panorama_leaves_room_for_legend_and_colour_bars():
+    names = [f"class {i}" for i in range(17)]
+    labels = np.repeat(np.arange(17), 40)[None].repeat(45, 0)
+    result = SimpleNamespace(labels=labels, confidence=np.ones(labels.shape))
+    figure = visualize.segmentation(np.zeros((*labels.shape, 3), np.uint8), result, names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, if it gives up arranging the panels
+        figure.canvas.draw()
+    (legend,) = (axes.get_legend() for axes in figure.axes if axes.get_legend())
+    box = legend.get_window_extent()
+    assert box.y0 >= 0
+    assert box.x1 < figure.bbox.x1
+    figure, grid = canvas.panels(1, 2, 45 / 680, "wide")
+    canvas.draw_map(grid[0, 0], np.random.default_rng(0).random((3, 45)), "unit")
+    figure.canvas.draw()
+    assert figure.axes[-1].get_window_extent().width > 0.5 * grid[0, 0].get_window_extent().width
 
 
 def test_segmentation_names_classes_and_shows_confidence():

@@ -625,6 +625,8 @@ def _read_legacy(file: BinaryIO) -> dict[str, Tensor]:
         )
     file.seek(0)
     data = file.read()
+    if not data:
+        raise ValueError("the file is empty")
     if data[:1] != pickle.PROTO:
         raise ValueError(f"no safetensors, zip file or pickle: it begins with {data[:8]!r}")
     try:

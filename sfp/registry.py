@@ -125,6 +125,25 @@ class Kind:
     name: str
 
 
+# the positional parameters of each kind (`sfp.kinds`)
+POSITIONAL = dict(
+    detector="trace, layer",
+    mitigator="tokens, mask",
+    edit="trace, layer",
+    affinity="trace",
+    attention="heads, trace",
+    source="trace",
+    residual="tokens, source",
+    smoother="tokens, trace",
+    image="trace",
+    reader="trace",
+    comparison="features, trace",
+    refiner="logits, trace",
+    decision="sheet, rows, index",
+    points="trace",
+    surgery="vit, depth",
+    positions="embedding, grid",
+)
 # what a parameter takes, by its annotation
 _NUMBERS = {int: numbers.Integral, float: numbers.Real, bool: bool}
 _SEQUENCES = (Sequence, list, tuple)
@@ -142,9 +161,13 @@ def op(
             for others, which is always right, but may be slower.
         whole: whether it needs all windows of an image in one trace (`Trace.whole`).
         regions: whether it needs an id map of the image's regions (`Trace.regions`).
+
+    Raises:
+        ValueError: if the function's positional parameters are not those of its kind.
     """
 
     def register(fn: F) -> F:
+        _check_positional(fn, kind)
         fn.kind = kind  # type: ignore[attr-defined]
         fn.words = not is_ours(fn) if words is None else words  # type: ignore[attr-defined]
         fn.whole, fn.regions = whole, regions  # type: ignore[attr-defined]
@@ -152,6 +175,20 @@ def op(
         return fn
 
     return register
+
+
+def _check_positional(fn: Callable[..., Any], kind: str) -> None:
+    if kind not in POSITIONAL:
+        return
+    expected, signature = POSITIONAL[kind], inspect.signature(fn)
+    knobs = {p.name: None for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    try:
+        signature.bind(*expected.split(", "), **knobs)
+    except TypeError:
+        raise ValueError(
+            f"op {fn.__name__!r} of kind {kind!r} has the signature {signature}: expected "
+            f"({expected}, *, knobs)"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -162,8 +199,17 @@ class Op:
     knobs: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the function with its knobs bound."""
-        return self.fn(*args, **dict(self.knobs))
+        """Calls the function with its knobs bound.
+
+        Raises:
+            ValueError: if the function is not of this package and returns what its kind does not.
+        """
+        result = self.fn(*args, **dict(self.knobs))
+        if not is_ours(self.fn) and hasattr(self.fn, "kind"):
+            from sfp.results import check_result
+
+            check_result(self.fn.__name__, self.fn.kind, args, result)
+        return result
 
     def __repr__(self) -> str:
         return f"{self.fn.__name__}({', '.join(f'{k}={v!r}' for k, v in self.knobs)})"
@@ -469,6 +515,11 @@ def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]
     stitched = "stitched" not in own and config.pop("stitched", False)
     common = {k: config.pop(k) for k in COMMON if k in config and k not in own}
     fields_of_method = preset(**check_knobs(preset, config, f"method {name!r}"))
+    if not isinstance(fields_of_method, Mapping):
+        raise ValueError(
+            f"method {name!r} returned a {type(fields_of_method).__name__}: expected a dict of the "
+            "fields of Method"
+        )
     common["refiners"] = [*fields_of_method.get("refiners", ()), *common.get("refiners", ())]
     if place:
         readouts = fields_of_method.get("readouts", [{}])

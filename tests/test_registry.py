@@ -7,9 +7,11 @@ import sys
 import warnings
 
 import pytest
+import tiny
 
 import sfp
-from sfp.registry import METHODS, OPS, Registry
+from sfp.method import build_method
+from sfp.registry import METHODS, OPS, Op, Registry, op
 
 CELL = """
 @sfp.op("detector")
@@ -100,3 +102,45 @@ assert sfp.build_method("sfp_paper").edits[0].detector.fn is som
 def test_built_in_names():
     assert {"sfp", "clip"} <= set(METHODS.module_dict)
     assert {"som", "self_self"} <= set(OPS.module_dict)
+
+
+def test_signatures_of_ops_are_checked_when_they_are_registered():
+    with pytest.raises(ValueError, match=r"'d' of kind 'detector' .* expected \(trace, layer, \*"):
+
+        @op("detector")
+        def d(trace): ...
+
+    with pytest.raises(ValueError, match=r"'a' of kind 'attention' .* expected \(heads, trace, \*"):
+
+        @op("attention")
+        def a(heads, trace, temperature): ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "message"),
+    [
+        ("detector", lambda trace, i: trace.outputs[i].patches[..., 0], r"float32 .*\(2, 4\)"),
+        ("detector", lambda trace, i: None, "NoneType, but"),
+        ("attention", lambda heads, trace: heads.logits("k", "k").mean(1), r"\(2, H or 1, M, 5\)"),
+        ("smoother", lambda tokens, trace: tokens.data, "returns Tokens"),
+        ("refiner", lambda logits, trace: logits[:, :1], "with the Q of its argument, 3"),
+    ],
+)
+def test_results_of_other_peoples_ops_are_checked(kind, result, message):
+    """An error names the op, where PyTorch would broadcast or fail far from it."""
+    result.kind, part = kind, Op(result)
+    vit = tiny.clip().visual
+    readout = dict(attention=part if kind == "attention" else None)
+    readout["after"] = [part] if kind == "smoother" else []
+    edit = dict(layers=[-2], detector=part, mitigator=dict(type="zero"))
+    method = build_method(
+        dict(
+            type="Method",
+            edits=[edit] if kind == "detector" else [],
+            readouts=[readout],
+            refiners=[part] if kind == "refiner" else [],
+        )
+    )
+    image = tiny.images(2, 2 * vit.patch, 2 * vit.patch)
+    with pytest.raises(ValueError, match=f"op '<lambda>' returned .*{message}"):
+        method.logits(vit, image, tiny.queries(3))

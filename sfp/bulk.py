@@ -34,7 +34,7 @@ from sfp.functional.labels import Labels
 from sfp.method import build_method
 from sfp.overlay import Panel, label_picture, overlay
 from sfp.palette import colour_map
-from sfp.plugins import import_modules
+from sfp.plugins import import_modules, own_code
 from sfp.registry import METHODS, find
 from sfp.vocabulary import Vocabulary, load_vocabulary
 
@@ -93,7 +93,7 @@ class Job:
         engine = inspect.signature(Engine).parameters
         defaults = {k: p.default for k, p in engine.items() if k not in ("weights", *UNIMPORTANT)}
         own = {k: v for k, v in self.settings.items() if k not in UNIMPORTANT}
-        record = dict(
+        record: dict[str, Any] = dict(
             weights=dict(name=self.weights, sha256=weights_digest(self.weights)),
             vocabulary=asdict(self.classes),
             method=self._method(),
@@ -104,6 +104,8 @@ class Job:
                 query_features=self.query_features and sha256_file(self.query_features),
             ),
         )
+        if code := own_code():
+            record["version of your own code"] = code
         return json.loads(json.dumps(record, default=str))
 
     def _method(self) -> dict[str, Any]:

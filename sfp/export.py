@@ -271,14 +271,23 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, precision: str
         raise ModuleNotFoundError(
             f"ONNX files need more packages ({error}): pip install 'sfp[export]'", name=error.name
         ) from None
-    with _without_notices():
-        onnx = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-            output_names=["logits", "labels", "confidence"],
-        )
+    try:
+        with _without_notices():
+            onnx = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                external_data=False,
+                output_names=["logits", "labels", "confidence"],
+            )
+    except torch.onnx.OnnxExporterError as error:  # it wraps the error that names the operator
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).splitlines()[0]
+        raise ExportError(
+            f"this method cannot be exported as ONNX: {reason}; a .pt2 file can hold any operator"
+        ) from error
     assert onnx is not None
     onnx.save(path)
     if precision == "int8":

@@ -74,7 +74,7 @@ class Registry:
             name, module = None, name
         if module is None:
             return lambda fn: self.register_module(name, force, fn)
-        if not _is_ours(module):
+        if not is_ours(module):
             self._load()  # register this package's own entries first
         name = name or module.__name__
         old = self._modules.get(name)
@@ -91,7 +91,7 @@ class Registry:
             importlib.import_module(home)
 
 
-def _is_ours(fn: Any) -> bool:
+def is_ours(fn: Any) -> bool:
     """Whether a function, class or instance of a class is defined in this package."""
     return str(getattr(fn, "__module__", None)).partition(".")[0] == __name__.partition(".")[0]
 
@@ -146,7 +146,7 @@ def op(
 
     def register(fn: F) -> F:
         fn.kind = kind  # type: ignore[attr-defined]
-        fn.words = not _is_ours(fn) if words is None else words  # type: ignore[attr-defined]
+        fn.words = not is_ours(fn) if words is None else words  # type: ignore[attr-defined]
         fn.whole, fn.regions = whole, regions  # type: ignore[attr-defined]
         OPS.register_module(module=fn)
         return fn
@@ -175,7 +175,7 @@ def needs_words(part: Any) -> bool:
     It may if its function declares it (see `op`), or if anything nested in its knobs or fields does.
     Functions from outside this package that declare nothing are assumed to need words.
     """
-    return any(bool(getattr(x, "words", not _is_ours(x))) for x in _functions(part))
+    return any(bool(getattr(x, "words", not is_ours(x))) for x in _functions(part))
 
 
 def needs(part: Any, what: Literal["whole", "regions"]) -> bool:

@@ -231,6 +231,19 @@ def test_a_folder_belongs_to_its_settings(tmp_path, job):
             bulk.claim(tmp_path, replace(job, **other))
 
 
+def test_a_folder_belongs_to_a_version_of_ones_own_code(tmp_path, job, monkeypatch):
+    file = tmp_path / "mine.py"
+    space: dict = {}
+    for gain in (1, 1, 2):
+        file.write_text(f"def of_mine():\n    return {gain}\n")
+        exec(compile(file.read_text(), str(file), "exec"), space)
+        monkeypatch.setitem(METHODS.module_dict, "of_mine", space["of_mine"])
+        if gain == 1:
+            bulk.claim(tmp_path / "out", job)
+    with pytest.raises(ValueError, match="made with another version of your own code"):
+        bulk.claim(tmp_path / "out", job)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

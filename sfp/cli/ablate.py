@@ -14,7 +14,8 @@ Studies: modules, self_attention, layers (SFP's poster); detectors (SFP as relea
 from another protocol or backbone are marked. Variants that do not edit the trunk share its run on
 each image. Writes ablate_<study>.md, .json and .png into the work folder. An interrupted study
 resumes when started again; --no-resume starts over. --paired adds each variant's difference from
-another, with the 95 % interval of a paired bootstrap over images.
+another, with the 95 % interval of a paired bootstrap over images. To vary knobs of your own choice,
+use sfp compare: --methods sfp:beta=0.2 sfp:beta=0.4 --paired sfp:beta=0.4
 
 Examples:
     sfp ablate mini --study modules --paired previous

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sfp.cli.options import add_command
+from sfp.cli.options import add_command, add_import
 
 TEXT = """\
 Lists the settings in which two results differ, and says whether their numbers are comparable.
@@ -30,6 +30,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("a", help="card.json, work folder or config")
     parser.add_argument("b", help="likewise")
+    add_import(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         commands, "eval", run, help="evaluate a benchmark or your own config", text=TEXT
     )
     options.add_evaluation(parser)
-    parser.add_argument("--method", help="preset that replaces the config's method, e.g. sclip")
+    parser.add_argument("--method", help=f"replaces the config's: {options.METHOD}")
     parser.add_argument("--show-dir", help="folder for pictures of every image with its labels")
     options.add_pictures(parser, default=6)
     parser.add_argument(
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.local_rank is not None:  # launchers older than torchrun pass it here
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    config = options.load(args, weights=args.weights, method=args.method)
+    method = None if args.method is None else options.parse_method(args.method)
+    config = options.load(args, weights=args.weights, method=method)
     config.launcher = args.launcher
     if args.check:
         return 0

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sfp.cli.options import WEIGHTS, add_command, positive
+from sfp.cli.options import WEIGHTS, add_command, add_import, positive
 
 TEXT = """\
 Tests which outlier detectors find hubs, the patches that all others attend to, and prints one
@@ -46,6 +46,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         "--times", type=float, default=3.0, help="even shares that make a hub (default: 3)"
     )
     parser.add_argument("--out", type=Path, help="file for the numbers, as JSON")
+    add_import(parser)
 
 
 def run(args: argparse.Namespace) -> int:

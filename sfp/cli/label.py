@@ -82,6 +82,11 @@ def run(args: argparse.Namespace) -> int:
     from sfp.data.listing import list_units
     from sfp.files import atomic_write
 
+    if args.processes and args.engine == "local":
+        raise ValueError(
+            "--processes needs --engine ray; without it, start the command once for each part: "
+            "--part 0/2 and --part 1/2"
+        )
     job = _job(args)
     options.note_words(job.weights, job.classes)
     units, suffix = list_units(args.inputs), ""
@@ -159,12 +164,10 @@ def _job(args: argparse.Namespace) -> Job:
 
     config = load_config(
         args.config or CONFIGS / "base_config.py",
-        method=None if method is None else method["type"],
+        method=method,
         weights=args.weights,
         options=args.cfg_options,
     )
-    if method is not None:
-        config.model.method.update(method)
     if args.config is None:
         config.pop("test_pipeline")  # use the weights' size, as without a config
     if guides:

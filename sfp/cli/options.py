@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,7 @@ def add_evaluation(parser: argparse.ArgumentParser, *, many_weights: bool = Fals
     else:
         parser.add_argument("--weights", help=WEIGHTS)
     parser.add_argument("--work-dir", help="folder for the results (default: work/<config name>)")
+    add_import(parser)
     parser.add_argument(
         "--no-resume",
         action="store_true",
@@ -300,7 +301,9 @@ def note_words(weights: object, vocabulary: Vocabulary) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def load(args: argparse.Namespace, *, weights: str | None, method: str | None = None) -> Config:
+def load(
+    args: argparse.Namespace, *, weights: str | None, method: Mapping[str, Any] | None = None
+) -> Config:
     """The config that the options of `add_evaluation` describe, loaded and checked.
 
     Raises:

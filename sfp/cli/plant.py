@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfp.cli.options import add_command, positive
+from sfp.cli.options import add_command, add_import, positive
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,6 +95,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the planted patches (default: 0)"
     )
+    add_import(parser)
 
 
 def crops(folder: Path, count: int, size: int) -> Iterator[NDArray[np.uint8]]:

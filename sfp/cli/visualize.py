@@ -54,7 +54,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         default=["som", "l2_norm", "lof"],
         help="detectors whose outliers are shown (default: som l2_norm lof)",
     )
-    parser.add_argument("--method", default="sfp", help="preset that purifies and segments")
+    parser.add_argument("--method", default="sfp", help=f"{options.METHOD} (default: sfp)")
     parser.add_argument("--weights", default="mini", help=f"{WEIGHTS} (default: mini)")
     parser.add_argument(
         "--classes",
@@ -73,6 +73,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         type=options.positive,
         help="short side in pixels (default: 336; 224 for scenes and for the mini CLIP)",
     )
+    options.add_import(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,7 +108,7 @@ def pictures(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
         side = args.size or 224  # what scenes are drawn at
         photo = sfp.mini.scene(args.scene, side)[0]
     classes = class_names(args)
-    model = sfp.load(args.weights, args.method, short_side=side)
+    model = sfp.load(args.weights, options.parse_method(args.method), short_side=side)
     image = model.resized(photo)
 
     # layers given by the user are absolute; the defaults are for twelve blocks

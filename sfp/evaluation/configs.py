@@ -75,7 +75,7 @@ def read_config(path: Path, *settings: str) -> Config:
 def load_config(
     path: str | Path,
     *,
-    method: str | None = None,
+    method: str | Mapping[str, Any] | None = None,
     weights: str | None = None,
     work_dir: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -84,8 +84,8 @@ def load_config(
 
     Args:
         path: path of the config file, or the name of a shipped one (`find_config`).
-        method: preset that replaces all of `model.method` (merging would keep the other method's
-            flags).
+        method: preset, or node with knobs, that replaces all of `model.method` (merging would keep
+            the other method's flags).
         weights: replaces `model.weights`.
         work_dir: folder for results; by default work/<name of the config>.
         options: dotted keys and values, e.g. {"model.method.pm": "lof"}; applied last.
@@ -97,7 +97,7 @@ def load_config(
     config = read_config(path, "model.type")
     if method is not None:
         config.model.pop("method", None)  # assigning a dict would merge it
-        config.model.method = dict(type=method)
+        config.model.method = dict(type=method) if isinstance(method, str) else dict(method)
     if weights is not None:
         config.model.weights = weights
     config.work_dir = work_dir or config.get("work_dir") or str(Path("work", Path(path).stem))

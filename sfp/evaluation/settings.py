@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import inspect
 import os
 import platform
@@ -47,8 +46,9 @@ from sfp.data.datasets import LABEL_STEPS
 from sfp.evaluation.contents import Content, contents
 from sfp.evaluation.journal import fingerprint
 from sfp.files import sha256_file
+from sfp.plugins import files_digest, registered, source_files
 from sfp.preprocessor import ImagePreprocessor
-from sfp.registry import GUIDES, MASKS, METHODS, OPS, find, knobs
+from sfp.registry import METHODS, find, knobs
 from sfp.segmentor import SETTINGS, OpenVocabSegmentor
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary
@@ -60,7 +60,6 @@ GROUPS = STRICT + FREE + NOTED
 OPENMMLAB = ("mmcv", "mmengine", "mmsegmentation")  # and the corresponding forks of OneDL
 PACKAGES = [f"{line}{name}" for name in OPENMMLAB for line in ("onedl-", "")]
 PACKAGES += ["scipy", "scikit-learn", "transformers"]  # for detectors, matching, guides and masks
-OTHERS = {"sfp", "mmcv", "mmengine", "mmseg", "torch"}  # their code already has a hash or version
 REGISTRIES = ("DATASETS", "TRANSFORMS", "MODELS", "METRICS", "HOOKS", "LOOPS")
 FILES = ("img_path", "seg_map_path")  # keys of mmseg's records
 # arguments of the segmentor that are not part of the protocol, or are elsewhere on the card
@@ -379,26 +378,14 @@ def _version(package: str) -> str | None:
 
 
 def _code() -> str:
-    """Hash of this package's source, and of third-party packages that define parts in use."""
-    parts = list(_registered())
-    packages = {str(part.__module__).partition(".")[0] for part in parts} - OTHERS
-    files = set(Path(__file__).parents[1].rglob("*.py"))
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file and name != "__main__" and name.partition(".")[0] in packages:
-            files.add(Path(file))
-    # a part of a script, or one defined in a console, whose file "<stdin>" is_file() sorts out
-    files |= {Path(part.__code__.co_filename) for part in parts if hasattr(part, "__code__")}
-    digest = hashlib.sha256()
-    for content in sorted(hashlib.sha256(f.read_bytes()).digest() for f in files if f.is_file()):
-        digest.update(content)
-    return digest.hexdigest()
+    """Hash of this package's source, and of all code that parts from elsewhere may use."""
+    own = set(Path(__file__).parents[1].rglob("*.py"))
+    return files_digest(own | source_files(list(_registered())))
 
 
 def _registered() -> Iterable[Callable[..., Any]]:
     """All parts that configs can name: this package's, OpenMMLab's and other people's."""
-    for registry in (OPS, METHODS, GUIDES, MASKS):
-        yield from registry.module_dict.values()
+    yield from registered()
     modules: tuple[ModuleType, ...] = (mmengine.registry, mmseg.registry)
     for module in modules:
         for name in REGISTRIES:

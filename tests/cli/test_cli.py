@@ -312,9 +312,39 @@ def test_settings_with_brackets_that_do_not_match(text, capsys):
     assert "brackets do not match" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "segment a.jpg --classes a",
+        "demo",
+        "eval mini",
+        "compare mini",
+        "ablate mini --study layers",
+        "audit mini mini",
+        "label a --out b",
+        "visualize",
+        "plant",
+        "hubs",
+        "fit templates a --classes a",
+        "export a.pt2 --classes a",
+        "methods",
+    ],
+)
+def test_commands_that_know_methods_import_ones_own(words):
+    args = cli.build_parser().parse_args([*words.split(), "--import", "mine.py", "other"])
+    assert args.modules == ["mine.py", "other"]
+
+
 MINE = '''
 """A paper of one's own."""
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import ClassVar
 from sfp.registry import METHODS
+
+@dataclass
+class Settings:
+    shared: ClassVar[int] = 0  # evaluated in the module's entry of sys.modules
 
 @METHODS.register_module()
 def of_mine_{0}(*, rule="kk"):
@@ -342,11 +372,13 @@ def test_methods_of_ones_own(spelling, elsewhere, capsys):
 
 def test_modules_that_cannot_be_imported(elsewhere, capsys):
     (elsewhere / "bad.py").write_text("1 / 0")
+    (elsewhere / "json.py").write_text("")
     for name, message in (
         ("bad.py", "ZeroDivisionError: division by zero"),
         ("bad", "ZeroDivisionError"),
         ("absent.py", "FileNotFoundError"),
         ("no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("json.py", "ValueError: another module is called 'json': rename the file"),
     ):
         assert cli.main(["methods", "--import", name]) == 2
         assert f"error: --import {name}: {message}" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from sfp.clip.checkpoints.loading import PUBLISHED
 from sfp.evaluation import run as evaluate
 from sfp.evaluation import settings
 from sfp.evaluation.journal import count, fingerprint
+from sfp.plugins import import_modules
+from sfp.registry import OPS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -121,11 +124,25 @@ def test_code_of_other_people_counts(tmp_path, monkeypatch):
     file.write_text("def quiet(trace, layer):\n    pass\n")
     space: dict = {}
     exec(compile(file.read_text(), str(file), "exec"), space)
-    monkeypatch.setitem(settings.OPS.module_dict, "quiet_for_a_test", space["quiet"])
+    monkeypatch.setitem(OPS.module_dict, "quiet_for_a_test", space["quiet"])
     one = settings.settings(load())["versions"]["code"]
     file.write_text("def quiet(trace, layer):\n    return None\n")
     two = settings.settings(load())["versions"]["code"]
     assert len({before, one, two}) == 3
+
+
+def test_code_that_ones_own_code_imports_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_mine.py").write_text("GAIN = 1\n")
+    (tmp_path / "mine_of_two.py").write_text("import beside_mine\n")
+    try:
+        import_modules([str(tmp_path / "mine_of_two.py")])
+        one = settings.settings(load())["versions"]["code"]
+        (tmp_path / "beside_mine.py").write_text("GAIN = 2\n")
+        assert settings.settings(load())["versions"]["code"] != one
+    finally:
+        for name in ("beside_mine", "mine_of_two"):
+            sys.modules.pop(name, None)
 
 
 def test_the_truth_has_a_hash():

@@ -25,9 +25,16 @@ def build_guides(nodes: Mapping[str, Mapping[str, Any] | nn.Module] | None) -> n
     """The guides of a config by name; modules are used as they are.
 
     Raises:
-        ValueError: for an unknown type or knob; the message names the valid ones.
+        ValueError: for an unknown type or knob; the message names the valid ones. Also for anything that
+            is neither a config node nor a module.
     """
     guides = nn.ModuleDict()
     for name, node in (nodes or {}).items():
-        guides[name] = build(GUIDES, node, f"guide {name!r}")
+        guide = build(GUIDES, node, f"guide {name!r}")
+        if not isinstance(guide, nn.Module):
+            raise ValueError(
+                f"guide {name!r} is a {type(guide).__name__}: expected dict(type=..., ...) or a "
+                "torch.nn.Module whose forward(images) returns Tokens"
+            )
+        guides[name] = guide
     return guides

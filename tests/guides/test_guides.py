@@ -221,3 +221,8 @@ def test_loading_from_a_folder(tmp_path):
     picture = image("sq")[..., :64, :64]
     direct = TransformersGuide(model=saved)(picture)
     torch.testing.assert_close(guide(picture).data, direct.data, atol=1e-5, rtol=0)
+
+
+def test_a_function_is_not_a_guide():
+    with pytest.raises(ValueError, match=r"guide 'dino' is a function: expected .*Module"):
+        build_guides(dict(dino=lambda images: images))

@@ -25,8 +25,8 @@ def build_guides(nodes: Mapping[str, Mapping[str, Any] | nn.Module] | None) -> n
     """The guides of a config by name; modules are used as they are.
 
     Raises:
-        ValueError: for an unknown type or knob; the message names the valid ones. Also for anything that
-            is neither a config node nor a module.
+        ValueError: for an unknown type or knob; the message names the valid ones. Also for anything
+            that is neither a config node nor a module.
     """
     guides = nn.ModuleDict()
     for name, node in (nodes or {}).items():

@@ -524,7 +524,8 @@ class Engine:
             where = first_bad(bad[0], single, windows, context)
         raise FloatingPointError(
             f"NaN or infinite values, first in {where}, also in float32: the weights or the image "
-            "are damaged, or exceeded the range of the precision they were converted to"
+            "are damaged or exceeded the range of the precision they were converted to, or this part "
+            "computes them"
         )
 
     def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sfp.clip.vit import VisionTransformer
 from sfp.method import Method
+from sfp.registry import functions
 
 
 def finite(x: Tensor) -> bool:
@@ -27,23 +29,43 @@ def first_bad(
     Args:
         method, vit, image, context: as for `Method.run`, which runs again.
     """
-    if not finite(image):
-        return "the image"
+    for name, values in _in_order(method, vit, image, context):
+        if not finite(values):
+            return name
+    return "no part when it ran again"
+
+
+def _in_order(
+    method: Method, vit: VisionTransformer, image: Tensor, context: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """The name of each part, and what it outputs."""
+    yield "the image", image
     for name, weight in method.operate(vit).named_parameters():
-        if not finite(weight):
-            return f"the weights visual.{name}"
+        yield f"the weights visual.{name}", weight
     trace = method.run(vit, image, **context)
-    if not finite(trace.embedded.data):
-        return "the patch embedding (visual.conv1 to visual.ln_pre)"
+    yield "the patch embedding (visual.conv1 to visual.ln_pre)", trace.embedded.data
     for i, tokens in enumerate(trace.outputs):
-        if not finite(tokens.data):
-            return f"block {i} (visual.transformer.resblocks.{i})"
+        yield f"block {i} (visual.transformer.resblocks.{i})", tokens.data
     for each in trace.alone() if method.needs_whole and trace.whole is None else [trace]:
+        seen = method.seen(each)
         for i, readout in enumerate(method.readouts):
-            if not finite(readout(method.seen(each)).data):
-                blocks = getattr(readout, "blocks", None)
-                through = f" (through block {', '.join(map(str, blocks))})" if blocks else ""
-                return f"readout {i}{through}"
-    if not finite(method.read(trace).data):
-        return "the projection (visual.ln_post, visual.proj)"
-    return "the refiners of the logits, or the text features"
+            yield f"readout {i}{_described(readout)}", readout(seen).data
+        features = method.read(each)
+        yield "the projection (visual.ln_post, visual.proj)", features.data
+        logits = method.comparison(features, seen)
+        yield f"the comparison {_name(method.comparison)}, or the text features", logits
+        for refine in method.refiners:
+            logits = refine(logits, seen)
+            yield f"the refiner {_name(refine)}", logits
+
+
+def _described(readout: Any) -> str:
+    blocks = getattr(readout, "blocks", None)
+    through = f" (through block {', '.join(map(str, blocks))})" if blocks else ""
+    ops = [_name(part) for part in functions(readout) if part is not readout]
+    return through + (f", of {', '.join(ops)}" if ops else "")
+
+
+def _name(part: Any) -> str:
+    fn = getattr(part, "fn", part)
+    return str(getattr(fn, "__name__", fn))

@@ -221,12 +221,12 @@ def needs_words(part: Any) -> bool:
     It may if its function declares it (see `op`), or if anything nested in its knobs or fields does.
     Functions from outside this package that declare nothing are assumed to need words.
     """
-    return any(bool(getattr(x, "words", not is_ours(x))) for x in _functions(part))
+    return any(bool(getattr(x, "words", not is_ours(x))) for x in functions(part))
 
 
 def needs(part: Any, what: Literal["whole", "regions"]) -> bool:
     """Whether any function in a part of a method declares that it needs `what` (see `op`)."""
-    return any(getattr(x, what, False) for x in _functions(part))
+    return any(getattr(x, what, False) for x in functions(part))
 
 
 def guides_of(part: Any) -> set[str]:
@@ -243,17 +243,17 @@ def guides_of(part: Any) -> set[str]:
     return set()
 
 
-def _functions(part: Any) -> Iterator[Any]:
+def functions(part: Any) -> Iterator[Any]:
     """All callables in a part of a method: itself, its knobs, its fields."""
     if isinstance(part, (list, tuple)):
         for item in part:
-            yield from _functions(item)
+            yield from functions(item)
     elif isinstance(part, Op):
-        yield from _functions(part.fn)
-        yield from _functions(tuple(value for _, value in part.knobs))
+        yield from functions(part.fn)
+        yield from functions(tuple(value for _, value in part.knobs))
     else:
         if is_dataclass(part) and not isinstance(part, type):
-            yield from _functions(tuple(getattr(part, f.name) for f in fields(part)))
+            yield from functions(tuple(getattr(part, f.name) for f in fields(part)))
         if callable(part):
             yield part
 

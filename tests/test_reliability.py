@@ -49,6 +49,8 @@ from sfp.functional.labels import assign
 from sfp.functional.room import RoomError
 from sfp.functional.windows import WindowGrid, interpolation, merge_matrix
 from sfp.mini import prepare
+from sfp.ops.attention import self_self
+from sfp.ops.comparisons import cosines
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WORDS = ["cat", "dog", "a red ball"]
@@ -556,6 +558,26 @@ def test_nan_in_an_image_or_in_a_readout_is_named():
     model.clip.visual.transformer.resblocks[-1].mlp.c_proj.weight.fill_(3e38)
     with pytest.raises(FloatingPointError, match=r"first in readout 0 \(through block -1\)"):
         label(model, PICTURE)
+
+
+@pytest.mark.parametrize(
+    ("part", "where"),
+    [
+        (
+            dict(comparison=lambda features, trace: cosines(features, trace) / 0),
+            "comparison <lambda>",
+        ),
+        (dict(refiners=[lambda logits, trace: logits.log().log()]), "refiner <lambda>, also"),
+        (
+            dict(readouts=[dict(attention=lambda heads, trace: self_self(heads, trace) / 0)]),
+            r"readout 0 \(through block -1\), of <lambda>, also",
+        ),
+    ],
+)
+def test_nan_of_an_op_names_it(part, where):
+    fields = {"readouts": [dict(attention=dict(type="self_self"))], **part}
+    with pytest.raises(FloatingPointError, match=f"{where}.*or this part computes them"):
+        label(segmentor(method=dict(type="Method", **fields)), PICTURE)
 
 
 def test_nan_in_text_features_names_the_query(tmp_path):

@@ -570,7 +570,7 @@ def test_nan_in_an_image_or_in_a_readout_is_named():
         (dict(refiners=[lambda logits, trace: logits.log().log()]), "refiner <lambda>, also"),
         (
             dict(readouts=[dict(attention=lambda heads, trace: self_self(heads, trace) / 0)]),
-            r"readout 0 \(through block -1\), of <lambda>, also",
+            r"readout 0 \(through block -1\), of <lambda>, own_tokens, also",
         ),
     ],
 )

@@ -390,7 +390,7 @@ class Transformer(nn.Module):
         if head_width < 1 or width % head_width:
             raise ValueError(
                 f"tokens of width {width} cannot be divided into attention heads of width "
-                f"{head_width}: pass the width of the heads (head_width, text_head_width)"
+                f"{head_width}: pass the width of the heads to load_clip (head_width, text_head_width)"
             )
         self.resblocks = nn.ModuleList(
             Block(

@@ -310,7 +310,7 @@ class BertText(TextTower):
         if width % config.head_width:
             raise ValueError(
                 f"tokens of width {width} cannot be divided into attention heads of width "
-                f"{config.head_width}: pass the width of the heads (text_head_width)"
+                f"{config.head_width}: pass the width of the heads to load_clip (text_head_width)"
             )
         self.pad, self.first = config.pad, config.first
         self.token_embedding = nn.Embedding(config.vocab, width)

@@ -71,14 +71,14 @@ def registered() -> Iterator[Callable[..., Any]]:
 def source_files(parts: Iterable[Callable[..., Any]]) -> set[Path]:
     """The files of all code outside this package that some parts may use.
 
-    These are the packages that define a part and, because a part may import any of them, all imported
-    modules that are not installed packages.
+    These are the packages that define a part and, if there is one and because it may import any of
+    them, all imported modules that are not installed packages.
     """
     parts = list(parts)
     packages = {str(part.__module__).partition(".")[0] for part in parts} - OTHERS
     # a part of a script, or one defined in a console, whose file "<stdin>" does not exist
     files = {Path(part.__code__.co_filename) for part in parts if hasattr(part, "__code__")}
-    for name, module in list(sys.modules.items()):
+    for name, module in list(sys.modules.items()) if packages else ():
         file, package = getattr(module, "__file__", None), name.partition(".")[0]
         if not file or package in OTHERS or name == "__main__":
             continue

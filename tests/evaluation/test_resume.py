@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing
 from processes import forked, mounted, started
 
-from sfp import cli
+from sfp import cli, plugins
 from sfp.evaluation import distributed, metrics, resumable_loop, settings
 from sfp.evaluation import journal as journal_module
 from sfp.evaluation import run as evaluate
@@ -36,7 +36,7 @@ def _process(rank: int, processes: int, port: int, work: Path, options: dict, re
     torch.set_num_threads(1)  # OpenMP threads do not survive a fork
     registered = settings._registered
     settings._registered = lambda: (  # not those of other tests of the process that was forked
-        part for part in registered() if str(part.__module__).partition(".")[0] in settings.OTHERS
+        part for part in registered() if str(part.__module__).partition(".")[0] in plugins.OTHERS
     )
     evaluate.quiet()
     config = evaluate.load_config(

@@ -120,30 +120,17 @@ READOUT = ("block", "pool_keys")  # fields of `Readout` that presets take for al
 
 @dataclass(frozen=True)
 class Kind:
-    """Marks a type as that of a kind of ops: `Annotated[Callable[...], Kind("detector")]`."""
+    """Marks a type, `Annotated[Callable[...], Kind(...)]`, as that of a kind of ops.
+
+    Attributes:
+        name: name of the kind.
+        arguments: what its ops are called with, apart from knobs.
+    """
 
     name: str
+    arguments: str
 
 
-# the positional parameters of each kind (`sfp.kinds`)
-POSITIONAL = dict(
-    detector="trace, layer",
-    mitigator="tokens, mask",
-    edit="trace, layer",
-    affinity="trace",
-    attention="heads, trace",
-    source="trace",
-    residual="tokens, source",
-    smoother="tokens, trace",
-    image="trace",
-    reader="trace",
-    comparison="features, trace",
-    refiner="logits, trace",
-    decision="sheet, rows, index",
-    points="trace",
-    surgery="vit, depth",
-    positions="embedding, grid",
-)
 # what a parameter takes, by its annotation
 _NUMBERS = {int: numbers.Integral, float: numbers.Real, bool: bool}
 _SEQUENCES = (Sequence, list, tuple)
@@ -163,11 +150,14 @@ def op(
         regions: whether it needs an id map of the image's regions (`Trace.regions`).
 
     Raises:
-        ValueError: if the function's positional parameters are not those of its kind.
+        ValueError: if a function from outside this package does not take the arguments of its kind.
     """
 
     def register(fn: F) -> F:
-        _check_positional(fn, kind)
+        if not is_ours(fn):
+            from sfp.kinds import check_signature
+
+            check_signature(fn, kind)
         fn.kind = kind  # type: ignore[attr-defined]
         fn.words = not is_ours(fn) if words is None else words  # type: ignore[attr-defined]
         fn.whole, fn.regions = whole, regions  # type: ignore[attr-defined]
@@ -175,20 +165,6 @@ def op(
         return fn
 
     return register
-
-
-def _check_positional(fn: Callable[..., Any], kind: str) -> None:
-    if kind not in POSITIONAL:
-        return
-    expected, signature = POSITIONAL[kind], inspect.signature(fn)
-    knobs = {p.name: None for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-    try:
-        signature.bind(*expected.split(", "), **knobs)
-    except TypeError:
-        raise ValueError(
-            f"op {fn.__name__!r} of kind {kind!r} has the signature {signature}: expected "
-            f"({expected}, *, knobs)"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -206,7 +182,7 @@ class Op:
         """
         result = self.fn(*args, **dict(self.knobs))
         if not is_ours(self.fn) and hasattr(self.fn, "kind"):
-            from sfp.results import check_result
+            from sfp.kinds import check_result
 
             check_result(self.fn.__name__, self.fn.kind, args, result)
         return result

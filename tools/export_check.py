@@ -14,13 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import sfp
 from sfp import mini
-from sfp.engine import Engine
 from sfp.export import PRECISIONS, export
-from sfp.method import Method
 from sfp.tables import markdown
 
 SIDE, FIRST = 224, 900_000  # the scenes of `sfp eval mini`
@@ -28,9 +25,9 @@ HEADER = ("precision", "file", "pixels with the engine's label", "pixels with th
 
 
 def agreement(
-    engine: Engine, method: Method, scenes: int, precisions: Sequence[str]
+    model: sfp.Model, scenes: int, precisions: Sequence[str]
 ) -> Iterator[tuple[str, float, float, float]]:
-    """Exports a method with the words of the mini world, and runs it.
+    """Exports a model with the words of the mini world, and runs it.
 
     Yields:
         For each precision its name, the file's size in bytes, and the shares of the pixels with the
@@ -39,17 +36,12 @@ def agreement(
     import onnxruntime
 
     words = sfp.load_vocabulary(list(mini.CLASSES))
-    queries = engine.queries(words)
     images, truths = zip(*(mini.scene(FIRST + i, SIDE) for i in range(scenes)), strict=True)
-    ours = []
-    for image in images:
-        x = engine.input(torch.from_numpy(image.copy()).permute(2, 0, 1))
-        ((sheet,),) = engine.logits([method], [x], [(SIDE, SIDE)], queries)
-        ours.append(engine.label(x, sheet, queries.index, method=method).labels.numpy())
+    ours = [model.segment(image, words).labels for image in images]
     with tempfile.TemporaryDirectory() as folder:
         for precision in precisions:
             out = Path(folder, f"{precision}.onnx")
-            export(engine, method, words, out, precision=precision)
+            export(model.engine, model.method, words, out, precision=precision)
             session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
             labels = [session.run(["labels"], {"image": image[None]})[0][0] for image in images]
             same, right = (np.mean(np.equal(labels, those)) for those in (ours, truths))
@@ -66,7 +58,7 @@ def main() -> None:
         "--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="default: all"
     )
     args = parser.parse_args()
-    rows = agreement(Engine("mini"), sfp.build_method(args.method), args.scenes, args.precisions)
+    rows = agreement(sfp.load("mini", args.method), args.scenes, args.precisions)
     cells = [
         [f"`{name}`", f"{size / 2**20:.1f} MiB", f"{same:.2%}", f"{right:.2%}"]
         for name, size, same, right in rows

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import sfp
-from sfp.engine import Engine
 
 TOOL = Path(__file__).parents[2] / "tools" / "export_check.py"
 
@@ -18,7 +17,7 @@ def test_precisions():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     agreement = runpy.run_path(str(TOOL))["agreement"]
-    found = agreement(Engine("mini"), sfp.build_method("clip"), 2, ("fp16", "int8"))
+    found = agreement(sfp.load("mini", "clip"), 2, ("fp16", "int8"))
     (_, half, *rounded), (_, small, *coarse) = found
     assert small < half
     assert 0.99 < rounded[0] <= 1

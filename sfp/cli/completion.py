@@ -51,13 +51,15 @@ def run(args: argparse.Namespace) -> int:
 def _words() -> dict[str, list[str]]:
     """The possible values of options and positional arguments by name, apart from files."""
     from sfp.clip.checkpoints.published import PUBLISHED
+    from sfp.data.benchmarks import DOWNLOADED
     from sfp.registry import OPS, list_methods
 
     methods = list_methods()
     words = dict(
         weights=[*PUBLISHED],
-        names=list(PUBLISHED),
+        names=[*PUBLISHED],
         source=[*PUBLISHED],
+        datasets=[*DOWNLOADED],
         method=methods,
         methods=methods,
         kind=sorted({getattr(op, "kind", "") for op in OPS.module_dict.values()}),

@@ -80,7 +80,7 @@ def register(commands: argparse._SubParsersAction) -> None:
             "--data-root", type=Path, help="folder of all data (default: $DATA_ROOT, or data)"
         )
     for action in (prepared, checked):
-        action.add_argument("names", nargs="+", metavar="NAME", help="as in `sfp data list`")
+        action.add_argument("datasets", nargs="+", metavar="NAME", help="as in `sfp data list`")
         action.add_argument(
             "--workers", type=positive, help="threads (default: one per core, up to 8)"
         )
@@ -130,7 +130,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
     root = _root(args)
     complete = True
-    for name, entry in _entries(args.names).items():
+    for name, entry in _entries(args.datasets).items():
         print(_card(name, entry, root))
         for step in entry.steps:
             written, kept = run(
@@ -166,11 +166,9 @@ def _card(name: str, entry: Benchmark, root: Path) -> str:
 def _check(args: argparse.Namespace) -> int:
     from sfp.data import check
     from sfp.data.convert import WORKERS
-    from sfp.evaluation.run import quiet
 
-    quiet()  # mmseg's own remarks about odd label maps are reported here already
     root, workers = _root(args), args.workers or WORKERS
-    entries = _entries(args.names)
+    entries = _entries(args.datasets)
     if args.manifest and len(entries) > 1:
         raise ValueError("--manifest FILE belongs to one dataset: check a single dataset with it")
     wrong = False

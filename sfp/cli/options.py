@@ -21,10 +21,11 @@ WEIGHTS = "name or path of CLIP weights, e.g. ViT-L/14"
 METHOD = "preset, with knobs if needed: sclip, or sfp:pm=lof,layers=all"
 CLASSES = 'names separated by commas, synonyms by "|"; or a class file; or the name of a benchmark'
 BRACKETS = {"(": ")", "[": "]"}
+QUOTES = ("'", '"')
 
 
 class _Settings(argparse.Action):
-    """Reads KEY=VALUE pairs into a dict, with values as in mmengine's `DictAction`."""
+    """Reads KEY=VALUE pairs into a dict, as mmengine's `DictAction`, but keeps blanks."""
 
     def __call__(
         self,
@@ -49,18 +50,24 @@ class _Settings(argparse.Action):
 def parse_value(text: str) -> Any:
     """Parses a setting: a number, a boolean, None, a list or tuple of values, or else a string.
 
+    Text in quotes is a string as it stands, commas, brackets and blanks included.
+
     Raises:
-        ValueError: if brackets do not match.
+        ValueError: if brackets or quotes do not match.
 
     Example:
         >>> parse_value("0.5"), parse_value("True"), parse_value("som"), parse_value("[(1,2),x]")
         (0.5, True, 'som', [(1, 2), 'x'])
         >>> parse_value("5,7")  # a list needs no brackets
         [5, 7]
+        >>> parse_value("['a {}, drawn', my words.txt]")
+        ['a {}, drawn', 'my words.txt']
     """
-    text = text.strip("'\"").replace(" ", "")
+    text = text.strip()
     if len(parts := _split(text)) > 1:
         return _values(parts)
+    if text[:1] in QUOTES and text[0] == text[-1] != text:
+        return text[1:-1]
     if text[:1] in BRACKETS and text.endswith(BRACKETS[text[0]]):
         values = _values(_split(text[1:-1]))
         return tuple(values) if text[0] == "(" else values
@@ -77,19 +84,22 @@ def _values(parts: list[str]) -> list[Any]:
 
 
 def _split(text: str) -> list[str]:
-    """Splits `text` at commas outside brackets."""
-    parts, depth = [""], []
-    for sign in text:
-        if sign in BRACKETS:
+    """Splits `text` at commas outside brackets and quotes."""
+    parts, depth, quote = [""], [], ""
+    for i, sign in enumerate(text):
+        # at the start of a value it is a quote, elsewhere an apostrophe
+        if quote or (sign in QUOTES and text[:i].rstrip()[-1:] in "=,(["):
+            quote = "" if sign == quote else quote or sign
+        elif sign in BRACKETS:
             depth.append(BRACKETS[sign])
         elif sign in BRACKETS.values() and (not depth or depth.pop() != sign):
             raise ValueError("brackets do not match")
-        if sign == "," and not depth:
+        if sign == "," and not depth and not quote:
             parts.append("")
         else:
             parts[-1] += sign
-    if depth:
-        raise ValueError("brackets do not match")
+    if depth or quote:
+        raise ValueError("quotes do not match" if quote else "brackets do not match")
     return parts
 
 
@@ -183,7 +193,7 @@ def parse_method(text: str) -> dict[str, Any]:
     """Parses a preset's name and knobs into a node for `build_method`.
 
     Raises:
-        ValueError: if brackets do not match, or a knob has no value.
+        ValueError: if brackets or quotes do not match, or a knob has no value.
 
     Example:
         >>> parse_method("sfp:purify=False,layers=[-3,-2]")
@@ -197,7 +207,7 @@ def parse_method(text: str) -> dict[str, Any]:
             raise ValueError(
                 f"{text!r}: expected KNOB=VALUE, got {word!r}; write e.g. sfp:purify=False,pm=lof"
             )
-        method[key] = parse_value(value)
+        method[key.strip()] = parse_value(value)
     return method
 
 
@@ -315,7 +325,6 @@ def load(
     """
     from sfp.evaluation import run as evaluate
 
-    evaluate.quiet()
     config = evaluate.load_config(
         args.config,
         method=method,

@@ -265,6 +265,7 @@ def test_versions(capsys):
         ("ablate mini --study mod", {"modules"}),
         ("ablate mini --weights min", {"mini"}),
         ("methods --kind mit", {"mitigator"}),
+        ("data prepare ade", {"ade20k", "ade847"}),
     ],
 )
 def test_completion_in_bash(typed, offered, tmp_path, capsys):
@@ -289,7 +290,7 @@ def test_completion_asks_for_its_extra(monkeypatch, capsys):
 
 
 VALUES = st.recursive(
-    st.sampled_from(["1", "-2.5", "1e-3", "True", "none", "None", "som", "a b", "'q'", "x=(1)"]),
+    st.sampled_from(["1", "-2.5", "1e-3", "True", "none", "None", "som", "'q'", "x=(1)"]),
     lambda inner: st.tuples(
         st.sampled_from(["[{}]", "({})"]), st.lists(inner, max_size=3).map(",".join)
     ).map(lambda pair: pair[0].format(pair[1])),
@@ -307,6 +308,33 @@ def test_settings_are_read_as_mmengine_reads_them(text):
     except RecursionError:  # such as "(1),(2)"
         return
     assert options.parse_value(text) == theirs
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("/data/my maps", "/data/my maps"),
+        (" ( 1, a b ) ", (1, "a b")),
+        ("['a photo of a {}, drawn', \"(x\", a]", ["a photo of a {}, drawn", "(x", "a"]),
+        ("John's maps, dogs'", ["John's maps", "dogs'"]),
+        ("'1'", "1"),
+        ("''", ""),
+    ],
+)
+def test_settings_keep_blanks_and_what_is_quoted(text, value):
+    assert options.parse_value(text) == value
+
+
+def test_knobs_keep_blanks_and_what_is_quoted():
+    maps = options.parse_regions("files:folder=/data/my maps")
+    assert maps == dict(type="files", folder="/data/my maps")
+    method = options.parse_method("mine:pm=lof, layers=[-3, -2], words='a, b=c'")
+    assert method == dict(type="mine", pm="lof", layers=[-3, -2], words="a, b=c")
+
+
+def test_settings_with_quotes_that_do_not_match():
+    with pytest.raises(ValueError, match="quotes do not match"):
+        options.parse_value("'a, b")
 
 
 @pytest.mark.parametrize("text", ["(", "[1)", "1]", "a,[b"])

@@ -27,7 +27,6 @@ def load(name: str = "mini", **options) -> Config:
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """The work folder and the result of a small evaluation."""
-    evaluate.quiet()
     work = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

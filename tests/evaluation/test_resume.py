@@ -36,7 +36,6 @@ def _process(rank: int, processes: int, port: int, work: Path, options: dict, re
     settings._registered = lambda: (  # not those of other tests of the process that was forked
         part for part in registered() if str(part.__module__).partition(".")[0] in plugins.OTHERS
     )
-    evaluate.quiet()
     config = evaluate.load_config(
         ROOT / "configs/cfg_mini.py", work_dir=str(work), options={**OPTIONS, **options}
     )

@@ -267,6 +267,11 @@ class Method(_Fields):
             raise ValueError(
                 f"weights={self.weights}: expected one for each of the {len(self.readouts)} readouts"
             )
+        if needs(self.edits, "whole"):
+            raise ValueError(
+                f"edits={self.edits}: one of their ops declares whole=True, but the trunk runs on only a "
+                "few windows at a time; expected in `image`, `readouts`, `comparison` or `refiners`"
+            )
 
     def features(
         self, vit: VisionTransformer, image: Tensor, **context: Any
@@ -404,7 +409,7 @@ class Method(_Fields):
     def needs_regions(self) -> bool:
         """Whether it needs an id map of the image's regions."""
         return self.vote != "no" or needs(
-            (self.image, self.readouts, self.comparison, self.refiners), "regions"
+            (self.edits, self.image, self.readouts, self.comparison, self.refiners), "regions"
         )
 
     @property

@@ -446,6 +446,7 @@ class Trace:
             positions=self.positions,
             text=self.text if worded else None,
             index=self.index if worded else None,
+            words=self.words if worded else None,
             guides=self.guides,
             normalisation=self.normalisation,
             depth=self.depth,

@@ -15,7 +15,7 @@ import sfp
 from sfp.feature_cache import run
 from sfp.functional.windows import WindowGrid
 from sfp.registry import OPS, bind, needs_words
-from sfp.trace import LayerError
+from sfp.trace import LayerError, Words
 from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -135,3 +135,17 @@ def test_all_tensors_of_a_trace_are_counted(method):
 
     storages = {x.untyped_storage().data_ptr(): x for x in reached(features, set())}
     assert features.nbytes == sum(x.untyped_storage().nbytes() for x in storages.values())
+
+
+def test_edits_that_need_words_get_them_on_the_whole_image_too():
+    def worded(trace: sfp.Trace, layer: int) -> sfp.Tokens:
+        tokens = trace.outputs[layer]
+        assert trace.index == (0, 0)
+        return tokens.with_data(tokens.data * len(trace.known_words().queries))
+
+    whole = WholeImage(WindowGrid.over((64, 96), 64, 32), tiny.images(1, 64, 96)[0])
+    windows = torch.stack([whole.cut(place)[0] for place in whole.grid.places])
+    context = dict(text=tiny.queries(2), index=(0, 0), words=Words(("sky", "cloud"), tiny.queries))
+    method = sfp.Method(edits=(worded,))
+    trace = method.run(tiny.clip().visual, windows, whole=whole, **context)
+    assert trace.of_image().words == trace.words

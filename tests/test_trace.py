@@ -113,7 +113,9 @@ def test_bad_layers_are_wrong_settings(method):
     assert isinstance(error.value, ValueError)
 
 
-@pytest.mark.parametrize("method", ["sfp", "cliper", dict(type="clip_surgery", stitched=True)], ids=str)
+@pytest.mark.parametrize(
+    "method", ["sfp", "cliper", dict(type="clip_surgery", stitched=True)], ids=str
+)
 def test_all_tensors_of_a_trace_are_counted(method):
     """Those that Python's garbage collector reaches from what is cached, without the model."""
     context = dict(text=tiny.queries(3), index=(0, 1, 2))

@@ -44,6 +44,8 @@ UNIMPORTANT = (
     "graphs",
     "cache_bytes",
 )  # affect the last digits at most
+# what images are made into, whatever a config says
+PREPROCESSOR = dict(type="ImagePreprocessor", bgr_to_rgb=True, mean=None, std=None)
 # settings of the segmentor that do not affect labels
 SHOWN = ("scores", "palette", "init_cfg", "pretrained", "train_cfg")
 LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # pipeline steps that do not change images
@@ -132,12 +134,15 @@ def job_from_config(config: Mapping[str, Any], short_side: int | None = None) ->
     known = inspect.signature(Engine).parameters
     settings = {k: v for k, v in model.items() if k in known and k != "weights"}
     read = {"type", "classes", "method", "query_features", "data_preprocessor", *SHOWN}
-    left = set(model) - set(known) - read
-    left |= set(model.get("data_preprocessor", ())) & {"mean", "std"}
+    left = [f"model.{name}" for name in sorted(set(model) - set(known) - read)]
+    prepared = model.get("data_preprocessor") or {}
+    left += [f"{k} of the preprocessor" for k, v in prepared.items() if v != PREPROCESSOR.get(k)]
+    left += [name for name in ("clusters", "load_from", "custom_hooks") if config.get(name)]
+    left += ["test_cfg.fp16"] * bool(config.get("test_cfg", {}).get("fp16"))
     if left:
         raise ValueError(
-            f"`sfp label` does not support the config's setting(s) {', '.join(sorted(left))}: remove "
-            "them from the config"
+            f"`sfp label` does not support the config's setting(s) {', '.join(left)}: remove them "
+            "from the config"
         )
     masks = False
     steps = config.get("test_pipeline", ())

@@ -142,7 +142,11 @@ def _model(args: argparse.Namespace) -> Any:
 
 
 def _reads(args: argparse.Namespace, model: Any) -> Iterator[tuple[Tokens, Trace]]:
-    """The method's features of all windows of each image of a folder, and their trace."""
+    """The method's features of all windows of each image of a folder, and their trace.
+
+    Raises:
+        DataError: if no image can be used.
+    """
     import sys
 
     import numpy as np
@@ -154,6 +158,7 @@ def _reads(args: argparse.Namespace, model: Any) -> Iterator[tuple[Tokens, Trace
     units = [unit for unit in list_units([args.images]) if not unit.is_archive][: args.limit]
     if not units:
         raise FileNotFoundError(f"{args.images} holds only archives: this command needs images")
+    read = 0
     with progress() as bar:
         for unit in bar.track(units, description="images"):
             try:
@@ -165,6 +170,9 @@ def _reads(args: argparse.Namespace, model: Any) -> Iterator[tuple[Tokens, Trace
                 print(f"left out: {error}", file=sys.stderr)
                 continue
             yield model.engine.read(model.method, pixels, regions=regions)
+            read += 1
+    if not read:
+        raise DataError(f"{args.images}: none of the {len(units)} images could be used")
 
 
 def _regions(engine: Any, name: str, pixels: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ SHOWN = ("scores", "palette", "init_cfg", "pretrained", "train_cfg")
 LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # pipeline steps that do not change images
 # first and last bytes of a complete file, as written by this module
 MARKS = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
+FORMATS = {".png": "PNG", ".jpg": "JPEG"}
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -342,7 +343,7 @@ class Labeller:
         try:
             for folder, suffix in self.folders.items():
                 with atomic_write(folder / f"{result.name}{suffix}") as path:
-                    self._picture(result, folder.name).save(path)
+                    self._picture(result, folder.name).save(path, FORMATS[suffix])
         except Exception as error:
             return _failed(result.name, error)
         return Outcome(result.name, "done")

@@ -61,12 +61,15 @@ def _temporary_cache() -> Path:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends without an error.
 
+    It ends with .part, whatever the suffix of `path` is: a process that is killed leaves it behind, and
+    nobody who looks for *.png shall find half of a picture.
+
     Raises:
         OSError: if the file cannot be written; it names `path`, not the temporary file.
     """
     path = Path(path)
     # a short name, since that of `path` may have the maximal length of 255 bytes
-    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{path.suffix}")
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # not mkstemp, whose mode 0600 would lock other users out of a cache: the umask applies

@@ -237,8 +237,8 @@ class Result:
             ValueError: if the suffix is unknown, or its format could change the labels.
         """
         path = Path(path)
-        known = Image.registered_extensions()
-        if path.suffix.lower() not in known or known[path.suffix.lower()] not in Image.SAVE:
+        form = Image.registered_extensions().get(path.suffix.lower())
+        if form not in Image.SAVE:
             raise ValueError(f"{path}: unknown image format {path.suffix!r}; use .png")
         if not overlay and path.suffix.lower() != ".png":
             raise ValueError(
@@ -250,7 +250,7 @@ class Result:
             self.overlay() if overlay else label_picture(self.labels.astype(dtype), self.palette)
         )
         with atomic_write(path) as temporary:
-            picture.save(temporary)
+            picture.save(temporary, form)
 
     def to_coco(self, file_name: str = "", *, parts: bool = False) -> dict[str, Any]:
         """The labels as a COCO document for one image, see `sfp.coco_document`.

@@ -9,6 +9,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads would be 
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, however busy the machine is; --hypothesis-profile explore: others.
+settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("explore", settings.get_profile("same"), derandomize=False)
+settings.load_profile("same")
 
 
 def pytest_collection_finish():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
+import os
+import signal
 import subprocess
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,8 @@ import torch
 NEW_MOUNTS = 0x20000  # CLONE_NEWNS
 
 
-def started(work: Callable, *arguments) -> BaseProcess:
-    """`work(*arguments)` in a forked process that runs by now; its exit code is what `work` returns."""
+def forked(work: Callable, *arguments) -> int | None:
+    """Runs `work(*arguments)` in a forked process; its exit code, which is what `work` returns."""
 
     def run() -> None:
         torch.set_num_threads(1)  # OpenMP threads do not survive a fork
@@ -25,14 +27,31 @@ def started(work: Callable, *arguments) -> BaseProcess:
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    return process
-
-
-def forked(work: Callable, *arguments) -> int | None:
-    """The exit code of `started`, after its end."""
-    process = started(work, *arguments)
     process.join()
     return process.exitcode
+
+
+def killed(work: Callable, *arguments, at: str, call: int, before: Callable = lambda *_: None):
+    """As `forked`, but SIGKILL ends the process instead of a call of `os.<at>`, counted from 1.
+
+    A kill from outside would come at a moment that depends on how busy the machine is.
+
+    Args:
+        before: is called first, with the function and the arguments that it was called with.
+    """
+    real, calls = getattr(os, at), itertools.count(1)
+
+    def deadly(*given, **named):
+        if next(calls) == call:
+            before(real, *given)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given, **named)
+
+    def run() -> int:
+        setattr(os, at, deadly)
+        return work(*arguments)
+
+    assert forked(run) == -signal.SIGKILL
 
 
 def own_mounts() -> bool:

@@ -406,7 +406,7 @@ def test_layers_keep_their_relative_depth(blocks, depth, layer, absolute):
     assert numbered(blocks, depth).layer(layer) == absolute
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.integers(1, 48), st.integers(1, 48))
 def test_layers_in_any_model(blocks, depth):
     from sfp.trace import absolute_layer

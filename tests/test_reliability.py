@@ -738,7 +738,7 @@ def test_a_damaged_text_bank_is_built_again(tmp_path, damage):
 # -- properties ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 90),
     st.integers(1, 90),
@@ -760,7 +760,7 @@ def test_any_size_and_stride_gives_every_pixel_weights_that_sum_to_one(
     torch.testing.assert_close(sheet.rows(0, height), torch.ones(2, height, width))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 60),
     st.integers(1, 30),
@@ -777,7 +777,7 @@ def test_merging_never_builds_length_times_target(length, crop, stride, cells, t
     torch.testing.assert_close(whole, interpolation(length, target, merged) @ merged)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 4),
     st.integers(1, 12),
@@ -802,7 +802,7 @@ def test_labels_do_not_depend_on_the_slabs(classes, height, width, budget, seed)
     torch.testing.assert_close(parts.scores, whole.scores)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_class_file_or_an_error_that_names_it(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "cls.txt"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -337,14 +339,16 @@ def load(
 def parse_classes(text: str) -> str | list[list[str]]:
     """Returns the name of a class file or benchmark unchanged; splits anything else into names.
 
+    Warns about a word that is nearly the name of a benchmark.
+
     Example:
         >>> parse_classes("cat|kitten, sky")
         [['cat', 'kitten'], ['sky']]
     """
-    from sfp.data.benchmarks import find
+    from sfp.data import benchmarks
     from sfp.vocabulary import parse_words
 
-    if find(text):
+    if benchmarks.find(text):
         return text
     try:
         if Path(text).is_file():
@@ -353,4 +357,10 @@ def parse_classes(text: str) -> str | list[list[str]]:
         pass
     if re.fullmatch(r"[^,|]*(\.\w+|[/\\][^,|]*)", text):  # a single word that looks like a path
         raise FileNotFoundError(f"--classes {text}: there is no such file")
+    if near := difflib.get_close_matches(text.lower(), benchmarks.BENCHMARKS, n=1, cutoff=0.8):
+        warnings.warn(
+            f"--classes {text}: no benchmark has this name, so it is taken as a word; did you mean "
+            f"{near[0]}?",
+            stacklevel=2,
+        )
     return parse_words(text)

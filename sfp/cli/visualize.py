@@ -89,9 +89,9 @@ def run(args: argparse.Namespace) -> int:
         figures = dict(pictures(args))
     for name, figure in figures.items():
         with atomic_write(args.out / f"{name}.png") as path:
-            figure.savefig(path)
+            figure.savefig(path, format="png")
     with atomic_write(args.out / "overview.png") as path:
-        imsave(path, contact_sheet(list(figures.values())))
+        imsave(path, contact_sheet(list(figures.values())), format="png")
     print(f"{len(figures) + 1} pictures in {args.out}: overview.png, {', '.join(figures)}")
     return 0
 

@@ -450,4 +450,4 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     axis.set_axisbelow(True)
     figure.tight_layout()
     with atomic_write(path) as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, format="png")

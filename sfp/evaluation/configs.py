@@ -13,6 +13,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from sfp.data import benchmarks
 from sfp.evaluation.notices import quiet
 from sfp.registry import suggest
 
@@ -35,8 +36,8 @@ def find_config(name: str | Path) -> Path:
 
     Args:
         name: a path; or the name of a shipped config in one of the forms voc21, cfg_voc21,
-            cfg_voc21.py and configs/cfg_voc21.py, or protocol_cliptrase. An existing file takes
-            precedence.
+            cfg_voc21.py and configs/cfg_voc21.py, or an alias of a benchmark (cityscapes); or
+            protocol_cliptrase. An existing file takes precedence.
 
     Raises:
         ConfigError: if there is none; the message suggests the closest name.
@@ -45,6 +46,8 @@ def find_config(name: str | Path) -> Path:
     if path.is_file():
         return path
     short = path.name.removesuffix(".py").removeprefix("cfg_")
+    if row := benchmarks.find(short):  # also by an alias
+        short = row.name
     file = f"{short}.py" if short.startswith("protocol_") else f"cfg_{short}.py"
     if path.parent.as_posix() in (".", "configs") and (CONFIGS / file).is_file():
         return CONFIGS / file
@@ -61,13 +64,23 @@ def read_config(path: Path, *settings: str) -> Config:
         settings: dotted names of required settings.
 
     Raises:
-        ConfigError: if it is not a config, or lacks a setting.
+        ConfigError: if it cannot be read, or lacks a setting.
     """
     try:
         with quiet():
             config = Config.fromfile(str(path))
     except Exception as error:  # configs are programs, which can raise anything
-        raise ConfigError(f"{path} is not a config: {type(error).__name__}: {error}") from error
+        first: BaseException = error
+        while isinstance(first, ImportError) and first.__context__:
+            first = first.__context__  # the one that names the module: mmengine raises two more
+        advice = (
+            "; modules named in custom_imports must be in a folder on PYTHONPATH"
+            if isinstance(error, ImportError)
+            else ""
+        )
+        raise ConfigError(
+            f"{path} cannot be read as a config: {type(first).__name__}: {first}{advice}"
+        ) from error
     require(config, *settings)
     return config
 
@@ -91,7 +104,7 @@ def load_config(
         options: dotted keys and values, e.g. {"model.method.pm": "lof"}; applied last.
 
     Raises:
-        ConfigError: if there is no such file, it is not a config, or an option sets what no config has.
+        ConfigError: if there is no such file, it cannot be read, or an option sets what no config has.
     """
     path = find_config(path)
     config = read_config(path, "model.type")

@@ -168,7 +168,7 @@ def plot(result: Result, path: Path) -> None:
     axes[1, 0].legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     with atomic_write(path) as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, format="png")
 
 
 def _heat_map(

@@ -88,9 +88,13 @@ def test_exit_codes(command, code, message, elsewhere, capsys):
     [
         ("", "has no model.type"),
         ('model = dict(type="OpenVocabSegmentor")', "has no model.classes"),
-        ("model = undefined", "is not a config: NameError: name 'undefined'"),
-        ("model = dict(", "is not a config: SyntaxError"),
-        ('_base_ = "base_config.py"', "is not a config: .*base_config.py"),
+        ("model = undefined", "cannot be read as a config: NameError: name 'undefined'"),
+        ("model = dict(", "cannot be read as a config: SyntaxError"),
+        (
+            'custom_imports = dict(imports=["no_such"])',
+            "ModuleNotFoundError: No module named 'no_such'; .* on PYTHONPATH",
+        ),
+        ('_base_ = "base_config.py"', "cannot be read as a config: .*base_config.py"),
     ],
 )
 @pytest.mark.parametrize("command", ["eval", "audit mini"])
@@ -443,6 +447,10 @@ def test_shipped_configs_by_name(name, elsewhere):
     (elsewhere / "configs").mkdir()
     (elsewhere / "voc21").mkdir()  # a folder is no config
     assert shipped.find_config(name) == found
+
+
+def test_an_alias_of_a_benchmark():
+    assert shipped.find_config("cityscapes") == ROOT / "configs/cfg_city_scapes.py"
 
 
 def test_files_come_before_names(elsewhere):

@@ -18,6 +18,7 @@ from PIL import Image
 
 import sfp
 from sfp import cli, mini
+from sfp.cli.options import parse_classes
 
 MINI = ["--weights", "mini", "--short-side", "224", "--device", "cpu"]
 
@@ -121,6 +122,12 @@ def test_one_broken_image_among_others(photos, tmp_path, capsys):
 def test_command_lines_that_are_wrong(photos, words, error, message):
     with pytest.raises(error, match=message):
         run(str(photos), *MINI, *words)
+
+
+@pytest.mark.parametrize(("word", "meant"), [("voc2", "voc21"), ("Cityscape", "city_scapes")])
+def test_a_word_that_is_nearly_a_benchmark(word, meant):
+    with pytest.warns(UserWarning, match=f"{word}: .* taken as a word; did you mean {meant}"):
+        assert parse_classes(word) == [[word]]
 
 
 def test_inputs_that_are_wrong(photos, tmp_path):

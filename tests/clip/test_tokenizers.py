@@ -118,7 +118,7 @@ def siglip_package(siglip):
 
 @given(text=TEXTS)
 @example(text="A  photo_of &amp; a CAT.")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_siglip(siglip, siglip_package, text):
     # transformers cleans too, but does not know underscores and broken encodings
     expected = siglip_package(canonical(text)).input_ids
@@ -138,7 +138,7 @@ def siglip2(tmp_path_factory):
 
 
 @given(text=TEXTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_siglip2(siglip2, text):
     folder, package = siglip2
     expected = [*package(canonical(text), add_special_tokens=False).input_ids, 1]
@@ -155,7 +155,7 @@ def tips(tmp_path_factory):
 
 
 @given(text=TEXTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_tips(tips, text):
     folder, package = tips
     check(FileTokenizer(TIPS, CONTEXT, folder / "tokenizer.json"), text, package(text).input_ids)
@@ -175,7 +175,7 @@ def xlm(tmp_path_factory):
 
 
 @given(text=TEXTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_xlm(xlm, text):
     folder, package = xlm
     expected = package(whitespace(text)).input_ids
@@ -183,7 +183,7 @@ def test_xlm(xlm, text):
 
 
 @given(text=st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map(" ".join))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_xlm_by_sentencepiece(xlm, text):
     folder, package = xlm
     ours = FileTokenizer(XLM, CONTEXT, folder / "sentencepiece.bpe.model")
@@ -205,7 +205,7 @@ def bert(tmp_path_factory):
 
 @pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])
 @given(text=TEXTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bert(bert, file, text):
     vocab, folder, package = bert
     path = vocab if file == "vocab.txt" else folder / file
@@ -214,7 +214,7 @@ def test_bert(bert, file, text):
 
 @pytest.mark.slow
 @given(text=TEXTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_clipa(bert, text):
     _, folder, _ = bert
     ours = FileTokenizer(CLIPA, CONTEXT, folder / "tokenizer.json")
@@ -225,7 +225,7 @@ def test_clipa(bert, text):
 
 
 @given(text=TEXTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_cleaning(text):
     module = packages.open_clip("tokenizer")
     assert canonical(text) == module.get_clean_fn("canonicalize")(text)

@@ -23,7 +23,7 @@ from sfp.functional.precision import cpu_has
 sides = st.integers(1, 40)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 5), max_size=3), sides, sides, st.booleans(), st.integers(0, 99))
 def test_linear(outer, wide, out, strided, seed):
     random = torch.Generator().manual_seed(seed)

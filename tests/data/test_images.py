@@ -295,7 +295,7 @@ def test_threads_read_large_and_small_pictures_and_change_no_global(rgb, monkeyp
 # -- sizes -----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(height=st.integers(2, 400), width=st.integers(2, 400), side=st.integers(8, 500))
 def test_resizing_is_mmcvs_to_the_last_bit(height, width, side):
     mmcv = pytest.importorskip("mmcv")

@@ -25,13 +25,13 @@ from PIL import Image
 from torch import Tensor
 
 from sfp.clip.checkpoints import published
-from sfp.clip.checkpoints.loading import weights_digest
+from sfp.clip.checkpoints.loading import locate, open_weights, weights_digest
 from sfp.data.images import LONG_SIDE, read_image, resize_short_side
 from sfp.data.listing import Item, Outcome, Unit, items
 from sfp.engine import Engine, Queries, choose_device
 from sfp.files import atomic_write, sha256_file
 from sfp.functional.labels import Labels
-from sfp.method import build_method
+from sfp.method import Method, build_method, check_needs
 from sfp.overlay import Panel, label_picture, overlay
 from sfp.palette import colour_map
 from sfp.plugins import import_modules, own_code
@@ -92,12 +92,18 @@ class Job:
     whole_image_masks: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """Everything that determines the label maps, as JSON values."""
+        """Everything that determines the label maps, as JSON values.
+
+        Weights that are not on this machine are downloaded, since mirrors have other files.
+
+        Raises:
+            WeightsError, ValueError: as in `load_clip`.
+        """
         engine = inspect.signature(Engine).parameters
         defaults = {k: p.default for k, p in engine.items() if k not in ("weights", *UNIMPORTANT)}
         own = {k: v for k, v in self.settings.items() if k not in UNIMPORTANT}
         record: dict[str, Any] = dict(
-            weights=dict(name=self.weights, sha256=weights_digest(self.weights)),
+            weights=dict(name=self.weights, sha256=self._digest()),
             vocabulary=asdict(self.classes),
             method=self._method(),
             protocol=dict(
@@ -110,6 +116,21 @@ class Job:
         if code := own_code():
             record["version of your own code"] = code
         return json.loads(json.dumps(record, default=str))
+
+    def _digest(self) -> str:
+        if self.weights != published.NONE:
+            locate(self.weights)
+        return weights_digest(self.weights) or open_weights(self.weights).digest
+
+    def build_method(self) -> Method:
+        """The method.
+
+        Raises:
+            ValueError: if it is wrong, or needs guides or regions that the settings lack.
+        """
+        method = build_method(self.method)
+        check_needs(method, self.settings.get("guides"), self.settings.get("regions"))
+        return method
 
     def _method(self) -> dict[str, Any]:
         """The method with its preset's defaults filled in."""
@@ -239,7 +260,7 @@ class Labeller:
                 f"an overlay shows 255 classes at most, but the vocabulary has {classes}"
             )
         self.job = job
-        self.method = build_method(job.method)
+        self.method = job.build_method()
         self.engine = Engine(job.weights, **job.settings).to(choose_device(device))
         if job.query_features is None:
             self.queries = self.engine.queries(job.classes)
@@ -300,6 +321,8 @@ class Labeller:
         try:
             results = self.predict(batch)
         except Exception as error:
+            if isinstance(error, LookupError) and not isinstance(error, (KeyError, IndexError)):
+                raise  # the method needs something that no image will have, e.g. a layer
             if len(batch) == 1:
                 yield _failed(batch[0].name, error)
             else:  # find out which image fails

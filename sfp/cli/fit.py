@@ -127,16 +127,21 @@ def register(commands: argparse._SubParsersAction) -> None:
 def _model(args: argparse.Namespace) -> Any:
     """The model of a command line."""
     import sfp
+    from sfp.method import build_method, check_needs
 
+    method = build_method(options.parse_method(args.method))
+    guides = dict(map(options.parse_guide, args.guide))
+    regions = options.parse_regions(args.regions)
+    check_needs(method, guides, regions)
     return sfp.load(
         args.weights,
-        options.parse_method(args.method),
+        method,
         device=args.device,
         short_side=args.short_side,
         slide_crop=args.slide_crop,
         slide_stride=args.slide_stride,
-        guides=dict(map(options.parse_guide, args.guide)),
-        regions=options.parse_regions(args.regions),
+        guides=guides,
+        regions=regions,
         memory_mb=0,  # each image is seen once
     )
 

@@ -35,7 +35,7 @@ from sfp.method import Method, build_method, check_needs
 from sfp.overlay import Panel, label_picture, overlay
 from sfp.palette import colour_map
 from sfp.plugins import import_modules, own_code
-from sfp.registry import METHODS, find
+from sfp.registry import method_node
 from sfp.vocabulary import Vocabulary, load_vocabulary
 
 UNIMPORTANT = (
@@ -105,7 +105,7 @@ class Job:
         record: dict[str, Any] = dict(
             weights=dict(name=self.weights, sha256=self._digest()),
             vocabulary=asdict(self.classes),
-            method=self._method(),
+            method=method_node(self.method),
             protocol=dict(
                 defaults | own,
                 short_side=self.short_side,
@@ -131,14 +131,6 @@ class Job:
         method = build_method(self.method)
         check_needs(method, self.settings.get("guides"), self.settings.get("regions"))
         return method
-
-    def _method(self) -> dict[str, Any]:
-        """The method with its preset's defaults filled in."""
-        node = dict(type=self.method) if isinstance(self.method, str) else dict(self.method)
-        if (name := node.get("type", "Method")) == "Method":
-            return node
-        knobs = inspect.signature(find(METHODS, name)).parameters
-        return {k: p.default for k, p in knobs.items()} | node
 
 
 def job_from_config(config: Mapping[str, Any], short_side: int | None = None) -> Job:

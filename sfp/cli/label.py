@@ -162,7 +162,7 @@ def _job(args: argparse.Namespace) -> Job:
         given = dict(guides=guides, regions=regions)
         settings = {name: node for name, node in given.items() if node}
         return bulk.Job(weights, words, method or "sfp", side, settings)
-    from sfp.evaluation.configs import CONFIGS
+    from sfp.data.benchmarks import CONFIGS
     from sfp.evaluation.run import load_config
 
     config = load_config(

@@ -549,6 +549,17 @@ def knobs(fn: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
+def method_node(method: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The config node of a method with all knobs of its preset.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    node = dict(type=method) if isinstance(method, str) else dict(method)
+    name = node.get("type", "Method")
+    return dict(type=name) | ({} if name == "Method" else knobs(find(METHODS, name))) | node
+
+
 def list_ops(kind: str | None = None) -> list[str]:
     """Names of the registered ops, of one kind or all."""
     return sorted(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,8 +25,15 @@ if TYPE_CHECKING:
 
 NO_REGIONS = (
     "the method needs regions of the image: pass an id map (regions=), or configure a proposer "
-    "(regions=dict(propose=dict(type=...)), see docs/methods.md); overlapping masks (regions= with "
-    "three dimensions, paint='none') work only with textregion and lavg"
+    "(regions=dict(propose=dict(type=...)), or --regions; see docs/methods.md); overlapping masks "
+    "(regions= with three dimensions, paint='none') work only with textregion and lavg"
+)
+# guides by their usual names: type and model
+GUIDES = dict(
+    dino=("transformers", "facebook/dino-vitb8"),
+    sam=("sam", "facebook/sam-vit-base"),
+    sam3=("sam3", "facebook/sam3"),
+    clipseg=("clipseg", "CIDAS/clipseg-rd64-refined"),
 )
 GUIDE_PIXELS = 2**20  # pixels in one batch of a guide, nine windows of 336 pixels
 T = TypeVar("T")
@@ -55,6 +62,16 @@ class RegionsError(LookupError, ValueError):
 
 class LayerError(LookupError, ValueError):
     """Raised for a layer that the model does not have or that cannot be used this way."""
+
+
+def no_guide(name: str, given: Iterable[str]) -> GuideError:
+    """The error for a method that needs a guide of a name, with what to do."""
+    kind, model = GUIDES.get(name, ("TYPE", "MODEL"))
+    return GuideError(
+        f"the method needs the guide {name!r}; given: {', '.join(given) or 'none'}. Pass guides="
+        f"dict({name}=dict(type='{kind}', model='{model}')), or --guide {name}={kind}:model={model}, "
+        "and pip install 'sfp[guides]': see docs/methods.md"
+    )
 
 
 def absolute_layer(index: int, blocks: int, depth: int | None) -> int:
@@ -323,11 +340,7 @@ class Trace:
 
     def _look(self, name: str, output: str | None, images: Tensor) -> Tokens:
         if name not in self.guides:
-            known = ", ".join(self.guides) or "none"
-            raise GuideError(
-                f"the method needs the guide {name!r}; given: {known} (pass guides=dict({name}="
-                "dict(type=..., model=...)), and pip install 'sfp[guides]': see docs/methods.md)"
-            )
+            raise no_guide(name, self.guides)
         options = {} if output is None else {"output": output}
         # in batches, because an image may have many windows
         step = max(GUIDE_PIXELS // images[0, 0].numel(), 1)

@@ -265,7 +265,7 @@ def test_edits_may_need_regions_but_not_all_windows():
         changed = (logits(ids) != without).any(-1)
         assert not changed[:, :8].any()
         assert changed[:, 8:].any()
-        with pytest.raises(ValueError, match="of_all_windows.*whole=True"):
+        with pytest.raises(ValueError, match=r"of_all_windows.*whole=True"):
             sfp.build_method("sfp", pm="of_all_windows")
     finally:
         for name in ("second_region", "of_all_windows"):

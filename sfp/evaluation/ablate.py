@@ -35,12 +35,12 @@ from sfp.evaluation.published import (
 )
 from sfp.evaluation.settings import settings
 from sfp.files import atomic_write
+from sfp.palette import SKY, VERMILLION
 from sfp.registry import list_ops, suggest
 from sfp.tables import markdown
 
 COLUMNS = scores.COLUMNS[:3]  # as in the papers' tables
-# two of Okabe and Ito's colours, distinguishable with any common kind of colour vision
-OURS, PUBLISHED = "#56B4E9", "#D55E00"
+OURS, PUBLISHED = SKY, VERMILLION
 
 
 @dataclass(frozen=True)

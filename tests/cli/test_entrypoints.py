@@ -365,7 +365,7 @@ def test_summary(monkeypatch, capsys, tmp_path):
     )
     assert (tmp_path / "all" / "summary.md").read_text().splitlines() == [
         "| benchmark | mIoU | mAcc | aAcc | fwIoU | images |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | --- | --- | --- | --- | --- |",
         "| a | 40.00 | 41.00 | 42.00 | 43.00 | 7 |",
         "| b | 61.50 | 62.50 | 63.50 | 64.50 | 7 |",
         "| none | - | - | - | - | - |",

@@ -25,17 +25,17 @@ from PIL import Image
 from torch import Tensor
 
 from sfp.clip.checkpoints import published
-from sfp.clip.checkpoints.loading import weights_digest
+from sfp.clip.checkpoints.loading import locate, open_weights, weights_digest
 from sfp.data.images import LONG_SIDE, read_image, resize_short_side
 from sfp.data.listing import Item, Outcome, Unit, items
 from sfp.engine import Engine, Queries, choose_device
 from sfp.files import atomic_write, sha256_file
 from sfp.functional.labels import Labels
-from sfp.method import build_method
+from sfp.method import Method, build_method, check_needs
 from sfp.overlay import Panel, label_picture, overlay
 from sfp.palette import colour_map
 from sfp.plugins import import_modules, own_code
-from sfp.registry import METHODS, find
+from sfp.registry import method_node
 from sfp.vocabulary import Vocabulary, load_vocabulary
 
 UNIMPORTANT = (
@@ -44,6 +44,8 @@ UNIMPORTANT = (
     "graphs",
     "cache_bytes",
 )  # affect the last digits at most
+# what images are made into, whatever a config says
+PREPROCESSOR = dict(type="ImagePreprocessor", bgr_to_rgb=True, mean=None, std=None)
 # settings of the segmentor that do not affect labels
 SHOWN = ("scores", "palette", "init_cfg", "pretrained", "train_cfg")
 LABEL_STEPS = ("LoadAnnotations", "LoadLabels")  # pipeline steps that do not change images
@@ -90,14 +92,20 @@ class Job:
     whole_image_masks: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """Everything that determines the label maps, as JSON values."""
+        """Everything that determines the label maps, as JSON values.
+
+        Weights that are not on this machine are downloaded, since mirrors have other files.
+
+        Raises:
+            WeightsError, ValueError: as in `load_clip`.
+        """
         engine = inspect.signature(Engine).parameters
         defaults = {k: p.default for k, p in engine.items() if k not in ("weights", *UNIMPORTANT)}
         own = {k: v for k, v in self.settings.items() if k not in UNIMPORTANT}
         record: dict[str, Any] = dict(
-            weights=dict(name=self.weights, sha256=weights_digest(self.weights)),
+            weights=dict(name=self.weights, sha256=self._digest()),
             vocabulary=asdict(self.classes),
-            method=self._method(),
+            method=method_node(self.method),
             protocol=dict(
                 defaults | own,
                 short_side=self.short_side,
@@ -109,13 +117,20 @@ class Job:
             record["version of your own code"] = code
         return json.loads(json.dumps(record, default=str))
 
-    def _method(self) -> dict[str, Any]:
-        """The method with its preset's defaults filled in."""
-        node = dict(type=self.method) if isinstance(self.method, str) else dict(self.method)
-        if (name := node.get("type", "Method")) == "Method":
-            return node
-        knobs = inspect.signature(find(METHODS, name)).parameters
-        return {k: p.default for k, p in knobs.items()} | node
+    def _digest(self) -> str:
+        if self.weights != published.NONE:
+            locate(self.weights)
+        return weights_digest(self.weights) or open_weights(self.weights).digest
+
+    def build_method(self) -> Method:
+        """The method.
+
+        Raises:
+            ValueError: if it is wrong, or needs guides or regions that the settings lack.
+        """
+        method = build_method(self.method)
+        check_needs(method, self.settings.get("guides"), self.settings.get("regions"))
+        return method
 
 
 def job_from_config(config: Mapping[str, Any], short_side: int | None = None) -> Job:
@@ -133,12 +148,15 @@ def job_from_config(config: Mapping[str, Any], short_side: int | None = None) ->
     known = inspect.signature(Engine).parameters
     settings = {k: v for k, v in model.items() if k in known and k != "weights"}
     read = {"type", "classes", "method", "query_features", "data_preprocessor", *SHOWN}
-    left = set(model) - set(known) - read
-    left |= set(model.get("data_preprocessor", ())) & {"mean", "std"}
+    left = [f"model.{name}" for name in sorted(set(model) - set(known) - read)]
+    prepared = model.get("data_preprocessor") or {}
+    left += [f"{k} of the preprocessor" for k, v in prepared.items() if v != PREPROCESSOR.get(k)]
+    left += [name for name in ("clusters", "load_from", "custom_hooks") if config.get(name)]
+    left += ["test_cfg.fp16"] * bool(config.get("test_cfg", {}).get("fp16"))
     if left:
         raise ValueError(
-            f"`sfp label` does not support the config's setting(s) {', '.join(sorted(left))}: remove "
-            "them from the config"
+            f"`sfp label` does not support the config's setting(s) {', '.join(left)}: remove them "
+            "from the config"
         )
     masks = False
     steps = config.get("test_pipeline", ())
@@ -234,7 +252,7 @@ class Labeller:
                 f"an overlay shows 255 classes at most, but the vocabulary has {classes}"
             )
         self.job = job
-        self.method = build_method(job.method)
+        self.method = job.build_method()
         self.engine = Engine(job.weights, **job.settings).to(choose_device(device))
         if job.query_features is None:
             self.queries = self.engine.queries(job.classes)
@@ -295,6 +313,8 @@ class Labeller:
         try:
             results = self.predict(batch)
         except Exception as error:
+            if isinstance(error, LookupError) and not isinstance(error, (KeyError, IndexError)):
+                raise  # the method needs something that no image will have, e.g. a layer
             if len(batch) == 1:
                 yield _failed(batch[0].name, error)
             else:  # find out which image fails

@@ -29,8 +29,7 @@ from sfp.clip.vit import VisionTransformer
 from sfp.engine import Engine, Queries
 from sfp.files import atomic_write
 from sfp.method import Method
-from sfp.registry import Op
-from sfp.trace import GuideError
+from sfp.registry import Op, guides_of
 from sfp.vocabulary import Vocabulary
 
 FORMATS = (".onnx", ".pt2")
@@ -157,6 +156,7 @@ def export(
         ModuleNotFoundError: if a package that the format needs is missing.
     """
     check_format(out, precision)
+    check_method(method)
     queries = engine.queries(vocabulary)
     side = side or engine.slide_crop or engine.clip.visual.usual_grid[0] * engine.clip.visual.patch
     model = WindowModel(engine, method, None if words_as_input else queries).eval()
@@ -217,6 +217,13 @@ def check_format(out: Path, precision: str) -> None:
         )
 
 
+def check_method(method: Method) -> None:
+    """Raises an `ExportError` for a method that needs other models or regions."""
+    needs = [f"the guide {name!r}" for name in sorted(guides_of(method))]
+    if needs := [*needs, *["regions"] * method.needs_regions]:
+        raise ExportError(f"this method cannot be exported: it needs {' and '.join(needs)}")
+
+
 @contextlib.contextmanager
 def _without_notices() -> Iterator[None]:
     """Discards what exporters and quantizers warn about themselves."""
@@ -240,8 +247,6 @@ def _program(model: WindowModel, inputs: dict[str, Tensor]) -> torch.export.Expo
             model(**inputs)
         with torch.no_grad(), _without_notices():
             return torch.export.export(model, (), kwargs=inputs, dynamic_shapes=shapes)
-    except GuideError as error:
-        raise ExportError(f"this method cannot be exported: {error}") from error
     except Exception as error:  # the tracer raises many kinds for code it cannot trace
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ExportError(

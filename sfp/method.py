@@ -45,7 +45,7 @@ from sfp.registry import (
     parameter_types,
 )
 from sfp.tokens import Tokens
-from sfp.trace import LayerError, Trace
+from sfp.trace import NO_REGIONS, LayerError, RegionsError, Trace, no_guide
 
 COPIES_KEPT = 4  # operated copies per model; each holds only the weights that its surgery replaced
 _OPERATED: WeakKeyDictionary[VisionTransformer, OrderedDict] = WeakKeyDictionary()
@@ -267,6 +267,12 @@ class Method(_Fields):
             raise ValueError(
                 f"weights={self.weights}: expected one for each of the {len(self.readouts)} readouts"
             )
+        if needs(self.edits, "whole"):
+            raise ValueError(
+                f"edits={self.edits}: one of their ops declares whole=True, but the trunk runs on only "
+                "some of the windows at a time: use it in `image`, `readouts`, `comparison` or "
+                "`refiners`"
+            )
 
     def features(
         self, vit: VisionTransformer, image: Tensor, **context: Any
@@ -404,7 +410,7 @@ class Method(_Fields):
     def needs_regions(self) -> bool:
         """Whether it needs an id map of the image's regions."""
         return self.vote != "no" or needs(
-            (self.image, self.readouts, self.comparison, self.refiners), "regions"
+            (self.edits, self.image, self.readouts, self.comparison, self.refiners), "regions"
         )
 
     @property
@@ -467,6 +473,24 @@ def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Meth
             )
         return method
     return build_dataclass(Method, composition(method, **knobs))
+
+
+def check_needs(method: Method, guides: Collection[str] | None, regions: Any) -> None:
+    """Checks that the guides and regions that a method needs are given, before anything is loaded.
+
+    Args:
+        method: the method.
+        guides: names of the given external encoders.
+        regions: the source of regions, or None.
+
+    Raises:
+        GuideError, RegionsError: if they are not; the message says what to pass.
+    """
+    given = guides or ()
+    for name in sorted(guides_of(method) - {*given}):
+        raise no_guide(name, given)
+    if method.needs_regions and regions is None:
+        raise RegionsError(NO_REGIONS)
 
 
 def self_contained_methods(guides: Collection[str] = ()) -> list[str]:

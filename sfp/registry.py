@@ -146,7 +146,8 @@ def op(
         words: whether its result depends on the text features or the classes of a `Trace`. What does
             not is kept when only the words change. By default False for ops of this package and True
             for others, which is always right, but may be slower.
-        whole: whether it needs all windows of an image in one trace (`Trace.whole`).
+        whole: whether it needs all windows of an image in one trace (`Trace.whole`); not possible in
+            edits of the trunk.
         regions: whether it needs an id map of the image's regions (`Trace.regions`).
 
     Raises:
@@ -546,6 +547,17 @@ def knobs(fn: Callable[..., Any]) -> dict[str, Any]:
         for p in parameters
         if p.kind is inspect.Parameter.KEYWORD_ONLY
     }
+
+
+def method_node(method: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The config node of a method with all knobs of its preset.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    node = dict(type=method) if isinstance(method, str) else dict(method)
+    name = node.get("type", "Method")
+    return dict(type=name) | ({} if name == "Method" else knobs(find(METHODS, name))) | node
 
 
 def list_ops(kind: str | None = None) -> list[str]:

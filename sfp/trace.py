@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -25,8 +25,15 @@ if TYPE_CHECKING:
 
 NO_REGIONS = (
     "the method needs regions of the image: pass an id map (regions=), or configure a proposer "
-    "(regions=dict(propose=dict(type=...)), see docs/methods.md); overlapping masks (regions= with "
-    "three dimensions, paint='none') work only with textregion and lavg"
+    "(regions=dict(propose=dict(type=...)), or --regions; see docs/methods.md); overlapping masks "
+    "(regions= with three dimensions, paint='none') work only with textregion and lavg"
+)
+# guides by their usual names: type and model
+GUIDES = dict(
+    dino=("transformers", "facebook/dino-vitb8"),
+    sam=("sam", "facebook/sam-vit-base"),
+    sam3=("sam3", "facebook/sam3"),
+    clipseg=("clipseg", "CIDAS/clipseg-rd64-refined"),
 )
 GUIDE_PIXELS = 2**20  # pixels in one batch of a guide, nine windows of 336 pixels
 T = TypeVar("T")
@@ -55,6 +62,16 @@ class RegionsError(LookupError, ValueError):
 
 class LayerError(LookupError, ValueError):
     """Raised for a layer that the model does not have or that cannot be used this way."""
+
+
+def no_guide(name: str, given: Iterable[str]) -> GuideError:
+    """The error for a method that needs a guide of a name, with what to do."""
+    kind, model = GUIDES.get(name, ("TYPE", "MODEL"))
+    return GuideError(
+        f"the method needs the guide {name!r}; given: {', '.join(given) or 'none'}. Pass guides="
+        f"dict({name}=dict(type='{kind}', model='{model}')), or --guide {name}={kind}:model={model}, "
+        "and pip install 'sfp[guides]': see docs/methods.md"
+    )
 
 
 def absolute_layer(index: int, blocks: int, depth: int | None) -> int:
@@ -214,17 +231,9 @@ class Trace:
         return 1 + len(self.outputs)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors that it holds, to measure memory."""
-        computed = [*self._once.values(), *self._of_words.values()]
-        heads = [*self._heads.values(), *([self._running[1]] if self._running else [])]
-        tokens = [self.embedded, *self.outputs, *(x for x in computed if isinstance(x, Tokens))]
-        yield self.image
-        yield from (each.data for each in tokens)
-        yield from (x for each in heads for x in each.tensors())
-        yield from self.masks.values()
-        yield from (x for x in computed if isinstance(x, Tensor))
-        yield from (y for x in computed if isinstance(x, tuple) for y in x if isinstance(y, Tensor))
-        yield from (y for x in computed if isinstance(x, Trace) for y in x.tensors())
+        """All tensors that it holds, to measure memory; also those inside values computed once."""
+        # without `windows`, which hold this trace among their values
+        yield from _tensors([value for name, value in vars(self).items() if name != "windows"])
 
     def layer(self, index: int) -> int:
         """Converts a method's layer number to an absolute block number of this model.
@@ -331,11 +340,7 @@ class Trace:
 
     def _look(self, name: str, output: str | None, images: Tensor) -> Tokens:
         if name not in self.guides:
-            known = ", ".join(self.guides) or "none"
-            raise GuideError(
-                f"the method needs the guide {name!r}; given: {known} (pass guides=dict({name}="
-                "dict(type=..., model=...)), and pip install 'sfp[guides]': see docs/methods.md)"
-            )
+            raise no_guide(name, self.guides)
         options = {} if output is None else {"output": output}
         # in batches, because an image may have many windows
         step = max(GUIDE_PIXELS // images[0, 0].numel(), 1)
@@ -454,6 +459,7 @@ class Trace:
             positions=self.positions,
             text=self.text if worded else None,
             index=self.index if worded else None,
+            words=self.words if worded else None,
             guides=self.guides,
             normalisation=self.normalisation,
             depth=self.depth,
@@ -502,3 +508,18 @@ def native_last(trace: Trace) -> Tensor:
     tokens = trace.entering(len(trace.vit.blocks) - 1)
     last = trace.vit.blocks[-1]
     return last.advance(tokens, last.heads(tokens)).data  # not `last(...)`: patches may be hidden
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples, mappings, dataclasses and traces."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Trace):
+        yield from part.tensors()
+    elif isinstance(part, Mapping):
+        yield from _tensors([*part.values()])
+    elif is_dataclass(part) and not isinstance(part, type):
+        yield from _tensors([getattr(part, field.name) for field in fields(part)])
+    elif isinstance(part, (list, tuple)):
+        for item in part:
+            yield from _tensors(item)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 from importlib.util import find_spec
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads would be in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -22,6 +24,24 @@ settings.load_profile("same")
 def pytest_collection_finish():
     """Full collections, which mmengine asks for at each dataset, need not walk over all modules."""
     gc.freeze()
+
+
+def seed(value: int) -> None:
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test draws does not depend on which tests its process ran before."""
+    seed(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call():
+    """Nor on which fixtures were made for it; other numbers than those draw."""
+    seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")

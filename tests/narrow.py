@@ -12,6 +12,7 @@ from sfp.clip.vit import ImageConfig, VisionTransformer
 
 
 @functools.cache
+@torch.random.fork_rng()
 def vit():
     """Twelve narrow blocks whose attention is not uniform; a 14x14 grid at 112 pixels."""
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 from dataclasses import replace
@@ -17,7 +18,9 @@ from processes import killed
 
 from sfp import bulk, cli
 from sfp.cli import label as label_cli
+from sfp.clip.checkpoints import loading, published
 from sfp.data.listing import Outcome, list_units
+from sfp.files import sha256_file
 from sfp.registry import METHODS
 from sfp.vocabulary import load_vocabulary
 
@@ -197,6 +200,24 @@ def test_one_image_does_not_fail_its_batch(tmp_path, job, monkeypatch):
     assert found == {"0": "done", "1": "done", "2": "failed", "3": "done"}
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("proxyclip", "--guide dino=transformers:model=facebook/dino-vitb8"),
+        ("textregion", "needs regions of the image"),
+        ("sfp:layers=[20]", "layer 20 of a model with 12 blocks"),
+    ],
+)
+def test_a_method_that_cannot_run_fails_no_images(tmp_path, capsys, method, message):
+    """It ends the command, as with `sfp segment`, instead of every image."""
+    folder = write(tmp_path / "in", {f"{i}.png": picture(i) for i in range(2)})
+    assert cli.main([*command(folder, tmp_path / "out"), "--method", method]) == 2
+    assert message in capsys.readouterr().err
+    photo = [str(folder / "0.png"), "--classes", "sky, sun", "--weights", "mini"]
+    assert cli.main(["segment", *photo, "--method", method]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_many_classes_have_16_bits(tmp_path, job):
     job = replace(job, classes=load_vocabulary([f"word {i}" for i in range(300)]))
     folder = write(tmp_path / "in", {"0.png": picture(0)})
@@ -305,6 +326,45 @@ def test_a_config_says_how():
     config.model.speed = 3
     with pytest.raises(ValueError, match="speed"):
         bulk.job_from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("clusters", dict(count=5)),
+        ("load_from", "tuned.pth"),
+        ("test_cfg", dict(type="TestLoop", fp16=True)),
+        ("custom_hooks", [dict(type="EMAHook")]),
+        ("data_preprocessor", dict(type="ImagePreprocessor", bgr_to_rgb=False)),
+    ],
+)
+def test_a_config_with_what_labelling_would_ignore(name, value):
+    config = Config(dict(model=dict(weights="mini", classes=["sky"])))
+    (config.model if name == "data_preprocessor" else config)[name] = value
+    expected = dict(data_preprocessor="bgr_to_rgb", test_cfg="fp16").get(name, name)
+    with pytest.raises(ValueError, match=f"does not support .*{expected}"):
+        bulk.job_from_config(config)
+
+
+@pytest.mark.parametrize("name", ["ViT-B/16", "tipsv2-b14"])
+def test_weights_that_are_fetched_first(tmp_path, monkeypatch, job, name):
+    """A run that had to download its weights is continued by one that finds them."""
+    fetched: list[str] = []
+    mirror = tmp_path / "mirror.safetensors"  # of another name than the publisher's file
+
+    def download(name: str) -> Path:
+        fetched.append(name)
+        shutil.copy(published.PUBLISHED["mini"].shipped, mirror)
+        return mirror
+
+    monkeypatch.setattr(loading, "on_disk", lambda name: mirror if mirror.is_file() else None)
+    monkeypatch.setattr(loading, "download", download)
+    monkeypatch.setattr(loading, "verify", lambda name, path: (sha256_file(path), True))
+    for _ in range(2):
+        bulk.claim(tmp_path / "out", replace(job, weights=name))
+    assert fetched == [name]
+    described = json.loads((tmp_path / "out/settings.json").read_text())
+    assert described["weights"]["sha256"] == loading.open_weights(name).digest
 
 
 def command(folder: Path, out: Path) -> list[str]:

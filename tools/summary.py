@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 
 from sfp.cli.terminal import print_table
-from sfp.evaluation.scores import COLUMNS, cell
+from sfp.evaluation.scores import COLUMNS
 from sfp.files import atomic_write
+from sfp.tables import cell, markdown
 
 
 def main() -> None:
@@ -45,9 +46,8 @@ def main() -> None:
     header = ["benchmark", *COLUMNS, "images"]
     print_table(header, cells)
     if args.out:
-        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
-        markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        for suffix, text in ((".md", markdown), (".json", json.dumps(rows, indent=2) + "\n")):
+        texts = {".md": markdown(header, cells), ".json": json.dumps(rows, indent=2) + "\n"}
+        for suffix, text in texts.items():
             with atomic_write(args.out.with_suffix(suffix)) as path:
                 path.write_text(text)
 

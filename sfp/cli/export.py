@@ -65,16 +65,17 @@ def register(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exports."""
     from sfp.engine import Engine
-    from sfp.export import check_format, export
+    from sfp.export import check_format, check_method, export
     from sfp.method import build_method
     from sfp.vocabulary import as_vocabulary, check_threshold
 
     check_format(args.out, args.precision)  # raises before weights are loaded
+    method = build_method(options.parse_method(args.method))
+    check_method(method)
     vocabulary = as_vocabulary(options.parse_classes(args.classes))
     if not args.words_as_input:
         check_threshold(vocabulary, args.threshold)
         options.note_words(args.weights, vocabulary)
-    method = build_method(options.parse_method(args.method))
     files = export(
         Engine(args.weights, prob_thd=args.threshold),
         method,

@@ -127,22 +127,31 @@ def register(commands: argparse._SubParsersAction) -> None:
 def _model(args: argparse.Namespace) -> Any:
     """The model of a command line."""
     import sfp
+    from sfp.method import build_method, check_needs
 
+    method = build_method(options.parse_method(args.method))
+    guides = dict(map(options.parse_guide, args.guide))
+    regions = options.parse_regions(args.regions)
+    check_needs(method, guides, regions)
     return sfp.load(
         args.weights,
-        options.parse_method(args.method),
+        method,
         device=args.device,
         short_side=args.short_side,
         slide_crop=args.slide_crop,
         slide_stride=args.slide_stride,
-        guides=dict(map(options.parse_guide, args.guide)),
-        regions=options.parse_regions(args.regions),
+        guides=guides,
+        regions=regions,
         memory_mb=0,  # each image is seen once
     )
 
 
 def _reads(args: argparse.Namespace, model: Any) -> Iterator[tuple[Tokens, Trace]]:
-    """The method's features of all windows of each image of a folder, and their trace."""
+    """The method's features of all windows of each image of a folder, and their trace.
+
+    Raises:
+        DataError: if no image can be used.
+    """
     import sys
 
     import numpy as np
@@ -154,6 +163,7 @@ def _reads(args: argparse.Namespace, model: Any) -> Iterator[tuple[Tokens, Trace
     units = [unit for unit in list_units([args.images]) if not unit.is_archive][: args.limit]
     if not units:
         raise FileNotFoundError(f"{args.images} holds only archives: this command needs images")
+    read = 0
     with progress() as bar:
         for unit in bar.track(units, description="images"):
             try:
@@ -165,6 +175,9 @@ def _reads(args: argparse.Namespace, model: Any) -> Iterator[tuple[Tokens, Trace
                 print(f"left out: {error}", file=sys.stderr)
                 continue
             yield model.engine.read(model.method, pixels, regions=regions)
+            read += 1
+    if not read:
+        raise DataError(f"{args.images}: none of the {len(units)} images could be used")
 
 
 def _regions(engine: Any, name: str, pixels: Tensor) -> Tensor:

@@ -88,12 +88,12 @@ def run(args: argparse.Namespace) -> int:
             "--part 0/2 and --part 1/2"
         )
     job = _job(args)
+    job.build_method()  # raises before anything is downloaded
     options.note_words(job.weights, job.classes)
     units, suffix = list_units(args.inputs), ""
     if args.part:
         number, count = _part(args.part)
         units, suffix = units[number::count], f"-{number}"
-    bulk.claim(args.out, job)
     knobs = dict(
         job=job,
         out=args.out,
@@ -104,9 +104,12 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     if args.engine == "ray":
+        bulk.claim(args.out, job)
         outcomes = bulk.run_on_ray(units, knobs, processes=args.processes, modules=args.modules)
     else:
-        outcomes = bulk.Labeller(**knobs).run(units)
+        labeller = bulk.Labeller(**knobs)  # raises before the folder is claimed
+        bulk.claim(args.out, job)
+        outcomes = labeller.run(units)
 
     statuses: Counter[str] = Counter()
     shards = any(unit.is_archive for unit in units)
@@ -159,7 +162,7 @@ def _job(args: argparse.Namespace) -> Job:
         given = dict(guides=guides, regions=regions)
         settings = {name: node for name, node in given.items() if node}
         return bulk.Job(weights, words, method or "sfp", side, settings)
-    from sfp.evaluation.configs import CONFIGS
+    from sfp.data.benchmarks import CONFIGS
     from sfp.evaluation.run import load_config
 
     config = load_config(

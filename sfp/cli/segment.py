@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from sfp.cli import message
     from sfp.files import atomic_write
     from sfp.functional.room import RoomError
-    from sfp.method import build_method
+    from sfp.method import build_method, check_needs
     from sfp.vocabulary import as_vocabulary, background_threshold, check_threshold
 
     units = _units(args)
@@ -104,6 +104,9 @@ def run(args: argparse.Namespace) -> int:
     method = build_method(options.parse_method(args.method))
     if method.decision is None:
         check_threshold(vocabulary, threshold)
+    guides = dict(map(options.parse_guide, args.guide))
+    regions = options.parse_regions(args.regions)
+    check_needs(method, guides, regions)
     if method.reads_clip:
         options.note_words(args.weights, vocabulary)
     model = sfp.load(
@@ -113,8 +116,8 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         short_side="auto" if args.short_side is None else args.short_side,
         pamr_steps=args.pamr,
-        guides=dict(map(options.parse_guide, args.guide)),
-        regions=options.parse_regions(args.regions),
+        guides=guides,
+        regions=regions,
         memory_mb=0,  # each image is seen once
     )
     failures: list[Exception] = []

@@ -7,6 +7,7 @@ studies.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -34,12 +35,12 @@ from sfp.evaluation.published import (
 )
 from sfp.evaluation.settings import settings
 from sfp.files import atomic_write
+from sfp.palette import SKY, VERMILLION
 from sfp.registry import list_ops, suggest
 from sfp.tables import markdown
 
 COLUMNS = scores.COLUMNS[:3]  # as in the papers' tables
-# two of Okabe and Ito's colours, distinguishable with any common kind of colour vision
-OURS, PUBLISHED = "#56B4E9", "#D55E00"
+OURS, PUBLISHED = SKY, VERMILLION
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def ablate(
     sources = list(dict.fromkeys(weights)) or [config.model.weights]
     rows, benchmark = [], benchmark_of(config.test_dataloader.dataset.type)
     for source in sources:
-        own = config.copy()
+        own = copy.deepcopy(config)
         own.model.weights = source
         short = Path(str(source)).stem if Path(str(source)).is_file() else str(source)
         prefix = f"{short}: " if len(sources) > 1 else ""

@@ -17,10 +17,6 @@ from sfp.data import benchmarks
 from sfp.evaluation.notices import quiet
 from sfp.registry import suggest
 
-_PACKAGE = Path(__file__).parents[1]
-_INSTALLED = _PACKAGE / "configs"
-CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
-
 
 class ConfigError(ValueError):
     """A config that does not exist or is invalid."""
@@ -28,7 +24,7 @@ class ConfigError(ValueError):
 
 def config_names() -> list[str]:
     """Short names of the shipped configs that can be evaluated: "ade20k", ..., "voc21"."""
-    return sorted(path.stem.removeprefix("cfg_") for path in CONFIGS.glob("cfg_*.py"))
+    return sorted(path.stem.removeprefix("cfg_") for path in benchmarks.CONFIGS.glob("cfg_*.py"))
 
 
 def find_config(name: str | Path) -> Path:
@@ -49,8 +45,8 @@ def find_config(name: str | Path) -> Path:
     if row := benchmarks.find(short):  # also by an alias
         short = row.name
     file = f"{short}.py" if short.startswith("protocol_") else f"cfg_{short}.py"
-    if path.parent.as_posix() in (".", "configs") and (CONFIGS / file).is_file():
-        return CONFIGS / file
+    if path.parent.as_posix() in (".", "configs") and (benchmarks.CONFIGS / file).is_file():
+        return benchmarks.CONFIGS / file
     raise ConfigError(
         f"there is no config {name}: give the path of one, or a name{suggest(short, config_names())}"
     )

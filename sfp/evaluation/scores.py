@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sfp.data.images import DataError
+from sfp.tables import cell as cell
 
 COLUMNS = ("mIoU", "mAcc", "aAcc", "fwIoU")
 IGNORED = -1  # used for both labels in the entry for an image's ignored pixels
@@ -72,11 +73,6 @@ def rounded(summary: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 def number(value: float) -> float | None:
     """Rounds to four decimals; None for NaN, which JSON does not have."""
     return None if math.isnan(value) else round(value, 4)
-
-
-def cell(value: float | None, decimals: int = 2) -> str:
-    """A score as a table cell; a dash for None."""
-    return "-" if value is None else f"{value:.{decimals}f}"
 
 
 def cells(

@@ -48,7 +48,7 @@ from sfp.evaluation.journal import fingerprint
 from sfp.files import sha256_file
 from sfp.plugins import files_digest, registered, source_files
 from sfp.preprocessor import ImagePreprocessor
-from sfp.registry import METHODS, find, knobs
+from sfp.registry import method_node
 from sfp.segmentor import SETTINGS, OpenVocabSegmentor
 from sfp.version import __version__
 from sfp.vocabulary import load_vocabulary
@@ -188,8 +188,7 @@ def _run(config: Config, device: str | None) -> dict[str, Any]:
         result["batch_size"] = config.test_dataloader.get("batch_size", 1)
     if config.get("test_cfg", {}).get("fp16"):
         result["fp16"] = True  # of mmengine's loop: autocast
-    hooks = [node for node in config.get("custom_hooks", []) if node["type"] != "ProgressHook"]
-    if hooks:
+    if hooks := config.get("custom_hooks"):
         result["custom_hooks"] = hooks
     return result
 
@@ -311,15 +310,7 @@ def truth_hash(records: Mapping[str, Tensor]) -> str:
 
 def method_settings(node: Any) -> dict[str, Any]:
     """The group "method" of `settings`: a method node with all knobs of its preset."""
-    if isinstance(node, str):
-        node = dict(type=node)
-    if not isinstance(node, Mapping):
-        return plain(node)
-    name = node.get("type", "Method")
-    own = {k: v for k, v in node.items() if k != "type"}
-    if name == "Method":
-        return dict(type=name, **own)
-    return dict(type=name, **{**knobs(find(METHODS, name)), **own})
+    return method_node(node) if isinstance(node, (str, Mapping)) else plain(node)
 
 
 def _weights(config: Config, model: OpenVocabSegmentor | None) -> dict[str, Any]:

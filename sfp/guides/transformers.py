@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD
+from sfp.clip.checkpoints.published import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from sfp.registry import GUIDES, suggest
 from sfp.tokens import Tokens
 
 if TYPE_CHECKING:
     from sfp.clip.model import CLIP
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1; of DINO, DINOv2 and most others
-IMAGENET_STD = (0.229, 0.224, 0.225)
 PROJECTIONS = dict(q=("q_proj", "query"), k=("k_proj", "key"), v=("v_proj", "value"))
 """Names of a block's projections in current and earlier versions of `transformers`."""
 

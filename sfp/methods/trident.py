@@ -29,7 +29,7 @@ from sfp.functional.clusters import resize
 from sfp.functional.precision import upcast
 from sfp.registry import METHODS, op
 from sfp.tokens import Tokens
-from sfp.trace import GuideError, Trace
+from sfp.trace import Trace, no_guide
 
 
 def agreeing_attention(
@@ -98,10 +98,7 @@ def sam_correlation(
     joined = whole.grid.stitch(read.mT.unflatten(2, features.grid), floor=floor)  # (1, D, h, w)
     if sam is not None:
         if sam not in trace.guides:
-            raise GuideError(
-                f"the method needs the guide {sam!r}: pass guides=dict({sam}=dict(type='sam', "
-                "model='facebook/sam-vit-base')), and pip install 'sfp[guides]'; sam=None goes without"
-            )
+            raise no_guide(sam, trace.guides)
         image = whole.pixels[None]
         parts = [(image, joined)]
         if halves and joined.shape[-1] > 1:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sfp.clip.vit import VisionTransformer
 from sfp.method import Detector
 from sfp.outliers.planted import Tally
+from sfp.tables import cell
 from sfp.trace import Trace
 
 TIMES = 3.0  # even shares that make a patch a hub
@@ -130,7 +131,7 @@ def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         found = result["detectors"][name]
         each = found["layers"]
         marked = sum(one["marked"] for one in each) / len(each)
-        cells = [f"{_cell(one['precision'])} / {_cell(one['recall'])}" for one in each]
+        cells = [f"{cell(one['precision'])} / {cell(one['recall'])}" for one in each]
         rows.append([name, *cells, f"{marked:.1f}", f"{found['ms']:.1f}"])
     return header, rows
 
@@ -138,7 +139,3 @@ def sheet(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _f1(layers: Sequence[Mapping[str, float | None]]) -> float:
     pairs = [(one["precision"] or 0.0, one["recall"] or 0.0) for one in layers]
     return sum(2 * p * r / (p + r) for p, r in pairs if p + r) / len(pairs)
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

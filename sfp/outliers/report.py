@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from sfp.files import atomic_write
 from sfp.outliers.planted import TRUTH
-from sfp.tables import markdown
+from sfp.palette import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
+from sfp.tables import cell, markdown
 
 BEGIN, END = "<!-- plant: begin -->", "<!-- plant: end -->"
 
@@ -21,21 +22,9 @@ PARTS = {"planted": "planted patches", "others": "all other patches"}
 Result = Mapping[str, Any]
 Sheet = tuple[list[str], list[list[str]]]  # header and rows
 
-# Okabe and Ito's colours, distinguishable with any common kind of colour vision; markers differ too
-STYLES = (
-    ("#000000", "o"),
-    ("#E69F00", "s"),
-    ("#56B4E9", "^"),
-    ("#009E73", "D"),
-    ("#0072B2", "v"),
-    ("#D55E00", "P"),
-    ("#CC79A7", "X"),
+STYLES = tuple(
+    zip(("#000000", ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE), "os^DvPX", strict=True)
 )
-
-
-def number(value: float | None) -> str:
-    """Formats with two decimals; a dash for undefined values."""
-    return "-" if value is None else f"{value:.2f}"
 
 
 def ranking(result: Result) -> list[str]:
@@ -53,8 +42,8 @@ def disturbance_sheet(result: Result, pattern: str) -> Sheet:
     rows = result["patterns"][pattern]["disturbance"]
     header = ["", *(f"strength {row['strength']:g}" for row in rows)]
     lines = [
-        ["norm, in medians of the others", *(number(row["norm"]) for row in rows)],
-        ["share of the class token's attention", *(number(row["drawn"]) for row in rows)],
+        ["norm, in medians of the others", *(cell(row["norm"]) for row in rows)],
+        ["share of the class token's attention", *(cell(row["drawn"]) for row in rows)],
     ]
     return header, lines
 
@@ -69,7 +58,7 @@ def detection_sheet(result: Result, pattern: str) -> Sheet:
         rows = result["patterns"][pattern]["detection"][d]
         (chosen,) = (row for row in rows if row["strength"] == at)
         cells = [*(row["f1"] for row in rows), chosen["precision"], chosen["recall"]]
-        lines.append([d, *map(number, cells), f"{result['undisturbed'][d]:.1%}"])
+        lines.append([d, *map(cell, cells), f"{result['undisturbed'][d]:.1%}"])
     return header, lines
 
 

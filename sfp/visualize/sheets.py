@@ -80,4 +80,4 @@ def picture_sheet(
         handlelength=1,
     )
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:])
+        figure.savefig(temporary, format=Path(path).suffix[1:])

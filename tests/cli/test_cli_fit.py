@@ -50,6 +50,18 @@ def test_templates(photos, tmp_path, capsys):
     assert set(found["experts"]) == {"sky", "grass", "cat"}
 
 
+def test_templates_of_no_image(photos, tmp_path, capsys):
+    """A file of an earlier run is kept."""
+    folder, out = photos[0], tmp_path / "experts.json"
+    out.write_text("earlier")
+    for image in ("a.png", "deep/b.png"):
+        (folder / image).write_bytes(b"nothing")
+    words = ["--classes", "voc20", "--out", str(out), "--templates", "vild"]
+    assert cli.main(["fit", "templates", str(folder), *words, *MINI]) == 3
+    assert "none of the 3 images could be used" in capsys.readouterr().err
+    assert out.read_text() == "earlier"
+
+
 def test_memory(photos, tmp_path, capsys, monkeypatch):
     folder, maps = photos
     segmentors.dino(patch=16).save_pretrained(tmp_path / "dino")

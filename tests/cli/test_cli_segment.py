@@ -225,5 +225,5 @@ def test_a_method_with_a_guide_and_without_clip(photos, tmp_path, capsys, monkey
     assert np.array_equal(np.array(Image.open(tmp_path / "out/labels/a.png")), expected)
     with pytest.raises(ValueError, match="expected NAME=TYPE"):
         run(photo, *words, "--guide", "sam3:model=model")
-    with pytest.raises(LookupError, match="needs a SAM 3 as the guide 'sam3'"):
+    with pytest.raises(LookupError, match="needs the guide 'sam3'; given: none"):
         run(photo, *words)

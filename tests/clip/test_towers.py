@@ -45,6 +45,7 @@ GUIDES = dict(dino=colours, sam=tiny.Sam(), clipseg=tiny.Scorer(), sam3=tiny.Sam
 
 
 @functools.cache
+@torch.random.fork_rng()
 def family(name: str) -> Family:
     return FAMILIES[name]()
 

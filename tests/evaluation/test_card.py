@@ -15,7 +15,7 @@ from sfp.evaluation import run as evaluate
 from sfp.evaluation import settings
 from sfp.evaluation.journal import count, fingerprint
 from sfp.plugins import import_modules
-from sfp.registry import OPS
+from sfp.registry import METHODS, OPS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -133,13 +133,17 @@ def test_code_of_other_people_counts(tmp_path, monkeypatch):
 def test_code_that_ones_own_code_imports_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "beside_mine.py").write_text("GAIN = 1\n")
-    (tmp_path / "mine_of_two.py").write_text("import beside_mine\n")
+    (tmp_path / "mine_of_two.py").write_text(
+        "import beside_mine\nfrom sfp.registry import METHODS\n"
+        "@METHODS.register_module()\ndef of_two():\n    return {}\n"
+    )
     try:
         import_modules([str(tmp_path / "mine_of_two.py")])
         one = settings.settings(load())["versions"]["code"]
         (tmp_path / "beside_mine.py").write_text("GAIN = 2\n")
         assert settings.settings(load())["versions"]["code"] != one
     finally:
+        METHODS.module_dict.pop("of_two", None)
         for name in ("beside_mine", "mine_of_two"):
             sys.modules.pop(name, None)
 

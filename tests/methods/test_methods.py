@@ -213,6 +213,7 @@ assert NAMES
 
 
 @functools.cache
+@torch.random.fork_rng()  # the caller draws the same numbers whether or not it is the first
 def tiny(layers: int = 12) -> sfp.CLIP:
     """Two heads, patches of 8 pixels, an 8x8 grid."""
     torch.manual_seed(layers)

@@ -21,7 +21,13 @@ from torch.nn import functional as F
 
 from sfp.clip.adaptor import AdaptorConfig
 from sfp.clip.blocks import HEAD_WIDTH
-from sfp.clip.checkpoints.published import HALF, HEAD_WIDTHS, LayoutError
+from sfp.clip.checkpoints.published import (
+    HALF,
+    HEAD_WIDTHS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LayoutError,
+)
 from sfp.clip.checkpoints.renaming import BLOCKS, count_blocks, packed, shape_of, stated, turned
 from sfp.clip.pool import PoolConfig
 from sfp.clip.rope import RopeConfig
@@ -39,7 +45,6 @@ _RADIO_PARTS = re.compile(
 _TIMM_PARTS = re.compile(r"(embeds|patch_embed|blocks)\.|(pos_embed|cls_token|reg_token)$")
 RADIO_SIZE = 512  # pixels, for timm's C-RADIOs; their position embeddings are for 2048
 SIGLIP_HEADS = {1152: 72, 1536: 96}  # width of heads by width of tokens; otherwise 64
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTHING, ALL = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 State = dict[str, Tensor]

@@ -6,8 +6,9 @@
 #   DATA_ROOT=/data sh multi_test.sh
 #   CONFIGS="configs/cfg_voc21.py configs/cfg_ade20k.py" WORK_DIR=work/two sh multi_test.sh --method sclip
 #
-# Environment: CONFIGS (all eight), WORK_DIR (work/all), GPUS (number to use; default: all), PYTHON
-# (python), DATA_ROOT (data). Arguments are passed to every tools/test.py.
+# Environment: CONFIGS (all eight), WORK_DIR (work/all), CUDA_VISIBLE_DEVICES (all GPUs), GPUS (number
+# of these to use; default: all), PYTHON (python), DATA_ROOT (data). Arguments are passed to every
+# tools/test.py.
 #
 # Exit code: 0 if every benchmark was evaluated; 3 if some were skipped because their data or weights
 # are missing; 1 if one failed. The output of each run is in
@@ -18,6 +19,7 @@ TOOLS=$(dirname "$0")/tools
 . "$TOOLS/benchmarks.sh"
 WORK_DIR=${WORK_DIR:-work/all}
 GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
+given=${CUDA_VISIBLE_DEVICES:-}
 
 # One worker per GPU runs every GPUS-th config; without a GPU a single worker runs all of them.
 worker() {
@@ -28,7 +30,11 @@ worker() {
         if [ $((position % workers)) -eq "$number" ]; then
             start "$config"
             if [ "$GPUS" -gt 0 ]; then
-                export CUDA_VISIBLE_DEVICES="$number"
+                gpu=$number
+                if [ -n "$given" ]; then
+                    gpu=$(echo "$given" | cut -d , -f "$((number + 1))")
+                fi
+                export CUDA_VISIBLE_DEVICES="$gpu"
             fi
             echo "$name: started"
             code=0

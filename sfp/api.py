@@ -312,10 +312,11 @@ class Model:
             visualize.outliers(model.resized("photo.jpg"), trace, layers=[5, 10])
         """
         self.engine.convert()
-        context: dict[str, Any] = dict(guides=dict(self.engine.guides.items()))
+        context: dict[str, Any] = dict(
+            guides=dict(self.engine.guides.items()), normalisation=(self.clip.mean, self.clip.std)
+        )
         if classes is not None:
-            queries = self.queries(as_vocabulary(classes))
-            context.update(text=queries.features, index=queries.index)
+            context = self.engine._context(self.queries(as_vocabulary(classes)))
         pixels = self.engine.normalise(self.input(as_image(image)))
         return self._method(method).run(self.clip.visual, pixels[None], **context)
 

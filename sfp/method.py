@@ -267,6 +267,12 @@ class Method(_Fields):
             raise ValueError(
                 f"weights={self.weights}: expected one for each of the {len(self.readouts)} readouts"
             )
+        if needs(self.edits, "whole"):
+            raise ValueError(
+                f"edits={self.edits}: one of their ops declares whole=True, but the trunk runs on only "
+                "some of the windows at a time: use it in `image`, `readouts`, `comparison` or "
+                "`refiners`"
+            )
 
     def features(
         self, vit: VisionTransformer, image: Tensor, **context: Any
@@ -404,7 +410,7 @@ class Method(_Fields):
     def needs_regions(self) -> bool:
         """Whether it needs an id map of the image's regions."""
         return self.vote != "no" or needs(
-            (self.image, self.readouts, self.comparison, self.refiners), "regions"
+            (self.edits, self.image, self.readouts, self.comparison, self.refiners), "regions"
         )
 
     @property

@@ -146,7 +146,8 @@ def op(
         words: whether its result depends on the text features or the classes of a `Trace`. What does
             not is kept when only the words change. By default False for ops of this package and True
             for others, which is always right, but may be slower.
-        whole: whether it needs all windows of an image in one trace (`Trace.whole`).
+        whole: whether it needs all windows of an image in one trace (`Trace.whole`); not possible in
+            edits of the trunk.
         regions: whether it needs an id map of the image's regions (`Trace.regions`).
 
     Raises:

@@ -169,10 +169,6 @@ class Heads:
         """The same projections without rotary positions."""
         return replace(self, rotate=None)
 
-    def tensors(self) -> list[Tensor]:
-        """The tensors computed so far, to measure memory."""
-        return [self.x, *self._made.values()]
-
     @property
     def hidden_keys(self) -> Tensor | None:
         """`hidden` for all tokens, broadcastable to attention weights: (B, 1, 1, T) bool."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -231,17 +231,9 @@ class Trace:
         return 1 + len(self.outputs)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors that it holds, to measure memory."""
-        computed = [*self._once.values(), *self._of_words.values()]
-        heads = [*self._heads.values(), *([self._running[1]] if self._running else [])]
-        tokens = [self.embedded, *self.outputs, *(x for x in computed if isinstance(x, Tokens))]
-        yield self.image
-        yield from (each.data for each in tokens)
-        yield from (x for each in heads for x in each.tensors())
-        yield from self.masks.values()
-        yield from (x for x in computed if isinstance(x, Tensor))
-        yield from (y for x in computed if isinstance(x, tuple) for y in x if isinstance(y, Tensor))
-        yield from (y for x in computed if isinstance(x, Trace) for y in x.tensors())
+        """All tensors that it holds, to measure memory; also those inside values computed once."""
+        # without `windows`, which hold this trace among their values
+        yield from _tensors([value for name, value in vars(self).items() if name != "windows"])
 
     def layer(self, index: int) -> int:
         """Converts a method's layer number to an absolute block number of this model.
@@ -467,6 +459,7 @@ class Trace:
             positions=self.positions,
             text=self.text if worded else None,
             index=self.index if worded else None,
+            words=self.words if worded else None,
             guides=self.guides,
             normalisation=self.normalisation,
             depth=self.depth,
@@ -515,3 +508,18 @@ def native_last(trace: Trace) -> Tensor:
     tokens = trace.entering(len(trace.vit.blocks) - 1)
     last = trace.vit.blocks[-1]
     return last.advance(tokens, last.heads(tokens)).data  # not `last(...)`: patches may be hidden
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples, mappings, dataclasses and traces."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Trace):
+        yield from part.tensors()
+    elif isinstance(part, Mapping):
+        yield from _tensors([*part.values()])
+    elif is_dataclass(part) and not isinstance(part, type):
+        yield from _tensors([getattr(part, field.name) for field in fields(part)])
+    elif isinstance(part, (list, tuple)):
+        for item in part:
+            yield from _tensors(item)

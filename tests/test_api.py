@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -358,6 +359,19 @@ def test_looking_inside(clip):
         resclip.read(model.trace(image, method="resclip"))
     assert resclip.read(model.trace(image, method=resclip, classes=WORDS)).grid == (10, 16)
     assert visualize.outliers(shown, trace, [5, 10], ["som"]).axes
+
+
+def test_a_look_inside_has_words_and_colours_too(clip):
+    """What `segment` gives to a method: the words themselves, and the mean and std of its images."""
+    other = copy.copy(clip)
+    other.mean, other.std = (100.0, 110.0, 120.0), (50.0, 60.0, 70.0)
+    model = door(other)
+    for classes in (None, WORDS):
+        trace = model.trace(picture(), classes=classes)
+        shown = torch.from_numpy(model.resized(picture())).permute(2, 0, 1) / 255
+        torch.testing.assert_close(trace.rgb(trace.image[0]), shown)
+    assert trace.known_words().queries == ("sky", "clouds", "grass", "a person on a bike")
+    assert trace.known_words().banks(["a {}.", "{}"]).shape == (2, 4, 32)
 
 
 def test_sizes_as_they_are(clip):

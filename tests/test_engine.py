@@ -17,7 +17,8 @@ from sfp import engine as engine_module
 from sfp.engine import Engine, Queries, choose_device
 from sfp.feature_cache import LRUCache
 from sfp.functional.labels import otsu
-from sfp.functional.windows import WindowGrid
+from sfp.functional.windows import WindowGrid, nearest
+from sfp.registry import OPS
 from sfp.whole import WholeImage
 
 SMALL = dict(
@@ -238,3 +239,34 @@ def test_each_image_has_a_threshold_of_its_own():
         found = both.label(image, sheet, queries.index)
         assert torch.equal(found.labels, expected)
         assert not torch.equal(found.labels, free.labels)
+
+
+def test_edits_may_need_regions_but_not_all_windows():
+    try:
+
+        @sfp.op("detector", regions=True)
+        def second_region(trace: sfp.Trace, layer: int) -> torch.Tensor:
+            return nearest(trace.regions, trace.embedded.grid).flatten(1) == 2
+
+        @sfp.op("detector", whole=True)
+        def of_all_windows(trace: sfp.Trace, layer: int) -> torch.Tensor: ...
+
+        engine = Engine(tiny.clip(), slide_crop=64, slide_stride=32)
+        ids = torch.ones(64, 96, dtype=torch.long)
+        words, (image,) = Queries(tiny.queries(3), (0, 1, 2)), tiny.images(1, 64, 96)
+
+        def logits(regions: torch.Tensor) -> torch.Tensor:
+            method = sfp.build_method("sfp", pm="second_region")
+            ((sheet,),) = engine.logits([method], [image], [(64, 96)], words, regions=[regions])
+            return sheet.tiles  # (8, 2 * 8, Q), the windows from left to right
+
+        without = logits(ids)
+        ids[20:40, 70:90] = 2  # in the right window only
+        changed = (logits(ids) != without).any(-1)
+        assert not changed[:, :8].any()
+        assert changed[:, 8:].any()
+        with pytest.raises(ValueError, match=r"of_all_windows.*whole=True"):
+            sfp.build_method("sfp", pm="of_all_windows")
+    finally:
+        for name in ("second_region", "of_all_windows"):
+            OPS.module_dict.pop(name, None)

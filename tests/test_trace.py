@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
+
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
 import sfp
+from sfp.feature_cache import run
+from sfp.functional.windows import WindowGrid
 from sfp.registry import OPS, bind, needs_words
-from sfp.trace import LayerError
+from sfp.trace import LayerError, Words
+from sfp.whole import WholeImage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -104,3 +111,43 @@ def test_bad_layers_are_wrong_settings(method):
     with pytest.raises(LayerError) as error:
         sfp.build_method(method).logits(tiny.clip().visual, tiny.images(1), tiny.queries(3))
     assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    "method", ["sfp", "cliper", dict(type="clip_surgery", stitched=True)], ids=str
+)
+def test_all_tensors_of_a_trace_are_counted(method):
+    """Those that Python's garbage collector reaches from what is cached, without the model."""
+    context = dict(text=tiny.queries(3), index=(0, 1, 2))
+    image = tiny.images(1, 64, 96)[0]
+    whole = WholeImage(WindowGrid.over((64, 96), 64, 32), image, regions=torch.zeros(64, 96).long())
+    windows = torch.stack([whole.cut(place)[0] for place in whole.grid.places])
+    method = sfp.build_method(method)
+    _, features = run(method, tiny.clip().visual, windows, dict(context, whole=whole))
+
+    def reached(part: object, seen: set[int]) -> Iterator[Tensor]:
+        if id(part) in seen or isinstance(part, (type, ModuleType, FunctionType, torch.nn.Module)):
+            return
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            yield part
+        else:
+            for inner in gc.get_referents(part):
+                yield from reached(inner, seen)
+
+    storages = {x.untyped_storage().data_ptr(): x for x in reached(features, set())}
+    assert features.nbytes == sum(x.untyped_storage().nbytes() for x in storages.values())
+
+
+def test_edits_that_need_words_get_them_on_the_whole_image_too():
+    def worded(trace: sfp.Trace, layer: int) -> sfp.Tokens:
+        tokens = trace.outputs[layer]
+        assert trace.index == (0, 0)
+        return tokens.with_data(tokens.data * len(trace.known_words().queries))
+
+    whole = WholeImage(WindowGrid.over((64, 96), 64, 32), tiny.images(1, 64, 96)[0])
+    windows = torch.stack([whole.cut(place)[0] for place in whole.grid.places])
+    context = dict(text=tiny.queries(2), index=(0, 0), words=Words(("sky", "cloud"), tiny.queries))
+    method = sfp.Method(edits=(worded,))
+    trace = method.run(tiny.clip().visual, windows, whole=whole, **context)
+    assert trace.of_image().words == trace.words

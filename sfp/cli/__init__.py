@@ -176,11 +176,10 @@ def exit_code(error: Exception) -> int:
 
 
 def message(error: Exception) -> str:
-    """An error's message; errors of a data loader's worker hold a traceback that ends with it."""
+    """An error's message."""
     if isinstance(error, OSError) and error.strerror:
         if error.filename:
             return f"{os.fsdecode(error.filename)}: {error.strerror}"
         if error.errno == errno.ENOSPC:
             return f"{error.strerror}: free some, or choose another folder for the results"
-    text = str(error).strip()
-    return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text
+    return str(error).strip()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sfp.cli import options
 
+PICTURES = 4  # images on the sheet by default
+
 TEXT = """\
 Evaluates several methods on one config and prints one table.
 
@@ -25,7 +27,8 @@ images.
 config, also thresholds that were tuned for its own words.
 
 Several --weights give one table of towers by methods, matrix.json and matrix.md, with the training
-data of each tower and of the other models. This resumes too, also with more weights.
+data of towers and other models if that is more than images and captions, and why methods do not run
+on a tower. This resumes too, also with more weights.
 
 Examples:
     sfp compare mini
@@ -34,7 +37,7 @@ Examples:
     sfp compare voc21 --weights ViT-B/16 tipsv2-l14 siglip2-b16-256 --methods maskclip naclip
     sfp compare mini --methods sclip sfp:purify=False sfp --paired sfp:purify=False
 
-Exit codes are those of `sfp eval`.
+Exit codes are those of `sfp eval`; 1 also if no method runs on any of several weights.
 """
 
 
@@ -60,7 +63,8 @@ def register(commands: argparse._SubParsersAction) -> None:
         "names) or a class file, one line per class (default: the config's only)",
     )
     options.add_paired(parser, "one of the methods")
-    options.add_pictures(parser, default=4)
+    options.add_pictures(parser, default=PICTURES)
+    parser.set_defaults(pictures=None)  # to notice the option
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     methods = args.methods or self_contained_methods()
     if len(args.weights or ()) > 1:
         return _matrix(args, methods)
+    pictures = PICTURES if args.pictures is None else args.pictures
     config = options.load(args, weights=args.weights[0] if args.weights else None)
     with progress() as bar:
         task = bar.add_task(f"{len(methods)} methods", total=None)
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             config,
             {name: options.parse_method(name) for name in methods},
             words=args.classes,
-            pictures=args.pictures,
+            pictures=pictures,
             resume=not args.no_resume,
             paired=args.paired,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     print_table(*compare.compare_sheet(record), title=title)
     for line in compare.published_lines(record):
         print(line)
-    files = "compare.json, compare.md" + ", compare.png" * bool(args.pictures)
+    files = "compare.json, compare.md" + ", compare.png" * bool(pictures)
     print(f"results in {config.work_dir}: {files}")
     return 0
 
@@ -96,10 +101,10 @@ def run(args: argparse.Namespace) -> int:
 def _matrix(args: argparse.Namespace, methods: Sequence[str]) -> int:
     """Compares methods on several weights."""
     from sfp.cli.terminal import print_table, progress
-    from sfp.evaluation.matrix import matrix, matrix_sheet
+    from sfp.evaluation.matrix import matrix, matrix_lines, matrix_sheet
 
-    if args.paired or args.classes:
-        raise ValueError("--paired and --classes need a single value of --weights")
+    if args.paired or args.classes or args.pictures:
+        raise ValueError("--paired, --classes and --pictures need a single value of --weights")
     configs = {weights: options.load(args, weights=weights) for weights in args.weights}
     folder = Path(next(iter(configs.values())).work_dir)
     with progress() as bar:
@@ -112,5 +117,7 @@ def _matrix(args: argparse.Namespace, methods: Sequence[str]) -> int:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     print_table(*matrix_sheet(record), title=args.config)
+    for line in matrix_lines(record):
+        print(line)
     print(f"results in {folder}: matrix.json, matrix.md")
-    return 0
+    return int(not any("scores" in row for row in record["rows"]))

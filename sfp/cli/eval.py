@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from sfp.cli import options
 
@@ -62,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
     )
     if result:
         console().print(evaluate.per_class_table(result))
-        files = "metrics.json, card.md" + ", sheet.png" * bool(args.pictures)
-        print(f"results in {config.work_dir}: {files}")
+        files = [name for name in evaluate.RESULTS if Path(config.work_dir, name).is_file()]
+        print(f"results in {config.work_dir}: {', '.join(files)}")
     return 0

@@ -9,8 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
-def progress(*more: str) -> Progress:
-    """A progress bar; `more` adds columns, e.g. "{task.fields[rate]}"."""
+def progress(*more: str, disable: bool = False) -> Progress:
+    """A progress bar; `more` adds columns, e.g. "{task.fields[rate]}"; `disable` hides it."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -18,6 +18,7 @@ def progress(*more: str) -> Progress:
         TimeRemainingColumn(),
         *map(TextColumn, more),
         console=Console(stderr=True),
+        disable=disable,
     )
 
 

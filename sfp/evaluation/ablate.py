@@ -7,6 +7,7 @@ studies.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -261,7 +262,7 @@ def ablate(
     sources = list(dict.fromkeys(weights)) or [config.model.weights]
     rows, benchmark = [], benchmark_of(config.test_dataloader.dataset.type)
     for source in sources:
-        own = config.copy()
+        own = copy.deepcopy(config)
         own.model.weights = source
         short = Path(str(source)).stem if Path(str(source)).is_file() else str(source)
         prefix = f"{short}: " if len(sources) > 1 else ""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sfp.clip.checkpoints.loading import split_activation
 from sfp.clip.checkpoints.published import MINI, find, short_side
 from sfp.data.benchmarks import by_dataset
 from sfp.evaluation.settings import method_settings
@@ -88,8 +89,9 @@ def seen(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     Yields each with its training data. Unknown CLIPs and proposers without a model are left out.
     """
     weights = str(card["weights"].get("name", ""))
-    row = find(weights)
-    local = row is None and Path(weights).exists()  # a user's own file name says nothing
+    name, _ = split_activation(weights)
+    row = find(name)
+    local = row is None and Path(name).exists()  # a user's own file name says nothing
     if known := None if local else _known(f"{weights} {row.family if row else ''}"):
         yield weights, known
     protocol = card["protocol"]

@@ -8,6 +8,7 @@ work as with words. `HungarianMetric` scores the result.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +18,12 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
 from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sfp.data.datasets import DATASETS
-from sfp.engine import choose_device
+from sfp.evaluation.compare import build_segmentor
 from sfp.evaluation.journal import fingerprint
 from sfp.evaluation.loading import Batches
 from sfp.evaluation.settings import settings
@@ -49,7 +49,7 @@ def cluster_config(config: Config) -> Config:
             "clusters have no names: set test_evaluator=dict(type='HungarianMetric'), which matches "
             "them to classes"
         )
-    config = config.copy()
+    config = copy.deepcopy(config)  # `config.copy()` would share the model's settings
     config.test_evaluator = dict(evaluators[0], clusters=node["count"])
     config.model.classes = [f"cluster {i}" for i in range(node["count"])]
     return config
@@ -117,8 +117,7 @@ def fit_clusters(
     Returns:
         (count, C) unit centres, and the mean cosine of a patch with its own.
     """
-    init_default_scope(config.get("default_scope", "mmseg"))
-    segmentor = MODELS.build(config.model).to(choose_device()).eval()
+    segmentor = build_segmentor(config)
     built = _dataset(config, dataset)
     # all images in this process: mmengine's samplers would divide them among the processes
     loader = Batches(config.test_dataloader, built, range(len(built)))

@@ -21,6 +21,7 @@ from sfp.data.benchmarks import by_dataset
 from sfp.data.datasets import DATASETS
 from sfp.data.images import DataError
 from sfp.engine import choose_device
+from sfp.evaluation.configs import ConfigError
 from sfp.evaluation.journal import Journal
 from sfp.evaluation.loading import Batches
 from sfp.evaluation.metrics import SegmentationMetric, counting_metric
@@ -46,14 +47,32 @@ from sfp.overlay import Panel
 from sfp.registry import suggest
 from sfp.segmentor import OpenVocabSegmentor
 from sfp.tables import markdown
+from sfp.trace import GuideError, RegionsError
 from sfp.visualize.sheets import at_size, picture_sheet
 from sfp.vocabulary import load_vocabulary
 
 
-def build_segmentor(config: Config) -> OpenVocabSegmentor:
-    """The segmentor of a config, on the GPU if there is one."""
+class MethodError(ValueError):
+    """A method that cannot run on these weights; the message gives the reason."""
+
+
+def build_segmentor(config: Config, method: Method | None = None) -> OpenVocabSegmentor:
+    """The segmentor of a config, on the GPU if there is one.
+
+    Args:
+        config: from `evaluate.load_config`.
+        method: replaces that of the config.
+
+    Raises:
+        ConfigError: if the config names weights that only mmengine's runner would load.
+    """
+    if path := config.get("load_from"):
+        raise ConfigError(
+            f"load_from={path} is supported by `sfp eval` with words only: name the weights in "
+            "model.weights instead (--weights)"
+        )
     init_default_scope(config.get("default_scope", "mmseg"))
-    segmentor = MODELS.build(config.model)
+    segmentor = MODELS.build(dict(config.model, method=method) if method else config.model)
     return segmentor.to(choose_device()).eval()
 
 
@@ -86,6 +105,7 @@ def measure(
     config: Config,
     methods: Mapping[str, str | Mapping[str, Any] | Method],
     *,
+    segmentor: OpenVocabSegmentor | None = None,
     pictures: int = 0,
     resume: bool = True,
     paired: str | None = None,
@@ -99,6 +119,7 @@ def measure(
     Args:
         config: from `evaluate.load_config`; its `model.method` is not used.
         methods: arguments of `build_method`, by the methods' names in tables.
+        segmentor: result of `build_segmentor`, to use one for several calls.
         pictures: number of images on the sheet `compare.png` in the work folder, rerun for it if
             already done; 0 for none.
         resume: False discards the journals of these methods.
@@ -111,9 +132,16 @@ def measure(
         name as in `paired.differences`.
 
     Raises:
-        ValueError: if `paired` is not the name of a method.
+        ValueError: if `paired` is not the name of a method, or the config has a setting that only
+            `sfp eval` applies.
+        MethodError: if a method cannot run on these weights.
         DataError: if a file cannot be used, with its name, or if all ground truth is ignored.
     """
+    if config.get("custom_hooks") or config.get("test_cfg", {}).get("fp16"):
+        raise ConfigError(
+            "custom_hooks and test_cfg.fp16 are supported by `sfp eval` only, which uses mmengine's "
+            "runner: remove them from the config"
+        )
     if "clusters" in config:
         raise ValueError(
             "clusters are fitted to the features of one method: evaluate configs without words "
@@ -123,10 +151,7 @@ def measure(
         bases(methods, paired)  # raises for a wrong name before anything runs
     init_default_scope(config.get("default_scope", "mmseg"))
     built = {name: build_method(method) for name, method in methods.items()}
-    model = config.model.copy()
-    model.pop("method", None)  # assigning to it would merge
-    model.method = next(iter(built.values()))
-    segmentor = build_segmentor(Config(dict(config, model=model)))
+    segmentor = segmentor or build_segmentor(config, next(iter(built.values())))
     nodes = {name: method_settings(method) for name, method in methods.items()}
     plan = _plan(config, segmentor, built, nodes, pictures, resume)
     columns = _run(config, segmentor, plan, progress)
@@ -216,7 +241,12 @@ def _run(
             data = segmentor.data_preprocessor(data)
             samples = data["data_samples"]
             methods = [plan.methods[name] for name in names]
-            results = segmentor.predict_each(methods, data["inputs"], samples)
+            try:
+                results = segmentor.predict_each(methods, data["inputs"], samples)
+            except (DataError, GuideError, RegionsError):  # whatever the weights
+                raise
+            except ValueError as error:
+                raise MethodError(str(error)) from error
             truths = [sample.gt_sem_seg.data[0] for sample in samples]
             labels = {
                 name: [each.labels for each in result]

@@ -33,10 +33,7 @@ def start_processes(config: Config) -> None:
         ValueError: if the launcher's environment variables are missing.
     """
     launcher = config.get("launcher", "none")
-    if launcher == "none":
-        return
-    config.model_wrapper_cfg = dict(type="FrozenReplica")
-    if torch.distributed.is_initialized():
+    if launcher == "none" or torch.distributed.is_initialized():
         return
     if not torch.cuda.is_available():
         # mmengine's own function requires CUDA, but accepts an existing group

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from sfp.clip.checkpoints.loading import split_activation
-from sfp.clip.checkpoints.published import MINI, NONE, find
-from sfp.data.images import DataError
-from sfp.evaluation.compare import measure, part_of
+from sfp.evaluation.choices import seen
+from sfp.evaluation.compare import MethodError, build_segmentor, measure, part_of
+from sfp.evaluation.notices import quiet
 from sfp.evaluation.scores import cells, columns_of
 from sfp.files import atomic_write
 from sfp.method import Method, build_method
 from sfp.registry import guides_of
 from sfp.tables import markdown
 
-# training data of towers other than captions written by people, where a source states it
-TOWERS = {"TIPSv2": "synthetic captions"}
-DRAWN = "captions and patch labels of drawn scenes"  # all that the mini CLIP was trained on
-# training data of other models, by a word in their settings
-OTHERS = {
-    "sam3": "masks with words",  # before "sam", which is in its name
-    "sam": "masks",
-    "dino": "unlabelled images",
-    "clipseg": "masks",
-}
 
-
+@quiet()
 def matrix(
     configs: Mapping[str, Config],
     methods: Mapping[str, str | Mapping[str, Any] | Method],
@@ -44,7 +34,7 @@ def matrix(
     """Evaluates methods on several weights; writes matrix.json and matrix.md into `folder`.
 
     Each tower has its own folder inside it, whose journals a later run resumes. If a method does not
-    run on a tower (for lack of a class token, say), its row gives the reason.
+    run on a tower (for lack of an attention pool, say), its row gives the reason.
 
     Args:
         configs: by the name of weights, from `evaluate.load_config`.
@@ -53,89 +43,78 @@ def matrix(
         resume, progress: as in `measure`.
 
     Returns:
-        "rows": for all weights and methods "weights", "method", "supervision", "extra", and either
-        "scores", as in `measure`, or "refused", the reason.
+        "rows": for all weights and methods "weights", "method", "seen", the training data of models by
+        name (`choices.seen`), and either "scores", as in `measure`, or "refused", the reason.
 
     Raises:
-        ValueError: for an unknown method, before anything runs.
+        ValueError: for an unknown method, before anything runs; and as in `measure`.
+        WeightsError: if weights cannot be read.
         DataError: as in `measure`.
     """
-    for method in methods.values():
-        build_method(method)
+    built = {name: build_method(method) for name, method in methods.items()}
     rows: list[dict[str, Any]] = []
     for n, (weights, config) in enumerate(configs.items()):
-        config.work_dir = str(folder / re.sub(r"[^\w.+=-]+", "_", weights))
-        found = _measured(config, methods, resume, partial(part_of, progress, n, len(configs)))
-        for name, scores in found:
-            extra = extra_models(config, methods[name])
-            kind = "refused" if isinstance(scores, str) else "scores"
-            learnt = supervision(weights, extra)
-            row = dict(weights=weights, method=name, supervision=learnt, extra=list(extra))
-            rows.append(row | {kind: scores})
+        own = copy.deepcopy(config)
+        own.work_dir = str(folder / re.sub(r"[^\w.+=-]+", "_", weights))
+        run = partial(
+            measure,
+            own,
+            segmentor=build_segmentor(own, next(iter(built.values()))),
+            resume=resume,
+            progress=partial(part_of, progress, n, len(configs)),
+        )
+        for name, found in _measured(run, methods):
+            rows.append(dict(weights=weights, method=name, seen=_seen(own, built[name]), **found))
     record = dict(rows=rows)
     with atomic_write(folder / "matrix.json") as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
     with atomic_write(folder / "matrix.md") as path:
-        path.write_text(markdown(*matrix_sheet(record)))
+        lines = [f"* {line}\n" for line in matrix_lines(record)]
+        path.write_text(markdown(*matrix_sheet(record)) + "\n" * bool(lines) + "".join(lines))
     return record
 
 
 def _measured(
-    config: Config,
-    methods: Mapping[str, Any],
-    resume: bool,
-    progress: Callable[[int, int], None],
-) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Scores by method: of all together, or separately if some cannot run on this tower."""
+    run: Callable[..., dict[str, Any]], methods: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Results by method: of all together, or separately if some cannot run on this tower."""
     try:
-        scores = measure(config, methods, resume=resume, progress=progress)["methods"]
-        yield from scores.items()
-        return
-    except DataError:  # which says nothing of methods
-        raise
-    except ValueError as error:
+        for name, scores in run(methods)["methods"].items():
+            yield name, dict(scores=scores)
+    except MethodError as error:
         if len(methods) == 1:
-            yield next(iter(methods)), str(error)
+            yield next(iter(methods)), dict(refused=str(error))
             return
-    for name, method in methods.items():
-        yield from _measured(config, {name: method}, resume, progress)
+        for name, method in methods.items():
+            yield from _measured(run, {name: method})
 
 
-def extra_models(config: Config, method: str | Mapping[str, Any] | Method) -> dict[str, str]:
-    """The other models that a method uses besides the tower, and their training data.
-
-    These are the guides it needs, and the mask and region proposers of the config.
-    """
-    model, named = config.model, guides_of(build_method(method))
-    nodes = {k: v for k, v in (model.get("guides") or {}).items() if k in named}
-    nodes |= {kind: model.get(kind) for kind in ("masks", "regions") if model.get(kind)}
-    found = {}
-    for name, node in nodes.items():
-        settings = f"{name} {node}".lower()
-        learnt = [what for word, what in OTHERS.items() if word in settings]
-        found[name] = learnt[0] if learnt else "see its page"
-    return found
-
-
-def supervision(weights: str, extra: Mapping[str, str]) -> str:
-    """The training data of a tower and of other models, in words."""
-    name, _ = split_activation(weights)
-    row = find(name)
-    own = [DRAWN] if name == MINI else [] if name == NONE else ["captions"]
-    tower = TOWERS.get(row.family, "") if row else ""
-    return ", ".join(dict.fromkeys(word for word in (*own, tower, *extra.values()) if word))
+def _seen(config: Config, method: Method) -> dict[str, str]:
+    """The training data of the models that a method uses, by name."""
+    model, needed = dict(config.model), guides_of(method)
+    model["guides"] = {k: v for k, v in (model.get("guides") or {}).items() if k in needed}
+    if not method.needs_regions:
+        model["regions"] = None
+    return dict(seen(dict(weights=dict(name=model["weights"]), protocol=model)))
 
 
 def matrix_sheet(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table."""
     columns = columns_of(row["scores"] for row in record["rows"] if "scores" in row)
-    header = ["weights", "method", *columns, "supervision", "extra models"]
+    refused = ["refused", *[""] * (len(columns) - 1)]
     rows = []
     for row in record["rows"]:
-        if "scores" in row:
-            numbers: Sequence[str] = cells(row["scores"], 1, columns)
-        else:
-            numbers = ["refused", *[""] * (len(columns) - 1)]
-        extra = ", ".join(row["extra"]) or "none"
-        rows.append([row["weights"], row["method"], *numbers, row["supervision"], extra])
-    return header, rows
+        numbers = cells(row["scores"], 1, columns) if "scores" in row else refused
+        others = [model for model in row["seen"] if model != row["weights"]]
+        rows.append([row["weights"], row["method"], *numbers, ", ".join(others) or "-"])
+    return ["weights", "method", *columns, "other models"], rows
+
+
+def matrix_lines(record: Mapping[str, Any]) -> list[str]:
+    """Below the table: why methods were refused, and training data besides images and captions."""
+    reasons, sources = [], []
+    for row in record["rows"]:
+        if "refused" in row:
+            reasons.append(f"{row['method']} is refused on {row['weights']}: {row['refused']}")
+        sources += [f"{model} was trained on {data}" for model, data in row["seen"].items()]
+    return [*reasons, *dict.fromkeys(sources)]

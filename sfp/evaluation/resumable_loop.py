@@ -12,6 +12,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS, LOOPS
 from mmengine.runner import Runner, TestLoop
 
+from sfp.cli.terminal import progress
 from sfp.evaluation.configs import ConfigError
 from sfp.evaluation.journal import Journal
 from sfp.evaluation.loading import Batches
@@ -35,7 +36,6 @@ class ResumableTestLoop(TestLoop):
 
     Attributes:
         settings: what determines the results (`sfp.evaluation.card.settings`), on every process.
-        remaining: images that were left to do when this start began, of all processes.
     """
 
     def __init__(
@@ -71,9 +71,25 @@ class ResumableTestLoop(TestLoop):
             metric.keep(journal, paths, names)
             resume = resume and not needs_every_image(evaluator)
             batches = _remaining(journal, names, batches, resume)
-        self.remaining = sum(map(len, batches))
+        self._remaining = sum(map(len, batches))
         own = [i for batch in batches[get_rank() :: get_world_size()] for i in batch]
         super().__init__(runner, Batches(dataloader, dataset, own), evaluator, fp16)
+
+    def run(self) -> dict[str, float]:
+        """Runs the test under a progress bar, which only the first process shows."""
+        total = len(self.dataloader.dataset)
+        with progress(disable=not is_main_process()) as self._bar:  # ends it also on an error
+            self._task = self._bar.add_task(
+                "evaluating", total=total, completed=total - self._remaining
+            )
+            return super().run()
+
+    def run_iter(self, idx: int, data_batch: Mapping[str, Any]) -> None:
+        """Runs a batch and counts it."""
+        super().run_iter(idx, data_batch)
+        # other processes' batches may be smaller, or one less
+        done = self._bar.tasks[0].completed + len(data_batch["inputs"]) * get_world_size()
+        self._bar.update(self._task, completed=min(done, len(self.dataloader.dataset)))
 
 
 def _remaining(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -12,13 +13,10 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS, Registry, init_default_scope
+from mmengine.registry import Registry, init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils.data import DataLoader
 
@@ -45,41 +43,7 @@ from sfp.visualize.sheets import at_size, picture_sheet
 from sfp.vocabulary import load_vocabulary
 
 LOADER = inspect.signature(DataLoader).parameters  # settings of `test_dataloader`
-
-
-@HOOKS.register_module(force=True)  # modules may be imported again
-class ProgressHook(Hook):
-    """A progress bar over the test images, shown by the first process."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-
-    def before_test(self, runner: Runner) -> None:
-        """Starts the bar."""
-        if not is_main_process():
-            return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(
-            TextColumn("{task.description}"), *columns, console=Console(stderr=True)
-        )
-        total = len(runner.test_dataloader.dataset)
-        done = total - getattr(runner.test_loop, "remaining", total)
-        self._task = self._bar.add_task("evaluating", total=total, completed=done)
-        self._bar.start()
-
-    def after_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
-        """Counts a batch of all processes."""
-        if self._bar is not None:
-            self._bar.advance(self._task, len(outputs) * runner.world_size)
-
-    def after_test(self, runner: Runner) -> None:
-        """Ends the bar."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._bar.tasks[0].total)
-            self._bar.stop()
-            self._bar = None
+RESULTS = ("metrics.json", "card.json", "card.md", "sheet.png")  # files of `evaluate`
 
 
 @quiet()
@@ -160,17 +124,20 @@ def evaluate(
     Raises:
         DataError: if a file cannot be used, with its name, or if all ground truth is ignored.
     """
-    config = config.copy()
+    config = copy.deepcopy(config)  # its parts are changed below
     start_processes(config)
     if "clusters" in config:
         config = ensure_clusters(config)
     runner = Runner.from_cfg(_for_runner(config, show_dir, resume))
+    work_dir = Path(config.work_dir)
+    if is_main_process():
+        for name in RESULTS:  # those of an earlier run would pass for this one's
+            (work_dir / name).unlink(missing_ok=True)
     measured = runner.test()
     if not is_main_process():
         return {}
     metric = main_metric(runner.test_evaluator)
     result = _result(runner, metric, measured)
-    work_dir = Path(config.work_dir)
     text = json.dumps(
         result, indent=2, default=float
     )  # third-party metrics may return NumPy numbers
@@ -194,7 +161,8 @@ def _for_runner(config: Config, show_dir: str | None, resume: bool) -> Config:
     if config.test_cfg.type == "TestLoop":
         # drawing every image requires running every image
         config.test_cfg.update(type="ResumableTestLoop", resume=resume and show_dir is None)
-    config.custom_hooks = [*config.get("custom_hooks", []), dict(type="ProgressHook", priority=90)]
+    if config.get("launcher", "none") != "none":
+        config.model_wrapper_cfg = dict(type="FrozenReplica")
     if show_dir is not None:
         # for every image: by default some versions of mmseg draw one in fifty
         config.default_hooks.visualization = dict(

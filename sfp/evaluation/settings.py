@@ -188,8 +188,7 @@ def _run(config: Config, device: str | None) -> dict[str, Any]:
         result["batch_size"] = config.test_dataloader.get("batch_size", 1)
     if config.get("test_cfg", {}).get("fp16"):
         result["fp16"] = True  # of mmengine's loop: autocast
-    hooks = [node for node in config.get("custom_hooks", []) if node["type"] != "ProgressHook"]
-    if hooks:
+    if hooks := config.get("custom_hooks"):
         result["custom_hooks"] = hooks
     return result
 

@@ -178,6 +178,7 @@ def test_multi_test_sh(tmp_path):
             *_broken.py) echo "error: broken" >&2; exit 2 ;;
             *_missing.py) echo "error: there is no image folder" >&2; exit 3 ;;
         esac
+        echo "on $CUDA_VISIBLE_DEVICES"
         echo '{{"mIoU": 50, "mAcc": 60, "aAcc": 70, "fwIoU": 80, "images": 5}}' >"$4/metrics.json"
         """
     )
@@ -205,6 +206,13 @@ def test_multi_test_sh(tmp_path):
             assert markdown[2] == "| missing | - | - | - | - | - |"
             assert markdown[3].startswith("| fine | 50.00 |")
     assert (work / "cfg_broken/output.txt").read_text() == "error: broken\n"
+    # a worker uses one of the GPUs that the script was given, and keeps it
+    where.update(CONFIGS="cfg_a.py cfg_b.py cfg_c.py", GPUS="2", SUMMARY="")
+    for given, used in (("5,GPU-7", ("5", "GPU-7", "5")), ("", ("0", "1", "0"))):
+        done = run("multi_test.sh", folder=tmp_path, **where, CUDA_VISIBLE_DEVICES=given)
+        assert done.returncode == 0, done.stderr
+        for name, gpu in zip("abc", used, strict=True):
+            assert (work / f"cfg_{name}/output.txt").read_text() == f"on {gpu}\n"
 
 
 @pytest.mark.process

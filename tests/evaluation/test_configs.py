@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import copy
+import importlib
+import inspect
+import pkgutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,18 @@ import trees
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
+import sfp.evaluation
 from sfp import build_method
+from sfp.evaluation import (
+    ablate,
+    clusters,
+    compare,
+    configs,
+    distributed,
+    matrix,
+    run,
+    settings,
+)
 from sfp.vocabulary import load_vocabulary
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -162,3 +177,74 @@ def test_the_protocol_of_cliptrase(name, void, monkeypatch):
     assert steps["CentreCrop"] == dict(type="CentreCrop", size=224, void=void)
     labels = [step.type for step in own.test_dataloader.dataset.pipeline if "abels" in step.type]
     assert set(labels) <= set(steps)
+
+
+# -- configs as arguments --------------------------------------------------------------------------
+
+# calls of all public functions that take a config, with the folder for results
+CALLS = dict(
+    ablate=lambda config, _: ablate.ablate(config, "backbones", weights=["mini@gelu"]),
+    beside_published=lambda config, _: compare.beside_published(config, dict(a="clip")),
+    build_segmentor=lambda config, _: compare.build_segmentor(config, build_method("clip")),
+    check=lambda config, _: run.check(config),
+    cluster_config=lambda config, _: clusters.cluster_config(config),
+    compare=lambda config, _: compare.compare(config, dict(a="clip"), words=["names"]),
+    ensure_clusters=lambda config, _: clusters.ensure_clusters(config),
+    evaluate=lambda config, folder: run.evaluate(config, show_dir=str(folder / "show")),
+    fit_clusters=lambda config, _: clusters.fit_clusters(config, count=2),
+    matrix=lambda config, folder: matrix.matrix({"mini": config}, dict(a="clip"), folder),
+    measure=lambda config, _: compare.measure(config, dict(a="clip")),
+    require=lambda config, _: configs.require(config, "model.type"),
+    settings=lambda config, _: settings.settings(config),
+    start_processes=lambda config, _: distributed.start_processes(config),
+    with_words=lambda config, _: compare.with_words(config, "names"),
+)
+WITHOUT_WORDS = {"clusters.count": 2, "test_evaluator.type": "HungarianMetric"}
+
+
+def test_every_function_that_takes_a_config_is_called():
+    found = {"matrix"}  # it takes several
+    for module in pkgutil.iter_modules(sfp.evaluation.__path__, "sfp.evaluation."):
+        for name, part in vars(importlib.import_module(module.name)).items():
+            own = inspect.isfunction(part) and part.__module__ == module.name
+            if own and name[0] != "_" and part.__annotations__.get("config") == "Config":
+                found.add(name)
+    assert found == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_config_given_to_a_function_is_not_changed(name, own):
+    words = name in ("ablate", "compare", "matrix", "measure")  # these take no clusters
+    for options in ({}, {} if words else WITHOUT_WORDS):
+        if not options and name in ("cluster_config", "ensure_clusters"):
+            continue
+        config = own.config(options=options)
+        before = copy.deepcopy(config.to_dict())
+        CALLS[name](config, own.root)
+        assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("load_from", "tuned.pth"),
+        ("test_cfg.fp16", True),
+        ("custom_hooks", [dict(type="EmptyCacheHook")]),
+    ],
+)
+def test_settings_of_mmengines_runner_need_it(name, value, own):
+    """Otherwise journals would state them, but they would have no effect."""
+    config = own.config(options={name: value})
+    for call in ("measure", "compare", "ablate", "matrix"):
+        with pytest.raises(configs.ConfigError, match=f"{name}.*`sfp eval`"):
+            CALLS[call](config, own.root)
+    if name == "load_from":
+        with pytest.raises(configs.ConfigError, match=name):
+            CALLS["fit_clusters"](config, own.root)
+
+
+def test_a_second_evaluation_can_start_over(own, capsys):
+    config = own.config()
+    for resume, said in ((True, False), (True, True), (False, False)):
+        run.evaluate(config, pictures=0, resume=resume)
+        assert ("continuing: 3 of 3" in capsys.readouterr().err) == said

@@ -75,6 +75,19 @@ def test_a_file_that_cannot_be_read_is_named(own, capsys, workers, name, content
     assert str(path) in last
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_progress_bar_gives_the_terminal_back(own, monkeypatch, capsys, damaged):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich
+    if damaged:
+        (own.root / "labels/1.png").write_bytes(b"")
+    assert cli.main(["eval", str(own.file()), "--pictures", "0"]) == 3 * damaged
+    said = capsys.readouterr().err
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert said.count(hidden) == said.count(shown) == 1
+    assert said.index(hidden) < said.index("/3") < said.index(shown)
+    assert ("3/3" in said) == (not damaged)
+
+
 def test_no_other_image_takes_the_place_of_one_that_gives_nothing(own, monkeypatch):
     """mmengine's datasets draw another one; an evaluation would count that twice."""
 

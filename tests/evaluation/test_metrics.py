@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from sfp import cli
 from sfp.data.images import DataError
 from sfp.evaluation import ablate, compare, scores
 from sfp.evaluation import run as evaluate
@@ -108,6 +109,20 @@ def test_formatting_needs_no_labels(own):
     assert "mIoU" not in result
     assert json.loads((own.root / "work/metrics.json").read_text()) == result
     assert evaluate.per_class_table(result).row_count == 0
+
+
+def test_only_files_of_this_run_are_named(own, capsys):
+    """An earlier card beside new metrics would be audited as theirs."""
+    work = own.root / "work"
+    assert cli.main(["eval", str(own.file()), "--pictures", "1"]) == 0
+    assert "metrics.json, card.json, card.md, sheet.png\n" in capsys.readouterr().out
+    node = (
+        f'dict(type="SegmentationMetric", format_only=True, output_dir={str(own.root / "maps")!r})'
+    )
+    config = own.file(evaluator=f"test_evaluator = {node}")
+    assert cli.main(["eval", str(config), "--pictures", "1"]) == 0
+    assert capsys.readouterr().out.endswith(": metrics.json\n")
+    assert not [name for name in evaluate.RESULTS[1:] if (work / name).exists()]
 
 
 @pytest.mark.slow

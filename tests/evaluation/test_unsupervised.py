@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfp
+from sfp import cli
 from sfp.evaluation import clusters as unsupervised
 from sfp.evaluation import compare
 from sfp.evaluation import run as evaluate
@@ -291,6 +292,12 @@ def test_a_damaged_file_is_made_again(config, tmp_path, capsys):
 def test_settings_that_are_wrong(config, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate.check(config(**options))
+
+
+@pytest.mark.parametrize("count", [9, 25])
+def test_any_number_of_clusters_from_the_command_line(count):
+    options = [f"clusters.count={count}", "test_dataloader.dataset.scenes=2"]
+    assert cli.main(["eval", "mini_unsupervised", "--check", "--cfg-options", *options]) == 0
 
 
 def test_methods_are_not_compared_by_clusters(config):

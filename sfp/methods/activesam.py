@@ -27,7 +27,7 @@ from sfp.functional.labels import best_of_class
 from sfp.functional.windows import LogitSheet
 from sfp.kinds import Rows
 from sfp.methods.sam3 import Look, query_maps, reader, sam3_of
-from sfp.registry import METHODS, op
+from sfp.registry import METHODS, Count, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
@@ -139,7 +139,7 @@ def active_maps(
     prune_above: int | None = 40,
     prune_side: int | None = 672,
     prune_quantile: float = 0.8,
-    prune_most: int = 40,
+    prune_most: Count = 40,
     neighbours: int = 2,
     hypernyms: str | None = None,
     names: bool = True,
@@ -216,7 +216,7 @@ def activesam(
     prune_above: int | None = 40,
     prune_side: int | None = 672,
     prune_quantile: float = 0.8,
-    prune_most: int = 40,
+    prune_most: Count = 40,
     neighbours: int = 2,
     hypernyms: str | None = None,
     names: bool = True,

@@ -28,7 +28,7 @@ from sfp.files import atomic_write
 from sfp.functional.kept import constant
 from sfp.functional.precision import upcast
 from sfp.functional.windows import interpolation
-from sfp.registry import METHODS, composition, op
+from sfp.registry import METHODS, Count, composition, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
@@ -99,7 +99,7 @@ def expert_probabilities(
     *,
     experts: str,
     logit_scale: float = 100.0,
-    cells: int | None = None,
+    cells: Count | None = None,
 ) -> Tensor:
     """Probabilities from several text banks, fused by the confidence of class experts (FLOSS).
 
@@ -206,7 +206,7 @@ def floss(
     base: str | Mapping[str, Any] = "naclip",
     experts: str | None = None,
     logit_scale: float = 100.0,
-    cells: int | None = None,
+    cells: Count | None = None,
 ) -> dict[str, Any]:
     """Another preset, compared with a bank of text features for each class. Needs the words.
 

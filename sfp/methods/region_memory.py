@@ -38,7 +38,7 @@ from sfp.functional.clusters import resize
 from sfp.functional.precision import upcast
 from sfp.functional.regions import cells_of_masks
 from sfp.ops.image import window_grid
-from sfp.registry import METHODS, composition, op
+from sfp.registry import METHODS, Count, composition, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
@@ -209,7 +209,7 @@ def remembered_regions(
     memory: str,
     guide: str = "dino",
     output: str | None = "q+k",
-    count: int = 20,
+    count: Count = 20,
     share: float = 0.5,
 ) -> Tensor:
     """Cosines of an image's pixels, mixed with those of similar regions of other images.
@@ -246,7 +246,7 @@ def region_memory(
     memory: str | None = None,
     guide: str = "dino",
     output: str | None = "q+k",
-    count: int = 20,
+    count: Count = 20,
     share: float = 0.5,
 ) -> dict[str, Any]:
     """Another preset, mixed with similar regions of unlabelled images; needs regions and a guide.

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads would be in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# tests talk to servers on this machine, which a proxy would look for on its own
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 
 import numpy as np
 import pytest

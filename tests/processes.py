@@ -16,6 +16,7 @@ import pytest
 import torch
 
 NEW_MOUNTS = 0x20000  # CLONE_NEWNS
+CAPABILITIES = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
 
 def forked(work: Callable, *arguments) -> int | None:
@@ -52,6 +53,13 @@ def killed(work: Callable, *arguments, at: str, call: int, before: Callable = la
         return work(*arguments)
 
     assert forked(run) == -signal.SIGKILL
+
+
+def drop_privileges() -> None:
+    """From here on root, too, may open only what its permissions say."""
+    if not os.geteuid():
+        header, none = (ctypes.c_uint32 * 2)(CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, none) == 0
 
 
 def own_mounts() -> bool:

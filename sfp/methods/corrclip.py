@@ -25,7 +25,7 @@ from sfp.functional.precision import upcast
 from sfp.functional.regions import merge_regions
 from sfp.functional.windows import nearest
 from sfp.methods.proxyclip import to_guide
-from sfp.registry import METHODS, Op, op
+from sfp.registry import METHODS, Count, Op, op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
@@ -211,7 +211,7 @@ def region_tokens(
 
 
 @op("source")
-def late_layers(trace: Trace, *, count: int | None = None) -> Tokens:
+def late_layers(trace: Trace, *, count: Count | None = None) -> Tokens:
     """Mean of the last layers before the input of the last block, (B, T, D).
 
     Args:
@@ -220,12 +220,22 @@ def late_layers(trace: Trace, *, count: int | None = None) -> Tokens:
     Raises:
         ValueError: if the model has fewer layers.
     """
-    depth = len(trace.vit.blocks)
+    layers = [trace.outputs[i].data for i in late_range(len(trace.vit.blocks), count)]
+    return trace.outputs[-1].with_data(torch.stack(layers).mean(0))
+
+
+def late_range(depth: int, count: int | None) -> range:
+    """The numbers of the `count` late blocks of a model with `depth` blocks (see `late_layers`).
+
+    Raises:
+        ValueError: if the model has fewer.
+    """
     count = LATE.get(depth, depth - 4) if count is None else count
     if not 1 <= count <= depth - 2:
-        raise ValueError(f"late_layers: count={count} of a model with {depth} blocks")
-    layers = [trace.outputs[i].data for i in range(depth - 2 - count, depth - 2)]
-    return trace.outputs[-1].with_data(torch.stack(layers).mean(0))
+        raise ValueError(
+            f"count={count} late layers of a model with {depth} blocks: expected 1 to {depth - 2}"
+        )
+    return range(depth - 2 - count, depth - 2)
 
 
 def once(trace: Trace, compute: Callable[..., Tensor], **knobs: Any) -> Tensor:
@@ -240,7 +250,7 @@ def corrclip(
     output: str | None = "q+k",
     gain: float = 4.0,
     eps: float | None = 0.2,
-    late: int | None = None,
+    late: Count | None = None,
     spatial: float = 1.0,
     semantic: float = 0.5,
     correct: bool = True,

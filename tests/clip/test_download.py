@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import http.server
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from processes import forked
 
 import sfp
 from sfp.cli import main
@@ -199,15 +201,27 @@ def test_a_server_that_refuses(server, path, status):
     assert left(path) == ["file.pt.part"]  # the server may come to its senses
 
 
-def test_a_server_that_falls_silent(server, path):
+def test_a_server_that_falls_silent(server, path, monkeypatch):
     """What came before is kept; the connection is not waited for without end."""
+    part, read, timeouts = path.with_name("file.pt.part"), http.client.HTTPResponse.read1, set()
+
+    def impatient(self, size):
+        connection = self.fp.raw._sock
+        timeouts.add(connection.gettimeout())
+        if part.stat().st_size == 1000:  # all that will come
+            connection.settimeout(0.01)
+        return read(self, size)
+
     server.stall = 60
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", impatient)
     with pytest.raises(OSError, match="timed out"):
-        fetch(server.url, path, SHA256, timeout=1.5)
-    assert path.with_name("file.pt.part").read_bytes() == DATA[:1000]
+        fetch(server.url, path, SHA256, timeout=123)
+    assert timeouts == {123}
+    assert part.read_bytes() == DATA[:1000]
     assert server.asked == [None, "bytes=1000-"]
     server.stall = 0
-    fetch(server.url, path, SHA256, timeout=5)
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", read)
+    fetch(server.url, path, SHA256)
     assert path.read_bytes() == DATA
 
 
@@ -266,7 +280,7 @@ def test_processes_wait_for_the_first(server, path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(30)
+        worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert path.read_bytes() == DATA
     assert left(path) == ["file.pt"]
@@ -275,18 +289,20 @@ def test_processes_wait_for_the_first(server, path):
 
 @pytest.mark.process
 def test_a_killed_process_leaves_what_it_had(server, path):
-    server.stall = 60
-    worker = multiprocessing.get_context("fork").Process(target=_fetch, args=(server.url, path))
-    worker.start()
-    part = path.with_name("file.pt.part")
-    end = time.monotonic() + 20
-    while not (part.is_file() and part.stat().st_size) and time.monotonic() < end:
-        time.sleep(0.01)
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
-    kept = part.stat().st_size
-    assert kept > 0
-    server.stall = 0
+    write = download._write
+
+    def dies(file, block):
+        write(file, block)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work():
+        download._write = dies
+        fetch(server.url, path, SHA256)
+
+    server.cuts = [1000]
+    assert forked(work) == -signal.SIGKILL
+    kept = path.with_name("file.pt.part").stat().st_size
+    assert 0 < kept <= 1000
     fetch(server.url, path, SHA256)
     assert path.read_bytes() == DATA
     assert server.asked == [None, f"bytes={kept}-"]
@@ -314,7 +330,7 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     state = Hub()
 
     class Handler(http.server.BaseHTTPRequestHandler):

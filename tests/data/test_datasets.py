@@ -124,7 +124,6 @@ def test_no_image(name, tree):
     assert "there is no *.jpg image in" in raises(load, where)
 
 
-@MODELS.register_module(force=True)
 class NeverReached(BaseModel):
     """A model that a test without data has no use for."""
 
@@ -133,6 +132,7 @@ class NeverReached(BaseModel):
 
 
 def test_the_runner_says_it_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS.module_dict, "NeverReached", NeverReached)
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "nowhere"))
     cfg = Config.fromfile(str(FOLDER / "cfg_city_scapes.py"))
     cfg.model = dict(type="NeverReached")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import drop_privileges, forked
 
 from sfp.data.listing import Item, Outcome, Unit, items, list_units, read_text
 
@@ -100,13 +101,18 @@ def test_what_a_folder_holds_besides_is_said(tmp_path):
         assert part in message
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or not os.geteuid(), reason="root reads everything")
+@pytest.mark.process
 def test_a_folder_that_cannot_be_read_is_said(tmp_path):
     write(tmp_path, "a.png", "closed/b.png")
     (tmp_path / "closed").chmod(0)
-    try:
+
+    def listed() -> None:
+        drop_privileges()
         with pytest.warns(UserWarning, match=r"cannot be read: .*closed"):
             assert names(tmp_path) == ["a"]
+
+    try:
+        assert not forked(listed)
     finally:
         (tmp_path / "closed").chmod(0o700)
 

@@ -80,8 +80,9 @@ def test_a_file_put_in_the_place_of_another(old, read):
     assert contents.contents(old) == expected(old)
 
 
-def test_what_changed_just_now_is_not_remembered(tmp_path, read):
+def test_what_changed_just_now_is_not_remembered(tmp_path, read, monkeypatch):
     """A second change within the clock's tick would leave no trace."""
+    monkeypatch.setattr(contents, "SETTLED", 1e6)  # however long this test takes
     path = tmp_path / "a"
     path.write_text("a")
     for _ in range(2):
@@ -131,7 +132,7 @@ def accuracy(own, work: str = "work") -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["labels", "images"])
-def test_a_correction_of_equal_size_is_seen(own, which):
+def test_a_correction_of_equal_size_is_seen(own, which, capsys):
     """Bitmaps have the same number of bytes whatever they show."""
     folder = own.root / which
     for path in folder.iterdir():
@@ -142,7 +143,9 @@ def test_a_correction_of_equal_size_is_seen(own, which):
     pixels = np.asarray(Image.open(path))
     Image.fromarray(1 - pixels if which == "labels" else 255 - pixels).save(path, "BMP")
     assert path.stat().st_size == size
+    capsys.readouterr()
     again = accuracy(own)
+    assert "starting over" in capsys.readouterr().err
     assert again == accuracy(own, "fresh")
     assert (again != first) or which == "images"
 

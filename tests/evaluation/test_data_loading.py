@@ -49,16 +49,12 @@ def test_workers_give_what_the_process_itself_would(own, size):
     assert names == ["2.png", "0.png", "1.png"]
 
 
-def test_workers_use_no_shared_memory(own, monkeypatch):
+def test_workers_use_no_shared_memory(own):
     """What would wait for ever in a container, where /dev/shm is full after 64 MB."""
     config = own.config()
     loader = dict(config.test_dataloader, num_workers=1)
-    before = set(os.listdir("/dev/shm"))
-    seen = set()
     for batch in Batches(loader, built(config), [0, 1, 2]):
         assert not any(image.is_shared() for image in batch["inputs"])
-        seen |= {name for name in os.listdir("/dev/shm") if name.startswith("torch")}
-    assert not seen - before
 
 
 @pytest.mark.slow
@@ -92,14 +88,14 @@ def test_the_progress_bar_gives_the_terminal_back(own, monkeypatch, capsys, dama
     assert ("3/3" in said) == (not damaged)
 
 
-def test_no_other_image_takes_the_place_of_one_that_gives_nothing(own):
+def test_no_other_image_takes_the_place_of_one_that_gives_nothing(own, monkeypatch):
     """mmengine's datasets draw another one; an evaluation would count that twice."""
 
-    @TRANSFORMS.register_module(name="NothingForATest", force=True)
     class Nothing:
         def __call__(self, results: dict):
             return None if "1.png" in results["img_path"] else results
 
+    monkeypatch.setitem(TRANSFORMS.module_dict, "NothingForATest", Nothing)
     config = own.config()
     config.test_dataloader.dataset.pipeline.insert(1, dict(type="NothingForATest"))
     with pytest.raises(DataError, match=r"1\.png.* the pipeline returned nothing for this sample"):

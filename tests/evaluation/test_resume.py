@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import torch
 import torch.multiprocessing
 from processes import forked, killed, mounted
 
-from sfp import cli, plugins
-from sfp.evaluation import distributed, metrics, resumable_loop, settings
+from sfp import cli
+from sfp.evaluation import distributed, metrics, resumable_loop
 from sfp.evaluation import journal as journal_module
 from sfp.evaluation import run as evaluate
 from sfp.evaluation.journal import Journal, count
@@ -32,15 +31,11 @@ OPTIONS = {
 
 def _process(rank: int, processes: int, port: int, work: Path, options: dict, resume: bool) -> None:
     torch.set_num_threads(1)  # OpenMP threads do not survive a fork
-    registered = settings._registered
-    settings._registered = lambda: (  # not those of other tests of the process that was forked
-        part for part in registered() if str(part.__module__).partition(".")[0] in plugins.OTHERS
-    )
     config = evaluate.load_config(
         ROOT / "configs/cfg_mini.py", work_dir=str(work), options={**OPTIONS, **options}
     )
     if processes > 1:
-        os.environ.update(MASTER_PORT=str(port))
+        os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
         if "SLURM_NODELIST" in os.environ:
             os.environ.update(SLURM_PROCID=str(rank), SLURM_NTASKS=str(processes))
             config.launcher = "slurm"
@@ -56,10 +51,9 @@ def _process(rank: int, processes: int, port: int, work: Path, options: dict, re
 def run(work: Path, processes: int = 1, resume: bool = True, **options) -> str:
     """Evaluates in processes of their own; what the first wrote to stderr."""
     work.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (processes, port, work, options, resume)
+    # as under torchrun, the parent serves what they meet at, on a port that nobody can take meanwhile
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    arguments = (processes, store.port, work, options, resume)
     torch.multiprocessing.start_processes(_process, arguments, processes, start_method="fork")
     return (work / "output.0").read_text()
 

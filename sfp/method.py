@@ -45,7 +45,7 @@ from sfp.registry import (
     parameter_types,
 )
 from sfp.tokens import Tokens
-from sfp.trace import NO_REGIONS, LayerError, RegionsError, Trace, no_guide
+from sfp.trace import NO_REGIONS, ONE_BY_ONE, LayerError, RegionsError, Trace, no_guide
 
 COPIES_KEPT = 4  # operated copies per model; each holds only the weights that its surgery replaced
 _OPERATED: WeakKeyDictionary[VisionTransformer, OrderedDict] = WeakKeyDictionary()
@@ -379,9 +379,9 @@ class Method(_Fields):
             alone = enumerate(trace.alone())
             return torch.cat([self.compare(features[i : i + 1], image) for i, image in alone])
         trace = self.seen(trace)
-        logits = self.comparison(features, trace)
+        logits = _maps(self.comparison, self.comparison(features, trace), len(features.data))
         for refine in self.refiners:
-            logits = refine(logits, trace)
+            logits = _maps(refine, refine(logits, trace), len(logits))
         return logits
 
     @cached_property
@@ -446,6 +446,16 @@ class Method(_Fields):
             if len(copies) > COPIES_KEPT:
                 copies.popitem(last=False)
         return operated
+
+
+def _maps(part: object, logits: Tensor, given: int) -> Tensor:
+    """Checks that a part returns as many maps as it was given, or one of the image.
+
+    Otherwise it has combined windows with the features of an image that was joined from them.
+    """
+    if len(logits) not in (1, given):
+        raise ValueError(f"{part}: got {given} maps and returned {len(logits)}; {ONE_BY_ONE}")
+    return logits
 
 
 def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Method:

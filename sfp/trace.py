@@ -429,7 +429,9 @@ class Trace:
             ValueError: if the readouts have joined the windows.
         """
         if len(maps) != len(self.image):
-            raise ValueError(f"{part}: got {len(maps)} maps of {len(self.image)} windows; {ONE_BY_ONE}")
+            raise ValueError(
+                f"{part}: got {len(maps)} maps of {len(self.image)} windows; {ONE_BY_ONE}"
+            )
 
     def global_logits(self) -> Tensor:
         """Cosine of CLIP's image embedding with every query, (B, Q).

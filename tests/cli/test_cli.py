@@ -22,11 +22,11 @@ from setuptools import find_packages
 import sfp
 from sfp import cli
 from sfp.cli import method_table, methods, options
-from sfp.cli.terminal import print_table
 from sfp.clip.checkpoints import loading
 from sfp.data.images import ImageError
 from sfp.evaluation import configs as shipped
 from sfp.registry import METHODS
+from sfp.terminal import print_table
 
 ROOT = Path(__file__).parents[2]
 FEW = ["--cfg-options", "test_dataloader.dataset.scenes=2", "test_dataloader.num_workers=0"]

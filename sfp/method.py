@@ -35,6 +35,7 @@ from sfp.kinds import (
 from sfp.ops.comparisons import cosines
 from sfp.ops.integrators import embedded_patches, own_tokens
 from sfp.registry import (
+    Some,
     build_dataclass,
     composition,
     fit,
@@ -74,14 +75,9 @@ class Purify(_Fields):
         ValueError: if `layers` is neither "all" nor a list of layers, or an op is of the wrong kind.
     """
 
-    layers: Sequence[int] | Literal["all"]
+    layers: Some[int] | Literal["all"]
     detector: Detector
     mitigator: Mitigator
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.layers:
-            raise ValueError('layers=(): name at least one block, or "all"')
 
     def __call__(self, trace: Trace, i: int) -> Tokens:
         """The output of block `i` (absolute), purified if it is one of `layers`.
@@ -132,7 +128,7 @@ class Readout(_Fields):
         ValueError: for a pool without a rule, or in place of blocks other than the last.
     """
 
-    blocks: Sequence[int] = (-1,)
+    blocks: Some[int] = (-1,)
     source: Source | None = None
     keep_cls: bool = True
     before: Sequence[Smoother] = ()
@@ -247,7 +243,7 @@ class Method(_Fields):
 
     edits: Sequence[Purify | Edit] = ()
     image: Stage | None = None
-    readouts: Sequence[Readout | Reader] = field(default_factory=lambda: (Readout(),))
+    readouts: Some[Readout | Reader] = field(default_factory=lambda: (Readout(),))
     weights: Sequence[float] = ()
     comparison: Comparison = cosines
     refiners: Sequence[Refiner] = ()

@@ -19,7 +19,7 @@ import inspect
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -130,6 +130,16 @@ class Kind:
     name: str
     arguments: str
 
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Marks the type of a number, or of a list by its length, that must not be smaller."""
+
+    least: int
+
+
+Count = Annotated[int, AtLeast(1)]
+Some = Annotated[Sequence[T], AtLeast(1)]  # a list that must not be empty
 
 # what a parameter takes, by its annotation
 _NUMBERS = {int: numbers.Integral, float: numbers.Real, bool: bool}
@@ -373,7 +383,8 @@ def fit(value: Any, hint: Any, what: str, name: str) -> Any:
     """Checks a value against an annotation; builds config nodes and turns lists into tuples.
 
     Kinds of ops, dataclasses, `Literal`, numbers, strings and other classes are checked, alone, in
-    sequences and in unions. Anything beyond that is not checked.
+    sequences and in unions; also numbers and lengths that must be `AtLeast` something. Anything beyond
+    that is not checked.
 
     Args:
         value: the value of a knob.
@@ -395,8 +406,8 @@ def fit(value: Any, hint: Any, what: str, name: str) -> Any:
 
 
 def _options(hint: Any) -> list[Any]:
-    """The members of a union, or just the hint; keeps `Annotated` only if it marks a kind."""
-    if get_origin(hint) is Annotated and _kind(hint) is None:
+    """The members of a union, or just the hint; keeps `Annotated` only with a mark of ours."""
+    if get_origin(hint) is Annotated and _kind(hint) is None and _least(hint) is None:
         hint = get_args(hint)[0]
     if get_origin(hint) in (Union, UnionType):
         return [option for member in get_args(hint) for option in _options(member)]
@@ -407,8 +418,16 @@ def _kind(hint: Any) -> str | None:
     return next((m.name for m in getattr(hint, "__metadata__", ()) if isinstance(m, Kind)), None)
 
 
+def _least(hint: Any) -> int | None:
+    marks = getattr(hint, "__metadata__", ())
+    return next((m.least for m in marks if isinstance(m, AtLeast)), None)
+
+
 def _admits(option: Any, value: Any) -> bool:
     """Whether a value's outer type fits an annotation; items are not checked."""
+    if (least := _least(option)) is not None:
+        fits = _admits(get_args(option)[0], value)
+        return fits and (len(value) if isinstance(value, Sized) else value) >= least
     if _kind(option) is not None:
         return callable(value) or _is_node(value)
     base = get_origin(option) or option
@@ -436,6 +455,8 @@ def _admits(option: Any, value: Any) -> bool:
 def _built(option: Any, value: Any, what: str, name: str) -> Any:
     if (kind := _kind(option)) is not None:
         return bind(value, kind)
+    if _least(option) is not None:
+        option = get_args(option)[0]
     base = get_origin(option) or option
     if base in _SEQUENCES:
         items = get_args(option)
@@ -460,6 +481,12 @@ def build_dataclass(cls: type[T], node: Mapping[str, Any]) -> T:
 def _describe(option: Any) -> str:
     if (kind := _kind(option)) is not None:
         return f"an op of the kind {kind!r}, e.g. dict(type={(list_ops(kind) or ['...'])[0]!r})"
+    if (least := _least(option)) is not None:
+        bare = get_args(option)[0]
+        limit = (
+            f" with at least {least} item(s)" if get_origin(bare) in _SEQUENCES else f" >= {least}"
+        )
+        return _describe(bare) + limit
     base, items = get_origin(option) or option, get_args(option)
     if base is Literal:
         return " or ".join(map(repr, items))

@@ -16,7 +16,7 @@ from sfp.functional import attention
 from sfp.functional.grid import resample_positions
 from sfp.functional.precision import upcast
 from sfp.functional.windows import WindowGrid
-from sfp.registry import needs_words
+from sfp.registry import Op, needs_words
 from sfp.tokens import Heads, Tokens, cosine_logits
 from sfp.whole import WholeImage
 
@@ -287,8 +287,10 @@ class Trace:
             self._heads[i] = self.vit.blocks[i].heads(self.entering(i))
         return self._heads[i]
 
-    def once(self, op: Callable[[Trace], T]) -> T:
-        """`op(trace)`, computed once for all equal ops."""
+    def once(self, op: Callable[..., T], **knobs: Hashable) -> T:
+        """`op(trace, **knobs)`, computed once for equal ops and knobs."""
+        if knobs:
+            op = Op(op, tuple(sorted(knobs.items())))
         return self._compute_once(op, lambda: op(self), words=needs_words(op))
 
     def _compute_once(self, key: Hashable, compute: Callable[[], T], *, words: bool = False) -> T:

@@ -80,6 +80,19 @@ def change(a: Tensor, b: Tensor) -> float:
         ),
         (dict(refiners=[dict(type="remove_redundency")]), "did you mean 'remove_redundancy'"),
         (dict(surgery=[dict(type="suppress_chanel")]), "did you mean 'suppress_channel'"),
+        (dict(type="gem", depth=1), "'gem': depth=1: expected int >= 2"),
+        (dict(type="clearclip", last_n_layers=0), "last_n_layers=0: expected int >= 1"),
+        (dict(type="cliptrase", cells=0), "cells=0: expected int >= 1 or None"),
+        (dict(type="sfp", integrator_start=9, integrator_end=3), "start=9 comes after .*end=3"),
+        (dict(readouts=[]), r"readouts=\[\]: expected a list of .* with at least 1 item"),
+        (
+            dict(readouts=[dict(blocks=[])]),
+            r"Readout: blocks=\[\]: expected a list of int with",
+        ),
+        (
+            dict(readouts=[dict(attention=dict(type="self_self", pairs=["qp"]))]),
+            "op 'self_self': unknown pairs='qp'; valid: kk, kq,",
+        ),
     ],
 )
 def test_errors_at_build_time(config, message):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sfp.clip.blocks import Attention, HeadProjections
 from sfp.clip.dispatch import plain
 from sfp.clip.vit import VisionTransformer
-from sfp.functional.precision import cpu_has
+from sfp.functional.precision import cpu_has, upcast
 
 
 class Int8Linear(nn.Module):
@@ -51,6 +51,13 @@ class Int8Linear(nn.Module):
         sums = product((flat / scale).round_().to(torch.int8), self.weight[rows])
         out = torch.addcmul(self.bias[rows], sums.mul_(scale), self.scale[rows])
         return out.unflatten(0, x.shape[:-1])
+
+
+def float_weight(linear: nn.Module) -> Tensor:
+    """The weights of a linear layer, of 8 bits or not, (N, K) in at least float32."""
+    if isinstance(linear, Int8Linear):
+        return linear.weight * linear.scale[:, None]
+    return upcast(linear.get_parameter("weight"))
 
 
 def _row_scale(x: Tensor) -> Tensor:

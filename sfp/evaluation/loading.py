@@ -88,6 +88,10 @@ class Batches:
             except StopIteration:
                 return
             except DataError as error:
+                # without references the iterator ends its workers at once; if the garbage collector
+                # finds it, queues are already closed, and it waits for seconds
+                error.__traceback__ = None
+                del batches
                 raise DataError(_last_line(error)) from None
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):

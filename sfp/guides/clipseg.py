@@ -12,7 +12,7 @@ from sfp.clip.fingerprint import state_key
 from sfp.clip.tokenizer import tokenize
 from sfp.feature_cache import LRUCache
 from sfp.guides.transformers import FrozenModel, Renormalise, pretrained
-from sfp.registry import GUIDES
+from sfp.registry import GUIDES, Some
 from sfp.tokens import Tokens
 
 WORDS = 2**12  # queries whose text features are kept
@@ -45,7 +45,7 @@ class ClipSegGuide(FrozenModel):
         *,
         model: str | nn.Module,
         side: int = 352,
-        templates: Sequence[str] = ("{}",),
+        templates: Some[str] = ("{}",),
         batch: int = 32,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,

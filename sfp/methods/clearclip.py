@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from sfp.methods.gem import gem
-from sfp.registry import METHODS
+from sfp.registry import METHODS, Count
 
 ATTENTION: dict[str, dict[str, Any] | None] = dict(
     ClearCLIP=dict(type="self_self", pairs=("qq",)),
@@ -21,7 +21,7 @@ def clearclip(
     *,
     model_type: Literal["ClearCLIP", "SCLIP", "MaskCLIP", "GEM", "vanilla"] = "ClearCLIP",
     ignore_residual: bool = True,
-    last_n_layers: int = 1,
+    last_n_layers: Count = 1,
 ) -> dict[str, Any]:
     """softmax(qq), no residual, no MLP.
 

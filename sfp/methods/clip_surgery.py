@@ -6,12 +6,12 @@ Recognition 2025, arXiv:2304.05653).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from sfp.registry import METHODS, op
+from sfp.registry import METHODS, AtLeast, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace, native_last
 
@@ -37,7 +37,9 @@ def remove_redundancy(logits: Tensor, trace: Trace, *, temperature: float = 2.0)
 
 
 @METHODS.register_module()
-def clip_surgery(*, surgery_blocks: int = 6, feature_surgery: bool = True) -> dict[str, Any]:
+def clip_surgery(
+    *, surgery_blocks: Annotated[int, AtLeast(0)] = 6, feature_surgery: bool = True
+) -> dict[str, Any]:
     """softmax(vv) summed over the last blocks onto their input, no MLP; CLS of the plain forward pass.
 
     The release resamples the position embedding bilinearly, in place (so that later sizes start from

@@ -23,7 +23,6 @@ sliding windows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,8 +41,8 @@ from sfp.functional.clusters import (
 from sfp.functional.kept import constant
 from sfp.functional.precision import upcast
 from sfp.kinds import Affinity, Detector, Rule, Source
-from sfp.ops.attention import self_self
-from sfp.registry import METHODS, op
+from sfp.ops.attention import Pair, self_self
+from sfp.registry import METHODS, Count, Some, op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
@@ -105,7 +104,7 @@ def head_cosine(
 
 
 @op("detector")
-def overshadowed(trace: Trace, layer: int, *, pairs: Sequence[str] = ("qk",)) -> Tensor:
+def overshadowed(trace: Trace, layer: int, *, pairs: Some[Pair] = ("qk",)) -> Tensor:
     """Patches that attend to themselves less than to the average patch: mean_j w_ij - w_ii > 0.
 
     CLIPtrase's Eq. 7. With the correlations that its paper clusters as w, it holds for no patch: the
@@ -155,13 +154,13 @@ def cluster_vote(
     *,
     affinity: Affinity,
     eps: float = 0.7,
-    min_samples: int = 3,
+    min_samples: Count = 3,
     noise: Detector | None = None,
     noise_layer: int = -1,
     guide: str | None = None,
     source: Source | None = None,
     vote: Literal["mode", "mean"] = "mode",
-    cells: int | None = None,
+    cells: Count | None = None,
 ) -> Tensor:
     """Clusters patches, turns the clusters into masks, and gives all pixels of a mask one class.
 
@@ -214,11 +213,11 @@ def cluster_points(
     *,
     affinity: Affinity,
     eps: float = 0.7,
-    min_samples: int = 3,
+    min_samples: Count = 3,
     noise: Detector | None = None,
     noise_layer: int = -1,
     guide: str | None = None,
-    count: int = 1,
+    count: Count = 1,
 ) -> list[Tensor]:
     """Point prompts at the peaks of the prototypes of patch clusters, (K, count, 2) for each image.
 
@@ -280,10 +279,10 @@ def cliptrase(
     denoise: Literal["release", "paper", "none"] = "release",
     guide: str | None = None,
     eps: float = 0.7,
-    min_samples: int = 3,
+    min_samples: Count = 3,
     vote: Literal["mode", "mean"] = "mode",
     cls_logits: bool = False,
-    cells: int | None = None,
+    cells: Count | None = None,
 ) -> dict[str, Any]:
     """Correlation attention with residual and FFN, and a vote in clusters at pixel resolution.
 

@@ -18,7 +18,6 @@ to 1 without a softmax; on datasets with a background class, its score is the re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.files import read_once
 from sfp.functional.clusters import resize
 from sfp.functional.kept import constant
 from sfp.functional.precision import upcast
@@ -247,8 +247,10 @@ def class_purification(
     return purified
 
 
+@read_once(2)
 def _crop_text(path: str, queries: int) -> Tensor:
-    text = load_file(Path(path))["queries"]
+    with torch.inference_mode(False):  # they are also used by calls with gradients
+        text = load_file(path)["queries"]
     if len(text) != queries:
         raise ValueError(
             f"crop_text={path!r} has {len(text)} rows 'queries': expected one for each of the "

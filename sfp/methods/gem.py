@@ -6,13 +6,13 @@ arXiv:2312.00878.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.functional.precision import upcast
-from sfp.registry import METHODS, op
+from sfp.registry import METHODS, AtLeast, op
 from sfp.tokens import Heads
 from sfp.trace import Trace
 
@@ -46,7 +46,7 @@ def normalised_self_self(
 @METHODS.register_module()
 def gem(
     *,
-    depth: int = 7,
+    depth: Annotated[int, AtLeast(2)] = 7,
     ss_attn_iter: int = 1,
     ss_attn_temp: float | None = None,
     ignore_residual: bool = False,

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from sfp.functional.graphs import PixelGraph, lab_of_rgb, neighbour_graph, propagate
 from sfp.functional.precision import exact, upcast
-from sfp.registry import METHODS, composition, op
+from sfp.registry import METHODS, Count, composition, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
@@ -42,7 +42,7 @@ def propagate_patches(
     *,
     guide: str = "dino",
     output: str | None = "v",
-    neighbours: int = 400,
+    neighbours: Count = 400,
     power: float = 3.0,
     decay: float = 0.01,
     alpha: float = 0.95,
@@ -126,7 +126,7 @@ def lposs(
     base: str | Mapping[str, Any] = "maskclip",
     guide: str = "dino",
     output: str | None = "v",
-    neighbours: int = 400,
+    neighbours: Count = 400,
     power: float = 3.0,
     decay: float = 0.01,
     alpha: float = 0.95,

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from sfp.clip.blocks import Block, weighted_values
 from sfp.functional.windows import nearest
 from sfp.kinds import Rule
-from sfp.methods.corrclip import LATE, merged_regions, on_guide, once, tokens_of_regions
+from sfp.methods.corrclip import late_range, merged_regions, on_guide, tokens_of_regions
 from sfp.ops.image import window_grid
-from sfp.registry import METHODS, op
+from sfp.registry import METHODS, Count, op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
@@ -59,7 +59,7 @@ def stitched_heads(trace: Trace, block: Block, i: int, *, floor: bool) -> tuple[
 
 @op("source", whole=True)
 def stitched_blocks(
-    trace: Trace, *, count: int | None = None, one_head: bool = True, floor: bool = False
+    trace: Trace, *, count: Count | None = None, one_head: bool = True, floor: bool = False
 ) -> Tokens:
     """Mean of the outputs of late blocks, run on their stitched input tokens, (1, N, D).
 
@@ -70,12 +70,13 @@ def stitched_blocks(
         one_head: whether to use one head of full width with the scale of a small one (the release)
             instead of the block's own heads.
         floor: as in `canvas`.
+
+    Raises:
+        ValueError: as `late_layers`.
     """
     windows = trace.windows or trace
-    depth = len(trace.vit.blocks)
-    count = LATE.get(depth, depth - 4) if count is None else count
     outputs = []
-    for i in range(depth - 2 - count, depth - 2):
+    for i in late_range(len(trace.vit.blocks), count):
         block = trace.vit.blocks[i]
         x, heads = stitched_heads(windows, block, i, floor=floor)
         q, k, v = heads.all()  # (1, H, N, d)
@@ -130,7 +131,7 @@ def stitched_region_tokens(
     """
     windows = trace.windows or trace
     layout = trace.guide(guide, output)  # of the whole image
-    ids = once(trace, merged_regions, guide=guide, output=output, eps=eps, unsegmented=unsegmented)
+    ids = trace.once(merged_regions, guide=guide, output=output, eps=eps, unsegmented=unsegmented)
     own = window_regions(windows, ids.unflatten(1, layout.grid)[0])
     tokens = tokens_of_regions(windows, own, count=int(ids.max()) + 1)
     cells = windows.guide(guide, "entering" if output == "stitched" else output).grid
@@ -157,7 +158,7 @@ def ov_stitcher(
     output: str | None = "stitched",
     gain: float = 4.0,
     eps: float | None = 0.2,
-    late: int | None = None,
+    late: Count | None = None,
     one_head: bool = True,
     spatial: float = 1.0,
     semantic: float = 0.5,

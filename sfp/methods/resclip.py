@@ -14,7 +14,6 @@ feedback, distances are divided by the largest of the grid, and the blur has no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from sfp.functional.clusters import resize
 from sfp.functional.labels import class_scores
 from sfp.functional.pamr import pamr
 from sfp.kinds import Affinity, Rule, Source
-from sfp.registry import METHODS, op, pick
+from sfp.registry import METHODS, Some, op, pick
 from sfp.tokens import Heads
 from sfp.trace import Trace
 
@@ -88,7 +87,7 @@ def semantic_feedback(
     logit_scale: float = 40.0,
     blur: float = 5.0,
     pamr_steps: int = 10,
-    pamr_dilations: Sequence[int] = (8, 16),
+    pamr_dilations: Some[int] = (8, 16),
 ) -> Tensor:
     """Affinity of patches with the same label in a first segmentation (ResCLIP), (B, N, N).
 
@@ -188,7 +187,7 @@ def resclip(
     dataset: str = "context59",
     use_rcs: bool = True,
     use_sfr: bool = True,
-    layers: Sequence[int] = (5, 6, 7, 8),
+    layers: Some[int] = (5, 6, 7, 8),
     gaussian_std: float = 5.0,
     tau_rcs: float = 2.0,
     lambda_rcs: float | None = None,

@@ -19,7 +19,6 @@ Published means use windows of 224 pixels, stride 112, short side 336 (Cityscape
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,8 +30,8 @@ from sfp.functional.precision import upcast
 from sfp.kinds import Affinity, Detector, Mitigator, Source
 from sfp.methods.object_presence import DATASETS as DATASETS
 from sfp.methods.object_presence import presence
-from sfp.ops.attention import earlier_layers
-from sfp.registry import METHODS, Op, op
+from sfp.ops.attention import Pair, earlier_layers
+from sfp.registry import METHODS, Count, Some, op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace, native_last
 
@@ -47,9 +46,9 @@ def channel_share(
     trace: Trace,
     layer: int,
     *,
-    channels: Sequence[int] | Literal["auto", "loudest"] = "auto",
+    channels: Some[int] | Literal["auto", "loudest"] = "auto",
     factor: float = 5.0,
-    count: int = 8,
+    count: Count = 8,
 ) -> Tensor:
     """Patches in which one of a few channels has much more than the mean share (RF-CLIP).
 
@@ -141,7 +140,7 @@ def weighted_sum(tokens: Tokens, trace: Trace, *, affinity: Affinity) -> Tokens:
 
 
 @op("attention")
-def mean_of_layers(heads: Heads, trace: Trace, *, pair: str = "kk") -> Tensor:
+def mean_of_layers(heads: Heads, trace: Trace, *, pair: Pair = "kk") -> Tensor:
     """Mean over all blocks of softmax(a b^T / sqrt(d)) for patches only, (B, H, T, T) (RF-CLIP).
 
     The last block's is computed from the tokens that it reads, the others' are those of the forward
@@ -155,9 +154,9 @@ def mean_of_layers(heads: Heads, trace: Trace, *, pair: str = "kk") -> Tensor:
     own = heads.logits(pair[0], pair[1]).softmax(-1)
     if blocks > 1:
         # negative numbers are literal: all blocks of a model of any depth
-        others = Op(earlier_layers, (("layers", tuple(range(-blocks, -1))), ("pairs", (pair,))))
+        earlier = trace.once(earlier_layers, layers=tuple(range(-blocks, -1)), pairs=(pair,))
         skip = trace.embedded.prefix - heads.prefix  # for a readout of patches without the prefix
-        earlier = trace.once(others)[..., skip:, skip:]
+        earlier = earlier[..., skip:, skip:]
         if earlier.shape[1] != own.shape[1]:  # a pool may have another number of heads than blocks
             own, earlier = own.mean(1, keepdim=True), earlier.mean(1, keepdim=True)
         own = torch.lerp(own, earlier, 1 - 1 / blocks)
@@ -168,9 +167,9 @@ def mean_of_layers(heads: Heads, trace: Trace, *, pair: str = "kk") -> Tensor:
 @METHODS.register_module()
 def rfclip(
     *,
-    channels: Sequence[int] | Literal["auto", "loudest"] = "auto",
+    channels: Some[int] | Literal["auto", "loudest"] = "auto",
     factor: float = 5.0,
-    count: int = 8,
+    count: Count = 8,
     blend: float = 0.4,
     sim_cut: float = 0.4,
     dataset: str | None = "context59",

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from sfp.functional.clusters import resize
 from sfp.functional.precision import upcast
-from sfp.registry import METHODS, composition, op
+from sfp.registry import METHODS, Count, composition, op
 from sfp.trace import GuideError, Trace
 
 DROPPED = -1e9  # logit of a query that is not selected in a window
@@ -190,11 +190,11 @@ def selected_classes(
     local: float = 0.15,
     guided: float = 0.07,
     overall: Literal["class_token", "mean_logit"] = "class_token",
-    most: int | None = None,
+    most: Count | None = None,
     repair: bool = True,
     scale: float = 40.0,
     sure: float = 0.8,
-    cells: int = 4,
+    cells: Count = 4,
 ) -> Tensor:
     """Logits of the queries selected in a window, fused with a local scorer's maps, (B, Q, H', W').
 
@@ -248,10 +248,10 @@ def s2c2seg(
     local: float = 0.15,
     guided: float = 0.07,
     overall: Literal["class_token", "mean_logit"] = "class_token",
-    most: int | None = None,
+    most: Count | None = None,
     repair: bool = True,
     sure: float = 0.8,
-    cells: int = 4,
+    cells: Count = 4,
 ) -> dict[str, Any]:
     """Another preset, with the classes of each window selected by two scorers; needs words and CLIPSeg.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sfp.registry import METHODS, bind
+from sfp.registry import METHODS, Some, bind
 
 Enhancer = Literal["qk", "qq", "kk", "vv", "qq+kk", "qq+vv", "kk+vv", "qq+kk+vv"]
 
@@ -56,7 +56,7 @@ def sfp(
     *,
     purify: bool | str | Mapping[str, Any] = True,
     pm: str | Mapping[str, Any] = "som",
-    layers: Sequence[int] | Literal["all"] = (-2,),
+    layers: Some[int] | Literal["all"] = (-2,),
     top_k: int | None = 10,
     res_cls: float = 0.3,
     res_scale: float = 5.0,
@@ -87,6 +87,11 @@ def sfp(
         integrator: whether the second readout, of summed layers, is added.
         integrator_start, integrator_end: first and last of those layers.
     """
+    if integrator and integrator_start > integrator_end:
+        raise ValueError(
+            f"method 'sfp': integrator_start={integrator_start} comes after "
+            f"integrator_end={integrator_end}: expected the first and the last layer, from 0"
+        )
     before = dict(
         type="similarity",
         layer=pre_layer,

@@ -6,13 +6,13 @@ Semantic Segmentation (Jin et al., ICCV 2025). The released code is the preset `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
 
 from sfp.methods.sfp import Enhancer, purification
-from sfp.registry import METHODS, op
+from sfp.registry import METHODS, Some, op
 from sfp.trace import LayerError, Trace
 
 
@@ -42,7 +42,7 @@ def sfp_paper(
     *,
     purify: bool | str | Mapping[str, Any] = True,
     pm: str | Mapping[str, Any] = "som",
-    layers: Sequence[int] | Literal["all"] = "all",
+    layers: Some[int] | Literal["all"] = "all",
     enhancer: Enhancer = "qq+kk",
     integrator: bool = True,
     integrator_start: int = 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,13 +11,15 @@ from torch.nn import functional as F
 
 from sfp.functional.attention import centred_softmax, gaussian_prior, pad_prefix
 from sfp.kinds import Affinity, Rule
-from sfp.registry import Op, op
+from sfp.registry import Some, op
 from sfp.tokens import Heads
-from sfp.trace import LayerError, Trace
+from sfp.trace import Trace
+
+Pair = Literal["qq", "qk", "qv", "kq", "kk", "kv", "vq", "vk", "vv"]
 
 
 @op("attention")
-def self_self(heads: Heads, trace: Trace, *, pairs: Sequence[str] = ("qq", "kk")) -> Tensor:
+def self_self(heads: Heads, trace: Trace, *, pairs: Some[Pair] = ("qq", "kk")) -> Tensor:
     """Sum of softmax(a b^T / sqrt(d)) over pairs of projections, (B, H, T, T).
 
     ("qq", "kk") is SCLIP's and SFP's, ("qq",) ClearCLIP's; ("qk",) is ordinary attention. Rows sum to
@@ -38,7 +41,7 @@ def identity(heads: Heads, trace: Trace) -> Tensor:
 
 
 @op("attention")
-def neighbour(heads: Heads, trace: Trace, *, std: float = 5.0, pair: str = "kk") -> Tensor:
+def neighbour(heads: Heads, trace: Trace, *, std: float = 5.0, pair: Pair = "kk") -> Tensor:
     """softmax(a b^T / sqrt(d) + Gaussian of the patch distance), (B, H, T, T) (NACLIP).
 
     Args:
@@ -56,9 +59,9 @@ def fuse_layers(
     trace: Trace,
     *,
     rule: Rule,
-    layers: Sequence[int],
+    layers: Some[int],
     share: float,
-    pairs: Sequence[str] = ("qk",),
+    pairs: Some[Pair] = ("qk",),
     head_average: bool = False,
 ) -> Tensor:
     """Mixes the weights of a rule with the attention of earlier layers (GCLIP, ITACLIP).
@@ -72,7 +75,7 @@ def fuse_layers(
         pairs: attention of those layers, as in `self_self`; ("qk",) is their own.
         head_average: average both maps over heads.
     """
-    earlier = trace.once(Op(earlier_layers, (("layers", tuple(layers)), ("pairs", tuple(pairs)))))
+    earlier = trace.once(earlier_layers, layers=tuple(layers), pairs=tuple(pairs))
     skip = trace.embedded.prefix - heads.prefix  # for a readout without prefix tokens
     own, earlier = rule(heads, trace), earlier[..., skip:, skip:]
     if head_average or own.shape[1] != earlier.shape[1]:  # a pool may have another number of heads
@@ -80,14 +83,8 @@ def fuse_layers(
     return own + share * (earlier - own)
 
 
-def earlier_layers(trace: Trace, *, layers: Sequence[int], pairs: Sequence[str]) -> Tensor:
-    """Mean over method layers of `self_self`, (B, H, T, T).
-
-    Raises:
-        LookupError: if there are no layers.
-    """
-    if not layers:
-        raise LayerError("fuse_layers: layers=(): expected at least one layer")
+def earlier_layers(trace: Trace, *, layers: Sequence[int], pairs: Sequence[Pair]) -> Tensor:
+    """Mean over method layers of `self_self`, (B, H, T, T)."""
     maps = (self_self(trace.heads(trace.layer(i)), trace, pairs=pairs) for i in layers)
     total = next(maps).clone()
     for weights in maps:
@@ -131,7 +128,7 @@ def unrotated(heads: Heads, trace: Trace, *, rule: Rule) -> Tensor:
 
 
 @op("attention")
-def average(heads: Heads, trace: Trace, *, rules: Sequence[Rule]) -> Tensor:
+def average(heads: Heads, trace: Trace, *, rules: Some[Rule]) -> Tensor:
     """Mean of the weights of several rules."""
     total = rules[0](heads, trace)
     for rule in rules[1:]:

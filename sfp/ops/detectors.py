@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sfp.clip.int8 import float_weight
 from sfp.functional.precision import exact, upcast
 from sfp.registry import op
 from sfp.trace import Trace
@@ -124,8 +125,8 @@ def weight_norm_channel(
 
 def loud_channels(trace: Trace, layer: int, count: int = 1) -> Tensor:
     """The channels with the largest output weights of block `layer`'s MLP, largest first."""
-    rows = trace.vit.blocks[layer].get_parameter("mlp.c_proj.weight")  # (D, 4D)
-    return upcast(rows).norm(dim=1).topk(min(count, len(rows))).indices
+    rows = float_weight(trace.vit.blocks[layer].get_submodule("mlp.c_proj"))  # (D, 4D)
+    return rows.norm(dim=1).topk(min(count, len(rows))).indices
 
 
 @op("detector")

@@ -8,19 +8,17 @@ readers    `(trace, *, knobs) -> Tokens`, in place of a readout
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from sfp.functional.attention import hide
 from sfp.kinds import Affinity, Rule
-from sfp.registry import op
+from sfp.registry import Some, op
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
 
 @op("source")
-def layer_sum(trace: Trace, *, layers: Sequence[int]) -> Tokens:
+def layer_sum(trace: Trace, *, layers: Some[int]) -> Tokens:
     """Sum of the outputs of several method layers (SC-CLIP's multi-level features)."""
     first, *rest = (trace.output(layer) for layer in layers)
     last = rest[-1] if rest else first  # the last one hides whatever any of them hides

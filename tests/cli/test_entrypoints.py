@@ -7,17 +7,22 @@ import os
 import re
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import pytest
+import torch.distributed.run
 import yaml
 from packaging.requirements import Requirement
+from processes import forked
+from torch.distributed.launcher.api import elastic_launch
 
 from sfp import cli
+from sfp.evaluation import run as evaluate
 from sfp.mini import CLASSES
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +34,7 @@ TOOLS = sorted(
 SCRIPTS = ["test.sh", "multi_test.sh", "distribute_test.sh"]
 SHARED = "tools/benchmarks.sh"  # read by two of them
 SCENES = 5  # an odd number: two processes do not share it evenly
+ONE_THREAD = dict(OMP_NUM_THREADS="1")  # of any number, sums would have other last digits
 FEW = ["--cfg-options", f"test_dataloader.dataset.scenes={SCENES}"]
 NOISE = re.compile(r"OneDL|Traceback|[Ww]arn|Deprecat|\bWARNING\b|\bINFO\b|randomly initialized")
 
@@ -39,7 +45,8 @@ def run(
     """A script, called from a folder that is not the repository's."""
     return subprocess.run(
         ["sh", str(ROOT / script), *arguments],
-        env=dict(os.environ, PYTHON=sys.executable, PYTHONPATH=str(ROOT)) | environment,
+        env=dict(os.environ, **ONE_THREAD, PYTHON=sys.executable, PYTHONPATH=str(ROOT))
+        | environment,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -64,29 +71,12 @@ def tool(
 # -- scripts -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> str:
-    """The same cache folder as `own_cache` in conftest.py gives each test."""
-    return str(tmp_path_factory.getbasetemp() / "cache")
-
-
-@pytest.fixture(scope="session")
-def evaluated(tmp_path_factory, cache):
-    """`sh test.sh` on a few scenes, with a picture of each image: the folder and what it printed."""
-    here = tmp_path_factory.mktemp("evaluated")  # where relative paths start
-    done = run(
-        *("test.sh", "--show-dir", "deep/mini/show", *FEW),
-        folder=here,
-        WORK_DIR="deep/mini",
-        SFP_CACHE=cache,
-    )
-    return here / "deep/mini", done
-
-
 @pytest.mark.process
 @pytest.mark.slow
-def test_test_sh(evaluated):
-    folder, done = evaluated
+def test_test_sh(tmp_path):
+    """On a few scenes, with a picture of each image, from the folder where relative paths start."""
+    words = ("--show-dir", "deep/mini/show", *FEW)
+    done = run("test.sh", *words, folder=tmp_path, WORK_DIR="deep/mini")
     assert done.returncode == 0, done.stderr
     for output in (done.stdout, done.stderr):
         assert not NOISE.search(output), output
@@ -94,6 +84,7 @@ def test_test_sh(evaluated):
         assert word in done.stdout
     assert f"{SCENES}/{SCENES}" in done.stderr  # the progress bar
     assert "results in deep/mini: metrics.json" in done.stdout
+    folder = tmp_path / "deep/mini"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert tuple(metrics["classes"]) == CLASSES
     assert metrics["images"] == SCENES
@@ -104,6 +95,16 @@ def test_test_sh(evaluated):
     row = re.search(r"mIoU / mAcc\W+([\d.]+)\W+([\d.]+)", done.stdout)
     assert float(row[1]) == pytest.approx(metrics["mIoU"], abs=0.006)
     assert float(row[2]) == pytest.approx(metrics["mAcc"], abs=0.006)
+
+    sheet = cv2.imread(str(folder / "sheet.png"))
+    assert sheet.shape[0] > sheet.shape[1]  # five rows of four columns
+    assert sheet.std() > 30
+    shown = sorted((folder / "show").rglob("*.png"))
+    assert len(shown) == SCENES
+    for path in shown:
+        picture = cv2.imread(str(path))
+        assert picture.shape == (224, 448, 3)  # truth and prediction side by side
+        assert picture.std() > 10
 
 
 @pytest.mark.process
@@ -120,69 +121,103 @@ def test_test_sh_by_default_says_what_purification_does(tmp_path):
         assert len(said.splitlines()) == 1
 
 
-@pytest.mark.process
-@pytest.mark.slow
-def test_sheet_and_pictures(evaluated):
-    folder, _ = evaluated
-    sheet = cv2.imread(str(folder / "sheet.png"))
-    assert sheet.shape[0] > sheet.shape[1]  # five rows of four columns
-    assert sheet.std() > 30
-    shown = sorted((folder / "show").rglob("*.png"))
-    assert len(shown) == SCENES
-    for path in shown:
-        picture = cv2.imread(str(path))
-        assert picture.shape == (224, 448, 3)  # truth and prediction side by side
-        assert picture.std() > 10
+def stub(path: Path, cases: str) -> str:
+    """A `python` that notes what it is called with, then does what its case says."""
+    path.write_text(f'#!/bin/sh\necho "$*" >>{path}.log\ncase "$*" in\n{cases}\nesac\n')
+    path.chmod(0o755)
+    return str(path)
 
 
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
+def single(work: Path) -> dict[str, Any]:
+    """The numbers of the same scenes in this process."""
+    options = {"test_dataloader.dataset.scenes": SCENES}
+    config = evaluate.load_config(ROOT / "configs/cfg_mini.py", work_dir=str(work), options=options)
+    return evaluate.evaluate(config, pictures=0)
 
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_distribute_test_sh_equals_one_process(evaluated, tmp_path, cache):
-    folder, _ = evaluated
-    done = run(
-        "distribute_test.sh",
-        *FEW,
-        GPUS="2",
-        CONFIGS="configs/cfg_mini.py",
-        WORK_DIR=str(tmp_path),
-        PORT=free_port(),
-        SFP_CACHE=cache,
-        OMP_NUM_THREADS="1",
+def test_two_processes_of_distribute_test_sh_equal_one(tmp_path, capfd):
+    """Its command with torchrun's own agent, whose processes are forked: imports take the longest."""
+    python = stub(tmp_path / "python", "")
+    where = dict(CONFIGS="configs/cfg_mini.py", WORK_DIR=str(tmp_path), PYTHON=python, GPUS="2")
+    run("distribute_test.sh", *FEW, **where)
+    (command,) = re.findall(
+        "^-m torch.distributed.run (.*)", Path(f"{python}.log").read_text(), re.MULTILINE
     )
-    assert done.returncode == 0, done.stderr
-    for output in (done.stdout, done.stderr):
+
+    def rank(path: str, *arguments: str) -> None:
+        sys.argv = [path, *arguments]
+        os.chdir(ROOT)
+        sys.path.insert(0, str(ROOT / "tools"))
+        runpy.run_path(path, run_name="__main__")
+
+    def torchrun() -> None:
+        words = torch.distributed.run.parse_args(command.split())
+        config, _, (_, *tool) = torch.distributed.run.config_from_args(words)
+        free = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0")  # any port, not this one
+        elastic_launch(replace(config, start_method="fork", **free), rank)(*tool)
+
+    assert forked(torchrun) == 0
+    printed = capfd.readouterr()
+    for output in (printed.out, printed.err):
         assert not NOISE.search(output), output
-    ours = (tmp_path / "cfg_mini" / "metrics.json").read_text()
-    assert ours == (folder / "metrics.json").read_text()
+    assert printed.out.count("brick wall") == 1  # one process prints the table
     assert (tmp_path / "cfg_mini" / "sheet.png").is_file()
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary == {"mini": json.loads(ours)}
-    assert "mini" in (tmp_path / "summary.md").read_text()
-    assert done.stdout.count("brick wall") == 1  # one process prints the table
+    assert len(list((tmp_path / "cfg_mini" / "journal").iterdir())) == 2  # one of each process
+    assert forked(lambda: single(tmp_path / "one") and None) == 0
+    numbers = [(tmp_path / name / "metrics.json").read_text() for name in ("cfg_mini", "one")]
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.process
+def test_commands_of_distribute_test_sh(tmp_path):
+    """One process checks each config, whose exit code torchrun would hide; then several run it."""
+    python = stub(
+        tmp_path / "python",
+        """
+        *summary.py*) exit 0 ;;
+        *torch.distributed.run*cfg_crashes.py*) exit 7 ;;
+        *cfg_broken.py*--check) exit 2 ;;
+        *cfg_missing.py*--check) exit 3 ;;
+        """,
+    )
+    names = ("broken", "missing", "crashes", "fine")
+    codes = dict(zip(names, "2310", strict=True))
+    for configs, expected in ((names, 1), (names[1:], 1), (names[1::2], 3), (names[3:], 0)):
+        where = dict(CONFIGS=" ".join(f"cfg_{name}.py" for name in configs), WORK_DIR="work")
+        where |= dict(GPUS="3", PORT="12345", PYTHON=python)
+        done = run("distribute_test.sh", "--method", "clip", folder=tmp_path, **where)
+        assert done.returncode == expected, done.stderr
+        assert re.findall(r"cfg_(\w+): 3 processes", done.stdout) == list(configs)
+        for name in configs:
+            code = (tmp_path / f"work/cfg_{name}/exit_code").read_text()
+            assert code == f"{codes[name]}\n"
+    log = (tmp_path / "python.log").read_text().replace(f"{ROOT}/", "").splitlines()
+    assert log[-3:] == [
+        "tools/test.py cfg_fine.py --work-dir work/cfg_fine --method clip --check",
+        "-m torch.distributed.run --nproc_per_node=3 --master_port=12345 tools/test.py "
+        "cfg_fine.py --launcher pytorch --work-dir work/cfg_fine --method clip",
+        "tools/summary.py work/cfg_fine --out work/summary",
+    ]
+    assert not any("distributed" in line for line in log if "broken" in line or "missing" in line)
 
 
 @pytest.mark.process
 def test_multi_test_sh(tmp_path):
     """What it makes of the exit codes of tools/test.py, which are those of `test_exit_codes`."""
-    python = tmp_path / "python"
-    python.write_text(
-        f"""#!/bin/sh
-        case "$1 $2" in
-            *summary.py*) test -z "$SUMMARY" || exec {sys.executable} "$@"; exit 0 ;;
-            *_broken.py) echo "error: broken" >&2; exit 2 ;;
-            *_missing.py) echo "error: there is no image folder" >&2; exit 3 ;;
-        esac
-        echo "on $CUDA_VISIBLE_DEVICES"
-        echo '{{"mIoU": 50, "mAcc": 60, "aAcc": 70, "fwIoU": 80, "images": 5}}' >"$4/metrics.json"
-        """
+    python = stub(
+        tmp_path / "python",
+        f"""
+        *summary.py*) test -z "$SUMMARY" || exec {sys.executable} "$@"; exit 0 ;;
+        *_broken.py*) echo "error: broken" >&2; exit 2 ;;
+        *_missing.py*) echo "error: there is no image folder" >&2; exit 3 ;;
+        *)
+            echo "on $CUDA_VISIBLE_DEVICES"
+            echo '{{"mIoU": 50, "mAcc": 60, "aAcc": 70, "fwIoU": 80, "images": 5}}' >"$4/metrics.json"
+            ;;
+        """,
     )
-    python.chmod(0o755)
     work = tmp_path / "work"
     (work / "cfg_missing").mkdir(parents=True)
     (work / "cfg_missing/metrics.json").write_text("{}")  # from an earlier run, with data
@@ -192,7 +227,7 @@ def test_multi_test_sh(tmp_path):
         "cfg_fine.py",
     ]
     for names, code in zip(configs, (1, 3, 0), strict=True):
-        where = dict(GPUS="0", CONFIGS=names, WORK_DIR="work", PYTHON=str(python))
+        where = dict(GPUS="0", CONFIGS=names, WORK_DIR="work", PYTHON=python)
         where["SUMMARY"] = "1" if code == 3 else ""
         done = run("multi_test.sh", folder=tmp_path, **where)
         assert done.returncode == code, done.stderr
@@ -375,14 +410,13 @@ def test_summary(monkeypatch, capsys, tmp_path):
     assert "50.75" in capsys.readouterr().out
 
 
-@pytest.mark.process
 @pytest.mark.slow
-def test_compare_gives_the_numbers_of_single_runs(evaluated, monkeypatch, capsys, tmp_path):
+def test_compare_gives_the_numbers_of_single_runs(capsys, tmp_path):
     arguments = ["--methods", "clip", "sfp", "--work-dir", str(tmp_path), *FEW]
     assert cli.main(["compare", "mini", *arguments]) == 0
     assert "sfp" in capsys.readouterr().out
     record = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)
-    metrics = json.loads((evaluated[0] / "metrics.json").read_text())
+    metrics = single(tmp_path / "one")
     for key in ("mIoU", "mAcc", "aAcc", "fwIoU"):
         assert record["methods"]["sfp"][key] == metrics[key]
     assert {k: v["IoU"] for k, v in metrics["classes"].items()} == record["methods"]["sfp"]["IoU"]

@@ -14,6 +14,8 @@ import sfp
 from sfp.clip.int8 import Int8Linear, quantised
 from sfp.mini import checkpoint
 from sfp.mini.scenes import scene
+from sfp.ops.detectors import loud_channels
+from sfp.registry import bind, list_ops
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -60,6 +62,17 @@ def test_features_are_close_and_the_model_is_left_alone():
     assert (labels["fp32"] == labels["int8"]).float().mean() > 0.95
     assert list(clip.state_dict()) == names
     assert clip.visual.blocks[0].mlp.c_fc.weight.dtype == torch.float32
+
+
+def test_all_detectors_read_models_of_8_bits():
+    vit = tiny.clip().visual
+    trace = quantised(vit).trace(tiny.images(1))
+    for name in list_ops("detector"):
+        detector = bind(dict(type=name))
+        if detector.fn.__module__ != "sfp.ops.sklearn_detectors":  # no weights, and slow to import
+            assert detector(trace, 10).shape == (1, 64)
+    norms = rounded(vit.blocks[10].mlp.c_proj.weight).norm(dim=1)
+    assert loud_channels(trace, 10, 64).tolist() == norms.argsort(descending=True).tolist()
 
 
 def test_what_8_bits_cannot_do():

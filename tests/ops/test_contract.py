@@ -10,6 +10,7 @@ import copy
 import inspect
 import itertools
 import json
+import re
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 import sfp
 from sfp.functional.windows import WindowGrid
 from sfp.methods.region_memory import write_memory
-from sfp.registry import OPS, bind, needs, needs_words
+from sfp.registry import METHODS, OPS, bind, needs, needs_words
 from sfp.trace import Trace, Words
 from sfp.whole import WholeImage
 
@@ -756,3 +757,39 @@ def test_methods_compare_grids_not_token_counts(name, exact):
     raw.native_grid = (16, 4)  # what the peers do
     peers, _ = method.features(raw, image, **context)
     assert (peers.data - ours.data).abs().max() > 1e-2
+
+
+MAY_BE_EMPTY = {  # a list of no layers, which leaves a part of the method out
+    ("suppress_channel", "blocks"),
+    ("gclip", "blocks"),
+    ("gclip", "cs_blocks"),
+    ("itaclip", "layers"),
+}
+
+
+def test_empty_lists_are_refused_by_name_when_a_method_is_built():
+    empty = set()
+    for kind, ops in EXAMPLES.items():
+        for name, settings in ops.items():
+            for knob in lists(OPS.get(name)):
+                if (name, knob) in MAY_BE_EMPTY:
+                    empty.add((name, knob))
+                    continue
+                with pytest.raises(ValueError, match=rf"{name}.*{knob}=.*at least 1 item"):
+                    bind(dict(settings[-1], type=name, **{knob: []}), kind)
+    for name, preset in METHODS.module_dict.items():
+        for knob in lists(preset):
+            if (name, knob) in MAY_BE_EMPTY:
+                empty.add((name, knob))
+                method = sfp.build_method(name, **{knob: []})
+                assert method.features(tiny.clip().visual, tiny.images(1))[0].data.isfinite().all()
+                continue
+            with pytest.raises(ValueError, match=rf"{name}.*{knob}=.*at least 1 item"):
+                sfp.build_method(name, **{knob: []})
+    assert empty == MAY_BE_EMPTY
+
+
+def lists(fn: Any) -> list[str]:
+    """The knobs of an op or preset that take a list."""
+    types = {name: fn.__annotations__[name] for name in sfp.registry.knobs(fn)}
+    return [name for name, hint in types.items() if re.search("Sequence|Some|list", hint)]

@@ -375,9 +375,9 @@ class Method(_Fields):
             alone = enumerate(trace.alone())
             return torch.cat([self.compare(features[i : i + 1], image) for i, image in alone])
         trace = self.seen(trace)
-        logits = _maps(self.comparison, self.comparison(features, trace), len(features.data))
+        logits = _maps(self.comparison, self.comparison(features, trace), features.data.shape[0])
         for refine in self.refiners:
-            logits = _maps(refine, refine(logits, trace), len(logits))
+            logits = _maps(refine, refine(logits, trace), logits.shape[0])
         return logits
 
     @cached_property
@@ -449,8 +449,9 @@ def _maps(part: object, logits: Tensor, given: int) -> Tensor:
 
     Otherwise it has combined windows with the features of an image that was joined from them.
     """
-    if len(logits) not in (1, given):
-        raise ValueError(f"{part}: got {given} maps and returned {len(logits)}; {ONE_BY_ONE}")
+    count = logits.shape[0]  # not `len`, which an export with a dynamic batch cannot have
+    if count != given and count != 1:
+        raise ValueError(f"{part}: got {given} maps and returned {count}; {ONE_BY_ONE}")
     return logits
 
 

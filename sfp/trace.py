@@ -430,10 +430,9 @@ class Trace:
         Raises:
             ValueError: if the readouts have joined the windows.
         """
-        if len(maps) != len(self.image):
-            raise ValueError(
-                f"{part}: got {len(maps)} maps of {len(self.image)} windows; {ONE_BY_ONE}"
-            )
+        given, windows = maps.shape[0], self.image.shape[0]
+        if given != windows:
+            raise ValueError(f"{part}: got {given} maps of {windows} windows; {ONE_BY_ONE}")
 
     def global_logits(self) -> Tensor:
         """Cosine of CLIP's image embedding with every query, (B, Q).

@@ -341,7 +341,7 @@ def test_a_threshold_acts_before_regions_vote(clip, words):
     rest = voted.names.index("background")
     added = len(voted.names) - 3
     expected = np.where(free.confidence < level, rest, free.labels + added)
-    classes = np.roll(np.arange(len(voted.names)), -added)  # of equals an added background is the last
+    classes = np.roll(np.arange(len(voted.names)), -added)  # an added background is the last
     for each in range(1, 5):
         inside = regions == each
         expected[inside] = max(classes, key=list(expected[inside]).count)

@@ -558,6 +558,21 @@ def pick(what: str, name: str, options: Mapping[str, T]) -> T:
     return options[name]
 
 
+def tuned(dataset: str, constants: Mapping[str, Sequence[Any]], **given: Any) -> dict[str, Any]:
+    """Knobs by name, with a dataset's constants in place of None.
+
+    Args:
+        dataset: name of the dataset.
+        constants: by dataset, the constants of all of `given`, in the same order.
+        **given: the knobs.
+
+    Raises:
+        ValueError: if there are no constants for the dataset; the message suggests the closest name.
+    """
+    usual = pick("dataset", dataset, constants)
+    return {k: u if v is None else v for (k, v), u in zip(given.items(), usual, strict=True)}
+
+
 def suggest(name: object, valid: Iterable[str]) -> str:
     """The tail of an error message: the closest valid name, then all of them."""
     names = sorted(valid)

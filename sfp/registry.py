@@ -497,18 +497,20 @@ def _describe(option: Any) -> str:
 
 
 def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]:
-    """The fields of `Method` that a preset describes, not yet built; compositions are returned as is.
+    """The fields of `Method` that a preset or a composition describes, not yet built.
 
     Args:
         method: name of a preset, or `dict(type=name, knob=value, ...)`.
-        **knobs: further knobs. Every preset that has no knob of that name itself also takes the
-            fields in `COMMON`, those in `READOUT` for all of its readouts, `refiners` to apply after
-            its own, and `stitched=True`, which is short for `image=dict(type="canvas")`.
+        **knobs: further knobs; `refiners` are applied after those that `method` has. Every preset that
+            has no knob of that name itself also takes the fields in `COMMON`, those in `READOUT` for
+            all of its readouts, and `stitched=True`, which is short for `image=dict(type="canvas")`.
 
     Raises:
         ValueError: for unknown presets or knobs; the message lists the valid ones.
     """
     config = {"type": method} if isinstance(method, str) else dict(method)
+    if "refiners" in knobs:
+        knobs["refiners"] = [*config.get("refiners", ()), *knobs["refiners"]]
     config.update(knobs)
     name = config.pop("type", "Method")
     if name == "Method":

@@ -304,9 +304,7 @@ def freecp(
         crop_side=crop_side,
         crop_text=crop_text,
     )
-    fields = composition(base)
     return dict(
-        fields,
-        refiners=[*fields.get("refiners", ()), refiner],
+        composition(base, refiners=[refiner]),
         decision=dict(type="as_scores", rest=values["background"]),
     )

@@ -156,6 +156,20 @@ def test_presets_take_knobs_both_ways():
     assert config == dict(type="sfp", purify=False)  # left as it was
 
 
+def test_refiners_follow_those_of_a_preset_and_of_a_node():
+    first, last = dict(type="query_probabilities"), dict(type="region_mean")
+    node = dict(type="Method", refiners=[first])
+    preset = dict(type="clip_surgery", refiners=[first])
+    for config, own in ((node, []), (preset, ["remove_redundancy"])):
+        expected = [*own, "query_probabilities", "region_mean"]
+        for method in (
+            sfp.build_method(config, refiners=[last]),
+            sfp.build_method("lavg", base=config),
+        ):
+            assert [refiner.fn.__name__ for refiner in method.refiners] == expected
+    assert node == dict(type="Method", refiners=[first])  # left as it was
+
+
 def test_a_config_file_says_what_the_preset_says():
     """Lists of a config file, nested in mmengine's own types, build the same method."""
     node = dict(

@@ -31,7 +31,7 @@ from sfp.functional.labels import best_of_class
 from sfp.functional.precision import upcast
 from sfp.functional.windows import LogitSheet
 from sfp.kinds import Rows
-from sfp.registry import METHODS, op, pick
+from sfp.registry import METHODS, op, tuned
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
@@ -259,27 +259,25 @@ def cliper(
         score_thd, background_thd, min_max: as in `kept_classes`.
         background: whether class 0 consists of background words.
     """
-    given = (cut, score_thd, background_thd, background, min_max)
-    values: list[Any] = [
-        tuned if own is None else own
-        for own, tuned in zip(given, pick("dataset", dataset, DATASETS), strict=True)
-    ]
+    values = tuned(
+        dataset,
+        DATASETS,
+        cut=cut,
+        score_thd=score_thd,
+        background_thd=background_thd,
+        background=background,
+        min_max=min_max,
+    )
     return dict(
         direct=True,
         positions=dict(type="resample_positions", offset=0.0, mode="bilinear"),
         readouts=[dict(type="last_of_layers")],
         comparison=dict(
             type="layer_probabilities",
-            cut=values[0],
+            cut=values.pop("cut"),
             select=select,
-            background=values[3],
+            background=values["background"],
             logit_scale=logit_scale,
         ),
-        decision=dict(
-            type="kept_classes",
-            score_thd=values[1],
-            background_thd=values[2],
-            background=values[3],
-            min_max=values[4],
-        ),
+        decision=dict(type="kept_classes", **values),
     )

@@ -151,9 +151,8 @@ def lposs(
         alpha=alpha,
         steps=steps,
     )
-    fields = composition(base)
     usual = dict(type="resample_positions", offset=0.0)
-    return dict({"positions": usual, **fields}, refiners=[*fields.get("refiners", ()), refiner])
+    return {"positions": usual, **composition(base, refiners=[refiner])}
 
 
 @METHODS.register_module()
@@ -173,5 +172,4 @@ def lposs_plus(
         alpha, steps: parameters of the solver, as in `propagate_pixels`.
     """
     refiner = dict(type="propagate_pixels", side=side, tau=tau, alpha=alpha, steps=steps)
-    fields = composition(base)
-    return dict(fields, refiners=[*fields.get("refiners", ()), refiner])
+    return composition(base, refiners=[refiner])

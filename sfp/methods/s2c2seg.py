@@ -261,7 +261,6 @@ def s2c2seg(
             type="clipseg", model="CIDAS/clipseg-rd64-refined"))`).
         share, local, guided, overall, most, repair, sure, cells: as in `selected_classes`.
     """
-    fields = composition(base)
     refiner = dict(
         type="selected_classes",
         guide=guide,
@@ -274,4 +273,4 @@ def s2c2seg(
         sure=sure,
         cells=cells,
     )
-    return dict(fields, refiners=[*fields.get("refiners", ()), refiner])
+    return composition(base, refiners=[refiner])

@@ -31,7 +31,7 @@ from sfp.functional.clusters import resize
 from sfp.functional.kept import constant
 from sfp.functional.precision import upcast
 from sfp.kinds import Affinity
-from sfp.registry import METHODS, composition, op, pick
+from sfp.registry import METHODS, composition, op, tuned
 from sfp.trace import Trace
 
 Box = tuple[int, int, int, int]  # first column, first row, end column, end row; in patches
@@ -215,6 +215,7 @@ def class_purification(
         crop_text: safetensors file with unit text features "queries", (Q, C), that crops are compared
             with (the release's sentences); None for the words themselves.
     """
+    trace.one_by_one(logits, "class_purification")
     weights = trace.once(affinity)
     if weights.shape[-1] != logits[0, 0].numel():  # of another grid, a guide's
         logits = resize(logits, trace.embedded.grid)
@@ -286,8 +287,9 @@ def freecp(
         crop_side, crop_text: parameters of the crops, as in `class_purification`.
         rounds, square: parameters of the affinity, as in `sinkhorn`.
     """
-    tuned = pick("dataset", dataset, DATASETS)
-    background = tuned[2] if background is None else background
+    values = tuned(
+        dataset, DATASETS, redundant=redundant, ambiguous=ambiguous, background=background
+    )
     refiner = dict(
         type="class_purification",
         affinity=dict(
@@ -296,18 +298,14 @@ def freecp(
             rounds=rounds,
             square=square,
         ),
-        redundant=tuned[0] if redundant is None else redundant,
-        ambiguous=tuned[1] if ambiguous is None else ambiguous,
-        background=background,
+        **values,
         logit_scale=logit_scale,
         box_share=box_share,
         edges=edges,
         crop_side=crop_side,
         crop_text=crop_text,
     )
-    fields = composition(base)
     return dict(
-        fields,
-        refiners=[*fields.get("refiners", ()), refiner],
-        decision=dict(type="as_scores", rest=background),
+        composition(base, refiners=[refiner]),
+        decision=dict(type="as_scores", rest=values["background"]),
     )

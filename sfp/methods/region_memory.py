@@ -253,9 +253,8 @@ def region_memory(
         memory: file that `sfp fit memory` wrote; without one, the base itself.
         guide, output, count, share: as in `remembered_regions`.
     """
-    fields = composition(base)
     if memory is None:
-        return fields
+        return composition(base)
     refiner = dict(
         type="remembered_regions",
         memory=memory,
@@ -264,4 +263,4 @@ def region_memory(
         count=count,
         share=share,
     )
-    return dict(fields, refiners=[*fields.get("refiners", ()), refiner], direct=True)
+    return dict(composition(base, refiners=[refiner]), direct=True)

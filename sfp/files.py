@@ -1,4 +1,4 @@
-"""The cache folder, and atomic writing of files."""
+"""The cache folder, atomic writing of files, and reading them once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def cache_dir(*parts: str) -> Path:
@@ -93,6 +96,31 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def _about(path: Path, error: OSError) -> OSError:
     """The same error, about the file that the caller wants to write."""
     return OSError(error.errno, f"cannot be written ({error.strerror})", str(path))
+
+
+def read_once(keep: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Decorates a function that reads a file, `(path, ...)`: its results are kept in memory.
+
+    A file is read again if its size, modification time, change time or inode differ. The change time
+    cannot be set, so a copy that keeps the times of another file (cp -p, rsync -t) is noticed too.
+
+    Args:
+        keep: number of results that are kept, the most recent ones.
+    """
+
+    def decorate(read: Callable[..., T]) -> Callable[..., T]:
+        @functools.lru_cache(maxsize=keep)
+        def known(path: str, state: tuple[int, ...], *rest: Any) -> T:
+            return read(path, *rest)
+
+        @functools.wraps(read)
+        def reading(path: str, *rest: Any) -> T:
+            at = os.stat(path)
+            return known(path, (at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino), *rest)
+
+        return reading
+
+    return decorate
 
 
 def sha256_file(path: str | Path) -> str:

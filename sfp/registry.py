@@ -497,18 +497,20 @@ def _describe(option: Any) -> str:
 
 
 def composition(method: str | Mapping[str, Any], **knobs: Any) -> dict[str, Any]:
-    """The fields of `Method` that a preset describes, not yet built; compositions are returned as is.
+    """The fields of `Method` that a preset or a composition describes, not yet built.
 
     Args:
         method: name of a preset, or `dict(type=name, knob=value, ...)`.
-        **knobs: further knobs. Every preset that has no knob of that name itself also takes the
-            fields in `COMMON`, those in `READOUT` for all of its readouts, `refiners` to apply after
-            its own, and `stitched=True`, which is short for `image=dict(type="canvas")`.
+        **knobs: further knobs; `refiners` are applied after those that `method` has. Every preset that
+            has no knob of that name itself also takes the fields in `COMMON`, those in `READOUT` for
+            all of its readouts, and `stitched=True`, which is short for `image=dict(type="canvas")`.
 
     Raises:
         ValueError: for unknown presets or knobs; the message lists the valid ones.
     """
     config = {"type": method} if isinstance(method, str) else dict(method)
+    if "refiners" in knobs:
+        knobs["refiners"] = [*config.get("refiners", ()), *knobs["refiners"]]
     config.update(knobs)
     name = config.pop("type", "Method")
     if name == "Method":
@@ -556,6 +558,21 @@ def pick(what: str, name: str, options: Mapping[str, T]) -> T:
     if name not in options:
         raise ValueError(f"unknown {what} {name!r}{suggest(name, options)}")
     return options[name]
+
+
+def tuned(dataset: str, constants: Mapping[str, Sequence[Any]], **given: Any) -> dict[str, Any]:
+    """Knobs by name, with a dataset's constants in place of None.
+
+    Args:
+        dataset: name of the dataset.
+        constants: by dataset, the constants of all of `given`, in the same order.
+        **given: the knobs.
+
+    Raises:
+        ValueError: if there are no constants for the dataset; the message suggests the closest name.
+    """
+    usual = pick("dataset", dataset, constants)
+    return {k: u if v is None else v for (k, v), u in zip(given.items(), usual, strict=True)}
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:

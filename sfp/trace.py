@@ -16,7 +16,7 @@ from sfp.functional import attention
 from sfp.functional.grid import resample_positions
 from sfp.functional.precision import upcast
 from sfp.functional.windows import WindowGrid
-from sfp.registry import needs_words
+from sfp.registry import Op, needs_words
 from sfp.tokens import Heads, Tokens, cosine_logits
 from sfp.whole import WholeImage
 
@@ -34,6 +34,10 @@ GUIDES = dict(
     sam=("sam", "facebook/sam-vit-base"),
     sam3=("sam3", "facebook/sam3"),
     clipseg=("clipseg", "CIDAS/clipseg-rd64-refined"),
+)
+ONE_BY_ONE = (
+    "it works window by window, but the readouts of this method join the windows of an image: use it "
+    "with another preset"
 )
 GUIDE_PIXELS = 2**20  # pixels in one batch of a guide, nine windows of 336 pixels
 T = TypeVar("T")
@@ -283,8 +287,10 @@ class Trace:
             self._heads[i] = self.vit.blocks[i].heads(self.entering(i))
         return self._heads[i]
 
-    def once(self, op: Callable[[Trace], T]) -> T:
-        """`op(trace)`, computed once for all equal ops."""
+    def once(self, op: Callable[..., T], **knobs: Hashable) -> T:
+        """`op(trace, **knobs)`, computed once for equal ops and knobs."""
+        if knobs:
+            op = Op(op, tuple(sorted(knobs.items())))
         return self._compute_once(op, lambda: op(self), words=needs_words(op))
 
     def _compute_once(self, key: Hashable, compute: Callable[[], T], *, words: bool = False) -> T:
@@ -417,6 +423,16 @@ class Trace:
         heads = self.heads(i)
         own = attention.diagonal_weights(heads.q, heads.k, heads.scale, heads.hidden_keys)
         return own[..., heads.prefix :]
+
+    def one_by_one(self, maps: Tensor, part: str) -> None:
+        """Checks that there is a map for each window, for a part of a method that works on both.
+
+        Raises:
+            ValueError: if the readouts have joined the windows.
+        """
+        given, windows = maps.shape[0], self.image.shape[0]
+        if given != windows:
+            raise ValueError(f"{part}: got {given} maps of {windows} windows; {ONE_BY_ONE}")
 
     def global_logits(self) -> Tensor:
         """Cosine of CLIP's image embedding with every query, (B, Q).

@@ -203,7 +203,6 @@ def test_one_image_does_not_fail_its_batch(tmp_path, job, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("proxyclip", "--guide dino=transformers:model=facebook/dino-vitb8"),
         ("textregion", "needs regions of the image"),
         ("sfp:layers=[20]", "layer 20 of a model with 12 blocks"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sfp import files
-from sfp.files import atomic_write, cache_dir, home_dir
+from sfp.files import atomic_write, cache_dir, home_dir, read_once
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_the_umask_of_the_moment_decides(tmp_path, mask):
 def test_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / ("n" * 251 + ".txt")  # 255 bytes, the longest there is
     with atomic_write(path) as temporary:
-        assert temporary.suffix == ".txt"
+        assert temporary.suffix == ".part"
         assert not path.exists()
         temporary.write_text("first")
 
@@ -139,3 +139,26 @@ def test_what_cannot_be_written_is_named(tmp_path):
         with pytest.raises(OSError, match=message):
             write(tmp_path / path, error)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_file_is_read_once_until_it_changes(tmp_path, replaced):
+    """Also if size and modification time stay the same, as after cp -p or rsync -t."""
+    path, reads = tmp_path / "a", []
+
+    @read_once(2)
+    def read(path: str, more: int) -> str:
+        reads.append(path)
+        return Path(path).read_text() + str(more)
+
+    path.write_text("old")
+    assert [read(str(path), 1), read(str(path), 1), read(str(path), 2)] == ["old1", "old1", "old2"]
+    assert len(reads) == 2
+    before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # ticks every few milliseconds
+        other = tmp_path / "b" if replaced else path
+        other.write_text("new")
+        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        other.replace(path)
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert read(str(path), 1) == "new1"

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import bench
 import torch
@@ -47,6 +48,7 @@ from sfp.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/methods", "tests/ops")
+COUNTS = ("tests", "failures", "errors", "skipped")  # of pytest's report
 SCENES = 4
 MODES = (
     "compiled",
@@ -79,21 +81,34 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def goldens(device: str) -> dict[str, Any]:
-    """Runs the golden tests on the device, in processes of their own."""
+    """Runs the golden tests on the device, in processes of their own, and counts them."""
     environment = dict(os.environ, SFP_DEVICE=device)
     command = [sys.executable, "-m", "pytest", "-k", "golden", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
-    done = subprocess.run(
-        [*command, *TESTS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    lines = done.stdout.strip().splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        done = subprocess.run(
+            [*command, f"--junitxml={report}", *TESTS],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        suite = next(ElementTree.parse(report).iter("testsuite")).attrib if report.exists() else {}
+    ran, failures, errors, skipped = (int(suite.get(name, 0)) for name in COUNTS)
+    failed = failures + errors
+    passed = ran - failed - skipped
+    ok = done.returncode == 0 and passed > 0
+    lines = [*done.stdout.splitlines()[-400:], *done.stderr.splitlines()[-20:]]
     return dict(
-        ok=done.returncode == 0,
-        summary=next((line for line in reversed(lines) if "passed" in line), "none passed"),
+        ok=ok,
+        summary=f"{passed} passed, {skipped} skipped, {failed} failed",
+        passed=passed,
+        skipped=skipped,
         failed=failed,
-        output=[] if done.returncode == 0 else [*lines[-400:], *done.stderr.splitlines()[-20:]],
+        output=[] if ok else lines,
     )
 
 

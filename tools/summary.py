@@ -10,10 +10,10 @@ import argparse
 import json
 from pathlib import Path
 
-from sfp.cli.terminal import print_table
 from sfp.evaluation.scores import COLUMNS
 from sfp.files import atomic_write
 from sfp.tables import cell, markdown
+from sfp.terminal import print_table
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the study."""
-    from sfp.cli.terminal import print_table, progress
     from sfp.evaluation import ablate
+    from sfp.terminal import print_table, progress
 
     study = ablate.find_study(args.study)
     weights = args.weights or []

@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> int:
     """Compares the two sides; returns 1 if they are not comparable."""
     from rich.table import Table
 
-    from sfp.cli.terminal import console
     from sfp.evaluation import card
     from sfp.evaluation.choices import constants, seen
     from sfp.evaluation.notices import quiet
     from sfp.evaluation.published import beside_run
     from sfp.evaluation.scores import COLUMNS, cell
     from sfp.evaluation.settings import FREE, STRICT
+    from sfp.terminal import console
 
     with quiet():
         a, b = card.read_side(args.a), card.read_side(args.b)

@@ -69,9 +69,9 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares."""
-    from sfp.cli.terminal import print_table, progress
     from sfp.evaluation import compare
     from sfp.method import self_contained_methods
+    from sfp.terminal import print_table, progress
 
     methods = args.methods or self_contained_methods()
     if len(args.weights or ()) > 1:
@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _matrix(args: argparse.Namespace, methods: Sequence[str]) -> int:
     """Compares methods on several weights."""
-    from sfp.cli.terminal import print_table, progress
     from sfp.evaluation.matrix import matrix, matrix_lines, matrix_sheet
+    from sfp.terminal import print_table, progress
 
     if args.paired or args.classes or args.pictures:
         raise ValueError("--paired, --classes and --pictures need a single value of --weights")

@@ -108,8 +108,8 @@ def _list(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from sfp.cli.terminal import console
     from sfp.data.benchmarks import DOWNLOADED
+    from sfp.terminal import console
 
     root = _root(args)
     table = Table("name", "dataset", "images", "classes", "expected in", "state")

@@ -48,8 +48,8 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates the config."""
-    from sfp.cli.terminal import console
     from sfp.evaluation import run as evaluate
+    from sfp.terminal import console
 
     if args.local_rank is not None:  # launchers older than torchrun pass it here
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))

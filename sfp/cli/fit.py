@@ -156,9 +156,9 @@ def _reads(args: argparse.Namespace, model: Any) -> Iterator[tuple[Tokens, Trace
 
     import numpy as np
 
-    from sfp.cli.terminal import progress
     from sfp.data.images import DataError, read_image
     from sfp.data.listing import list_units
+    from sfp.terminal import progress
 
     units = [unit for unit in list_units([args.images]) if not unit.is_archive][: args.limit]
     if not units:

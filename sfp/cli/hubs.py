@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the comparison."""
     import sfp
     from sfp.cli.plant import normalised_crops
-    from sfp.cli.terminal import print_table
     from sfp.files import atomic_write
     from sfp.outliers import hubs, planted
+    from sfp.terminal import print_table
 
     clip = sfp.load_clip(args.weights)
     pixels = normalised_crops(clip, args.images, args.count, args.size)

@@ -78,9 +78,9 @@ def register(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Labels the images; returns 1 if some failed."""
     from sfp import bulk
-    from sfp.cli.terminal import progress
     from sfp.data.listing import list_units
     from sfp.files import atomic_write
+    from sfp.terminal import progress
 
     if args.processes and args.engine == "local":
         raise ValueError(

@@ -86,7 +86,7 @@ def shipped_methods() -> Iterator[tuple[str, str, str, str]]:
 def _print(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
 
-    from sfp.cli.terminal import console
+    from sfp.terminal import console
 
     table = Table(show_lines=True)
     for column in header:

@@ -143,10 +143,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     import sfp
-    from sfp.cli.terminal import print_table
     from sfp.files import atomic_write
     from sfp.outliers import planted as plant
     from sfp.outliers import report as plant_report
+    from sfp.terminal import print_table
 
     paths = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "png", "md")}
     plant_report.frame(paths["md"])  # a page that cannot be updated fails here, not at the end

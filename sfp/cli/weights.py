@@ -126,7 +126,7 @@ def list_weights(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from sfp.cli.terminal import console
+    from sfp.terminal import console
 
     table = Table(
         caption="`sfp weights get NAME` downloads one; --weights also takes Hub repositories"
@@ -167,12 +167,12 @@ def check_weights(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from sfp.cli.terminal import console
     from sfp.clip.checkpoints.loading import (
         WeightsError,
         open_weights,
         split_activation,
     )
+    from sfp.terminal import console
 
     name = str(split_activation(args.source)[0])
     for part in (name, PUBLISHED[name].texts) if name in PUBLISHED else ():

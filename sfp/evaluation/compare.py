@@ -42,7 +42,7 @@ from sfp.evaluation.scores import (
 )
 from sfp.evaluation.settings import image_names, method_settings, settings
 from sfp.files import atomic_write
-from sfp.method import Method, build_method
+from sfp.method import Method, build_method, check_needs
 from sfp.overlay import Panel
 from sfp.registry import suggest
 from sfp.segmentor import OpenVocabSegmentor
@@ -151,6 +151,8 @@ def measure(
         bases(methods, paired)  # raises for a wrong name before anything runs
     init_default_scope(config.get("default_scope", "mmseg"))
     built = {name: build_method(method) for name, method in methods.items()}
+    for method in built.values():
+        check_needs(method, config.model.get("guides"), config.model.get("regions"))
     segmentor = segmentor or build_segmentor(config, next(iter(built.values())))
     nodes = {name: method_settings(method) for name, method in methods.items()}
     plan = _plan(config, segmentor, built, nodes, pictures, resume)

@@ -12,13 +12,13 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS, LOOPS
 from mmengine.runner import Runner, TestLoop
 
-from sfp.cli.terminal import progress
 from sfp.evaluation.configs import ConfigError
 from sfp.evaluation.journal import Journal
 from sfp.evaluation.loading import Batches
 from sfp.evaluation.metrics import main_metric, name_apart, needs_every_image
 from sfp.evaluation.scores import note, note_progress, note_turned
 from sfp.evaluation.settings import GROUPS, image_names, settings
+from sfp.terminal import progress
 
 
 @LOOPS.register_module(force=True)  # modules may be imported again

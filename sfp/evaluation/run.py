@@ -35,7 +35,7 @@ from sfp.evaluation.resumable_loop import ResumableTestLoop as ResumableTestLoop
 from sfp.evaluation.scores import COLUMNS, cell, note_coverage, number, rounded
 from sfp.evaluation.settings import truth_hash
 from sfp.files import atomic_write
-from sfp.method import build_method
+from sfp.method import build_method, check_needs
 from sfp.overlay import Panel
 from sfp.registry import suggest
 from sfp.segmentor import SETTINGS
@@ -72,7 +72,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"test_dataloader has no setting {name!r}{suggest(name, LOADER)}")
     complete(config.test_evaluator)
     model_templates(config.model.get("templates", "auto"))
-    build_method(config.model.get("method", "sfp"))
+    method = build_method(config.model.get("method", "sfp"))
+    check_needs(method, config.model.get("guides"), config.model.get("regions"))
     dataset = _built(DATASETS, config, "test_dataloader.dataset")
     if config.model.get("data_preprocessor"):
         _built(MODELS, config, "model.data_preprocessor")

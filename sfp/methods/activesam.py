@@ -13,7 +13,6 @@ rules.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfp.files import read_once
 from sfp.functional.labels import best_of_class
 from sfp.functional.windows import LogitSheet
 from sfp.kinds import Rows
@@ -97,9 +97,9 @@ def canonical(name: str) -> str:
     return name
 
 
-@functools.lru_cache(maxsize=8)
-def _general(path: str, changed: int) -> Mapping[str, Sequence[str]]:
-    """The contents of a file of general words, cached until its modification time `changed` differs."""
+@read_once(8)
+def _general(path: str) -> Mapping[str, Sequence[str]]:
+    """The contents of a file of general words."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         right = all(isinstance(word, str) for words in found.values() for word in words)
@@ -166,9 +166,7 @@ def active_maps(
     sam, queries = sam3_of(trace, guide), trace.known_words().queries
     if names:
         queries = tuple(canonical(query) for query in queries)
-    related: Mapping[str, Sequence[str]] = {}
-    if hypernyms is not None:
-        related = _general(hypernyms, Path(hypernyms).stat().st_mtime_ns)
+    related = {} if hypernyms is None else _general(hypernyms)
     prompts = sam.encode_in_context(queries, neighbours, related, HYPERNYMS)
 
     def choose(look: Look) -> Tensor:

@@ -31,7 +31,7 @@ from sfp.functional.labels import best_of_class
 from sfp.functional.precision import upcast
 from sfp.functional.windows import LogitSheet
 from sfp.kinds import Rows
-from sfp.registry import METHODS, Op, op, pick
+from sfp.registry import METHODS, op, tuned
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
@@ -114,7 +114,7 @@ def readouts(trace: Trace) -> tuple[list[Tokens], Tensor]:
 @op("reader")
 def last_of_layers(trace: Trace) -> Tokens:
     """The last block's input read with the last fused attention (CLIPer), (B, T, D)."""
-    return trace.once(Op(readouts))[0][-1]
+    return trace.once(readouts)[0][-1]
 
 
 @op("comparison", words=True, whole=True)
@@ -152,12 +152,12 @@ def layer_probabilities(
 
     def logits(of: Trace) -> Tensor:
         """(L, W, Q + 1, N), scaled."""
-        each = [of.vit.project(x, of.pool_mlp).patches for x in of.once(Op(readouts))[0]]
+        each = [of.vit.project(x, of.pool_mlp).patches for x in of.once(readouts)[0]]
         unit = F.normalize(upcast(torch.stack(each)), dim=-1)
         return logit_scale * (unit @ text.T).mT
 
     image = trace.of_image()
-    attention = image.once(Op(readouts))[1][0]  # (N, N)
+    attention = image.once(readouts)[1][0]  # (N, N)
     probs = logits(image)[:, 0].softmax(1)  # (L, Q + 1, N)
     if image is not trace:
         probs = (probs + windowed(trace, logits(trace), image.embedded.grid).softmax(1)) / 2
@@ -181,7 +181,7 @@ def windowed(trace: Trace, logits: Tensor, grid: tuple[int, int]) -> Tensor:
     cells = trace.embedded.grid
     maps = logits.transpose(0, 1).flatten(1, 2).unflatten(2, cells)  # (W, L * Q, h, w)
     merged = whole.grid.stitch(maps)[0].flatten(1).unflatten(0, logits.shape[::2][:2])
-    attention = trace.once(Op(readouts))[1]  # (W, N, N)
+    attention = trace.once(readouts)[1]  # (W, N, N)
     total = attention.new_zeros(grid[0] * grid[1], grid[0] * grid[1])
     count = torch.zeros_like(total)
     for weights, place in zip(attention, whole.grid.placements(cells), strict=True):
@@ -259,27 +259,25 @@ def cliper(
         score_thd, background_thd, min_max: as in `kept_classes`.
         background: whether class 0 consists of background words.
     """
-    given = (cut, score_thd, background_thd, background, min_max)
-    values: list[Any] = [
-        tuned if own is None else own
-        for own, tuned in zip(given, pick("dataset", dataset, DATASETS), strict=True)
-    ]
+    values = tuned(
+        dataset,
+        DATASETS,
+        cut=cut,
+        score_thd=score_thd,
+        background_thd=background_thd,
+        background=background,
+        min_max=min_max,
+    )
     return dict(
         direct=True,
         positions=dict(type="resample_positions", offset=0.0, mode="bilinear"),
         readouts=[dict(type="last_of_layers")],
         comparison=dict(
             type="layer_probabilities",
-            cut=values[0],
+            cut=values.pop("cut"),
             select=select,
-            background=values[3],
+            background=values["background"],
             logit_scale=logit_scale,
         ),
-        decision=dict(
-            type="kept_classes",
-            score_thd=values[1],
-            background_thd=values[2],
-            background=values[3],
-            min_max=values[4],
-        ),
+        decision=dict(type="kept_classes", **values),
     )

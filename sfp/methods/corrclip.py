@@ -14,7 +14,6 @@ several names for class 0 only; here every class may have several. It runs windo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,7 @@ from sfp.functional.precision import upcast
 from sfp.functional.regions import merge_regions
 from sfp.functional.windows import nearest
 from sfp.methods.proxyclip import to_guide
-from sfp.registry import METHODS, Count, Op, op
+from sfp.registry import METHODS, Count, op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace
 
@@ -57,7 +56,7 @@ def merged_regions(
         eps: as in `merge_regions`; None merges nothing.
         unsegmented: id of pixels without a region, as in `region_scope`.
     """
-    features = once(trace, unit_guide, guide=guide, output=output)
+    features = trace.once(unit_guide, guide=guide, output=output)
     ids = nearest(trace.regions, trace.guide(guide, output).grid).flatten(1)
     ids = known_regions(ids.to(features.device), unsegmented)
     eps = -1.0 if eps is None else eps
@@ -97,8 +96,8 @@ def scope(
     **merging: Any,
 ) -> Tensor:
     """`scoped_rows` of all images, times the matrix that resamples CLIP's grid, (B, M, N)."""
-    features = once(trace, unit_guide, guide=guide, output=output)
-    ids = once(trace, merged_regions, guide=guide, output=output, **merging)
+    features = trace.once(unit_guide, guide=guide, output=output)
+    ids = trace.once(merged_regions, guide=guide, output=output, **merging)
     target = trace.guide(guide, output).grid
     step = max(CHUNK // features.shape[1], 1)
     chunks = [slice(i, i + step) for i in range(0, features.shape[1], step)]
@@ -133,8 +132,7 @@ def region_scope(
         eps: distance of mean features up to which regions are merged; None merges nothing.
         unsegmented: id of pixels without a region: "zero", or the "smallest" one (the release).
     """
-    weights = once(
-        trace,
+    weights = trace.once(
         scope,
         guide=guide,
         output=output,
@@ -203,7 +201,7 @@ def region_tokens(
     Args:
         guide, output, eps, unsegmented: as in `region_scope`.
     """
-    ids = once(trace, merged_regions, guide=guide, output=output, eps=eps, unsegmented=unsegmented)
+    ids = trace.once(merged_regions, guide=guide, output=output, eps=eps, unsegmented=unsegmented)
     layout = trace.guide(guide, output)
     own = on_patches(trace, ids, layout.grid)  # from the guide's grid and back, as in the release
     tokens = tokens_of_regions(trace, own)
@@ -236,11 +234,6 @@ def late_range(depth: int, count: int | None) -> range:
             f"count={count} late layers of a model with {depth} blocks: expected 1 to {depth - 2}"
         )
     return range(depth - 2 - count, depth - 2)
-
-
-def once(trace: Trace, compute: Callable[..., Tensor], **knobs: Any) -> Tensor:
-    """`compute(trace, **knobs)`, computed once for each trace."""
-    return trace.once(Op(compute, tuple(sorted(knobs.items()))))
 
 
 @METHODS.register_module()

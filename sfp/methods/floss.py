@@ -13,7 +13,6 @@ compared with the released code; the rest follows the paper.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.clip.text import prompt_templates
-from sfp.files import atomic_write
+from sfp.files import atomic_write, read_once
 from sfp.functional.kept import constant
 from sfp.functional.precision import upcast
 from sfp.functional.windows import interpolation
@@ -55,9 +54,9 @@ def fuse_experts(logits: Tensor, default: Tensor, index: Tensor) -> tuple[Tensor
     return torch.where(surest < 0, default.softmax(0), spoken), own.sum(0)
 
 
-@functools.lru_cache(maxsize=8)
-def _experts(path: str, changed: int) -> dict[str, Any]:
-    """The contents of a file of experts, cached until its modification time `changed` differs."""
+@read_once(8)
+def _experts(path: str) -> dict[str, Any]:
+    """The contents of a file of experts."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         prompt_templates(found["templates"])
@@ -77,7 +76,7 @@ def expert_banks(path: str, trace: Trace) -> Tensor:
         ValueError: if it is not a file of experts, or has no templates for a class, which is named.
         LookupError: if the trace has only text features, no words.
     """
-    found = _experts(path, Path(path).stat().st_mtime_ns)
+    found = _experts(path)
     words = trace.known_words()
     index = trace.index or range(len(words.queries))
     names = [words.queries[list(index).index(k)] for k in range(index[-1] + 1)]

@@ -18,7 +18,6 @@ to 1 without a softmax; on datasets with a background class, its score is the re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,11 +26,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.files import read_once
 from sfp.functional.clusters import resize
 from sfp.functional.kept import constant
 from sfp.functional.precision import upcast
 from sfp.kinds import Affinity
-from sfp.registry import METHODS, composition, op, pick
+from sfp.registry import METHODS, composition, op, tuned
 from sfp.trace import Trace
 
 Box = tuple[int, int, int, int]  # first column, first row, end column, end row; in patches
@@ -215,6 +215,7 @@ def class_purification(
         crop_text: safetensors file with unit text features "queries", (Q, C), that crops are compared
             with (the release's sentences); None for the words themselves.
     """
+    trace.one_by_one(logits, "class_purification")
     weights = trace.once(affinity)
     if weights.shape[-1] != logits[0, 0].numel():  # of another grid, a guide's
         logits = resize(logits, trace.embedded.grid)
@@ -246,8 +247,10 @@ def class_purification(
     return purified
 
 
+@read_once(2)
 def _crop_text(path: str, queries: int) -> Tensor:
-    text = load_file(Path(path))["queries"]
+    with torch.inference_mode(False):  # they are also used by calls with gradients
+        text = load_file(path)["queries"]
     if len(text) != queries:
         raise ValueError(
             f"crop_text={path!r} has {len(text)} rows 'queries': expected one for each of the "
@@ -284,8 +287,9 @@ def freecp(
         crop_side, crop_text: parameters of the crops, as in `class_purification`.
         rounds, square: parameters of the affinity, as in `sinkhorn`.
     """
-    tuned = pick("dataset", dataset, DATASETS)
-    background = tuned[2] if background is None else background
+    values = tuned(
+        dataset, DATASETS, redundant=redundant, ambiguous=ambiguous, background=background
+    )
     refiner = dict(
         type="class_purification",
         affinity=dict(
@@ -294,18 +298,14 @@ def freecp(
             rounds=rounds,
             square=square,
         ),
-        redundant=tuned[0] if redundant is None else redundant,
-        ambiguous=tuned[1] if ambiguous is None else ambiguous,
-        background=background,
+        **values,
         logit_scale=logit_scale,
         box_share=box_share,
         edges=edges,
         crop_side=crop_side,
         crop_text=crop_text,
     )
-    fields = composition(base)
     return dict(
-        fields,
-        refiners=[*fields.get("refiners", ()), refiner],
-        decision=dict(type="as_scores", rest=background),
+        composition(base, refiners=[refiner]),
+        decision=dict(type="as_scores", rest=values["background"]),
     )

@@ -58,6 +58,4 @@ def lavg(*, base: str | Mapping[str, Any] = "sclip") -> dict[str, Any]:
     Args:
         base: the preset, by name or with knobs.
     """
-    fields = composition(base)
-    refiners = [*fields.get("refiners", ()), dict(type="region_mean")]
-    return dict(fields, refiners=refiners, direct=True)
+    return dict(composition(base, refiners=[dict(type="region_mean")]), direct=True)

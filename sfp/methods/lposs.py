@@ -62,6 +62,7 @@ def propagate_patches(
     """
     whole = trace.whole
     assert whole is not None
+    trace.one_by_one(logits, "propagate_patches")
     features: Tokens = trace.guide(guide, output)
     if logits.shape[-2:] != features.grid:
         logits = F.interpolate(logits, features.grid, mode="bilinear", align_corners=False)
@@ -150,9 +151,8 @@ def lposs(
         alpha=alpha,
         steps=steps,
     )
-    fields = composition(base)
     usual = dict(type="resample_positions", offset=0.0)
-    return dict({"positions": usual, **fields}, refiners=[*fields.get("refiners", ()), refiner])
+    return {"positions": usual, **composition(base, refiners=[refiner])}
 
 
 @METHODS.register_module()
@@ -172,5 +172,4 @@ def lposs_plus(
         alpha, steps: parameters of the solver, as in `propagate_pixels`.
     """
     refiner = dict(type="propagate_pixels", side=side, tau=tau, alpha=alpha, steps=steps)
-    fields = composition(base)
-    return dict(fields, refiners=[*fields.get("refiners", ()), refiner])
+    return composition(base, refiners=[refiner])

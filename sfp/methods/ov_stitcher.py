@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sfp.clip.blocks import Block, weighted_values
 from sfp.functional.windows import nearest
 from sfp.kinds import Rule
-from sfp.methods.corrclip import late_range, merged_regions, on_guide, once, tokens_of_regions
+from sfp.methods.corrclip import late_range, merged_regions, on_guide, tokens_of_regions
 from sfp.ops.image import window_grid
 from sfp.registry import METHODS, Count, op
 from sfp.tokens import Heads, Tokens
@@ -131,7 +131,7 @@ def stitched_region_tokens(
     """
     windows = trace.windows or trace
     layout = trace.guide(guide, output)  # of the whole image
-    ids = once(trace, merged_regions, guide=guide, output=output, eps=eps, unsegmented=unsegmented)
+    ids = trace.once(merged_regions, guide=guide, output=output, eps=eps, unsegmented=unsegmented)
     own = window_regions(windows, ids.unflatten(1, layout.grid)[0])
     tokens = tokens_of_regions(windows, own, count=int(ids.max()) + 1)
     cells = windows.guide(guide, "entering" if output == "stitched" else output).grid

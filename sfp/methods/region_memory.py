@@ -20,7 +20,6 @@ a description, without code or numbers of the authors to compare with.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.clip.vit import VisionTransformer
-from sfp.files import atomic_write
+from sfp.files import atomic_write, read_once
 from sfp.functional.clusters import resize
 from sfp.functional.precision import upcast
 from sfp.functional.regions import cells_of_masks
@@ -143,11 +142,9 @@ def write_memory(
         save_file(tensors, temporary, metadata=dict(made, probe=json.dumps(probe(vit))))
 
 
-@functools.lru_cache(maxsize=2)
-def _memory(
-    path: str, changed: int, device: torch.device
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The contents of a file of regions, cached until its modification time `changed` differs."""
+@read_once(2)
+def _memory(path: str, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The contents of a file of regions."""
     with torch.inference_mode(False):  # they are also used by calls with gradients
         try:
             with safe_open(path, "pt", device=str(device)) as file:
@@ -169,7 +166,7 @@ def read_memory(
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a memory, or was made with another model or guide, which is named.
     """
-    found, made = _memory(path, Path(path).stat().st_mtime_ns, trace.image.device)
+    found, made = _memory(path, trace.image.device)
     asked = dict(guide=guide, output=str(output))
     if other := {name: made.get(name) for name in asked if made.get(name) != asked[name]}:
         raise ValueError(f"memory={path!r} was made with {other}, but the method uses {asked}")
@@ -256,9 +253,8 @@ def region_memory(
         memory: file that `sfp fit memory` wrote; without one, the base itself.
         guide, output, count, share: as in `remembered_regions`.
     """
-    fields = composition(base)
     if memory is None:
-        return fields
+        return composition(base)
     refiner = dict(
         type="remembered_regions",
         memory=memory,
@@ -267,4 +263,4 @@ def region_memory(
         count=count,
         share=share,
     )
-    return dict(fields, refiners=[*fields.get("refiners", ()), refiner], direct=True)
+    return dict(composition(base, refiners=[refiner]), direct=True)

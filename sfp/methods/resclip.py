@@ -25,7 +25,7 @@ from sfp.functional.clusters import resize
 from sfp.functional.labels import class_scores
 from sfp.functional.pamr import pamr
 from sfp.kinds import Affinity, Rule, Source
-from sfp.registry import METHODS, Some, op, pick
+from sfp.registry import METHODS, Some, op, tuned
 from sfp.tokens import Heads
 from sfp.trace import Trace
 
@@ -212,11 +212,14 @@ def resclip(
         blur: standard deviation of the feedback mask's Gaussian, in patches.
         pamr_steps: steps of PAMR on the first segmentation; 0 for none.
     """
-    given = (temp_thd, lambda_rcs, tau_sfr, lambda_sfr)
-    temp_thd, lambda_rcs, tau_sfr, lambda_sfr = (
-        tuned if value is None else value
-        for value, tuned in zip(given, pick("dataset", dataset, DATASETS), strict=True)
-    )
+    temp_thd, lambda_rcs, tau_sfr, lambda_sfr = tuned(
+        dataset,
+        DATASETS,
+        temp_thd=temp_thd,
+        lambda_rcs=lambda_rcs,
+        tau_sfr=tau_sfr,
+        lambda_sfr=lambda_sfr,
+    ).values()
 
     def with_rcs(rule: dict[str, Any]) -> dict[str, Any]:
         if not use_rcs:

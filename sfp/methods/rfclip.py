@@ -31,7 +31,7 @@ from sfp.kinds import Affinity, Detector, Mitigator, Source
 from sfp.methods.object_presence import DATASETS as DATASETS
 from sfp.methods.object_presence import presence
 from sfp.ops.attention import Pair, earlier_layers
-from sfp.registry import METHODS, Count, Op, Some, op
+from sfp.registry import METHODS, Count, Some, op
 from sfp.tokens import Heads, Tokens
 from sfp.trace import Trace, native_last
 
@@ -154,9 +154,9 @@ def mean_of_layers(heads: Heads, trace: Trace, *, pair: Pair = "kk") -> Tensor:
     own = heads.logits(pair[0], pair[1]).softmax(-1)
     if blocks > 1:
         # negative numbers are literal: all blocks of a model of any depth
-        others = Op(earlier_layers, (("layers", tuple(range(-blocks, -1))), ("pairs", (pair,))))
+        earlier = trace.once(earlier_layers, layers=tuple(range(-blocks, -1)), pairs=(pair,))
         skip = trace.embedded.prefix - heads.prefix  # for a readout of patches without the prefix
-        earlier = trace.once(others)[..., skip:, skip:]
+        earlier = earlier[..., skip:, skip:]
         if earlier.shape[1] != own.shape[1]:  # a pool may have another number of heads than blocks
             own, earlier = own.mean(1, keepdim=True), earlier.mean(1, keepdim=True)
         own = torch.lerp(own, earlier, 1 - 1 / blocks)

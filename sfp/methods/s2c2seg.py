@@ -219,6 +219,7 @@ def selected_classes(
             f"the method needs a scorer {guide!r}: pass guides=dict({guide}=dict(type='clipseg', "
             "model='CIDAS/clipseg-rd64-refined')), and pip install 'sfp[guides]'"
         )
+    trace.one_by_one(logits, "selected_classes")
     queries = trace.known_words().queries
     size = (logits.shape[2] * cells, logits.shape[3] * cells)
     dense = resize(upcast(logits), size)
@@ -260,7 +261,6 @@ def s2c2seg(
             type="clipseg", model="CIDAS/clipseg-rd64-refined"))`).
         share, local, guided, overall, most, repair, sure, cells: as in `selected_classes`.
     """
-    fields = composition(base)
     refiner = dict(
         type="selected_classes",
         guide=guide,
@@ -273,4 +273,4 @@ def s2c2seg(
         sure=sure,
         cells=cells,
     )
-    return dict(fields, refiners=[*fields.get("refiners", ()), refiner])
+    return composition(base, refiners=[refiner])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sfp.functional.clusters import resize
 from sfp.functional.room import check_room
-from sfp.registry import METHODS, Op, op
+from sfp.registry import METHODS, op
 from sfp.tokens import Tokens
 from sfp.trace import GuideError, Trace
 
@@ -116,7 +116,7 @@ def images_of(trace: Trace, guide: str, windows: bool) -> Iterator[tuple[Look, t
     else:
         # cached in the trace: other words for the same image need no second encoding
         yield (
-            lambda side: trace.once(Op(embedded, (("guide", guide), ("side", side)))),
+            lambda side: trace.once(embedded, guide=guide, side=side),
             (height, width),
         )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from sfp.methods.sam3 import reader
-from sfp.registry import METHODS, pick
+from sfp.registry import METHODS, tuned
 
 DATASETS = dict(
     ade20k=(0.3, False),
@@ -45,13 +45,5 @@ def segearth_ov3(
         windows: whether SAM 3 sees each window instead of the whole image: for remote sensing, with
             `slide_crop=512, slide_stride=512`.
     """
-    tuned = pick("dataset", dataset, DATASETS)
-    return reader(
-        dict(
-            type="sam3_maps",
-            guide=guide,
-            score=tuned[0] if score is None else score,
-            fuse="twice",
-            windows=tuned[1] if windows is None else windows,
-        )
-    )
+    values = tuned(dataset, DATASETS, score=score, windows=windows)
+    return reader(dict(type="sam3_maps", guide=guide, fuse="twice", **values))

@@ -35,7 +35,7 @@ from sfp.functional.windows import squeezed
 from sfp.kinds import Rule
 from sfp.ops.attention import self_self
 from sfp.ops.image import window_grid
-from sfp.registry import METHODS, Op, op
+from sfp.registry import METHODS, op
 from sfp.tokens import Tokens, cosine_logits
 from sfp.trace import Trace
 
@@ -91,7 +91,7 @@ def two_scales(trace: Trace, *, beta: float, halves: bool, resample: Resample) -
     fine = window_grid(trace).stitch(dense_values(trace))
     if not beta:
         return fine
-    whole = trace.once(_op(squeezed_runs, halves=halves, resample=resample))
+    whole = trace.once(squeezed_runs, halves=halves, resample=resample)
     coarse = side_by_side(dense_values(whole))
     return fine + beta * resize(coarse, (fine.shape[2], fine.shape[3]))
 
@@ -124,7 +124,7 @@ def region_weights(trace: Trace, *, threshold: float | None, **scales: Any) -> T
         threshold: patches of a smaller `foreignness` are removed from all regions; None keeps all.
         **scales: arguments of `two_scales`.
     """
-    maps = trace.once(_op(two_scales, **scales))
+    maps = trace.once(two_scales, **scales)
     masks = trace.region_masks().to(maps)
     weights = resize(masks[None], (maps.shape[2], maps.shape[3]))[0].clamp(0, 1).flatten(1)
     return kept_patches(maps[0].flatten(1).T, weights, threshold)
@@ -191,8 +191,8 @@ def region_pool(
         resample: how they are resized: "bicubic" with antialiasing or "bilinear" without.
     """
     scales = dict(beta=beta, halves=halves, resample=resample)
-    maps = trace.once(_op(two_scales, **scales))
-    weights = trace.once(_op(region_weights, threshold=threshold, **scales))
+    maps = trace.once(two_scales, **scales)
+    weights = trace.once(region_weights, threshold=threshold, **scales)
     rows, pool = maps[0].flatten(1).T, trace.vit.pool
     if pool is None:
         last = trace.vit.blocks[-1]
@@ -235,8 +235,8 @@ def region_logits(
         attention: attention rule for pixels without a mask.
     """
     scales = dict(beta=beta, halves=halves, resample=resample)
-    weights = trace.once(_op(region_weights, threshold=threshold, **scales))
-    maps = trace.once(_op(two_scales, **scales))
+    weights = trace.once(region_weights, threshold=threshold, **scales)
+    maps = trace.once(two_scales, **scales)
     masks = trace.region_masks().to(weights)
     size = (max(masks.shape[1], maps.shape[2]), max(masks.shape[2], maps.shape[3]))
     masks = masks if masks.shape[1:] == size else resize(masks, size)
@@ -269,12 +269,8 @@ def outside(trace: Trace, attention: Rule, *, halves: bool, resample: Resample) 
         return cosine_logits(run.project(read), trace.query_features())
 
     fine = window_grid(trace).stitch(cosines(trace))
-    whole = trace.once(_op(squeezed_runs, halves=halves, resample=resample))
+    whole = trace.once(squeezed_runs, halves=halves, resample=resample)
     return fine + resize(side_by_side(cosines(whole)), (fine.shape[2], fine.shape[3]))
-
-
-def _op(function: Any, **knobs: Any) -> Op:
-    return Op(function, tuple(sorted(knobs.items())))
 
 
 @METHODS.register_module()

@@ -19,7 +19,7 @@ Published: short side 336 to 688 by dataset, windows of 336, stride 224 (VOC20 1
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from sfp.functional.clusters import resize
 from sfp.functional.precision import upcast
-from sfp.registry import METHODS, op
+from sfp.registry import METHODS, op, tuned
 from sfp.tokens import Tokens
 from sfp.trace import Trace, no_guide
 
@@ -139,16 +139,7 @@ def trident(
     *,
     guide: str = "dino",
     sam: str | None = "sam",
-    dataset: Literal[
-        "ade20k",
-        "city_scapes",
-        "coco_object",
-        "coco_stuff164k",
-        "context59",
-        "context60",
-        "voc20",
-        "voc21",
-    ] = "context59",
+    dataset: str = "context59",
     beta: float = 1.2,
     gamma: float = 3.0,
     factor: float | None = None,
@@ -168,16 +159,13 @@ def trident(
         factor, negative, halves: as in `sam_correlation`.
         floor: whether windows are moved back to whole cells, as in the release.
     """
-    tuned = DATASETS[dataset]
     reader = dict(
         type="sam_correlation",
         guide=guide,
         sam=sam,
         gain=gamma,
         centre=beta,
-        factor=tuned[0] if factor is None else factor,
-        negative=tuned[1] if negative is None else negative,
-        halves=tuned[2] if halves is None else halves,
         floor=floor,
+        **tuned(dataset, DATASETS, factor=factor, negative=negative, halves=halves),
     )
     return dict(readouts=[reader], direct=True)

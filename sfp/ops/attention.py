@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sfp.functional.attention import centred_softmax, gaussian_prior, pad_prefix
 from sfp.kinds import Affinity, Rule
-from sfp.registry import Op, Some, op
+from sfp.registry import Some, op
 from sfp.tokens import Heads
 from sfp.trace import Trace
 
@@ -75,7 +75,7 @@ def fuse_layers(
         pairs: attention of those layers, as in `self_self`; ("qk",) is their own.
         head_average: average both maps over heads.
     """
-    earlier = trace.once(Op(earlier_layers, (("layers", tuple(layers)), ("pairs", tuple(pairs)))))
+    earlier = trace.once(earlier_layers, layers=tuple(layers), pairs=tuple(pairs))
     skip = trace.embedded.prefix - heads.prefix  # for a readout without prefix tokens
     own, earlier = rule(heads, trace), earlier[..., skip:, skip:]
     if head_average or own.shape[1] != earlier.shape[1]:  # a pool may have another number of heads

@@ -16,15 +16,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from setuptools import find_packages
 
 import sfp
 from sfp import cli
 from sfp.cli import method_table, methods, options
-from sfp.cli.terminal import print_table
+from sfp.clip.checkpoints import loading
 from sfp.data.images import ImageError
 from sfp.evaluation import configs as shipped
 from sfp.registry import METHODS
+from sfp.terminal import print_table
 
 ROOT = Path(__file__).parents[2]
 FEW = ["--cfg-options", "test_dataloader.dataset.scenes=2", "test_dataloader.num_workers=0"]
@@ -365,6 +367,27 @@ def test_settings_with_brackets_that_do_not_match(text, capsys):
 def test_commands_that_know_methods_import_ones_own(words):
     args = cli.build_parser().parse_args([*words.split(), "--import", "mine.py", "other"])
     assert args.modules == ["mine.py", "other"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "segment a.png --classes cat --weights mini --method proxyclip",
+        "label a.png --classes cat --weights mini --out out --method proxyclip",
+        "fit templates . --classes voc20 --weights mini --method proxyclip",
+        "export a.onnx --classes cat --weights mini --method proxyclip",
+        "eval mini --check --method proxyclip",
+        "compare mini --methods clip proxyclip",
+    ],
+)
+def test_a_method_without_its_guide_is_refused_before_weights_are_read(
+    words, elsewhere, monkeypatch, capsys
+):
+    Image.new("RGB", (8, 8)).save("a.png")
+    monkeypatch.setattr(loading, "open_weights", None)
+    assert cli.main(words.split()) == 2
+    assert "needs the guide 'dino'" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 MINE = '''

@@ -57,7 +57,7 @@ def test_against_a_loop_over_pixels(experts, cells):
     size = (32, 48) if cells is None else (4, 6)
     assert logits.shape == (2, 3, *size)
     plain = sfp.build_method("sclip")
-    mine = floss._experts(experts, floss.Path(experts).stat().st_mtime_ns)["experts"]
+    mine = floss._experts(experts)["experts"]
     each = [F.normalize(banks(TEMPLATES)[mine[name]].mean(0), dim=-1) for name in ("road", "car")]
     maps = []
     for bank in (*each, text):

@@ -91,6 +91,31 @@ def test_the_script_passes_everything_on(tmp_path):
     assert not Path(scratch).exists()
 
 
+@pytest.mark.process
+def test_golden_tests_are_counted(monkeypatch, tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_golden_a(): pass\n"
+        "def test_golden_b(): pytest.skip('no OpenMMLab')\n"
+        "def test_other(): assert False\n"
+    )
+    (tmp_path / "test_more.py").write_text("def test_golden_c(): assert False\n")
+    monkeypatch.syspath_prepend(TOOLS)
+    tool = runpy.run_path(str(TOOLS / "gpu_check.py"))
+    goldens, settings = tool["goldens"], tool["goldens"].__globals__
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None
+    )  # xdist takes seconds to start
+
+    def counts(*files):
+        monkeypatch.setitem(settings, "TESTS", [str(tmp_path / file) for file in files])
+        found = goldens("cpu")
+        return found["ok"], found["passed"], found["skipped"], found["failed"]
+
+    assert counts("test_some.py") == (True, 1, 1, 0)
+    assert counts("test_some.py", "test_more.py") == (False, 1, 1, 1)
+
+
 def test_the_tables_of_the_documentation(tool, capsys):
     docs = TOOLS.parent / "docs"
     assert tool("--markdown", str(docs / "measured" / "gpu_h200.json")) == 0

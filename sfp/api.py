@@ -40,6 +40,7 @@ from sfp.vocabulary import (
 
 PORTION = 8  # images of a list that are processed together
 WORDS = 2**14  # queries whose features are cached, 2 kB each
+BANKS = 16  # vocabularies whose features are cached
 
 
 def load(
@@ -152,6 +153,7 @@ class Model:
         self.short_side = short_side
         self.for_clip = for_clip
         self._words: LRUCache[Tensor] = LRUCache(WORDS)
+        self._banks: LRUCache[Queries] = LRUCache(BANKS)
 
     @property
     def clip(self) -> CLIP:
@@ -267,17 +269,27 @@ class Model:
         except FloatingPointError as error:
             raise FloatingPointError(f"{where}{error}") from None
         results = []
-        added = threshold is not None and BACKGROUND not in vocabulary.names
-        names = (BACKGROUND, *vocabulary.names) if added else vocabulary.names
+        named = vocabulary.names
+        background = named.index(BACKGROUND) if BACKGROUND in named else None
+        added = threshold is not None and background is None
+        names = (BACKGROUND, *named) if added else named
         for image, pixels, sheet in zip(images, inputs, sheets, strict=True):
             full = None
             if engine.masks is not None:
                 full = engine.normalise(_tensor(image).to(engine.device))
-            found = engine.label(pixels, sheet, queries.index, method=method, full_image=full)
-            labels = found.labels.to(torch.int32).cpu().numpy() + np.int32(added)
+            found = engine.label(
+                pixels,
+                sheet,
+                queries.index,
+                method=method,
+                full_image=full,
+                threshold=threshold,
+                background=background,
+            )
+            labels = found.labels.to(torch.int32).cpu().numpy()
+            if added:  # its number is K, that of the result is 0
+                labels = (labels + 1) % len(names)
             confidence = found.confidence.float().cpu().numpy()
-            if threshold is not None:
-                labels[confidence < threshold] = names.index(BACKGROUND)
             if (refine := engine.refinement(pixels)) is not None:
                 refine = replace(refine, image=refine.image.cpu())
             scores = Scores(
@@ -331,21 +343,29 @@ class Model:
 
     def queries(self, vocabulary: Vocabulary) -> Queries:
         """The text features of a vocabulary."""
-        words = tuple(vocabulary.queries)
-        return Queries(self.encode(words), vocabulary.index, words)
+        key = (vocabulary.queries, vocabulary.index, self._state())
+        if (found := self._banks.get(key)) is None:
+            words = vocabulary.queries
+            found = Queries(self.encode(words), vocabulary.index, words)
+            self._banks.put(
+                key, found
+            )  # the same tensor each time, so that a recording is replayed
+        return found
 
     def encode(self, queries: Sequence[str]) -> Tensor:
         """Unit text features averaged over templates, (Q, C) float32; each word is encoded once."""
+        state = self._state()
+        with torch.inference_mode(False):  # kept for calls both inside and outside that mode
+            return torch.stack([self._embedding(query, state) for query in queries])
+
+    def _state(self) -> tuple[Any, ...]:
         self.engine.convert()
-        clip = self.clip
-        state = (clip.text_digest, clip.dtype, self.engine.device)
-        return torch.stack([self._embedding(query, state) for query in queries])
+        return self.clip.text_digest, self.clip.dtype, self.engine.device
 
     def _embedding(self, query: str, state: tuple[Any, ...]) -> Tensor:
         # one at a time: batching words would change the last bits
         if (row := self._words.get((query, *state))) is None:
-            with torch.inference_mode(False):  # cached for calls both inside and outside that mode
-                row = text_bank(self.clip, [query], self.engine.templates)[0]
+            row = text_bank(self.clip, [query], self.engine.templates)[0]
             self._words.put((query, *state), row)
         return row
 

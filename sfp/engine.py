@@ -30,7 +30,7 @@ from sfp.clip.text import model_templates, prompt_templates, text_bank
 from sfp.clip.vit import VisionTransformer
 from sfp.feature_cache import FeatureCache, LRUCache, is_hashable
 from sfp.functional.kept import constant
-from sfp.functional.labels import Labels, Threshold, assign, decided, within
+from sfp.functional.labels import Labels, Threshold, assign, below, decided, within
 from sfp.functional.pamr import Refinement, Unit
 from sfp.functional.precision import cpu_has, native_half
 from sfp.functional.regions import vote_in_regions
@@ -113,7 +113,8 @@ class Engine:
             SigLIP and others are much smaller.
         prob_thd: pixels whose best probability is below this become class 0. Two numbers are the bounds
             of a threshold computed for each image, Otsu's (S2C2Seg).
-        area_thd: classes that win at most this share of the foreground are removed.
+        area_thd: classes that win at most this share of the pixels not won by the background are
+            removed; the background is class 0, for `sfp.load` the class of that name.
         slide_crop: side of the sliding windows in pixels; 0 processes whole images.
         slide_stride: stride of the windows in pixels.
         slide_tiles: use non-overlapping windows instead: equal tiles with sides of about `slide_crop`,
@@ -543,7 +544,7 @@ class Engine:
             modules = [vit, *self.guides.values(), *(method.operate(vit) for method in methods)]
             pointers = tuple(p.data_ptr() for module in modules for p in module.parameters())
             return self.graphs(
-                (tuple(methods), id(context["text"]), context["index"], pointers),
+                (tuple(methods), id(context["text"]), context["index"], pointers, self._autocast()),
                 lambda batch: self._eager(methods, batch, context, vit),
                 windows,
                 alive=(context, modules),
@@ -578,9 +579,11 @@ class Engine:
 
     def _weights(self) -> Hashable:
         """A key for everything that features depend on besides pixels and method."""
+        return state_key(self.clip.visual), state_key(self.guides), self._autocast()
+
+    def _autocast(self) -> Hashable:
         kind = self.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        return state_key(self.clip.visual), state_key(self.guides), autocast
+        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
     def _grid(self, image: Tensor) -> WindowGrid:
         patch = self.clip.visual.patch
@@ -686,6 +689,8 @@ class Engine:
         scores: bool = False,
         full_image: Tensor | None = None,
         prepare: Prepare | None = None,
+        threshold: float | None = None,
+        background: int | None = 0,
     ) -> Labels:
         """Labels an image: refinement, softmax, best synonym, thresholds, vote in masks.
 
@@ -697,28 +702,39 @@ class Engine:
             scores: whether to return class probabilities, (K, H, W).
             full_image: normalised input of mask proposers; `image` by default.
             prepare: as in `logits`.
+            threshold: pixels whose best probability is below this become `background`, before votes of
+                labels in masks and after those of probabilities; in addition to `prob_thd`.
+            background: class that `area_thd` leaves alone. None: there is none, so that all classes
+                may be removed but the largest, and pixels below `threshold` get the number K.
         """
         prepare = prepare or self.normalise
+        classes = index[-1] + 1
         refine = self.refinement(image, prepare)
         decision = None if method is None else method.decision
         labels = assign(
             **decided(sheet, refine, index, self.logit_scale, decision),
             prob_thd=self.prob_thd,
             area_thd=self.area_thd,
+            background=background,
             keep_scores=scores or getattr(self.masks, "needs_scores", False),
         )
         confidence = labels.confidence
+        rest = classes if background is None else background
+        if threshold is not None:
+            labels, classes = below(labels, threshold, rest), max(classes, rest + 1)
         if sheet.regions is not None:
-            labels = vote_in_regions(labels, sheet.regions, index[-1] + 1)
+            labels = vote_in_regions(labels, sheet.regions, classes)
         if self.masks is not None:
             labels = self.masks(
                 self.clip.visual,
                 prepare(image) if full_image is None else full_image,
                 labels,
-                index[-1] + 1,
+                classes,
                 guides=dict(self.guides.items()),
                 prob_thd=float(within(confidence, self.prob_thd)),
             )
+            if threshold is not None and getattr(self.masks, "needs_scores", False):
+                labels = below(labels, threshold, rest)
         return labels if scores else replace(labels, scores=None)
 
     def refinement(self, image: Tensor, prepare: Prepare | None = None) -> Refinement | None:
@@ -741,7 +757,8 @@ def _sheet(
 ) -> LogitSheet:
     """Merges the logits of an image's windows, or of its whole grid; attaches regions that vote."""
     if method.direct or len(logits) != len(grid.places):
-        grid = replace(grid.whole, direct=method.direct)
+        # the padding is in the network's pixels, so it must go before the output's size
+        grid = replace(grid.whole, direct=method.direct and not any(grid.padding))
     sheet = grid.sheet(logits, size)
     if method.vote == "no" or ids is None:
         return sheet

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sfp.feature_cache import LRUCache
+from sfp.functional.kept import held
 
 GRAPHS = 16  # recordings kept, one for each combination of batch shape, methods and words
 WARM = 2  # runs before a recording, in which libraries choose algorithms and caches are filled
@@ -98,7 +99,8 @@ class Graphs:
         torch.cuda.current_stream(windows.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # cached constants were made before the recording, outside of its memory
+            with held() as constants, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = function(windows)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
@@ -107,7 +109,7 @@ class Graphs:
                 stacklevel=2,
             )
             return None
-        return Recorded(graph, windows, outputs, alive)
+        return Recorded(graph, windows, outputs, (alive, constants))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._recorded.limit,)

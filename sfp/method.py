@@ -46,7 +46,7 @@ from sfp.registry import (
     parameter_types,
 )
 from sfp.tokens import Tokens
-from sfp.trace import NO_REGIONS, LayerError, RegionsError, Trace, no_guide
+from sfp.trace import NO_REGIONS, ONE_BY_ONE, LayerError, RegionsError, Trace, no_guide
 
 COPIES_KEPT = 4  # operated copies per model; each holds only the weights that its surgery replaced
 _OPERATED: WeakKeyDictionary[VisionTransformer, OrderedDict] = WeakKeyDictionary()
@@ -375,9 +375,9 @@ class Method(_Fields):
             alone = enumerate(trace.alone())
             return torch.cat([self.compare(features[i : i + 1], image) for i, image in alone])
         trace = self.seen(trace)
-        logits = self.comparison(features, trace)
+        logits = _maps(self.comparison, self.comparison(features, trace), features.data.shape[0])
         for refine in self.refiners:
-            logits = refine(logits, trace)
+            logits = _maps(refine, refine(logits, trace), logits.shape[0])
         return logits
 
     @cached_property
@@ -442,6 +442,17 @@ class Method(_Fields):
             if len(copies) > COPIES_KEPT:
                 copies.popitem(last=False)
         return operated
+
+
+def _maps(part: object, logits: Tensor, given: int) -> Tensor:
+    """Checks that a part returns as many maps as it was given, or one of the image.
+
+    Otherwise it has combined windows with the features of an image that was joined from them.
+    """
+    count = logits.shape[0]  # not `len`, which an export with a dynamic batch cannot have
+    if count != given and count != 1:
+        raise ValueError(f"{part}: got {given} maps and returned {count}; {ONE_BY_ONE}")
+    return logits
 
 
 def build_method(method: str | Mapping[str, Any] | Method, **knobs: Any) -> Method:

@@ -35,6 +35,10 @@ GUIDES = dict(
     sam3=("sam3", "facebook/sam3"),
     clipseg=("clipseg", "CIDAS/clipseg-rd64-refined"),
 )
+ONE_BY_ONE = (
+    "it works window by window, but the readouts of this method join the windows of an image: use it "
+    "with another preset"
+)
 GUIDE_PIXELS = 2**20  # pixels in one batch of a guide, nine windows of 336 pixels
 T = TypeVar("T")
 
@@ -419,6 +423,16 @@ class Trace:
         heads = self.heads(i)
         own = attention.diagonal_weights(heads.q, heads.k, heads.scale, heads.hidden_keys)
         return own[..., heads.prefix :]
+
+    def one_by_one(self, maps: Tensor, part: str) -> None:
+        """Checks that there is a map for each window, for a part of a method that works on both.
+
+        Raises:
+            ValueError: if the readouts have joined the windows.
+        """
+        given, windows = maps.shape[0], self.image.shape[0]
+        if given != windows:
+            raise ValueError(f"{part}: got {given} maps of {windows} windows; {ONE_BY_ONE}")
 
     def global_logits(self) -> Tensor:
         """Cosine of CLIP's image embedding with every query, (B, Q).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -326,6 +327,40 @@ def test_backgrounds(clip):
     best = own.scores.max(0)
     assert np.array_equal(own.labels, np.where(best < level, 1, own.scores.argmax(0)))
     assert (own.labels != own.scores.argmax(0)).any()
+
+
+@pytest.mark.parametrize("words", [["sky", "grass", "road"], ["sky", "grass", "background"]])
+def test_a_threshold_acts_before_regions_vote(clip, words):
+    """A region's confidence is the winner's share of its pixels, not a probability."""
+    image, method = picture(), sfp.build_method("corrclip")
+    regions = np.arange(130) // 30 + np.zeros((90, 1), int)  # the first does not vote
+    model, given = door(clip, method), dict(classes=words, regions=regions)
+    free = model.segment(image, **given, method=replace(method, vote="no"))
+    level = float(np.quantile(free.confidence, 0.4))
+    voted = model.segment(image, **given, background=level)
+    rest = voted.names.index("background")
+    added = len(voted.names) - 3
+    expected = np.where(free.confidence < level, rest, free.labels + added)
+    classes = np.roll(np.arange(len(voted.names)), -added)  # an added background is the last
+    for each in range(1, 5):
+        inside = regions == each
+        expected[inside] = max(classes, key=list(expected[inside]).count)
+    assert (expected[regions > 0] == rest).any()
+    assert (expected[regions > 0] != rest).any()
+    assert np.array_equal(voted.labels, expected)
+
+
+def test_without_a_background_every_small_class_is_removed(clip):
+    image, model = picture(), door(clip)
+    shares = model.segment(image, ["sky", "grass", "road"]).shares
+    words = sorted(shares, key=shares.get)
+    few = float(shares[words[0]])
+    assert 0 < few < 0.33
+    found = door(clip, area_thd=few + 1e-6).segment(image, words).shares
+    assert words[0] not in found
+    assert sum(found.values()) == pytest.approx(1)
+    alone = door(clip, area_thd=1.0).segment(image, words).shares
+    assert alone == {words[-1]: 1}
 
 
 def test_another_method_for_one_call(clip):

@@ -6,11 +6,13 @@ import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from torch.nn import functional as F
 
 import sfp
 from sfp import engine as engine_module
@@ -223,6 +225,20 @@ def test_thresholds_of_two_numbers_and_units_are_checked():
             Engine(tiny.clip(), prob_thd=wrong)
     with pytest.raises(ValueError, match="did you mean 'mean'"):
         Engine(tiny.clip(), pamr_unit="meen")
+
+
+def test_logits_of_padded_images_are_cut_where_the_image_ends():
+    """Also those that are resampled to the output's size at once."""
+    engine = Engine(tiny.clip(), slide_crop=0, pad_windows=True)
+    image, queries = tiny.images(1, 60, 84)[0], Queries(tiny.queries(3), (0, 1, 2))
+    method = replace(sfp.build_method("sclip"), direct=True)
+    ((sheet,),) = engine.logits([method], [image], [(120, 180)], queries)
+    patches = sheet.tiles.permute(2, 0, 1)[None]
+    pixels = F.interpolate(patches, scale_factor=8, mode="bilinear", align_corners=False)
+    assert pixels.shape[2:] == (64, 88)
+    inner = pixels[..., 2:-2, 2:-2]
+    expected = F.interpolate(inner, (120, 180), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(sheet.rows(0, 120), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_each_image_has_a_threshold_of_its_own():

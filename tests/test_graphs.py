@@ -16,6 +16,7 @@ import torch
 import sfp
 from sfp import graphs
 from sfp.engine import Engine, Queries
+from sfp.functional.kept import constant, held
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,30 @@ def test_what_cannot_be_recorded_runs_and_says_so(recorded, monkeypatch):
     assert torch.equal(found, windows * 2)
     (found,) = kept("key", lambda x: [x * 3], windows)  # not tried again
     assert torch.equal(found, windows * 3)
+
+
+def test_words_and_autocast(recorded):
+    """The same words are the same tensor in every call; an autocast run is another one."""
+    settings = dict(device="cpu", short_side=None, slide_crop=0, graphs=True)
+    model = sfp.load(tiny.clip(**tiny.WORDS), "sfp", **settings)
+    image = tiny.images(1, 64, 96)[0].clamp(0, 1)
+    for words in (["sky", "road"], ["sky", "grass"], ["sky", "road"]):
+        model.segment(image, words)
+        model.segment(image, words)
+    assert len(recorded) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        model.segment(image, ["sky", "road"])
+    assert len(recorded) == 3
+
+
+def test_cached_constants_outlive_the_cache():
+    """A graph reads them at their addresses, whatever the cache keeps."""
+    like = torch.ones(1)
+    with held() as constants:
+        made = constant((1.5, 2.5), like)
+    assert constants[0] is made
+    constant((3.5,), like)
+    assert len(constants) == 1
 
 
 @pytest.mark.parametrize("travel", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

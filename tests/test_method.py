@@ -24,6 +24,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 import sfp
+from sfp.engine import Engine, Queries
 from sfp.methods.sfp import Enhancer
 from sfp.ops.detectors import l2_norm, som
 from sfp.ops.mitigators import neighbour_mean
@@ -605,3 +606,23 @@ def test_masks_are_recorded_where_edits_ran():
     assert {i: mask.sum(1).tolist() for i, mask in trace.masks.items()} == {2: [4, 4], 10: [4, 4]}
     unedited = tiny.clip().visual.trace(tiny.images(2))
     assert torch.equal(trace.masks[2], l2_norm(unedited, 2, top_k=4))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        dict(type="radseg", refiners=[dict(type="global_bias")]),
+        dict(type="freecp", base="radseg"),
+        dict(type="object_presence", base="radseg", scope="window"),
+    ],
+    ids=lambda node: str(node),
+)
+def test_a_part_for_windows_after_readouts_that_join_them(node):
+    """It would combine each window with the features of the whole image."""
+    engine = Engine(tiny.clip(), slide_crop=64, slide_stride=32)
+    words, (image,) = Queries(tiny.queries(3), (0, 1, 2)), tiny.images(1, 64, 96)
+    with pytest.raises(ValueError, match=r"got 1 maps .*2.*join the windows of an image"):
+        engine.logits([sfp.build_method(node)], [image], [(64, 96)], words)
+    of_the_image = sfp.build_method("object_presence", base="radseg")
+    ((sheet,),) = engine.logits([of_the_image], [image], [(64, 96)], words)
+    assert sheet.tiles.shape == (8, 12, 3)  # one map, not two that are alike

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from sfp.functional.kept import kept
+
 BASE = 10000.0  # base of the frequencies
-KEPT = 4  # number of grids whose rotations are cached
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,6 @@ class Rope(nn.Module):
         config: the coordinates.
         head_width: width d of an attention head, a multiple of 4.
 
-    Attributes:
-        rescale: as in `RopeConfig`; may be set.
-
     Raises:
         ValueError: if the width is not a multiple of 4.
     """
@@ -60,22 +58,21 @@ class Rope(nn.Module):
             raise ValueError(
                 f"rotary positions need heads of width 4, 8, 12, ..., not {head_width}"
             )
+        self.config = config
         self.head_width = head_width
-        self.order, self.side, self.first = config.order, config.side, config.first
-        self.rescale = config.rescale
-        self._kept: dict[object, Tensor] = {}
+
+    @property
+    def rescale(self) -> bool:
+        """As in `RopeConfig`; may be set."""
+        return self.config.rescale
+
+    @rescale.setter
+    def rescale(self, value: bool) -> None:
+        self.config = replace(self.config, rescale=value)
 
     def angles(self, grid: tuple[int, int]) -> Tensor:
         """Rotation angles of the patches of a grid, (N, d / 2) float64 on the CPU."""
-        sides = []
-        for n in grid:
-            at = torch.arange(n, dtype=torch.float64, device="cpu") + self.first
-            sides.append(at * self.side / n if self.rescale else at)
-        rows, columns = torch.meshgrid(*sides, indexing="ij")
-        quarter = self.head_width // 4
-        frequency = BASE ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
-        axes = (rows, columns) if self.order == "yx" else (columns, rows)
-        return torch.cat([axis.reshape(-1, 1) * frequency for axis in axes], dim=1)
+        return _angles(self.config, self.head_width, grid)
 
     def on(self, grid: tuple[int, int], prefix: int) -> Callable[[Tensor], Tensor]:
         """`forward` with a fixed grid and prefix."""
@@ -83,22 +80,28 @@ class Rope(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
         """Rotates queries or keys (B, H, prefix + h * w, d), in float32 or more; keeps their dtype."""
-        turn = self._turn(grid, x)
+        numbers = grid[0] * grid[1] * self.head_width
+        turn = kept(numbers, _turns, x, self.config, self.head_width, grid)
         patches = x[:, :, prefix:].to(turn.real.dtype).unflatten(-1, (-1, 2))
         turned = torch.view_as_real(torch.view_as_complex(patches.contiguous()) * turn)
         turned = turned.flatten(-2).to(x.dtype)
         return torch.cat([x[:, :, :prefix], turned], dim=2) if prefix else turned
 
-    def _turn(self, grid: tuple[int, int], x: Tensor) -> Tensor:
-        """The same angles as complex numbers of length 1, (N, d / 2)."""
-        kind = torch.complex128 if x.dtype == torch.float64 else torch.complex64
-        key = (grid, self.rescale, kind, x.device)
-        turn = self._kept.get(key)
-        if turn is None:
-            with torch.inference_mode(False):  # cached for calls with and without gradients
-                angles = self.angles(grid)
-                turn = torch.polar(torch.ones_like(angles), angles).to(kind).to(x.device)
-            if len(self._kept) >= KEPT:
-                self._kept.clear()
-            self._kept[key] = turn
-        return turn
+
+def _angles(config: RopeConfig, head_width: int, grid: tuple[int, int]) -> Tensor:
+    sides = []
+    for n in grid:
+        at = torch.arange(n, dtype=torch.float64, device="cpu") + config.first
+        sides.append(at * config.side / n if config.rescale else at)
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    quarter = head_width // 4
+    frequency = BASE ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    axes = (rows, columns) if config.order == "yx" else (columns, rows)
+    return torch.cat([axis.reshape(-1, 1) * frequency for axis in axes], dim=1)
+
+
+def _turns(like: Tensor, config: RopeConfig, head_width: int, grid: tuple[int, int]) -> Tensor:
+    """The angles as complex numbers of length 1, (N, d / 2)."""
+    kind = torch.complex128 if like.dtype == torch.float64 else torch.complex64
+    angles = _angles(config, head_width, grid)
+    return torch.polar(torch.ones_like(angles), angles).to(like.device, kind)

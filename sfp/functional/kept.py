@@ -5,7 +5,9 @@ They are computed on the host, and without a cache every call would wait for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from sfp.clip.dispatch import intercepted
 
 T = TypeVar("T")
 KEPT = 2**20  # largest number of elements of a cached tensor
+_LOCAL = threading.local()
 
 
 def kept(numbers: int, make: Callable[..., T], like: Tensor, *args: Any) -> T:
@@ -31,7 +34,21 @@ def kept(numbers: int, make: Callable[..., T], like: Tensor, *args: Any) -> T:
     """
     if numbers > KEPT or intercepted():
         return make(like, *args)
-    return _kept(make, like.dtype, like.device, *args)
+    found = _kept(make, like.dtype, like.device, *args)
+    if (holding := getattr(_LOCAL, "holding", None)) is not None:
+        holding.append(found)
+    return found
+
+
+@contextmanager
+def held() -> Iterator[list[Any]]:
+    """Collects all that `kept` returns to this thread: what others drop from the cache stays alive."""
+    holding: list[Any] = []
+    _LOCAL.holding = holding
+    try:
+        yield holding
+    finally:
+        del _LOCAL.holding
 
 
 def constant(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sfp.clip.dispatch import intercepted
 from sfp.functional.kept import constant
@@ -105,6 +106,18 @@ def decided(
     return dict(given, rows=scores, index=range(index[-1] + 1), softmax=False)
 
 
+def below(labels: Labels, threshold: float, background: int) -> Labels:
+    """Gives pixels of a smaller confidence to the class `background`, which may be a new one, K.
+
+    A new class has no scores: they are 0.
+    """
+    new = labels.labels.masked_fill(labels.confidence < threshold, background)
+    scores = labels.scores
+    if scores is not None and len(scores) == background:
+        scores = F.pad(scores, (0, 0, 0, 0, 0, 1))
+    return replace(labels, labels=new, scores=scores)
+
+
 def best_of_class(probs: Tensor, index: Sequence[int]) -> Tensor:
     """The best query of each class, (Q, ...) -> (K, ...)."""
     if len(index) == index[-1] + 1:  # one query per class
@@ -130,6 +143,7 @@ def assign(
     softmax: bool = True,
     prob_thd: Threshold = 0.0,
     area_thd: float | None = None,
+    background: int | None = 0,
     keep_scores: bool = False,
 ) -> Labels:
     """Labels every pixel, one slab of rows at a time, so that memory does not grow with the classes.
@@ -141,8 +155,9 @@ def assign(
         like: type and device of the rows.
         softmax: whether scores are the softmax of `rows` over queries, or `rows` themselves.
         prob_thd: pixels whose best probability is below this become class 0 (`within`).
-        area_thd: a class other than 0 that wins at most this share of the pixels not won by class 0 is
+        area_thd: a class that wins at most this share of the pixels not won by the background is
             removed (SCLIP's protocol for VOC21).
+        background: the class that is not removed; None for the largest.
         keep_scores: whether to return the class probabilities as well, (K, H, W).
 
     Raises:
@@ -177,8 +192,9 @@ def assign(
     labels = sweep()
     if area_thd is not None:
         won = labels.flatten().bincount(minlength=index[-1] + 1)
-        dropped = won <= area_thd * won[1:].sum()
-        dropped[0] = False
+        rest = 0 if background is None else won[background]
+        dropped = won <= area_thd * (won.sum() - rest)
+        dropped[won.argmax() if background is None else background] = False
         if bool((dropped & (won > 0)).any()):
             labels = sweep(dropped[classes])
         elif scores is not None:

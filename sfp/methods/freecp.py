@@ -210,6 +210,7 @@ def class_purification(
         crop_text: safetensors file with unit text features "queries", (Q, C), that crops are compared
             with (the release's sentences); None for the words themselves.
     """
+    trace.one_by_one(logits, "class_purification")
     weights = trace.once(affinity)
     if weights.shape[-1] != logits[0, 0].numel():  # of another grid, a guide's
         logits = resize(logits, trace.embedded.grid)

@@ -62,6 +62,7 @@ def propagate_patches(
     """
     whole = trace.whole
     assert whole is not None
+    trace.one_by_one(logits, "propagate_patches")
     features: Tokens = trace.guide(guide, output)
     if logits.shape[-2:] != features.grid:
         logits = F.interpolate(logits, features.grid, mode="bilinear", align_corners=False)

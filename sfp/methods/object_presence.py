@@ -135,7 +135,11 @@ def present_words(
     """
     patches = F.normalize(upcast(features.patches), dim=-1)  # (B, N, C)
     text = trace.query_features().to(patches)
-    image = trace.image_embedding() if scope == "image" else trace.global_embedding()
+    if scope == "image":
+        image = trace.image_embedding()[: len(patches)]  # also if windows are joined
+    else:
+        trace.one_by_one(patches, 'present_words(scope="window")')
+        image = trace.global_embedding()
     present = F.normalize(upcast(image), dim=-1).to(patches) @ text.T  # (B, Q)
     clusters = hierarchy(text, height, linkage)
     words = moved_words(text, patches, present, clusters, move=move, nearest=nearest)

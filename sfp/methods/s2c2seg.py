@@ -219,6 +219,7 @@ def selected_classes(
             f"the method needs a scorer {guide!r}: pass guides=dict({guide}=dict(type='clipseg', "
             "model='CIDAS/clipseg-rd64-refined')), and pip install 'sfp[guides]'"
         )
+    trace.one_by_one(logits, "selected_classes")
     queries = trace.known_words().queries
     size = (logits.shape[2] * cells, logits.shape[3] * cells)
     dense = resize(upcast(logits), size)

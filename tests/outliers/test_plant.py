@@ -244,6 +244,9 @@ def test_tool(tool, tmp_path):
 def test_every_op_is_documented_and_offered():
     page = (ROOT / "docs" / "outliers.md").read_text().split(plant_report.BEGIN)[0]
     flags = (ROOT / "configs" / "base_config.py").read_text()
+    readme = (ROOT / "README.md").read_text().split("\n| `purify` |")[1].split("\n")[0]
     for name in (*sfp.list_ops("detector"), *sfp.list_ops("mitigator")):
         assert f"`{name}`" in page, name
         assert name in flags, name
+    for name in set(sfp.list_ops("mitigator")) - {"neighbour_mean"}:  # the default
+        assert f"`{name}`" in readme, name

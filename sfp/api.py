@@ -324,11 +324,8 @@ class Model:
             visualize.outliers(model.resized("photo.jpg"), trace, layers=[5, 10])
         """
         self.engine.convert()
-        context: dict[str, Any] = dict(
-            guides=dict(self.engine.guides.items()), normalisation=(self.clip.mean, self.clip.std)
-        )
-        if classes is not None:
-            context = self.engine._context(self.queries(as_vocabulary(classes)))
+        queries = None if classes is None else self.queries(as_vocabulary(classes))
+        context = self.engine.context(queries)
         pixels = self.engine.normalise(self.input(as_image(image)))
         return self._method(method).run(self.clip.visual, pixels[None], **context)
 
@@ -347,9 +344,7 @@ class Model:
         if (found := self._banks.get(key)) is None:
             words = vocabulary.queries
             found = Queries(self.encode(words), vocabulary.index, words)
-            self._banks.put(
-                key, found
-            )  # the same tensor each time, so that a recording is replayed
+            self._banks.put(key, found)  # a graph's recording is of this tensor
         return found
 
     def encode(self, queries: Sequence[str]) -> Tensor:

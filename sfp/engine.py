@@ -455,11 +455,10 @@ class Engine:
         return method.features(
             self.clip.visual,
             windows,
-            guides=dict(self.guides.items()),
             regions=ids,
             whole=whole,
             portion=self.windows_at_once,
-            normalisation=(self.clip.mean, self.clip.std),
+            **self.context(),
         )
 
     def features(self, method: Method, image: Tensor, *, prepare: Prepare | None = None) -> Tensor:
@@ -474,7 +473,7 @@ class Engine:
     def tokens(self, method: Method, windows: Tensor, queries: Queries) -> Tokens:
         """Patch features of windows (B, 3, H, W) in the joint space, of width C."""
         self.convert()
-        read, _ = method.features(self.clip.visual, windows, **self._context(queries))
+        read, _ = method.features(self.clip.visual, windows, **self.context(queries))
         return read.only_patches()
 
     def window_logits(
@@ -503,7 +502,7 @@ class Engine:
         Raises:
             FloatingPointError: if float32 does so too; the message names the first part affected.
         """
-        vit, context = self.clip.visual, self._context(queries)
+        vit, context = self.clip.visual, self.context(queries)
         context.update(regions=regions)
         if whole is not None:
             context.update(whole=whole, portion=self.windows_at_once)
@@ -566,16 +565,16 @@ class Engine:
                 logits[i] = methods[i].read_logits(trace)
         return logits  # type: ignore[return-value]
 
-    def _context(self, queries: Queries) -> dict[str, Any]:
-        """The fields of a trace other than the image."""
-        words = queries.words
-        return dict(
-            text=queries.features,
-            index=queries.index,
-            words=None if words is None else Words(words, partial(self.template_banks, words)),
-            guides=dict(self.guides.items()),
-            normalisation=(self.clip.mean, self.clip.std),
+    def context(self, queries: Queries | None = None) -> dict[str, Any]:
+        """The fields of a trace other than the image; those of words only if there are some."""
+        fields: dict[str, Any] = dict(
+            guides=dict(self.guides.items()), normalisation=(self.clip.mean, self.clip.std)
         )
+        if queries is not None:
+            fields.update(text=queries.features, index=queries.index)
+            if (words := queries.words) is not None:
+                fields.update(words=Words(words, partial(self.template_banks, words)))
+        return fields
 
     def _weights(self) -> Hashable:
         """A key for everything that features depend on besides pixels and method."""

@@ -11,7 +11,7 @@
 # tools/test.py.
 #
 # Exit code: 0 if every benchmark was evaluated; 3 if some were skipped because their data or weights
-# are missing; 1 if one failed. The output of each run is in
+# are missing; 1 if one failed; 2 if there are fewer GPUs than GPUS. The output of each run is in
 # WORK_DIR/<config name>/output.txt.
 set -eu
 TOOLS=$(dirname "$0")/tools
@@ -20,6 +20,10 @@ TOOLS=$(dirname "$0")/tools
 WORK_DIR=${WORK_DIR:-work/all}
 GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
 given=${CUDA_VISIBLE_DEVICES:-}
+if [ -n "$given" ] && [ "$GPUS" -gt "$(echo "$given" | tr , '\n' | wc -l)" ]; then
+    echo "error: GPUS=$GPUS, but CUDA_VISIBLE_DEVICES=$given has fewer" >&2
+    exit 2
+fi
 
 # One worker per GPU runs every GPUS-th config; without a GPU a single worker runs all of them.
 worker() {

@@ -374,7 +374,7 @@ class Engine:
         """Runs all windows of all images through the network.
 
         Args:
-            methods: the methods; those with equal trunks share its run.
+            methods: the methods; those with equal trunks share its run, unless features are cached.
             images: (3, H, W) each, normalised, or 8-bit if `prepare` accepts that.
             sizes: rows and columns of each image's output.
             queries: the words.

@@ -78,6 +78,7 @@ def test_another_ones_name(registry):
     assert registry.get("mine") is mine
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_what_others_replace_stays_replaced():
     """Whatever was imported first: a name of ours that somebody else has taken is theirs."""

@@ -128,6 +128,7 @@ def served(tmp_path, monkeypatch):
         httpd.shutdown()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_download_at_once(served, tmp_path):
     assert set(in_processes(lambda: load_clip("ViT-B/16").digest)) == {served.sha256}
@@ -706,6 +707,7 @@ def test_a_read_only_cache_that_holds_everything_is_enough(tmp_path, monkeypatch
         assert prepare(folder / "mini-2", scenes=2) == folder / "mini-2"
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_share_a_text_bank(tmp_path):
     clip = tiny.clip(**tiny.WORDS)
@@ -715,6 +717,7 @@ def test_two_processes_share_a_text_bank(tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_draw_the_mini_scenes(tmp_path):
     root = tmp_path / "mini-2"

@@ -131,9 +131,6 @@ def evaluate(
         config = ensure_clusters(config)
     runner = Runner.from_cfg(_for_runner(config, show_dir, resume))
     work_dir = Path(config.work_dir)
-    if is_main_process():
-        for name in RESULTS:  # those of an earlier run would pass for this one's
-            (work_dir / name).unlink(missing_ok=True)
     measured = runner.test()
     if not is_main_process():
         return {}
@@ -143,6 +140,8 @@ def evaluate(
         result, indent=2, default=float
     )  # third-party metrics may return NumPy numbers
     result = json.loads(text)  # return exactly what the file contains, e.g. lists for tuples
+    for name in RESULTS:  # those of an earlier run would pass for this one's
+        (work_dir / name).unlink(missing_ok=True)
     with atomic_write(work_dir / "metrics.json") as path:
         path.write_text(text + "\n")
     if metric is None:  # results were only written, perhaps for images without labels

@@ -61,6 +61,24 @@ def centred_softmax(similarity: Tensor, gain: float, centre: float) -> Tensor:
     return logits.masked_fill(logits < 0, torch.finfo(logits.dtype).min).softmax(-1)
 
 
+def anchored_softmax(
+    similarity: Tensor, mean: Tensor, beta: float, gamma: Tensor | float
+) -> Tensor:
+    """softmax(gamma * (a - beta * mean)) where that is not negative, rows (m, M).
+
+    A row that is negative everywhere keeps only its largest entry.
+
+    Args:
+        similarity: a, (m, M).
+        mean: (m, 1) or a number.
+        beta: factor on the mean.
+        gamma: (m, 1) or a number, positive.
+    """
+    logits = (similarity - beta * mean) * gamma
+    least = logits.amax(1, keepdim=True).clamp_max(0)
+    return logits.masked_fill(logits < least, -torch.inf).softmax(-1)
+
+
 def mean_cosine(*projections: Tensor, concat: bool = False) -> Tensor:
     """Cosines between tokens, averaged over projections and heads: (B, H, T, d) each -> (B, T, T).
 

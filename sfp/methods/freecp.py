@@ -30,6 +30,7 @@ from sfp.files import read_once
 from sfp.functional.clusters import resize
 from sfp.functional.kept import constant
 from sfp.functional.precision import upcast
+from sfp.functional.regions import components
 from sfp.kinds import Affinity
 from sfp.registry import METHODS, composition, op, tuned
 from sfp.trace import Trace
@@ -88,14 +89,6 @@ def boxes(activation: Tensor, share: float, edges: str = "inside") -> list[Box]:
     for x, y, across, down in map(cv2.boundingRect, contours):
         found.append((x, y, min(x + across, width - last), min(y + down, height - last)))
     return found
-
-
-def components(joined: Tensor) -> list[list[int]]:
-    """Connected components of a symmetric relation (n, n) bool, each in order."""
-    from scipy.sparse.csgraph import connected_components
-
-    count, labels = connected_components(joined.cpu().numpy(), directed=False)
-    return [np.flatnonzero(labels == i).tolist() for i in range(count)]
 
 
 def spread(maps: Tensor, weights: Tensor, share: float, edges: str = "inside") -> Tensor:
@@ -173,7 +166,9 @@ def unambiguous(
         crop_side: as `side` of `crop_winners`.
     """
     left: list[int] = []
-    for group in components(soft_iou(maps) >= ambiguous):
+    joined = components(soft_iou(maps) >= ambiguous).tolist()
+    for number in range(max(joined) + 1):
+        group = [i for i, own in enumerate(joined) if own == number]
         found = boxes(maps[group].mean(0), box_share, edges)
         real = [box for box in found if box[0] < box[2] and box[1] < box[3]]
         if len(group) == 1 or len(real) < len(found):  # a box without area counts for all of them

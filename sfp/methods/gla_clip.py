@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.functional.attention import CHUNK
+from sfp.functional.attention import CHUNK, anchored_softmax
 from sfp.functional.precision import upcast
 from sfp.methods.proxyclip import to_guide
 from sfp.registry import METHODS, op
@@ -49,24 +49,6 @@ def proxies(keys: Tensor, threshold: float, rounds: int) -> tuple[Tensor, Tensor
         found.append(proxy)
         counts.append(similar.sum(1).clamp_min(1))
     return torch.cat(found), torch.cat(counts)
-
-
-def anchored_softmax(
-    similarity: Tensor, mean: Tensor, beta: float, gamma: Tensor | float
-) -> Tensor:
-    """softmax(gamma * (a - beta * mean)) where that is not negative, rows (m, M).
-
-    A row that is negative everywhere keeps only its largest entry.
-
-    Args:
-        similarity: a, (m, M).
-        mean: (m, 1) or a number.
-        beta: factor on the mean.
-        gamma: (m, 1) or a number, positive.
-    """
-    logits = (similarity - beta * mean) * gamma
-    least = logits.amax(1, keepdim=True).clamp_max(0)
-    return logits.masked_fill(logits < least, -torch.inf).softmax(-1)
 
 
 @op("reader", whole=True)

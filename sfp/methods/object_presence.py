@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfp.functional.precision import upcast
-from sfp.registry import METHODS, composition, op, pick
+from sfp.registry import METHODS, Count, composition, op, tuned
 from sfp.tokens import Tokens
 from sfp.trace import Trace
 
@@ -112,7 +112,7 @@ def present_words(
     move: float = 0.04,
     height: float = 0.09,
     linkage: Literal["complete", "ward"] = "complete",
-    nearest: int = 2,
+    nearest: Count = 2,
     scope: Literal["image", "window"] = "image",
 ) -> Tensor:
     """Cosines with words moved towards the image, mixed with those of its embedding (CASS, RF-CLIP).
@@ -155,11 +155,8 @@ def presence(
     **knobs: Any,
 ) -> dict[str, Any]:
     """The node of `present_words`, with a benchmark's constants in place of None."""
-    given = (image_weight, move, height)
-    tuned = pick("dataset", dataset, DATASETS)
-    values = (own if own is not None else usual for own, usual in zip(given, tuned, strict=True))
-    names = ("image_weight", "move", "height")
-    return dict(type="present_words", **dict(zip(names, values, strict=True)), **knobs)
+    values = tuned(dataset, DATASETS, image_weight=image_weight, move=move, height=height)
+    return dict(type="present_words", **values, **knobs)
 
 
 @METHODS.register_module()
@@ -171,7 +168,7 @@ def object_presence(
     move: float | None = None,
     height: float | None = None,
     linkage: Literal["complete", "ward"] = "complete",
-    nearest: int = 2,
+    nearest: Count = 2,
     scope: Literal["image", "window"] = "image",
 ) -> dict[str, Any]:
     """Another preset with words moved towards the image. Needs the text features.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfp.functional.attention import CHUNK
+from sfp.functional.attention import CHUNK, anchored_softmax
 from sfp.functional.labels import best_of_class
 from sfp.functional.precision import upcast
 from sfp.functional.windows import LogitSheet
@@ -68,10 +68,8 @@ def global_rows(unit: Tensor, rows: slice, mean: Tensor, gain: float) -> Tensor:
         mean: mean of S over all pairs.
         gain: inverse temperature.
     """
-    above = unit[rows] @ unit.T - mean
-    # if all patches are the same, rounding may leave a row's largest entry, its own, below the mean
-    cut = above < above.amax(-1, keepdim=True).clamp_max(0)
-    return (gain * above).masked_fill(cut, -torch.inf).softmax(-1)
+    # if all patches are the same, rounding may leave all of a row below the mean
+    return anchored_softmax(unit[rows] @ unit.T, mean, 1.0, gain)
 
 
 @op("smoother")

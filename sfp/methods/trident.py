@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfp.functional.attention import centred_softmax
 from sfp.functional.clusters import resize
 from sfp.functional.precision import upcast
 from sfp.registry import METHODS, op, tuned
@@ -87,9 +88,8 @@ def sam_correlation(
     assert whole is not None
     features = trace.guide(guide)
     unit = F.normalize(upcast(features.patches), dim=-1)
-    logits = unit @ unit.mT  # (W, N, N)
-    logits = gain * (logits - centre * logits.mean())
-    weights = logits.masked_fill(logits < 0, torch.finfo(logits.dtype).min).softmax(-1)
+    similarity = (unit @ unit.mT).flatten(0, 1)  # (W N, N), for one mean of all windows
+    weights = centred_softmax(similarity, gain, centre).view(*unit.shape[:2], -1)  # (W, N, N)
     tokens = trace.entering(len(trace.outputs)).only_patches()
     (values,) = last.attn.project(last.ln_1(tokens.data), "v")  # (W, H, N, d)
     maps = values.transpose(1, 2).flatten(2).mT.unflatten(2, tokens.grid)  # (W, D, h, w)

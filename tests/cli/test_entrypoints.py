@@ -248,6 +248,9 @@ def test_multi_test_sh(tmp_path):
         assert done.returncode == 0, done.stderr
         for name, gpu in zip("abc", used, strict=True):
             assert (work / f"cfg_{name}/output.txt").read_text() == f"on {gpu}\n"
+    done = run("multi_test.sh", folder=tmp_path, **where, CUDA_VISIBLE_DEVICES="5")
+    assert done.returncode == 2
+    assert done.stderr == "error: GPUS=2, but CUDA_VISIBLE_DEVICES=5 has fewer\n"
 
 
 @pytest.mark.process

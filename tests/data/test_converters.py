@@ -121,6 +121,7 @@ def test_errors(root, tmp_path, capsys):
     assert "7 pixels in an image of 20 x 30" in message
 
 
+@pytest.mark.process
 def test_the_script_itself(root):
     command = [sys.executable, str(SCRIPT), str(root), "--nproc", "0"]
     done = subprocess.run(command, capture_output=True, text=True)

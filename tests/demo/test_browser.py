@@ -73,7 +73,7 @@ def chromium():
 def page(address, chromium):
     """The page on a laptop's screen; it must ask for nothing from elsewhere, and raise no error."""
     page = chromium.new_page(viewport=dict(width=1280, height=800))
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     requests, errors = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -88,15 +88,13 @@ def page(address, chromium):
 
 
 def snapshot(page, name: str) -> None:
-    """For the documentation if it is asked for; taken in any case."""
+    """For the documentation, if it is asked for."""
     page.mouse.move(640, 5)
     page.wait_for_function("document.querySelector('#told .pending') === null")
-    page.wait_for_timeout(300)  # for the browser to paint
-    kept = os.environ.get("SFP_SCREENSHOTS") == "1"
-    path = ROOT / "docs/images" / f"demo_{name}.png" if kept else None
-    data = page.screenshot()
-    if path:
-        Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(path, optimize=True)
+    if os.environ.get("SFP_SCREENSHOTS") == "1":
+        page.wait_for_timeout(300)  # for the browser to paint
+        picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256)
+        picture.save(ROOT / "docs/images" / f"demo_{name}.png", optimize=True)
 
 
 def shown(page, place: str) -> np.ndarray:

@@ -26,6 +26,7 @@ def built(config):
     return dataset
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_workers_give_what_the_process_itself_would(own, size):
@@ -49,6 +50,7 @@ def test_workers_give_what_the_process_itself_would(own, size):
     assert names == ["2.png", "0.png", "1.png"]
 
 
+@pytest.mark.process
 def test_workers_use_no_shared_memory(own):
     """What would wait for ever in a container, where /dev/shm is full after 64 MB."""
     config = own.config()
@@ -57,6 +59,7 @@ def test_workers_use_no_shared_memory(own):
         assert not any(image.is_shared() for image in batch["inputs"])
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
@@ -126,6 +129,7 @@ def test_a_worker_that_is_killed(own):
         list(batches)
 
 
+@pytest.mark.process
 def test_no_room_for_workers(own, monkeypatch, capsys):
     config = own.config()
     loader = dict(config.test_dataloader, num_workers=2, prefetch_factor=4, persistent_workers=True)

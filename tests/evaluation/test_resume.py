@@ -114,6 +114,7 @@ def test_kill_9(tmp_path, whole):
     assert same(tmp_path, whole)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_torn_tail_and_bit_flip(tmp_path, whole):
     """The last record is cut, one bit of another is turned: both images are evaluated again."""
@@ -128,6 +129,7 @@ def test_torn_tail_and_bit_flip(tmp_path, whole):
     assert same(tmp_path, whole)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_other_settings_are_not_mixed(tmp_path, whole):
     part(whole, tmp_path, 4)
@@ -137,6 +139,7 @@ def test_other_settings_are_not_mixed(tmp_path, whole):
     assert not same(tmp_path, whole)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_no_resume(tmp_path, whole):
     file = part(whole, tmp_path, 4)
@@ -146,6 +149,7 @@ def test_no_resume(tmp_path, whole):
     assert same(tmp_path, whole)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_any_number_of_processes(tmp_path, whole):
     """Journals of one process that two and three continue, with uneven shares."""
@@ -161,6 +165,7 @@ def test_any_number_of_processes(tmp_path, whole):
     assert same(second, whole)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_processes_of_slurm(tmp_path, whole, monkeypatch):
     """`srun`'s variables are set by hand, its `scontrol` knows two nodes."""
@@ -204,6 +209,7 @@ def _lines(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_batches_stay_together(tmp_path):
     """With a batch of 3 a batch that is done in part is done again, whole."""
@@ -339,6 +345,7 @@ def test_importing_again(own):
     assert forked(reload) == 0
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_clusters_are_fitted_by_one_process(tmp_path):
     """The others wait, and all of them use the same file."""

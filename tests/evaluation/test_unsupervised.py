@@ -388,11 +388,13 @@ def test_benchmarks_without_words(name, tmp_path, monkeypatch):
     )
     trees.build(name, tmp_path / "data")
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
+    options = {"test_dataloader.num_workers": 0, "clusters.patches": 50}
+    options["model.slide_crop"] = 0  # dozens of windows would only take time
     cfg = evaluate.load_config(
         FOLDER / f"cfg_{name}_unsupervised.py",
         weights=f"{weights}@quick_gelu",
         work_dir=str(tmp_path / "work"),
-        options={"test_dataloader.num_workers": 0, "clusters.patches": 50},
+        options=options,
     )
     base = Config.fromfile(str(FOLDER / f"cfg_{name}.py"))
     assert cfg.test_dataloader.dataset == base.test_dataloader.dataset

@@ -24,6 +24,7 @@ def digest(seed: int) -> str:
     return hashlib.sha256(image.tobytes() + labels.tobytes()).hexdigest()
 
 
+@pytest.mark.process
 def test_scene_follows_from_its_seed_in_any_process():
     code = (
         "import cv2, hashlib; from sfp.mini import scene; cv2.setNumThreads(1); a, b = scene(7);"

@@ -25,7 +25,7 @@ Writes OUT.json, OUT.png and OUT.md. If OUT.md exists, only the part between its
 is replaced.
 
 Examples:
-    sfp plant --weights mini --out docs/outliers
+    sfp plant --weights mini --out docs/measured/planted
     sfp plant --weights mini --detectors som l2_norm --strengths 2 --at 2 --count 4
     sfp plant --weights ViT-B/16 --images photos --planted 10 --layer 6
 

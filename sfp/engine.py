@@ -701,13 +701,14 @@ class Engine:
             scores: whether to return class probabilities, (K, H, W).
             full_image: normalised input of mask proposers; `image` by default.
             prepare: as in `logits`.
-            threshold: pixels whose best probability is below this become `background`, before votes of
-                labels in masks and after those of probabilities; in addition to `prob_thd`.
+            threshold: pixels whose best probability is below this become `background`: before labels
+                vote in masks, but after stages that work on probabilities. In addition to `prob_thd`.
             background: class that `area_thd` leaves alone. None: there is none, so that all classes
                 may be removed but the largest, and pixels below `threshold` get the number K.
         """
         prepare = prepare or self.normalise
         classes = index[-1] + 1
+        of_scores = getattr(self.masks, "needs_scores", False)
         refine = self.refinement(image, prepare)
         decision = None if method is None else method.decision
         labels = assign(
@@ -715,11 +716,11 @@ class Engine:
             prob_thd=self.prob_thd,
             area_thd=self.area_thd,
             background=background,
-            keep_scores=scores or getattr(self.masks, "needs_scores", False),
+            keep_scores=scores or of_scores,
         )
         confidence = labels.confidence
         rest = classes if background is None else background
-        if threshold is not None:
+        if threshold is not None and (sheet.regions is not None or not of_scores):
             labels, classes = below(labels, threshold, rest), max(classes, rest + 1)
         if sheet.regions is not None:
             labels = vote_in_regions(labels, sheet.regions, classes)
@@ -732,7 +733,7 @@ class Engine:
                 guides=dict(self.guides.items()),
                 prob_thd=float(within(confidence, self.prob_thd)),
             )
-            if threshold is not None and getattr(self.masks, "needs_scores", False):
+            if threshold is not None and of_scores:
                 labels = below(labels, threshold, rest)
         return labels if scores else replace(labels, scores=None)
 

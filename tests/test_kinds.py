@@ -79,8 +79,10 @@ def choices() -> list[Any]:
 )
 def test_words_that_are_none_of_those(what, name, knob, value):
     fn = (OPS if what == "op" else METHODS).get(name)
+    ops = dict(affinity=dict(type="head_cosine"), rule=dict(type="self_self"))
+    ops.update(layers=[0], share=0.5)
     needed = {
-        n: dict(type="head_cosine") if n == "affinity" else None
+        n: ops.get(n)
         for n, p in inspect.signature(fn).parameters.items()
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty
     }

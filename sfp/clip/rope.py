@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -48,6 +48,9 @@ class Rope(nn.Module):
         config: the coordinates.
         head_width: width d of an attention head, a multiple of 4.
 
+    Attributes:
+        rescale: as in `RopeConfig`; may be set.
+
     Raises:
         ValueError: if the width is not a multiple of 4.
     """
@@ -58,17 +61,14 @@ class Rope(nn.Module):
             raise ValueError(
                 f"rotary positions need heads of width 4, 8, 12, ..., not {head_width}"
             )
-        self.config = config
         self.head_width = head_width
+        self.order, self.side, self.first = config.order, config.side, config.first
+        self.rescale = config.rescale
 
     @property
-    def rescale(self) -> bool:
-        """As in `RopeConfig`; may be set."""
-        return self.config.rescale
-
-    @rescale.setter
-    def rescale(self, value: bool) -> None:
-        self.config = replace(self.config, rescale=value)
+    def config(self) -> RopeConfig:
+        """The coordinates as they are now."""
+        return RopeConfig(self.order, self.side, self.first, self.rescale)
 
     def angles(self, grid: tuple[int, int]) -> Tensor:
         """Rotation angles of the patches of a grid, (N, d / 2) float64 on the CPU."""

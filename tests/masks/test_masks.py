@@ -465,6 +465,32 @@ def test_segmentor_votes(vote):
     assert torch.equal(lean.pred_sem_seg.data, result.pred_sem_seg.data)
 
 
+@pytest.mark.parametrize("vote", ["mode", "mean"])
+@pytest.mark.parametrize("words", [["cat", "dog", "sky"], ["cat", "background", "sky"]])
+def test_votes_with_a_threshold_for_the_background(vote, words):
+    """Labels vote after the threshold; a mean of probabilities is compared with it."""
+    settings = dict(slide_crop=64, slide_stride=32, short_side=None, method="sclip")
+    settings.update(device="cpu", memory_mb=0)
+    masks = dict(propose=Halves(), points=CLUSTERS, vote=vote)
+    plain, voting = (sfp.load(tiny.clip(**tiny.WORDS), masks=m, **settings) for m in (None, masks))
+    image = picture(80, 100)
+    free = plain.segment(image, words)
+    for share in (0.2, 0.5, 0.8):
+        level = float(np.quantile(free.confidence, share))
+        below = plain.segment(image, words, background=level)
+        found = voting.segment(image, words, background=level)
+        assert found.names == below.names
+        added, rest = len(found.names) - 3, found.names.index("background")
+        if vote == "mode":
+            votes = list(below.labels[:, :50].ravel())
+            winner = max(np.roll(np.arange(len(found.names)), -added), key=votes.count)
+        else:
+            mean = free.scores[:, :, :50].mean((1, 2))
+            winner = mean.argmax() + added if mean.max() >= level else rest
+        assert (found.labels[:, :50] == winner).all()
+        assert np.array_equal(found.labels[:, 50:], below.labels[:, 50:])
+
+
 @pytest.mark.parametrize("direction", [None, "horizontal", "vertical", "diagonal"])
 def test_the_kept_image_reaches_the_masks(direction):
     """At its own size, normalised, and mirrored as the labels are."""

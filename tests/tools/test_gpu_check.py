@@ -92,7 +92,7 @@ def test_the_script_passes_everything_on(tmp_path):
 
 
 @pytest.mark.process
-def test_golden_tests_are_counted(monkeypatch, tmp_path):
+def test_what_passes_is_counted(monkeypatch, tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
         "def test_golden_a(): pass\n"

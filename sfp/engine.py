@@ -194,6 +194,10 @@ class Engine:
         model_templates(templates)  # raises before anything is loaded
         if pamr_steps < 0:
             raise ValueError(f"pamr_steps={pamr_steps}: expected 0 (no refinement) or more")
+        if not pamr_dilations or min(pamr_dilations) < 1:
+            raise ValueError(
+                f"pamr_dilations={pamr_dilations}: expected at least one, from 1 pixel"
+            )
         if pamr_unit not in (units := ("deviation", "mean")):
             raise ValueError(f"unknown pamr_unit={pamr_unit!r}{suggest(pamr_unit, units)}")
         if isinstance(prob_thd, Sequence) and not (

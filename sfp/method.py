@@ -493,7 +493,7 @@ def check_needs(method: Method, guides: Collection[str] | None, regions: Any) ->
     Raises:
         GuideError, RegionsError: if they are not; the message says what to pass.
     """
-    given = guides or ()
+    given = () if guides is None or isinstance(guides, str) else guides
     for name in sorted(guides_of(method) - {*given}):
         raise no_guide(name, given)
     if method.needs_regions and regions is None:

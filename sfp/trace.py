@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 NO_REGIONS = (
     "the method needs regions of the image: pass an id map (regions=), or configure a proposer "
-    "(regions=dict(propose=dict(type=...)), or --regions; see docs/methods.md); overlapping masks "
-    "(regions= with three dimensions, paint='none') work only with textregion and lavg"
+    "(regions=dict(propose=dict(type=...)), in a config model.regions, or "
+    "--regions; see docs/methods.md); overlapping masks (regions= with three dimensions, paint='none') "
+    "work only with textregion and lavg"
 )
 # guides by their usual names: type and model
 GUIDES = dict(
@@ -73,8 +74,9 @@ def no_guide(name: str, given: Iterable[str]) -> GuideError:
     kind, model = GUIDES.get(name, ("TYPE", "MODEL"))
     return GuideError(
         f"the method needs the guide {name!r}; given: {', '.join(given) or 'none'}. Pass guides="
-        f"dict({name}=dict(type='{kind}', model='{model}')), or --guide {name}={kind}:model={model}, "
-        "and pip install 'sfp[guides]': see docs/methods.md"
+        f"dict({name}=dict(type='{kind}', model='{model}')) (in a config: model.guides), or "
+        f"--guide {name}={kind}:model={model}, and pip install 'sfp[guides]': see "
+        "docs/methods.md"
     )
 
 

@@ -523,6 +523,7 @@ def test_words_that_are_wrong(clip, classes, background, error, message):
         (dict(window_batch=0), ValueError, "window_batch=0"),
         (dict(pamr_steps=-1), ValueError, "pamr_steps=-1"),
         (dict(guides=dict(dino=dict(type="transfomers"))), ValueError, "did you mean"),
+        (dict(guides="dino"), ValueError, "guides='dino': expected a dict of external encoders"),
         (dict(weights="ViT-B/61"), sfp.WeightsError, "did you mean 'ViT-B/16'"),
     ],
     ids=str,

@@ -225,6 +225,9 @@ def test_thresholds_of_two_numbers_and_units_are_checked():
             Engine(tiny.clip(), prob_thd=wrong)
     with pytest.raises(ValueError, match="did you mean 'mean'"):
         Engine(tiny.clip(), pamr_unit="meen")
+    for wrong in ((), (0, 8)):
+        with pytest.raises(ValueError, match="pamr_dilations=.*at least one, from 1 pixel"):
+            Engine(tiny.clip(), pamr_dilations=wrong)
 
 
 def test_logits_of_padded_images_are_cut_where_the_image_ends():
@@ -239,6 +242,21 @@ def test_logits_of_padded_images_are_cut_where_the_image_ends():
     inner = pixels[..., 2:-2, 2:-2]
     expected = F.interpolate(inner, (120, 180), mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(sheet.rows(0, 120), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (dict(type="cliper", select=12), "select=12 of 12 readouts"),
+        (dict(type="gclip", channel=64), "channel=64 of an MLP with 64 outputs"),
+    ],
+    ids=str,
+)
+def test_numbers_of_things_that_the_model_lacks(node, message):
+    engine, method = Engine(tiny.clip(), slide_crop=0), sfp.build_method(node)
+    image, queries = tiny.images(1, 64, 64)[0], Queries(tiny.queries(3), (0, 1, 2))
+    with pytest.raises(ValueError, match=message):
+        engine.logits([method], [image], [(64, 64)], queries)
 
 
 def test_each_image_has_a_threshold_of_its_own():

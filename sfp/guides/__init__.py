@@ -28,6 +28,8 @@ def build_guides(nodes: Mapping[str, Mapping[str, Any] | nn.Module] | None) -> n
         ValueError: for an unknown type or knob; the message names the valid ones. Also for anything
             that is neither a config node nor a module.
     """
+    if nodes is not None and not hasattr(nodes, "items"):
+        raise ValueError(f"guides={nodes!r}: expected a dict of external encoders by name")
     guides = nn.ModuleDict()
     for name, node in (nodes or {}).items():
         guide = build(GUIDES, node, f"guide {name!r}")

@@ -162,6 +162,8 @@ def layer_probabilities(
     if image is not trace:
         probs = (probs + windowed(trace, logits(trace), image.embedded.grid).softmax(1)) / 2
     probs = probs[:, :-1]
+    if not -len(probs) <= select < len(probs):
+        raise ValueError(f"select={select} of {len(probs)} readouts, one for each layer")
     chosen = probs[select]  # a view: the cut also changes the mean
     chosen.masked_fill_(chosen < cut * chosen.amax(1, keepdim=True), 0)
     scores = probs.mean(0) + chosen @ attention

@@ -44,6 +44,8 @@ def suppress_channel(
     for i in chosen:
         norm = norms[i]
         c = int(norm.argmax()) if channel is None else channel
+        if not 0 <= c < len(norm):
+            raise ValueError(f"channel={c} of an MLP with {len(norm)} outputs")
         others = (norm.sum() - norm[c]) / (len(norm) - 1)
         weight = weights[i].detach().clone()
         weight[c] *= others / norm[c]

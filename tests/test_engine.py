@@ -226,7 +226,7 @@ def test_thresholds_of_two_numbers_and_units_are_checked():
     with pytest.raises(ValueError, match="did you mean 'mean'"):
         Engine(tiny.clip(), pamr_unit="meen")
     for wrong in ((), (0, 8)):
-        with pytest.raises(ValueError, match="pamr_dilations=.*at least one, from 1 pixel"):
+        with pytest.raises(ValueError, match=r"pamr_dilations=.*at least one, from 1 pixel"):
             Engine(tiny.clip(), pamr_dilations=wrong)
 
 
